@@ -1,0 +1,84 @@
+"""The three collectives of the head, and none where there is one rank.
+
+Shape suffixes: b = rows of this rank's batch, B = rows of the gathered batch, D = embedding.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """This rank among those that share a head.
+
+    Attributes:
+        rank: In [0, size).
+        size: World size.
+        group: Process group; ``None`` for the default one.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup | None = None) -> "Ranks":
+        """The ranks of a group, or a single one where torch.distributed is not initialised."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls()
+        return cls(dist.get_rank(group), dist.get_world_size(group), group)
+
+
+def gather_batch(
+    embeddings_bD: Tensor, identities_b: Tensor, ranks: Ranks
+) -> tuple[Tensor, Tensor]:
+    """Gather the fp32 embeddings and the identities of all ranks: one all-gather, rank by rank.
+
+    Returns:
+        embeddings_BD: fp32, bit for bit.
+        identities_B: int64.
+    """
+    if ranks.size == 1:
+        return embeddings_bD, identities_b
+    payload = torch.cat(
+        [embeddings_bD.view(torch.int32), identities_b.unsqueeze(1).view(torch.int32)], dim=1
+    )
+    gathered = payload.new_empty(ranks.size * len(payload), payload.shape[1])
+    dist.all_gather_into_tensor(gathered, payload, group=ranks.group)
+    embeddings_BD = gathered[:, :-2].contiguous().view(torch.float32)
+    return embeddings_BD, gathered[:, -2:].contiguous().view(torch.int64).squeeze(1)
+
+
+def gather_identities(identities_b: Tensor, ranks: Ranks) -> Tensor:
+    """Gather the identities [B] of all ranks: one all-gather."""
+    if ranks.size == 1:
+        return identities_b
+    identities_B = identities_b.new_empty(ranks.size * len(identities_b))
+    dist.all_gather_into_tensor(identities_B, identities_b.contiguous(), group=ranks.group)
+    return identities_B
+
+
+def sum_over_ranks(value: Tensor, ranks: Ranks) -> Tensor:
+    """Return the sum over ranks: one all-reduce, which may reuse the memory of ``value``."""
+    if ranks.size > 1:
+        dist.all_reduce(value, dist.ReduceOp.SUM, group=ranks.group)
+    return value
+
+
+def max_over_ranks(value: Tensor, ranks: Ranks) -> Tensor:
+    """Return the maximum over ranks: one all-reduce, which may reuse the memory of ``value``."""
+    if ranks.size > 1:
+        dist.all_reduce(value, dist.ReduceOp.MAX, group=ranks.group)
+    return value
+
+
+def sum_to_owner(gradient_BD: Tensor, ranks: Ranks) -> Tensor:
+    """Return this rank's rows [b, D] of the sum over ranks: one reduce-scatter."""
+    if ranks.size == 1:
+        return gradient_BD
+    owned_bD = gradient_BD.new_empty(len(gradient_BD) // ranks.size, gradient_BD.shape[1])
+    dist.reduce_scatter_tensor(owned_bD, gradient_BD, group=ranks.group)
+    return owned_bD

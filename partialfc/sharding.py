@@ -1,0 +1,70 @@
+"""Which identities a rank owns: pure integers, the same on every rank.
+
+The identities are cut once into canonical shards, contiguous and equal to within one row. They
+are fixed for a run, so what is keyed by them (the negatives of a step) does not depend on the
+world size. A rank owns a contiguous run of whole canonical shards.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sharding:
+    """The cut of ``num_identities`` rows into canonical shards over ``world_size`` ranks.
+
+    Attributes:
+        num_identities: C, identities of the whole head; >= 1.
+        canonical_shards: V, units that sampling is keyed by; >= world_size.
+        world_size: W, ranks that share the shards; >= 1.
+
+    Raises:
+        ValueError: If a value is outside its range.
+    """
+
+    num_identities: int
+    canonical_shards: int
+    world_size: int
+
+    def __post_init__(self) -> None:
+        if self.num_identities < 1:
+            raise ValueError(f"num_identities must be >= 1, got {self.num_identities}.")
+        if not 1 <= self.world_size <= self.canonical_shards:
+            raise ValueError(
+                f"canonical_shards must be at least the world size, got {self.canonical_shards} "
+                f"shards for {self.world_size} ranks; set head.canonical_shards to the largest "
+                "number of ranks that the run will ever have, or more."
+            )
+
+    def start(self, shard: int) -> int:
+        """First identity of a canonical shard; ``start(V)`` is the number of identities."""
+        return self.num_identities * shard // self.canonical_shards
+
+    def shards(self, rank: int) -> range:
+        """Canonical shards of a rank."""
+        return range(
+            self.canonical_shards * rank // self.world_size,
+            self.canonical_shards * (rank + 1) // self.world_size,
+        )
+
+    def owned(self, rank: int) -> range:
+        """Global identities of a rank; empty for some ranks when there are few identities."""
+        shards = self.shards(rank)
+        return range(self.start(shards.start), self.start(shards.stop))
+
+    def quota(self, shard: int, sample_rate: float) -> int:
+        """Rows that a canonical shard samples per step.
+
+        The quotas of all shards add up to ``round(sample_rate * C)``, at least one in all.
+        """
+        total = max(1, round(sample_rate * self.num_identities))
+        start, stop = self.start(shard), self.start(shard + 1)
+        return total * stop // self.num_identities - total * start // self.num_identities
+
+
+def default_canonical_shards(num_identities: int) -> int:
+    """Return V for a head of ``num_identities``, independent of the world size.
+
+    About 1024 identities a shard: fine enough that 7 ranks differ by a few percent in load, and
+    no fewer than 64 shards, so that up to 64 ranks need no setting.
+    """
+    return min(max(num_identities // 1024, 64), 1024)

@@ -1,0 +1,272 @@
+"""The sharded head in real gloo processes against arcface_torch's outputs and the fp64 oracle."""
+
+import math
+from contextlib import ExitStack
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from partialfc import ArcFace, CosFace, PartialFC, RowSGD
+from partialfc.sampling import NOT_LOCAL, Sample
+from tests import reference
+from tests.ranks import run_on_ranks
+
+pytestmark = pytest.mark.distributed
+
+GOLDEN = Path(__file__).parents[1] / "data" / "head"
+PLAIN = RowSGD(lr=1.0, momentum=0.0, weight_decay=0.0)
+GOLDEN_MARGINS = {
+    "cosface": CosFace(scale=64, additive=0.4),
+    "cosface_s30": CosFace(scale=30, additive=0.35),
+    "arcface": ArcFace(scale=64, angular=0.5),
+    "arcface_filter": ArcFace(scale=64, angular=0.5, inter_class_filter=0.15),
+}
+
+
+def fixed_sampler(head, sampled):
+    """Sample what somebody else sampled: global identities, sorted."""
+    rows = sampled[(sampled >= head.owned.start) & (sampled < head.owned.stop)] - head.owned.start
+
+    def sample(step, identities):
+        if not len(rows):
+            return Sample(rows, torch.full_like(identities, NOT_LOCAL))
+        local = identities - head.owned.start
+        column = torch.searchsorted(rows, local).clamp(max=len(rows) - 1)
+        return Sample(rows, torch.where(rows[column] == local, column, NOT_LOCAL))
+
+    return sample
+
+
+def one_step(head, embeddings, identities, centers):
+    """Loss, the exact gradient of this rank's embeddings, the gradient of this rank's centers."""
+    head.centers.data.copy_(centers[head.owned.start : head.owned.stop])
+    mine = slice(head.ranks.rank * len(embeddings) // head.ranks.size, None)
+    mine = slice(mine.start, mine.start + len(embeddings) // head.ranks.size)
+    own = embeddings[mine].clone().requires_grad_()
+    loss = head(own, identities[mine])
+    loss.backward()
+    head.optimizer.step()
+    change = centers[head.owned.start : head.owned.stop] - head.centers.detach()
+    return loss.item(), (own.grad / head.ranks.size).numpy(), change.numpy()
+
+
+def golden_on_rank(rank, world_size):
+    results = {}
+    with np.load(GOLDEN / f"head_w{world_size}.npz") as file:
+        data = {name: torch.from_numpy(file[name]) for name in file.files}
+    for name in sorted(name for name in data if name.endswith(".loss")):
+        case = name.removesuffix(".loss")
+        prefix, margin_name = case.split(".")[1], case.split(".")[2]
+        inputs = f"w{world_size}.{prefix}"
+        centers = data[f"{inputs}.centers"]
+        head = PartialFC(*centers.shape, GOLDEN_MARGINS[margin_name], optimizer=PLAIN)
+        head.sampler = fixed_sampler(head, data[f"{case}.sampled"])
+        results[case] = one_step(
+            head, data[f"{inputs}.embeddings"], data[f"{inputs}.labels"], centers
+        )
+    return results
+
+
+def saturation(data, case, margin):
+    """What arcface_torch leaves out of the mean: it reports no sample above -log(1e-30)."""
+    inputs = ".".join(case.split(".")[:2])
+    sampled = torch.from_numpy(data[f"{case}.sampled"])
+    losses = torch.stack(
+        [
+            reference.loss_of(
+                torch.from_numpy(data[f"{inputs}.embeddings"][i : i + 1]).double(),
+                torch.from_numpy(data[f"{inputs}.centers"]).double(),
+                torch.from_numpy(data[f"{inputs}.labels"][i : i + 1]),
+                reference.positive_logit(margin),
+                scale=margin.scale,
+                sampled=sampled,
+                inter_class_filter=margin.inter_class_filter,
+            )
+            for i in range(len(data[f"{inputs}.labels"]))
+        ]
+    )
+    return float((losses - losses.clamp(max=-math.log(1e-30))).mean())
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_arcface_torch_is_reproduced(world_size):
+    """Loss to 1e-4 relative, gradients to 1e-3 of their norm, on all golden cases.
+
+    Our loss does not saturate, so what theirs cuts off is added to it; it is zero in most cases.
+    """
+    results = run_on_ranks(world_size, golden_on_rank)
+    with np.load(GOLDEN / f"head_w{world_size}.npz") as data:
+        assert len(results[0]) == 16
+        for case in results[0]:
+            losses = [result[case][0] for result in results]
+            assert len(set(losses)) == 1, "the loss is the same on all ranks"
+            margin = GOLDEN_MARGINS[case.split(".")[2]]
+            expected = float(data[f"{case}.loss"]) + saturation(data, case, margin)
+            assert losses[0] == pytest.approx(expected, rel=1e-4), case
+            embedding_gradient = np.concatenate([result[case][1] for result in results])
+            center_gradient = np.concatenate([result[case][2] for result in results])
+            for value, expected in (
+                (embedding_gradient, data[f"{case}.grad_embeddings"]),
+                (center_gradient[data[f"{case}.sampled"]], data[f"{case}.grad_centers"]),
+            ):
+                assert np.linalg.norm(value - expected) < 1e-3 * np.linalg.norm(expected), case
+
+
+ORACLE_CASES = {
+    "identities do not divide by the ranks": (203, 8, 0.3, "uniform"),
+    "one rank owns no positive": (400, 4, 0.3, "first"),
+    "duplicates in the batch": (100, 8, 0.1, "duplicates"),
+    "more positives than the sample": (64, 16, 0.05, "distinct"),
+    "fewer identities than ranks": (3, 4, 0.5, "uniform"),
+    "one identity": (1, 4, 1.0, "uniform"),
+    "one center sampled": (300, 4, 1e-9, "first"),
+    "all centers": (203, 8, 1.0, "uniform"),
+    "row maximum across ranks": (203, 8, 0.3, "uniform"),
+}
+
+
+def oracle_case(name, world_size):
+    identities, batch, rate, how = ORACLE_CASES[name]
+    generator = torch.Generator().manual_seed(len(name))
+    total = batch * world_size
+    embeddings = torch.randn(total, 16, generator=generator)
+    centers = torch.randn(identities, 16, generator=generator)
+    labels = {
+        "uniform": torch.randint(0, identities, (total,), generator=generator),
+        "first": torch.randint(0, max(1, identities // 8), (total,), generator=generator),
+        "duplicates": torch.randint(0, 5, (total,), generator=generator) * 20,
+        "distinct": torch.randperm(max(identities, total), generator=generator)[:total]
+        % identities,
+    }[how]
+    scale = 128.0 if name.startswith("row maximum") else 64.0
+    return embeddings, centers, labels, ArcFace(scale=scale, gradient="exact"), rate
+
+
+def oracle_on_rank(rank, world_size):
+    results = {}
+    for name in ORACLE_CASES:
+        embeddings, centers, labels, margin, rate = oracle_case(name, world_size)
+        head = PartialFC(*centers.shape, margin, sample_rate=rate, optimizer=PLAIN)
+        rows = head.sampler(0, labels).rows
+        rows = torch.arange(len(head.owned)) if rows is None else rows
+        results[name] = (
+            *one_step(head, embeddings, labels, centers),
+            (rows + head.owned.start).numpy(),
+        )
+    return results
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_sharded_equals_the_single_process_fp64_oracle(world_size):
+    results = run_on_ranks(world_size, oracle_on_rank)
+    for name in ORACLE_CASES:
+        embeddings, centers, labels, margin, _ = oracle_case(name, world_size)
+        sampled = torch.from_numpy(np.concatenate([r[name][3] for r in results])).sort().values
+        loss, embedding_gradient, center_gradient = reference.gradients_of(
+            embeddings,
+            centers,
+            labels,
+            reference.positive_logit(margin),
+            scale=margin.scale,
+            sampled=sampled,
+        )
+        losses = {result[name][0] for result in results}
+        assert len(losses) == 1, name
+        assert losses.pop() == pytest.approx(loss.item(), rel=1e-5), name
+        for index, expected in ((1, embedding_gradient), (2, center_gradient)):
+            value = torch.from_numpy(np.concatenate([result[name][index] for result in results]))
+            assert (value - expected).norm() <= 2e-5 * expected.norm() + 1e-7, name
+
+
+def train_on_rank(rank, world_size):
+    """Fifty steps of a linear backbone under DistributedDataParallel."""
+    torch.manual_seed(0)
+    backbone = torch.nn.Linear(24, 16)
+    if world_size > 1:
+        backbone = torch.nn.parallel.DistributedDataParallel(backbone)
+    head = PartialFC(2000, 16, ArcFace(scale=16), sample_rate=0.1, optimizer=RowSGD(lr=0.5))
+    optimizer = torch.optim.SGD(backbone.parameters(), lr=0.05, momentum=0.9)
+    losses, sampled = [], []
+    for step in range(50):
+        generator = torch.Generator().manual_seed(step)
+        inputs = torch.randn(24, 24, generator=generator)
+        labels = torch.randint(0, 2000, (24,), generator=generator)
+        mine = slice(rank * 24 // world_size, (rank + 1) * 24 // world_size)
+        sampled.append((head.sampler(step, labels).rows + head.owned.start).numpy())
+        loss = head(backbone(inputs[mine]), labels[mine])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        head.optimizer.step()
+        losses.append(loss.item())
+    return losses, sampled, head.centers.detach().numpy()
+
+
+def test_one_seed_trains_the_same_on_1_2_and_4_ranks():
+    """Same samples at every step; losses equal to 1e-5 after fifty steps; DDP's mean is exact."""
+    (alone,) = run_on_ranks(1, train_on_rank)
+    for world_size in (2, 4):
+        results = run_on_ranks(world_size, train_on_rank)
+        np.testing.assert_allclose(results[0][0], alone[0], rtol=1e-5)
+        for step in range(50):
+            together = np.concatenate([result[1][step] for result in results])
+            assert np.array_equal(together, alone[1][step])
+        centers = np.concatenate([result[2] for result in results])
+        assert np.linalg.norm(centers - alone[2]) < 1e-4 * np.linalg.norm(alone[2])
+
+
+def count_on_rank(rank, world_size):
+    counts: dict[str, int] = {}
+
+    def count(name, original):
+        def counted(*args, **kwargs):
+            counts[name] = counts.get(name, 0) + 1
+            return original(*args, **kwargs)
+
+        return counted
+
+    names = ("all_gather_into_tensor", "all_reduce", "reduce_scatter_tensor", "broadcast")
+    with ExitStack() as stack:
+        for name in names:
+            stack.enter_context(mock.patch.object(dist, name, count(name, getattr(dist, name))))
+        return counted_step(counts)
+
+
+def counted_step(counts):
+    head = PartialFC(100, 8, ArcFace(), sample_rate=0.5)
+    embeddings = torch.randn(4, 8, requires_grad=True)
+    labels = torch.arange(4)
+    head(embeddings, labels).backward()
+    head.optimizer.step()
+    step = dict(counts)
+    counts.clear()
+    with torch.no_grad():
+        head(embeddings, labels)
+    return step, dict(counts)
+
+
+def test_collectives_are_as_many_as_the_docstring_says():
+    step, without_gradient = run_on_ranks(2, count_on_rank)[0]
+    assert step == {"all_gather_into_tensor": 1, "all_reduce": 1, "reduce_scatter_tensor": 1}
+    assert without_gradient == {"all_gather_into_tensor": 1, "all_reduce": 1}
+
+
+def refuse_on_rank(rank, world_size):
+    head = PartialFC(10, 8, ArcFace())
+    labels = torch.tensor([0, 1]) if rank else torch.tensor([2, 10])
+    try:
+        head(torch.randn(2, 8), labels)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_every_rank_refuses_a_foreign_identity_of_one():
+    """If only the rank that has it raised, the others would wait for ever."""
+    messages = run_on_ranks(2, refuse_on_rank)
+    assert messages[0] == messages[1]
+    assert "got 10 at position 1" in messages[0]

@@ -1,0 +1,311 @@
+"""The head on one rank against the fp64 oracle; tests/distributed has the same on several."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from partialfc import ArcFace, CosFace, PartialFC, RowAdamW, RowSGD
+from tests import reference
+
+PLAIN = RowSGD(lr=1.0, momentum=0.0, weight_decay=0.0)
+"""The change of the centers is minus their gradient."""
+
+
+def problem(batch=24, dim=32, identities=200, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    embeddings = torch.randn(batch, dim, generator=generator) * 3
+    labels = torch.randint(0, identities, (batch,), generator=generator)
+    return embeddings, labels
+
+
+def center_gradient(head, embeddings, identities):
+    """Loss, gradient of the embeddings and of the centers, by one plain step."""
+    embeddings = embeddings.clone().requires_grad_()
+    before = head.centers.detach().clone()
+    loss = head(embeddings, identities)
+    loss.backward()
+    head.optimizer.step()
+    return loss.detach(), embeddings.grad, before - head.centers.detach()
+
+
+def sampled_identities(head, identities):
+    rows = head.sampler(head.optimizer.steps, identities).rows
+    return torch.arange(len(head.centers)) if rows is None else rows.sort().values
+
+
+@pytest.mark.parametrize("rate", [1e-9, 0.1, 1.0])
+@pytest.mark.parametrize(
+    "margin",
+    [
+        ArcFace(),
+        ArcFace(gradient="exact"),
+        ArcFace(scale=128),
+        ArcFace(scale=16, inter_class_filter=0.1),
+        ArcFace(scale=100, inter_class_filter=0.1, gradient="exact"),
+        CosFace(scale=30, additive=0.35),
+    ],
+    ids=lambda m: (
+        f"{type(m).__name__}-{m.scale}-{m.inter_class_filter}-{getattr(m, 'gradient', '')}"
+    ),
+)
+def test_loss_and_gradients_equal_the_fp64_oracle(margin, rate):
+    embeddings, labels = problem()
+    head = PartialFC(200, 32, margin, sample_rate=rate, optimizer=PLAIN)
+    torch.nn.init.normal_(head.centers, generator=torch.Generator().manual_seed(1))
+    truth = reference.gradients_of(
+        embeddings,
+        head.centers.detach(),
+        labels,
+        reference.positive_logit(margin),
+        scale=margin.scale,
+        sampled=sampled_identities(head, labels),
+        inter_class_filter=margin.inter_class_filter,
+    )
+    for value, expected in zip(center_gradient(head, embeddings, labels), truth, strict=True):
+        assert reference.relative_error(value, expected) < 1e-5
+
+
+@pytest.mark.parametrize("scale", [16.0, 64.0, 128.0])
+@pytest.mark.parametrize("cosine", [1.0, -1.0])
+def test_extreme_cosines_stay_exact(scale, cosine):
+    """Every embedding on (or opposite to) its own center: no overflow, no loss of digits."""
+    centers = torch.eye(8)
+    labels = torch.arange(8)
+    margin = CosFace(scale=scale, additive=0.2)
+    head = PartialFC(8, 8, margin, optimizer=PLAIN)
+    head.centers.data.copy_(centers)
+    loss, gradient, _ = center_gradient(head, cosine * centers, labels)
+    truth, expected, _ = reference.gradients_of(
+        cosine * centers, centers, labels, reference.positive_logit(margin), scale=scale
+    )
+    assert loss.item() == pytest.approx(truth.item(), rel=1e-5)
+    torch.testing.assert_close(gradient.double(), expected, rtol=1e-4, atol=1e-30)
+
+
+def test_loss_does_not_saturate():
+    """arcface_torch reports at most 69.08 = -log(1e-30) for a sample."""
+    head = PartialFC(2, 2, CosFace(scale=128, additive=0.5))
+    head.centers.data.copy_(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
+    assert head(torch.tensor([[-1.0, 0.0]]), torch.tensor([0])).item() == pytest.approx(
+        320, rel=1e-6
+    )
+
+
+def test_one_identity_has_no_loss_and_no_gradient():
+    for scale in (64, 128):
+        head = PartialFC(1, 4, ArcFace(scale=scale), optimizer=PLAIN)
+        loss, gradient, change = center_gradient(head, torch.randn(3, 4), torch.zeros(3).long())
+        assert loss == 0
+        assert not gradient.any()
+        assert not change.any()
+
+
+def test_only_sampled_rows_and_their_states_change():
+    embeddings, labels = problem()
+    head = PartialFC(200, 32, ArcFace(), sample_rate=0.1)
+    before = head.centers.detach().clone()
+    sampled = sampled_identities(head, labels)
+    loss = head(embeddings.requires_grad_(), labels)
+    loss.backward()
+    head.optimizer.step()
+    changed = (head.centers != before).any(1).nonzero().squeeze(1)
+    assert set(changed.tolist()) == set(sampled.tolist())
+    moved = head.optimizer.state[head.centers]["momentum"].any(1).nonzero().squeeze(1)
+    assert set(moved.tolist()) == set(sampled.tolist())
+
+
+@pytest.mark.parametrize("rule", [RowSGD(lr=0.1), RowAdamW(lr=0.01)], ids=["sgd", "adamw"])
+def test_accumulated_micro_batches_equal_one_batch(rule):
+    """arcface_torch forgets the division; and with a fixed sample the negatives agree too."""
+    embeddings, labels = problem(batch=48)
+    heads = [PartialFC(200, 32, ArcFace(), sample_rate=0.1, optimizer=rule) for _ in range(2)]
+    for _ in range(3):
+        whole = embeddings.clone().requires_grad_()
+        heads[0](whole, labels).backward()
+        parts = embeddings.clone().requires_grad_()
+        heads[1].sample_step(labels)
+        for piece in (slice(0, 16), slice(16, 32), slice(32, 48)):
+            (heads[1](parts[piece], labels[piece]) / 3).backward()
+        torch.testing.assert_close(parts.grad, whole.grad, rtol=1e-4, atol=1e-7)
+        for head in heads:
+            head.optimizer.step()
+        torch.testing.assert_close(heads[1].centers, heads[0].centers, rtol=1e-4, atol=1e-6)
+
+
+def test_micro_batches_with_their_own_samples_add_up():
+    """Without sample_step the rows of the micro-batches differ; each gets its own gradient."""
+    embeddings, labels = problem(batch=32)
+    head = PartialFC(200, 32, ArcFace(), sample_rate=0.05, optimizer=PLAIN)
+    before, total = head.centers.detach().clone(), torch.zeros(200, 32, dtype=torch.float64)
+    for piece in (slice(0, 16), slice(16, 32)):
+        _, _, gradient = reference.gradients_of(
+            embeddings[piece],
+            before,
+            labels[piece],
+            reference.positive_logit(head.margin),
+            scale=64,
+            sampled=sampled_identities(head, labels[piece]),
+        )
+        total += gradient
+        head(embeddings[piece].clone().requires_grad_(), labels[piece]).backward()
+    head.optimizer.step()
+    assert reference.relative_error(before - head.centers.detach(), total) < 1e-5
+
+
+def test_weight_of_the_loss_reaches_the_centers():
+    embeddings, labels = problem()
+    changes = []
+    for weight in (1.0, 0.25):
+        head = PartialFC(200, 32, ArcFace(), optimizer=PLAIN)
+        before = head.centers.detach().clone()
+        (head(embeddings.clone().requires_grad_(), labels) * weight).backward()
+        head.optimizer.step()
+        changes.append(before - head.centers.detach())
+    torch.testing.assert_close(changes[1], changes[0] / 4, rtol=1e-4, atol=1e-8)
+
+
+def test_centers_learn_when_the_embeddings_want_no_gradient():
+    """Training the head on a frozen backbone."""
+    embeddings, labels = problem()
+    head = PartialFC(200, 32, ArcFace())
+    first = head(embeddings, labels)
+    first.backward()
+    head.optimizer.step()
+    assert head(embeddings, labels) < first
+
+
+@pytest.mark.parametrize("poison", ["embedding", "center"])
+def test_non_finite_loss_changes_nothing(poison):
+    embeddings, labels = problem()
+    head = PartialFC(200, 32, ArcFace())
+    head.optimizer.state[head.centers].update(head.optimizer.rule.new_states(head.centers))
+    if poison == "embedding":
+        embeddings[3, 5] = torch.nan
+    else:
+        head.centers.data[7, 0] = torch.inf
+    before = copy.deepcopy((head.centers.data, dict(head.optimizer.state[head.centers])))
+    loss = head(embeddings.requires_grad_(), labels)
+    assert not loss.isfinite()
+    loss.backward()
+    head.optimizer.step()
+    assert torch.equal(head.centers.data.nan_to_num(), before[0].nan_to_num())
+    assert torch.equal(head.optimizer.state[head.centers]["momentum"], before[1]["momentum"])
+
+
+def test_grad_scaler_scale_and_found_inf_are_honoured():
+    """GradScaler hands its scale to an optimizer that declares _step_supports_amp_scaling."""
+    embeddings, labels = problem()
+    changes = []
+    for scaled in (False, True):
+        head = PartialFC(200, 32, ArcFace(), optimizer=PLAIN)
+        weight = torch.nn.Parameter(torch.ones(32))
+        backbone = torch.optim.SGD([weight], lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
+        before = head.centers.detach().clone()
+        scaler.scale(head(embeddings * weight, labels)).backward()
+        scaler.step(backbone)
+        scaler.step(head.optimizer)
+        scaler.update()
+        changes.append(before - head.centers.detach())
+    assert changes[0].any()
+    torch.testing.assert_close(changes[1], changes[0], rtol=1e-4, atol=1e-8)
+    before = head.centers.detach().clone()
+    head(embeddings, labels).backward()
+    head.optimizer.found_inf = torch.tensor(1.0)
+    head.optimizer.step()
+    assert torch.equal(head.centers, before)
+
+
+def test_zero_grad_forgets_the_micro_batches():
+    embeddings, labels = problem()
+    head = PartialFC(200, 32, ArcFace())
+    before = head.centers.detach().clone()
+    head(embeddings, labels).backward()
+    head.optimizer.zero_grad()
+    head.optimizer.step()
+    assert torch.equal(head.centers, before)
+
+
+@pytest.mark.parametrize("rule", [RowSGD(lr=0.1), RowAdamW(lr=0.01)], ids=["sgd", "adamw"])
+def test_state_dicts_resume_bit_for_bit(rule):
+    """And a scheduler of torch's works on the head's optimizer."""
+    embeddings, labels = problem()
+
+    def run(head, scheduler, steps):
+        losses = []
+        for _ in range(steps):
+            loss = head(embeddings.clone().requires_grad_(), labels)
+            loss.backward()
+            head.optimizer.step()
+            scheduler.step()
+            losses.append(loss.item())
+        return losses
+
+    def new():
+        head = PartialFC(200, 32, ArcFace(), sample_rate=0.2, optimizer=rule)
+        return head, torch.optim.lr_scheduler.LinearLR(head.optimizer, 1.0, 0.1, total_iters=8)
+
+    straight, resumed = new(), new()
+    expected = run(*straight, 8)
+    assert run(*resumed, 4) == expected[:4]
+    saved = [copy.deepcopy(part.state_dict()) for part in (*resumed, resumed[0].optimizer)]
+    head, scheduler = new()
+    for part, state in zip((head, scheduler, head.optimizer), saved, strict=True):
+        part.load_state_dict(state)
+    assert run(head, scheduler, 4) == expected[4:]
+    assert torch.equal(head.centers, straight[0].centers)
+
+
+def test_initial_centers_are_a_function_of_seed_and_identity():
+    whole = PartialFC(3000, 8, ArcFace(), seed=5).centers
+    from partialfc.head import initial_centers
+
+    part = initial_centers(range(1000, 2100), 8, seed=5)
+    assert torch.equal(part, whole[1000:2100])
+    assert not torch.equal(PartialFC(3000, 8, ArcFace(), seed=6).centers, whole)
+    assert whole.std().item() == pytest.approx(0.01, rel=0.03)
+    assert not torch.equal(whole[:1024], whole[1024:2048])
+
+
+def test_low_precision_embeddings_get_their_own_dtype_back():
+    embeddings, labels = problem()
+    embeddings = embeddings.bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = PartialFC(200, 32, ArcFace())(embeddings, labels)
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert embeddings.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "identities", "message"),
+    [
+        (torch.randn(4, 31), torch.zeros(4).long(), r"embeddings must be \[batch, 32\]"),
+        (torch.randn(4, 32), torch.zeros(3).long(), r"identities must be int64 \[4\]"),
+        (torch.randn(4, 32), torch.zeros(4), r"identities must be int64 \[4\]"),
+        (torch.randn(2, 32), torch.tensor([0, 200]), r"in \[0, 200\), got 200 at position 1"),
+        (torch.randn(2, 32), torch.tensor([-1, 0]), r"in \[0, 200\), got -1 at position 0"),
+    ],
+)
+def test_wrong_input_is_refused(embeddings, identities, message):
+    with pytest.raises(ValueError, match=message):
+        PartialFC(200, 32, ArcFace())(embeddings, identities)
+
+
+def test_inputs_are_not_changed():
+    embeddings, labels = problem()
+    kept = embeddings.clone(), labels.clone()
+    PartialFC(200, 32, ArcFace(), sample_rate=0.1)(embeddings.requires_grad_(), labels).backward()
+    assert torch.equal(embeddings.detach(), kept[0])
+    assert torch.equal(labels, kept[1])
+
+
+def test_positive_at_zero_angle_gives_finite_exact_gradient():
+    head = PartialFC(4, 4, ArcFace(gradient="exact"), optimizer=PLAIN)
+    head.centers.data.copy_(torch.eye(4))
+    loss, gradient, change = center_gradient(head, torch.eye(4), torch.arange(4))
+    assert math.isfinite(loss)
+    assert gradient.isfinite().all()
+    assert change.isfinite().all()

@@ -1,0 +1,69 @@
+import math
+
+import pytest
+import torch
+
+from partialfc import ArcFace, CosFace
+from tests import reference
+
+COSINES = torch.cat([torch.linspace(-1, 1, 401), torch.tensor([-1.0000001, 1.0000001])])
+
+
+@pytest.mark.parametrize("gradient", ["exact", "straight_through"])
+@pytest.mark.parametrize("angular", [0.0, 0.3, 0.5, 1.5])
+def test_arcface_equals_fp64_autograd(angular, gradient):
+    margin = ArcFace(scale=64, angular=angular, gradient=gradient)
+    inside = COSINES[COSINES.abs() < 0.9999]
+    truth = inside.double().requires_grad_()
+    expected = reference.arcface(truth, scale=64, angular=angular, gradient=gradient)
+    expected.sum().backward()
+    logit, slope = margin.positive(inside)
+    torch.testing.assert_close(logit.double(), expected.detach(), atol=2e-4, rtol=1e-5)
+    torch.testing.assert_close(slope.double(), truth.grad, atol=1e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("gradient", ["exact", "straight_through"])
+def test_arcface_is_monotone_continuous_and_finite_everywhere(gradient):
+    """Past pi - m the plain cos(theta + m) rises again and would pull a hopeless sample away."""
+    margin = ArcFace(scale=64, angular=0.5, gradient=gradient)
+    logit, slope = margin.positive(COSINES.clamp(-1, 1).sort().values)
+    assert (logit.diff() >= -1e-5).all()
+    assert logit.diff().max() < 64 * 0.08  # the curve's own steepest step on this grid
+    assert slope.isfinite().all()
+    assert (slope > 0).all()
+
+
+def test_known_factor_of_the_exact_gradient():
+    """COMPATIBILITY: sin(theta + m) / sin(theta) is 1.3475 at cos 0.7, m 0.5."""
+    _, slope = ArcFace(scale=1, angular=0.5, gradient="exact").positive(torch.tensor([0.7]))
+    assert slope.item() == pytest.approx(1.3475, abs=5e-5)
+
+
+def test_cosface_is_a_shift():
+    logit, slope = CosFace(scale=30, additive=0.35).positive(torch.tensor([-1.0, 0.2, 1.0]))
+    assert logit.tolist() == pytest.approx([-40.5, -4.5, 19.5])
+    assert slope.tolist() == [30, 30, 30]
+
+
+def test_without_a_margin_both_are_the_scaled_cosine():
+    cosine = torch.linspace(-1, 1, 11)
+    for margin in (ArcFace(scale=10, angular=0), CosFace(scale=10, additive=0)):
+        torch.testing.assert_close(margin.positive(cosine)[0], 10 * cosine)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ArcFace(scale=0), r"margin\.scale must be > 0"),
+        (lambda: ArcFace(scale=math.inf), r"margin\.scale"),
+        (lambda: ArcFace(angular=28.6), r"in \[0, pi/2\] radians, got 28\.6 .*write 0\.4992"),
+        (lambda: ArcFace(angular=-0.1), r"margin\.angular"),
+        (lambda: ArcFace(gradient="both"), r"margin\.gradient must be"),
+        (lambda: CosFace(additive=2), r"margin\.additive must be in \[0, 2\)"),
+        (lambda: CosFace(inter_class_filter=1.0), r"margin\.inter_class_filter is a cosine"),
+        (lambda: CosFace(scale=math.nan), r"margin\.scale"),
+    ],
+)
+def test_bad_values_are_refused_by_name(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
