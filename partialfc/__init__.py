@@ -1,7 +1,20 @@
 """Face recognition training on millions of identities: a sharded, sampled margin softmax."""
 
-from partialfc.head import PartialFC
-from partialfc.margins import ArcFace, CosFace, Margin
-from partialfc.row_optimizer import RowAdamW, RowSGD
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from partialfc.head import PartialFC
+    from partialfc.margins import ArcFace, CosFace, Margin
+    from partialfc.row_optimizer import RowAdamW, RowSGD
 
 __all__ = ["ArcFace", "CosFace", "Margin", "PartialFC", "RowAdamW", "RowSGD"]
+
+_HOME = {"PartialFC": "head", "RowAdamW": "row_optimizer", "RowSGD": "row_optimizer"}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name when it is first asked for: settings and packs need no torch."""
+    if name not in __all__:
+        raise AttributeError(f"module 'partialfc' has no attribute {name!r}")
+    return getattr(import_module(f"partialfc.{_HOME.get(name, 'margins')}"), name)

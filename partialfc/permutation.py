@@ -11,12 +11,14 @@ with the same result, on any device, and its inverse costs the same.
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-import torch
 
-Integers = TypeVar("Integers", np.ndarray, torch.Tensor)
+if TYPE_CHECKING:
+    import torch
+
+Integers = TypeVar("Integers", np.ndarray, "torch.Tensor")
 """int64 array or tensor of any shape."""
 
 _LOW_32 = 0xFFFFFFFF
@@ -125,9 +127,8 @@ def _walk(
 
 def _where(mask: Integers) -> tuple[Integers, ...]:
     """Indices of the true elements, one array or tensor for each axis."""
-    if isinstance(mask, torch.Tensor):
-        return mask.nonzero(as_tuple=True)
-    return mask.nonzero()
+    found = mask.nonzero()
+    return found if isinstance(found, tuple) else found.unbind(1)
 
 
 def _at(value: int | Integers, where: tuple[Integers, ...]) -> int | Integers:

@@ -1,0 +1,46 @@
+"""Train: torchrun --nproc-per-node=N launch/train.py CONFIG.toml [key.sub=value ...].
+
+Without torchrun it is one process. ``--help`` prints every setting.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
+
+import os
+
+from partialfc.config import help_text, load
+
+_USAGE = "usage: torchrun --nproc-per-node=N launch/train.py CONFIG.toml [key.sub=value ...]"
+
+
+def main(arguments: list[str]) -> int:
+    """Run; return the exit code: 0, 2 for the configuration, or that of the error's kind."""
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(f"{_USAGE}\n\n{help_text()}")
+        return 0 if arguments else 2
+    try:
+        config = load(arguments[0], arguments[1:])
+        from partialfc.runtime import running
+        from partialfc.train import train
+
+        with running(config) as runtime:
+            train(config, runtime)
+    except Exception as error:
+        code = getattr(error, "exit_code", None)
+        if code is None:
+            raise
+        _say(error)
+        return int(code)
+    return 0
+
+
+def _say(error: Exception) -> None:
+    """Every rank finds the same mistake; the first of each host says it."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(error, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,140 @@
+"""From settings to the objects of a run: backbone, head, their optimizers, the loss scale."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from partialfc.backbones import build_backbone
+from partialfc.config import Config, ConfigError
+from partialfc.head import PartialFC
+from partialfc.margins import ArcFace, CosFace, Margin
+from partialfc.row_optimizer import RowAdamW, RowRule, RowSGD
+from partialfc.runtime import Runtime
+
+_MARGINS: dict[str, type[Margin]] = {"arcface": ArcFace, "cosface": CosFace}
+_ROW_RULES: dict[str, type[RowRule]] = {"sgd": RowSGD, "adamw": RowAdamW}
+_OPTIMIZERS: dict[str, Any] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What is trained, and what trains it.
+
+    Attributes:
+        backbone: The bare module; its parameters are the run's result.
+        replica: The backbone as the ranks share it: its backward averages gradients over ranks.
+        optimizer: Of the backbone.
+        head: With its own optimizer.
+        scaler: Loss scale of fp16; disabled otherwise.
+        autocast: Compute dtype of the backbone, or ``None`` for fp32.
+        channels_last: Memory format of the images.
+    """
+
+    backbone: nn.Module
+    replica: nn.Module
+    optimizer: torch.optim.Optimizer
+    head: PartialFC
+    scaler: torch.amp.GradScaler
+    autocast: torch.dtype | None
+    channels_last: bool
+
+    def embed(self, images: Tensor, module: nn.Module | None = None) -> Tensor:
+        """Return the embeddings [n, D] of images [n, 3, S, S] in the run's precision."""
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        device = images.device.type
+        with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
+            embeddings: Tensor = (module or self.replica)(images)
+        return embeddings
+
+
+def build(config: Config, runtime: Runtime, num_identities: int) -> Model:
+    """Return the model of a run, on its device. Collective: DDP copies rank 0's weights to all.
+
+    Raises:
+        ConfigError: If the backbone does not exist or does not fit the image size.
+    """
+    name = config.backbone.name
+    try:
+        backbone = build_backbone(
+            name,
+            embedding_dim=config.backbone.embedding_dim,
+            image_size=config.data.image_size,
+            checkpoint_activations=config.backbone.checkpoint_activations,
+        )
+    except ValueError as error:
+        raise ConfigError(f"backbone.name = {name!r}: {error}") from error
+    return assemble(config, runtime, backbone, _head(config, runtime, num_identities))
+
+
+def assemble(config: Config, runtime: Runtime, backbone: nn.Module, head: PartialFC) -> Model:
+    """Return the model of any backbone and head, as the settings share and optimize them."""
+    if config.backbone.sync_batch_norm:
+        if runtime.device.type == "cpu" and runtime.ranks.size > 1:
+            raise ConfigError(
+                "backbone.sync_batch_norm = true: torch synchronises BatchNorm on GPUs only. "
+                "Remove it, or train on GPUs."
+            )
+        backbone = nn.SyncBatchNorm.convert_sync_batchnorm(backbone)  # type: ignore[no-untyped-call]
+    if config.backbone.channels_last:
+        backbone = backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    backbone.to(runtime.device).train()
+    if config.backbone.compile:
+        backbone.compile()
+    replica: nn.Module = backbone
+    if runtime.ranks.size > 1:
+        replica = DistributedDataParallel(
+            backbone,
+            device_ids=[runtime.device] if runtime.device.type == "cuda" else None,
+            broadcast_buffers=False,  # they are averaged when they are used: average_buffers
+            gradient_as_bucket_view=True,
+        )
+    return Model(
+        backbone=backbone,
+        replica=replica,
+        optimizer=_optimizer(config, backbone),
+        head=head,
+        scaler=torch.amp.GradScaler(
+            runtime.device.type,
+            init_scale=getattr(config.precision, "initial_loss_scale", 1.0),
+            enabled=config.precision.compute == "fp16",
+        ),
+        autocast=_AUTOCAST[config.precision.compute],
+        channels_last=config.backbone.channels_last,
+    )
+
+
+def _optimizer(config: Config, backbone: nn.Module) -> torch.optim.Optimizer:
+    """Fused: one kernel for all tensors, and it obeys found_inf without a host synchronisation."""
+    settings = config.optimizer.model_dump(exclude={"name", "clip_norm", "accumulation"})
+    parameters = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
+    optimizer: torch.optim.Optimizer = _OPTIMIZERS[config.optimizer.name](
+        parameters, fused=True, **settings
+    )
+    if settings.get("momentum"):
+        # torch leaves the buffer of a skipped first step uninitialised; zero is what it means.
+        for parameter in parameters:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def _head(config: Config, runtime: Runtime, num_identities: int) -> PartialFC:
+    rule = config.head.optimizer.model_dump(exclude={"name", "lr_factor"})
+    margin = config.head.margin.model_dump(exclude={"name"})
+    try:
+        return PartialFC(
+            num_identities,
+            config.backbone.embedding_dim,
+            _MARGINS[config.head.margin.name](**margin),
+            sample_rate=config.head.sample_rate,
+            optimizer=_ROW_RULES[config.head.optimizer.name](**rule),
+            seed=config.run.seed,
+            canonical_shards=config.head.canonical_shards,
+            device=runtime.device,
+        )
+    except ValueError as error:
+        raise ConfigError(f"head: {error}") from error

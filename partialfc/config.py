@@ -1,0 +1,351 @@
+"""Every setting of a run: its type, range, unit, default and meaning.
+
+A settings file is TOML; ``load`` puts command-line overrides on top. The defaults are those of an
+iresnet50 with ArcFace on GPUs; only ``data.train`` has none. Paths are relative to the current
+directory, and ``~`` is expanded.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from partialfc import settings
+from partialfc.config_margins import AnyMargin, ArcFace
+from partialfc.config_optimizers import (
+    AdamWOfBackbone,
+    AdamWOfCenters,
+    Cosine,
+    Linear,
+    Polynomial,
+    SgdOfBackbone,
+    SgdOfCenters,
+)
+from partialfc.settings import Section, Unit, UserPath
+from partialfc.settings_file import ConfigError, load_settings
+
+__all__ = ["Config", "ConfigError", "config_hash", "help_text", "load", "to_toml"]
+
+EverySteps = Annotated[int, Field(ge=0), Unit("steps")]
+
+
+class Run(Section):
+    """The run as a whole."""
+
+    folder: UserPath = Path("runs/default")
+    """Where checkpoints, logs and the resolved settings go. Made if it does not exist."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 2048
+    """Key of every random choice. Any number of ranks with the same seed makes the same choices."""
+
+    epochs: Annotated[float | None, Field(gt=0), Unit("epochs")] = 20.0
+    """Length of the run in passes over the data, fractions allowed. Left out when ``steps`` is
+    set."""
+
+    steps: Annotated[int | None, Field(ge=1), Unit("steps")] = None
+    """Length of the run in optimizer steps, instead of ``epochs``."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train. ``auto`` is a GPU per rank if there are GPUs, otherwise the CPU."""
+
+    threads: Annotated[int | None, Field(ge=1), Unit("threads")] = None
+    """CPU threads per rank for torch's operators. Left out, the host's cores are divided among its
+    ranks."""
+
+    resume: bool = True
+    """Go on from the newest valid checkpoint in ``folder``, if there is one."""
+
+    deterministic: bool = False
+    """Use deterministic kernels only, for a run that repeats bit for bit on the same hardware.
+    Slower."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_replace_epochs(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("steps") is not None:
+            return {"epochs": None, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "Run":
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError(
+                f"epochs = {self.epochs} with run.steps = {self.steps}: only one of the two may "
+                "set the length of the run. Remove one (on the command line: run.epochs= or "
+                "run.steps=)."
+            )
+        return self
+
+
+class Data(Section):
+    """The training images and how they reach the backbone."""
+
+    train: UserPath
+    """The pack to train on: a .rec file with its .idx beside it."""
+
+    loader: Literal["auto", "dali", "torch"] = "auto"
+    """What decodes and augments. ``auto`` is DALI where it is installed, otherwise torch; both
+    make the same batches."""
+
+    global_batch: Annotated[int, Field(ge=1), Unit("images")] = 1024
+    """Images per optimizer step over all ranks. Must divide by ranks x ``optimizer.accumulation``,
+    and decides the result, so keep it when the number of ranks changes."""
+
+    image_size: Annotated[int, Field(ge=32, le=1024), Unit("pixels")] = 112
+    """Side of the square images that the backbone receives."""
+
+    flip: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Probability that an image is mirrored. 0 never, 1 always."""
+
+    shift: Annotated[int, Field(ge=0, le=16), Unit("pixels")] = 0
+    """Largest random shift of an image along each axis; its outermost pixels fill the border. 0
+    turns it off."""
+
+    last_batch: Literal["drop", "pad"] = "drop"
+    """What happens to the images left over after an epoch's last full global batch: ``drop``
+    leaves them out of this epoch, ``pad`` fills the batch with the epoch's first images."""
+
+    threads: Annotated[int, Field(ge=1), Unit("threads")] = 4
+    """Decoding threads per rank."""
+
+    prefetch: Annotated[int, Field(ge=1), Unit("batches")] = 2
+    """Batches prepared ahead on each rank. More of them ride out a slow disk and cost memory."""
+
+
+class Backbone(Section):
+    """The network from image to embedding."""
+
+    name: str = "iresnet50"
+    """Which backbone."""
+
+    embedding_dim: Annotated[int, Field(ge=1, le=4096)] = 512
+    """Length of an embedding and of a class center."""
+
+    channels_last: bool = True
+    """Keep images in NHWC memory, which tensor cores prefer. Changes rounding only."""
+
+    compile: bool = False
+    """Compile the backbone with torch.compile: a slow first step, faster ones after it."""
+
+    checkpoint_activations: bool = False
+    """Recompute activations in backward: less memory, about a third more computation."""
+
+    sync_batch_norm: bool = False
+    """Take BatchNorm statistics over the images of all ranks. Without it they depend on the batch
+    per rank, and so on the number of ranks."""
+
+
+class Precision(Section):
+    """Number formats. Sums, the softmax and all weights are fp32 in every case."""
+
+    compute: str
+    """Autocast format of the backbone: bf16, fp32 or fp16."""
+
+    tf32: bool = False
+    """Let the remaining fp32 matrix products on a GPU run in TF32: faster, 10-bit mantissa."""
+
+
+class Bf16(Precision):
+    """bf16 needs no loss scale. Needs Ampere or newer to be fast."""
+
+    compute: Literal["bf16"] = "bf16"
+    """Autocast format of the backbone."""
+
+
+class Fp32(Precision):
+    """fp32 throughout, without autocast."""
+
+    compute: Literal["fp32"] = "fp32"
+    """Autocast format of the backbone."""
+
+
+class Fp16(Precision):
+    """fp16 with a dynamic loss scale, as arcface_torch trains."""
+
+    compute: Literal["fp16"] = "fp16"
+    """Autocast format of the backbone."""
+
+    initial_loss_scale: Annotated[float, Field(gt=0, le=2.0**32)] = 65536.0
+    """Loss scale of the first step. It halves after an overflow, whose step is skipped, and
+    doubles after a long run without one."""
+
+
+AnyPrecision = Annotated[Bf16 | Fp32 | Fp16, Field(discriminator="compute")]
+
+
+class Head(Section):
+    """The class centers, one per identity, and the softmax over them."""
+
+    sample_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Fraction of the class centers used per step, the batch's own included. 1 uses all."""
+
+    canonical_shards: Annotated[int | None, Field(ge=1)] = None
+    """Units that negatives are sampled from and centers are moved in; at least the largest number
+    of ranks that the run will ever have. Left out, it follows from the number of identities."""
+
+    margin: AnyMargin = Field(default_factory=ArcFace)
+    optimizer: Annotated[SgdOfCenters | AdamWOfCenters, Field(discriminator="name")] = Field(
+        default_factory=SgdOfCenters
+    )
+
+
+class Verification(Section):
+    """Accuracy on held-out sets, measured during the run and at its end."""
+
+    pairs: tuple[UserPath, ...] = Field(default=(), strict=False)
+    """Verification sets: .bin files of image pairs, as LFW, CFP-FP and AgeDB are shipped."""
+
+    identification: tuple[UserPath, ...] = Field(default=(), strict=False)
+    """Identification sets: .rec packs whose first image per identity is the gallery and whose
+    other images are probes."""
+
+    every_steps: EverySteps = 0
+    """Steps between measurements. 0 measures at the end only."""
+
+    flip: bool = True
+    """Add to every embedding that of the mirrored image, as the field does for faces."""
+
+    batch: Annotated[int, Field(ge=1), Unit("images")] = 256
+    """Images per rank in one forward pass. Does not change the result."""
+
+    @model_validator(mode="after")
+    def _has_sets(self) -> "Verification":
+        if self.every_steps and not self.pairs and not self.identification:
+            raise ValueError(
+                f"every_steps = {self.every_steps}: there is no set to measure. List files in "
+                "verification.pairs or verification.identification, or remove every_steps."
+            )
+        return self
+
+
+class Checkpoint(Section):
+    """What is saved, for resuming and for use."""
+
+    every_steps: EverySteps = 2000
+    """Steps between checkpoints. 0 saves at the end only."""
+
+    keep: Annotated[int, Field(ge=1)] = 2
+    """Newest checkpoints kept. One is deleted only after its successor is complete."""
+
+
+class Log(Section):
+    """What is recorded of a run, and where."""
+
+    every_steps: Annotated[int, Field(ge=1), Unit("steps")] = 10
+    """Steps between records of the metrics."""
+
+    tensorboard: bool = True
+    """Write TensorBoard events into the run's folder."""
+
+    progress: bool = True
+    """Show progress on the terminal."""
+
+    prometheus_port: Annotated[int | None, Field(ge=1, le=65535)] = None
+    """Port on which Prometheus can read the metrics. Left out, nothing is served."""
+
+    prometheus_host: str = "127.0.0.1"
+    """Address that the port is opened on. The default is reachable from this machine only;
+    0.0.0.0 is reachable from everywhere, without a password."""
+
+    @model_validator(mode="after")
+    def _host_has_port(self) -> "Log":
+        default = type(self).model_fields["prometheus_host"].default
+        if self.prometheus_port is None and self.prometheus_host != default:
+            raise ValueError(
+                f'prometheus_host = "{self.prometheus_host}": nothing is served without a port. '
+                "Set log.prometheus_port, or remove prometheus_host."
+            )
+        return self
+
+
+class Config(Section):
+    """All settings of a run."""
+
+    run: Run = Field(default_factory=Run)
+    data: Data
+    backbone: Backbone = Field(default_factory=Backbone)
+    precision: AnyPrecision = Field(default_factory=Bf16)
+    head: Head = Field(default_factory=Head)
+    optimizer: Annotated[SgdOfBackbone | AdamWOfBackbone, Field(discriminator="name")] = Field(
+        default_factory=SgdOfBackbone
+    )
+    schedule: Annotated[Linear | Polynomial | Cosine, Field(discriminator="name")] = Field(
+        default_factory=Linear
+    )
+    verification: Verification = Field(default_factory=Verification)
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    log: Log = Field(default_factory=Log)
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> "Config":
+        if self.run.steps is not None and self.schedule.warmup_steps >= self.run.steps:
+            raise ValueError(
+                f"schedule.warmup_steps = {self.schedule.warmup_steps}: must be fewer than "
+                f"run.steps = {self.run.steps}, or the warm-up never ends."
+            )
+        return self
+
+    def check(self, world_size: int) -> None:
+        """Check what depends on the number of ranks.
+
+        Raises:
+            ConfigError: If the global batch or the class centers cannot be divided among them.
+        """
+        problems = []
+        batch, accumulation = self.data.global_batch, self.optimizer.accumulation
+        parts = world_size * accumulation
+        if batch % parts:
+            below = batch // parts * parts
+            nearest = " or ".join(str(n) for n in (below, below + parts) if n)
+            problems.append(
+                f"data.global_batch = {batch}: must divide by ranks x optimizer.accumulation = "
+                f"{world_size} x {accumulation} = {parts}. Nearest: {nearest}."
+            )
+        shards = self.head.canonical_shards
+        if shards is not None and shards < world_size:
+            problems.append(
+                f"head.canonical_shards = {shards}: must be at least the number of ranks, "
+                f"{world_size}. Leave it out, or set the largest number the run will ever have."
+            )
+        if problems:
+            raise ConfigError("\n".join(problems))
+
+
+_CHANGES_NO_RESULT: dict[str, Any] = {
+    "run": {"folder", "threads", "resume"},
+    "data": {"train", "threads", "prefetch"},  # the pack's fingerprint stands for its path
+    "verification": True,
+    "checkpoint": True,
+    "log": True,
+}
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Return the settings of a run from a TOML file and ``key.sub=value`` overrides.
+
+    Raises:
+        ConfigError: With every problem found; see :func:`partialfc.settings_file.load_settings`.
+    """
+    return load_settings(Config, path, overrides)
+
+
+def to_toml(config: Config) -> str:
+    """Return the resolved settings as TOML that loads back equal."""
+    return settings.to_toml(config)
+
+
+def help_text(width: int = 100) -> str:
+    """Return every setting with its default, type, range, unit and meaning, ``width`` wide."""
+    return settings.help_text(Config, width)
+
+
+def config_hash(config: Config) -> str:
+    """Return 16 hex digits that are the same for the same training, wherever and when it runs.
+
+    Settings that change no result are left out: paths, CPU threads, verification, checkpoints, log.
+    """
+    values = config.model_dump(mode="json", exclude=_CHANGES_NO_RESULT)
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

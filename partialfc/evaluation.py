@@ -1,0 +1,161 @@
+"""Embeddings of held-out images on all ranks, and the protocols' numbers from them.
+
+Shape suffixes: N = images of a set, D = embedding.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from partialfc.build import Model
+from partialfc.config import Config, ConfigError
+from partialfc.data.jpeg import check_jpeg, decode
+from partialfc.data.pairs import Image, read_pairs
+from partialfc.data.records import open_pack
+from partialfc.data.torch_loader import normalise, resize
+from partialfc.protocols.identification import Identification, first_of_each, rank_k
+from partialfc.protocols.verification import Verification, verify
+from partialfc.runtime import Runtime
+
+Opened = TypeVar("Opened")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Verified:
+    """The numbers of one verification set, and what its pictures need.
+
+    Attributes:
+        numbers: Of the protocol.
+        cosine: Of every pair.
+        same: The truth of every pair.
+    """
+
+    numbers: Verification
+    cosine: np.ndarray
+    same: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """The numbers of all sets, by the name of their file, in the order of the settings."""
+
+    verified: dict[str, Verified]
+    identified: dict[str, Identification]
+
+    def headline(self) -> dict[str, float]:
+        """The first sets' numbers, as :data:`partialfc.metrics.TABLE` names them."""
+        values = {}
+        for verified in list(self.verified.values())[:1]:
+            values["verification_accuracy"] = verified.numbers.accuracy
+            values["verification_tar"] = verified.numbers.tar_at_far[1e-3]
+        for identified in list(self.identified.values())[:1]:
+            values["identification_rank_1"] = identified.rate[1]
+        return values
+
+
+class Evaluation:
+    """The held-out sets of a run, open, and how a model is measured on them.
+
+    An embedding is the sum of those of an image and, with ``verification.flip``, its mirror image.
+
+    Raises:
+        ConfigError: If a set cannot be opened; the message names it.
+    """
+
+    def __init__(self, config: Config, runtime: Runtime) -> None:
+        self._config, self._runtime = config, runtime
+        sets = config.verification
+        self._pairs = _open("verification.pairs", sets.pairs, read_pairs)
+        self._packs = _open("verification.identification", sets.identification, open_pack)
+
+    def measure(self, model: Model) -> Results:
+        """Measure a model on all sets. Collective: one all-gather for each set."""
+        verified, identified = {}, {}
+        for name, pairs in self._pairs.items():
+            images = pairs.images
+            embeddings_ND = self._embed(model, name, len(images), images.__getitem__)
+            unit_ND = embeddings_ND / np.linalg.norm(embeddings_ND, axis=1, keepdims=True)
+            cosine = (unit_ND[0::2] * unit_ND[1::2]).sum(1)
+            verified[name] = Verified(verify(embeddings_ND, pairs.same), cosine, pairs.same)
+        for name, pack in self._packs.items():
+            identity_N = pack.identities(np.arange(len(pack)))
+            gallery, probes = first_of_each(identity_N)
+            embeddings_ND = self._embed(model, name, len(pack), pack.jpeg)
+            identified[name] = rank_k(
+                embeddings_ND[gallery],
+                identity_N[gallery],
+                embeddings_ND[probes],
+                identity_N[probes],
+            )
+        return Results(verified, identified)
+
+    @torch.inference_mode()
+    def _embed(
+        self, model: Model, name: str, count: int, image: Callable[[int], Image]
+    ) -> np.ndarray:
+        """fp64 [count, D] in order, on every rank; each rank embeds a contiguous share."""
+        ranks, size = self._runtime.ranks, self._config.data.image_size
+
+        def prepare(index: int) -> np.ndarray:
+            try:
+                pixels = _pixels(image(index))
+            except ValueError as error:
+                raise ConfigError(f"{name}: image {index}: {error}") from error
+            if pixels.shape[:2] != (size, size):
+                pixels = resize(pixels, size)
+            normal = np.empty((3, size, size), np.float32)
+            normalise(pixels, normal)
+            return normal
+
+        share = -(-count // ranks.size)
+        # The last rank repeats the last image, so that all ranks gather the same number.
+        mine = [min(ranks.rank * share + i, count - 1) for i in range(share)]
+        parts = []
+        model.backbone.eval()
+        with ThreadPoolExecutor(self._config.data.threads) as pool:
+            for start in range(0, share, self._config.verification.batch):
+                chunk = mine[start : start + self._config.verification.batch]
+                images = torch.from_numpy(np.stack(list(pool.map(prepare, chunk))))
+                images = images.to(self._runtime.device)
+                embeddings_nD = model.embed(images, model.backbone).float()
+                if self._config.verification.flip:
+                    embeddings_nD += model.embed(images.flip(3), model.backbone).float()
+                parts.append(embeddings_nD)
+        model.backbone.train()
+        own_nD = torch.cat(parts)
+        all_ND = own_nD
+        if ranks.size > 1:
+            all_ND = own_nD.new_empty(share * ranks.size, own_nD.shape[1])
+            dist.all_gather_into_tensor(all_ND, own_nD, group=ranks.group)
+        embeddings_ND: np.ndarray = all_ND[:count].double().cpu().numpy()
+        return embeddings_ND
+
+
+def _pixels(image: Image) -> np.ndarray:
+    """RGB uint8 [H, W, 3]."""
+    if isinstance(image, np.ndarray):
+        return image
+    view = np.frombuffer(image, np.uint8)
+    check_jpeg(view)
+    return decode(view)
+
+
+def _open(key: str, paths: tuple[Path, ...], opener: Callable[[Path], Opened]) -> dict[str, Opened]:
+    opened: dict[str, Opened] = {}
+    for path in paths:
+        if path.stem in opened:
+            raise ConfigError(
+                f"{key}: {path}: another set is called {path.stem} too, and results go by the "
+                "name of the file. Rename one."
+            )
+        try:
+            opened[path.stem] = opener(path)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{key}: {path}: {error}") from error
+    return opened

@@ -1,0 +1,286 @@
+"""What a run leaves behind besides checkpoints: records, the picture, the summary."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from partialfc.config import Config
+from partialfc.console import ProgressBar, show_table
+from partialfc.evaluation import Results, Verified
+from partialfc.figures import training_figure
+from partialfc.metrics import JsonLines, Prometheus, Sink, TensorBoard, read_records, write_json
+from partialfc.runtime import NonFiniteError, Runtime, largest, peak_memory
+
+_SKIPS_IN_A_ROW = 20
+"""Steps that fp16 may skip one after the other while it looks for its loss scale."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one optimizer step leaves to be recorded; scalars on the device, not yet read.
+
+    Attributes:
+        loss: Mean loss of the global batch.
+        gradient_norm: Of the backbone, before clipping.
+        skipped: 1.0 where loss or gradient is not finite and nothing was changed, else 0.0.
+    """
+
+    loss: Tensor
+    gradient_norm: Tensor
+    skipped: Tensor
+
+
+class Recorder:
+    """Records every ``log.every_steps`` steps, and decides whether a run is still sound.
+
+    A GPU is synchronised with the host once per record, on every rank.
+
+    Args:
+        config: Where to record, and how often.
+        runtime: This rank; rank 0 writes.
+        step: Steps taken before this process.
+        total_steps: Steps of the run.
+        steps_per_epoch: Steps of one pass over the data.
+    """
+
+    def __init__(
+        self, config: Config, runtime: Runtime, step: int, total_steps: int, steps_per_epoch: int
+    ) -> None:
+        self._config, self._runtime = config, runtime
+        self._total, self._steps_per_epoch = total_steps, steps_per_epoch
+        self._step = self._first = self._recorded = step
+        self._clock, self._waited, self._trained = time.monotonic(), 0.0, 0.0
+        device = runtime.device
+        self._loss, self._skipped = torch.zeros((), device=device), torch.zeros((), device=device)
+        self._in_a_row = torch.zeros((), device=device)
+        self._untrained: Results | None = None
+        self._results: Results | None = None
+        self._sinks: list[Sink] = []
+
+    def __enter__(self) -> "Recorder":
+        if self._runtime.leads:
+            log, folder = self._config.log, self._config.run.folder
+            self._sinks.append(JsonLines(folder / "metrics.jsonl", self._step))
+            if log.tensorboard:
+                self._sinks.append(TensorBoard(folder / "tensorboard"))
+            if log.prometheus_port is not None:
+                self._serve(log.prometheus_port, log.prometheus_host)
+            if log.progress:
+                self._sinks.append(ProgressBar(self._step, self._total))
+        self._clock = time.monotonic()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for sink in self._sinks:
+            sink.close()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time inside as waiting for data."""
+        start = time.monotonic()
+        yield
+        self._waited += time.monotonic() - start
+
+    @contextmanager
+    def pausing(self) -> Iterator[None]:
+        """Leave the time inside out of the throughput."""
+        if self._runtime.device.type == "cuda":
+            torch.cuda.synchronize()  # host sync: what was queued before belongs to training
+        start = time.monotonic()
+        yield
+        self._clock += time.monotonic() - start
+
+    def stepped(self, step: int, done: Step, rate: float) -> None:
+        """Take note of a step, and record it if it is due.
+
+        Raises:
+            NonFiniteError: On every rank, at the record after it happened.
+        """
+        self._step = step
+        self._loss += done.loss
+        self._skipped += done.skipped
+        self._in_a_row = (self._in_a_row + 1) * done.skipped
+        if step % self._config.log.every_steps and step != self._total:
+            return
+        # Host sync: one read of all numbers.
+        loss, norm, skipped, in_a_row, last_loss = torch.stack(
+            [self._loss, done.gradient_norm, self._skipped, self._in_a_row, done.loss]
+        ).tolist()
+        now, count = time.monotonic(), step - self._recorded
+        seconds = now - self._clock
+        self._trained += seconds
+        self._refuse_non_finite(last_loss, skipped, in_a_row)
+        values = {
+            "loss": loss / count,
+            "learning_rate": rate,
+            "gradient_norm": norm,
+            "epoch": step / self._steps_per_epoch,
+            "samples_seen": step * self._config.data.global_batch,
+            "throughput": count * self._config.data.global_batch / seconds,
+            "step_seconds": seconds / count,
+            "data_wait_seconds": self._waited / count,
+            "skipped_steps": skipped,
+            "peak_memory_bytes": peak_memory(self._runtime.device),
+        }
+        self._write(step, {name: value for name, value in values.items() if math.isfinite(value)})
+        self._loss.zero_()
+        self._recorded, self._clock, self._waited = step, time.monotonic(), 0.0
+
+    def validated(self, step: int, results: Results) -> None:
+        """Record the numbers of the held-out sets; those at step 0 are the untrained ones."""
+        if step == 0:
+            self._untrained = results
+        self._results = results
+        headline = {
+            name: value for name, value in results.headline().items() if math.isfinite(value)
+        }
+        if headline:
+            self._write(step, headline)
+
+    def finish(self, seconds: float) -> None:
+        """Write ``summary.json`` and ``training.png`` and show where everything is. Collective."""
+        peak = largest(peak_memory(self._runtime.device), self._runtime.ranks)
+        if not self._runtime.leads:
+            return
+        for sink in self._sinks:
+            sink.close()
+        self._sinks = []
+        folder = self._config.run.folder
+        records = read_records(folder / "metrics.jsonl")
+        summary = self._summary(seconds, peak, records)
+        write_json(folder / "summary.json", summary)
+        first = next(iter(self._results.verified.values()), None) if self._results else None
+        if first:
+            self._draw(first, records)
+        self._show(summary, drawn=first is not None)
+
+    def _serve(self, port: int, host: str) -> None:
+        try:
+            self._sinks.append(Prometheus(port, host))
+        except OSError as error:
+            print(
+                f"log.prometheus_port = {port}: metrics are not served on {host}: {error}. "
+                "Training goes on.",
+                flush=True,
+            )
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        for sink in self._sinks:
+            sink.write(step, values)
+
+    def _refuse_non_finite(self, last_loss: float, skipped: float, in_a_row: float) -> None:
+        overflow = self._config.precision.compute == "fp16" and math.isfinite(last_loss)
+        if not skipped or (overflow and in_a_row < _SKIPS_IN_A_ROW):
+            return
+        raise NonFiniteError(
+            f"the loss or the gradient was not finite in {skipped:.0f} steps up to step "
+            f"{self._step} (last loss {last_loss}). Those steps changed no weights. Go on from the "
+            "last checkpoint with a lower optimizer.lr, a longer schedule.warmup_steps, or "
+            'precision.compute = "fp32".'
+        )
+
+    def _summary(
+        self, seconds: float, peak: int, records: list[dict[str, float]]
+    ) -> dict[str, Any]:
+        steps = self._recorded - self._first
+        losses = [record["loss"] for record in records if "loss" in record]
+        summary: dict[str, Any] = {
+            "seconds": seconds,
+            "images_per_second": steps * self._config.data.global_batch / max(self._trained, 1e-9),
+            "peak_memory_bytes": peak,
+            "world_size": self._runtime.ranks.size,
+            "device": self._runtime.device.type,
+            "steps": self._step,
+            "steps_of_this_process": steps,
+            "samples_seen": self._step * self._config.data.global_batch,
+            "loss": losses[-1] if losses else None,
+            "torch": torch.__version__,
+        }
+        if self._results is None:
+            return summary
+        start = next((record for record in records if record["step"] == 0), {})
+        sets = {
+            name: _finite(asdict(verified.numbers))
+            for name, verified in self._results.verified.items()
+        }
+        if sets:
+            name, numbers = next(iter(sets.items()))
+            summary["verification"] = {
+                "set": name,
+                **numbers,
+                "accuracy_untrained": start.get("verification_accuracy"),
+                "sets": sets,
+            }
+        ranked = {
+            name: _finite(asdict(numbers)) for name, numbers in self._results.identified.items()
+        }
+        if ranked:
+            name, numbers = next(iter(ranked.items()))
+            summary["identification"] = {
+                "set": name,
+                "rank_1": numbers["rate"]["1"],
+                "rank_1_untrained": start.get("identification_rank_1"),
+                "sets": ranked,
+            }
+        return summary
+
+    def _draw(self, first: Verified, records: list[dict[str, float]]) -> None:
+        untrained = next(iter(self._untrained.verified.values())) if self._untrained else None
+        losses = [record for record in records if "loss" in record]
+        accuracies = [record for record in records if "verification_accuracy" in record]
+        training_figure(
+            self._config.run.folder / "training.png",
+            [record["step"] for record in losses],
+            [record["loss"] for record in losses],
+            [record["step"] for record in accuracies],
+            [record["verification_accuracy"] for record in accuracies],
+            first.cosine,
+            first.same,
+            untrained_scores=untrained.cosine if untrained else None,
+        )
+
+    def _show(self, summary: dict[str, Any], *, drawn: bool) -> None:
+        folder = self._config.run.folder
+        rows = {
+            "time": f"{summary['seconds']:.0f} s, {summary['images_per_second']:,.0f} images/s",
+            "ranks": f"{summary['world_size']} on {summary['device']}",
+            "peak memory": f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB per rank",
+        }
+        if "verification" in summary:
+            numbers = summary["verification"]
+            untrained = numbers["accuracy_untrained"]
+            rows["verification"] = f"{numbers['accuracy']:.4f} ten-fold accuracy" + (
+                f" (untrained: {untrained:.4f})" if untrained is not None else ""
+            )
+        if "identification" in summary:
+            rows["identification"] = f"{summary['identification']['rank_1']:.4f} rank-1"
+        rows["checkpoints"] = str(folder / "checkpoints")
+        rows["metrics"] = str(folder / "metrics.jsonl")
+        if self._config.log.tensorboard:
+            rows["TensorBoard"] = f"tensorboard --logdir {folder / 'tensorboard'}"
+        if drawn:
+            rows["picture"] = str(folder / "training.png")
+        rows["summary"] = str(folder / "summary.json")
+        show_table("Done", rows)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and only text for keys: ``None`` and ``str``."""
+    if isinstance(value, dict):
+        return {
+            f"{name:g}" if isinstance(name, float) else str(name): _finite(item)
+            for name, item in value.items()
+        }
+    return None if isinstance(value, float) and not math.isfinite(value) else value

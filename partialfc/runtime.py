@@ -1,0 +1,151 @@
+"""One rank's process: its place among the ranks, its device, threads and seeds."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from partialfc.collectives import Ranks
+from partialfc.config import Config, ConfigError
+from partialfc.permutation import key
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient is not finite; no weights were changed by it."""
+
+    exit_code = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """Where this process runs.
+
+    Attributes:
+        ranks: This rank among all.
+        device: The one device of this rank.
+    """
+
+    ranks: Ranks
+    device: torch.device
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank writes what is written once."""
+        return self.ranks.rank == 0
+
+
+@contextmanager
+def running(config: Config) -> Iterator[Runtime]:
+    """Join the ranks that torchrun started, or be the only one, and leave them at the end.
+
+    Raises:
+        ConfigError: If the settings do not fit this machine or the number of ranks.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    config.check(world_size)
+    device = _device(config.run.device, local_rank, ranks_here)
+    torch.set_num_threads(config.run.threads or max(1, (os.cpu_count() or 1) // ranks_here))
+    torch.manual_seed(key(config.run.seed, "weights"))
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision.tf32
+    if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    elif device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        if device.type == "cuda":
+            dist.init_process_group("nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
+    try:
+        yield Runtime(Ranks.of(), device)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _device(wanted: str, local_rank: int, ranks_here: int) -> torch.device:
+    gpus = torch.cuda.device_count()
+    if wanted == "cuda" and not gpus:
+        raise ConfigError(
+            'run.device = "cuda": torch sees no GPU here. Set run.device = "cpu", or install a '
+            "CUDA build of torch."
+        )
+    if wanted == "cpu" or not gpus:
+        return torch.device("cpu")
+    if ranks_here > gpus:
+        raise ConfigError(
+            f"run.device = {wanted!r}: {ranks_here} ranks on this host for {gpus} GPUs, and each "
+            f'rank needs its own. Start {gpus}, or set run.device = "cpu".'
+        )
+    return torch.device("cuda", local_rank)
+
+
+def average_buffers(module: nn.Module, ranks: Ranks) -> None:
+    """Replace the floating-point buffers of every rank by their mean over ranks.
+
+    BatchNorm's running statistics are moving averages, which are linear: the mean over ranks goes
+    on as if it had been kept from the start. Collective: one all-reduce, none with one rank.
+    """
+    buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+    if ranks.size == 1 or not buffers:
+        return
+    flat = torch.cat([buffer.detach().double().flatten() for buffer in buffers])
+    dist.all_reduce(flat, group=ranks.group)
+    flat /= ranks.size
+    start = 0
+    for buffer in buffers:
+        buffer.copy_(flat[start : start + buffer.numel()].view_as(buffer))
+        start += buffer.numel()
+
+
+def all_agree(fine: bool, ranks: Ranks) -> bool:
+    """Whether every rank is fine. Collective: one all-reduce; a host synchronisation."""
+    if ranks.size == 1:
+        return fine
+    flag = torch.tensor(int(fine), device=_collective_device())
+    dist.all_reduce(flag, dist.ReduceOp.MIN, group=ranks.group)
+    return bool(flag.item())
+
+
+def from_leader(value: int, ranks: Ranks) -> int:
+    """Return rank 0's integer on every rank. Collective: one broadcast; a host synchronisation."""
+    if ranks.size == 1:
+        return value
+    shared: Tensor = torch.tensor(value, dtype=torch.int64, device=_collective_device())
+    dist.broadcast(shared, 0, group=ranks.group)
+    return int(shared.item())
+
+
+def largest(value: int, ranks: Ranks) -> int:
+    """Return the largest integer of all ranks. Collective: one all-reduce."""
+    if ranks.size == 1:
+        return value
+    shared = torch.tensor(value, dtype=torch.int64, device=_collective_device())
+    dist.all_reduce(shared, dist.ReduceOp.MAX, group=ranks.group)
+    return int(shared.item())
+
+
+def _collective_device() -> torch.device:
+    if dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes of this rank: the allocator's on a GPU, the resident set of the process else."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+    import sys
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,200 @@
+"""The training loop, in the order the data flows."""
+
+import math
+import time
+from contextlib import AbstractContextManager, closing, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from partialfc import checkpoint
+from partialfc.build import Model, build
+from partialfc.config import Config, ConfigError, to_toml
+from partialfc.data.augment import Augmentation
+from partialfc.data.loader import open_batches
+from partialfc.data.order import Order
+from partialfc.data.records import Pack, open_pack
+from partialfc.data.stream import Batches, Stream
+from partialfc.evaluation import Evaluation
+from partialfc.recorder import Recorder, Step
+from partialfc.runtime import Runtime, average_buffers
+from partialfc.schedule import learning_rate
+
+
+def train(config: Config, runtime: Runtime) -> None:
+    """Train as the settings say, from the newest checkpoint on if there is one. Collective.
+
+    Raises:
+        ConfigError: If the settings do not fit the data, the sets or the backbone.
+        NonFiniteError: If the loss or the gradient is not finite.
+        CheckpointError: If a checkpoint cannot be written, or is of another run.
+    """
+    started = time.monotonic()
+    pack, order, total_steps = _data(config)
+    evaluation = Evaluation(config, runtime)
+    model = build(config, runtime, pack.num_identities)
+    folder, facts = config.run.folder / "checkpoints", _facts(config, pack)
+    step = 0
+    newest = checkpoint.newest(folder, runtime) if config.run.resume else None
+    if newest:
+        step = checkpoint.load(newest, model, facts, runtime)
+    elif runtime.leads:
+        _refuse_mixing(config)
+
+    if runtime.leads:
+        config.run.folder.mkdir(parents=True, exist_ok=True)
+        (config.run.folder / "config.toml").write_text(to_toml(config))
+    with (
+        Recorder(config, runtime, step, total_steps, order.steps_per_epoch) as recorder,
+        closing(_batches(config, runtime, pack, order, step)) as batches,
+    ):
+        if step == 0:
+            recorder.validated(0, evaluation.measure(model))
+        while step < total_steps:
+            with recorder.waiting():
+                images, identities = next(batches)
+            rate = learning_rate(
+                step,
+                peak=config.optimizer.lr,
+                total_steps=total_steps,
+                **config.schedule.model_dump(),
+            )
+            done = train_step(model, config, images, identities, rate)
+            step += 1
+            recorder.stepped(step, done, rate)
+            if _due(step, config.checkpoint.every_steps, total_steps):
+                with recorder.pausing():
+                    average_buffers(model.backbone, runtime.ranks)
+                    checkpoint.save(
+                        folder, step, model, facts, runtime, keep=config.checkpoint.keep
+                    )
+            if _due(step, config.verification.every_steps, total_steps):
+                with recorder.pausing():
+                    average_buffers(model.backbone, runtime.ranks)
+                    recorder.validated(step, evaluation.measure(model))
+        recorder.finish(seconds=time.monotonic() - started)
+
+
+def train_step(
+    model: Model, config: Config, images: Tensor, identities: Tensor, rate: float
+) -> Step:
+    """Take one optimizer step on this rank's part of the global batch. Collective.
+
+    No host synchronisation on a GPU: where the loss or the gradient is not finite, the device
+    itself leaves all weights as they are, on every rank.
+
+    Args:
+        model: What is trained.
+        config: Accumulation, clipping and the rate of the centers.
+        images: [b, 3, S, S] on the device.
+        identities: int64 [b].
+        rate: Learning rate of the backbone.
+    """
+    head, optimizer, scaler = model.head, model.optimizer, model.scaler
+    parts = config.optimizer.accumulation
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    head.optimizer.param_groups[0]["lr"] = rate * config.head.optimizer.lr_factor
+
+    loss = torch.zeros((), device=images.device)
+    if parts > 1:
+        head.sample_step(identities)
+    pieces = zip(images.chunk(parts), identities.chunk(parts), strict=True)
+    for number, (part, own) in enumerate(pieces, 1):
+        with _gradients_stay_local(model, number < parts):
+            embeddings = model.embed(part)
+            part_loss = head(embeddings, own) / parts
+            scaler.scale(part_loss).backward()
+        loss += part_loss.detach()
+
+    scaler.unscale_(optimizer)
+    parameters = optimizer.param_groups[0]["params"]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.clip_norm or math.inf)
+    skipped = 1.0 - (loss.isfinite() & norm.isfinite()).float()
+    # As GradScaler tells an optimizer, but one verdict for backbone and centers, on all ranks.
+    _tell(optimizer, grad_scale=None, found_inf=skipped)
+    _tell(head.optimizer, grad_scale=scaler.scale(torch.ones_like(loss)), found_inf=skipped)
+    optimizer.step()
+    head.optimizer.step()
+    scaler.update()
+    optimizer.zero_grad()
+    return Step(loss, norm, skipped)
+
+
+def _tell(optimizer: Any, *, grad_scale: Tensor | None, found_inf: Tensor) -> None:
+    """Both of torch's fused optimizers and ours read these two, on the device."""
+    optimizer.grad_scale, optimizer.found_inf = grad_scale, found_inf
+
+
+def _gradients_stay_local(model: Model, stay: bool) -> AbstractContextManager[None]:
+    """DDP averages gradients once a step, in the backward of the last micro-batch."""
+    if stay and isinstance(model.replica, DistributedDataParallel):
+        local: AbstractContextManager[None] = model.replica.no_sync()
+        return local
+    return nullcontext()
+
+
+def _data(config: Config) -> tuple[Pack, Order, int]:
+    """The training pack, its order and the steps of the run."""
+    try:
+        pack = open_pack(config.data.train)
+        data = config.data
+        order = Order(len(pack), data.global_batch, config.run.seed, data.last_batch)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"data.train: {error}") from error
+    steps = config.run.steps
+    if steps is None:
+        assert config.run.epochs is not None
+        steps = max(1, round(config.run.epochs * order.steps_per_epoch))
+    if config.schedule.warmup_steps >= steps:
+        raise ConfigError(
+            f"schedule.warmup_steps = {config.schedule.warmup_steps}: must be fewer than the "
+            f"{steps} steps of the run ({order.steps_per_epoch} steps an epoch)."
+        )
+    return pack, order, steps
+
+
+def _batches(config: Config, runtime: Runtime, pack: Pack, order: Order, step: int) -> Batches:
+    stream = Stream(
+        pack=pack,
+        order=order,
+        augmentation=Augmentation(shift=config.data.shift, flip=config.data.flip),
+        image_size=config.data.image_size,
+        rank=runtime.ranks.rank,
+        world_size=runtime.ranks.size,
+    )
+    try:
+        return open_batches(
+            stream,
+            step * config.data.global_batch,
+            device=runtime.device,
+            loader=config.data.loader,
+            threads=config.data.threads,
+            prefetch=config.data.prefetch,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _facts(config: Config, pack: Pack) -> dict[str, object]:
+    """What must be the same for a run to go on from a checkpoint."""
+    return {
+        "seed": config.run.seed,
+        "pack": pack.fingerprint,
+        "global_batch": config.data.global_batch,
+    }
+
+
+def _refuse_mixing(config: Config) -> None:
+    """A new run never writes into the folder of another."""
+    if any((config.run.folder / "checkpoints").glob("step_*")):
+        raise ConfigError(
+            f"run.folder = {str(config.run.folder)!r}: it holds the checkpoints of another run. "
+            "Choose another folder, or set run.resume = true to go on."
+        )
+
+
+def _due(step: int, every: int, total_steps: int) -> bool:
+    return step == total_steps or (every > 0 and step % every == 0)

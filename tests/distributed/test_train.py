@@ -1,0 +1,156 @@
+"""What several ranks of the trainer must agree on."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from partialfc import checkpoint
+from partialfc.runtime import all_agree, average_buffers, from_leader, largest
+from partialfc.train import train_step
+from tests.models import batch, flat_model, runtime, settings, share, weights
+from tests.ranks import run_on_ranks
+
+pytestmark = pytest.mark.distributed
+
+FACTS = {"seed": 2048, "pack": "abc"}
+
+
+def steps_on_rank(rank, world_size, accumulation=1, poisoned=None):
+    config = settings(optimizer={"name": "sgd", "accumulation": accumulation})
+    model = flat_model(config)
+    losses, before = [], None
+    for step in range(4):
+        images, identities = (share(part, rank, world_size) for part in batch(step, 24))
+        if step == 3 and poisoned is not None:
+            before = weights(model)
+            if rank == poisoned:
+                images[0] = torch.inf
+        done = train_step(model, config, images, identities, 0.05)
+        losses.append(done.loss.item())
+    unchanged = before is not None and all(map(torch.equal, before, weights(model)))
+    return losses, unchanged, model.backbone.project.weight.detach().numpy(), done.skipped.item()
+
+
+@pytest.mark.parametrize(("world_size", "accumulation"), [(2, 1), (2, 3), (3, 2), (4, 1)])
+def test_ranks_and_micro_batches_do_not_change_the_training(world_size, accumulation):
+    alone = steps_on_rank(0, 1)
+    for result in run_on_ranks(world_size, steps_on_rank, accumulation):
+        assert result[0] == pytest.approx(alone[0], rel=1e-5)
+        np.testing.assert_allclose(result[2], alone[2], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("poisoned", [0, 1])
+def test_one_ranks_bad_image_changes_no_ranks_weights(poisoned):
+    for _, unchanged, _, skipped in run_on_ranks(2, steps_on_rank, 1, poisoned):
+        assert unchanged
+        assert skipped == 1
+
+
+def buffers_on_rank(rank, world_size):
+    module = nn.BatchNorm1d(3)
+    module.running_mean.fill_(rank)
+    module.num_batches_tracked.fill_(7)
+    average_buffers(module, runtime().ranks)
+    return module.running_mean.tolist(), module.num_batches_tracked.item()
+
+
+def test_batch_norm_statistics_become_their_mean_over_ranks():
+    assert run_on_ranks(4, buffers_on_rank) == [([1.5, 1.5, 1.5], 7)] * 4
+
+
+def agree_on_rank(rank, world_size):
+    ranks = runtime().ranks
+    return (
+        all_agree(True, ranks),
+        all_agree(rank != 1, ranks),
+        from_leader(10 + rank, ranks),
+        largest(2**40 + rank, ranks),
+    )
+
+
+def test_small_agreements():
+    assert run_on_ranks(3, agree_on_rank) == [(True, False, 10, 2**40 + 2)] * 3
+
+
+def save_on_rank(rank, world_size, folder):
+    config = settings()
+    model = flat_model(config)
+    for step in range(3):
+        images, identities = (share(part, rank, world_size) for part in batch(step, 24))
+        train_step(model, config, images, identities, 0.05)
+    checkpoint.save(folder, 3, model, FACTS, runtime(), keep=2)
+    return global_state(model)
+
+
+def load_on_rank(rank, world_size, folder):
+    model = flat_model(settings())
+    found = checkpoint.newest(folder, runtime())
+    assert checkpoint.load(found, model, FACTS, runtime()) == 3
+    before = global_state(model)
+    losses = []
+    for step in range(3, 6):
+        images, identities = (share(part, rank, world_size) for part in batch(step, 24))
+        losses.append(train_step(model, settings(), images, identities, 0.05).loss.item())
+    return before, losses
+
+
+def global_state(model):
+    """This rank's rows of everything, and what all ranks share."""
+    rows = [model.head.centers, *model.head.optimizer.state[model.head.centers].values()]
+    shared = [*model.backbone.parameters()]
+    shared += [state["momentum_buffer"] for state in model.optimizer.state.values()]
+    return (
+        [row.detach().numpy().copy() for row in rows],
+        [tensor.detach().numpy().copy() for tensor in shared],
+        model.head.optimizer.steps,
+    )
+
+
+def joined(states):
+    return [np.concatenate(parts) for parts in zip(*(state[0] for state in states), strict=True)]
+
+
+@pytest.mark.parametrize(("saved_at", "loaded_at"), [(2, 4), (4, 1), (3, 2), (1, 3), (2, 2)])
+def test_a_checkpoint_moves_between_world_sizes(tmp_path, saved_at, loaded_at):
+    """Centers, momentum, backbone and its optimizer are byte-equal, and the losses go on."""
+    saved = run_on_ranks(saved_at, save_on_rank, tmp_path)
+    loaded = run_on_ranks(loaded_at, load_on_rank, tmp_path)
+    for one, other in zip(joined(saved), joined([state for state, _ in loaded]), strict=True):
+        assert np.array_equal(one, other)
+    for state, losses in loaded:
+        assert all(map(np.array_equal, state[1], saved[0][1]))
+        assert state[2] == 3
+        assert losses == pytest.approx(loaded[0][1])
+    straight = flat_model(settings())
+    expected = [
+        train_step(straight, settings(), *batch(step, 24), 0.05).loss.item() for step in range(6)
+    ]
+    assert loaded[0][1] == pytest.approx(expected[3:], rel=1e-5)
+
+
+def fail_on_rank(rank, world_size, folder):
+    model = flat_model(settings())
+    if rank == 1:
+        checkpoint._write = refuse
+    try:
+        checkpoint.save(folder, 1, model, FACTS, runtime(), keep=1)
+    except checkpoint.CheckpointError as error:
+        return str(error)
+    finally:
+        checkpoint._write = WRITE
+    return ""
+
+
+def refuse(path, tensors):
+    raise OSError(28, "No space left on device")
+
+
+WRITE = checkpoint._write
+
+
+def test_all_ranks_learn_that_one_could_not_write(tmp_path):
+    messages = run_on_ranks(2, fail_on_rank, tmp_path)
+    assert "another rank failed" in messages[0]
+    assert "No space left" in messages[1]
+    assert not list(tmp_path.glob("step_*"))

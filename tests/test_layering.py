@@ -1,0 +1,103 @@
+"""The import floors of the architecture: a module imports its own floor or lower ones only."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+FLOORS = {
+    "settings": 0,
+    "settings_file": 0,
+    "config": 0,
+    "config_margins": 0,
+    "config_optimizers": 0,
+    "schedule": 0,
+    "sharding": 0,
+    "permutation": 0,
+    "metrics": 0,
+    "console": 0,
+    "data": 1,
+    "backbones": 1,
+    "margins": 1,
+    "sampling": 1,
+    "tiles": 1,
+    "row_optimizer": 1,
+    "protocols": 1,
+    "figures": 1,
+    "collectives": 2,
+    "runtime": 2,
+    "head": 3,
+    "build": 4,
+    "checkpoint": 4,
+    "evaluation": 4,
+    "recorder": 5,
+    "train": 5,
+}
+
+MODULES = sorted((ROOT / "partialfc").rglob("*.py"))
+
+
+def floor_of(name: str) -> int:
+    """Floor of ``partialfc.<name>...``; the package itself only hands out public names."""
+    part = name.split(".")[1] if "." in name else ""
+    return FLOORS[part] if part else 0
+
+
+def imports_of(path: Path) -> list[str]:
+    """Modules that a file imports at run time, wherever the statement stands."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            module = node.module or ""
+            names += [f"{module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_a_module_imports_its_own_floor_or_lower(path):
+    name = module_name(path)
+    if name == "partialfc":
+        return
+    floor, imports = floor_of(name), imports_of(path)
+    for imported in imports:
+        if imported.startswith("partialfc."):
+            assert floor_of(imported) <= floor, f"{name} (floor {floor}) imports {imported}"
+        if floor < 2:
+            assert not imported.startswith("torch.distributed"), f"{name} imports {imported}"
+    if name != "partialfc.data.dali":
+        assert not any(i.startswith("nvidia") for i in imports), f"{name} imports DALI"
+    for root in ("launch", "tools", "tests", "pickle", "mxnet"):
+        assert not any(i.split(".")[0] == root for i in imports), f"{name} imports {root}"
+
+
+def test_floor_0_needs_no_torch():
+    """--help and the pack tools start without it."""
+    modules = [f"partialfc.{name}" for name, floor in FLOORS.items() if floor == 0]
+    code = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_modules_are_small():
+    sizes = {module_name(path): len(path.read_text().splitlines()) for path in MODULES}
+    assert not {name: lines for name, lines in sizes.items() if lines > 400}
+
+
+def test_nothing_that_was_written_is_trusted():
+    """No unpickling, no torch.load that could run a program."""
+    for folder in ("partialfc", "launch", "tools"):
+        for path in (ROOT / folder).rglob("*.py"):
+            text = path.read_text()
+            for banned in ("pickle.load", "allow_pickle=True", "torch.load("):
+                assert banned not in text, f"{path}: {banned}"

@@ -1,0 +1,82 @@
+"""One optimizer step of the trainer on one rank."""
+
+import pytest
+import torch
+
+from partialfc.train import train_step
+from tests.models import batch, flat_model, settings, weights
+
+
+def run(config, steps=4, **model):
+    made = flat_model(config, **model)
+    losses = [train_step(made, config, *batch(step, 24), 0.05).loss.item() for step in range(steps)]
+    return losses, weights(made)
+
+
+@pytest.mark.parametrize("parts", [2, 3, 24])
+def test_micro_batches_equal_one_batch(parts):
+    """arcface_torch's accumulation is not divided by the number of micro-batches."""
+    whole, parted = (
+        run(settings(optimizer={"name": "sgd", "accumulation": accumulation, "clip_norm": 1.0}))
+        for accumulation in (1, parts)
+    )
+    assert parted[0] == pytest.approx(whole[0], rel=1e-5)
+    for one, other in zip(parted[1], whole[1], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_gradient_is_clipped_to_the_setting():
+    moved = {}
+    for clip in (0.0, 1e-3):
+        config = settings(optimizer={"name": "sgd", "clip_norm": clip, "weight_decay": 0.0})
+        model = flat_model(config)
+        before = model.backbone.project.weight.detach().clone()
+        done = train_step(model, config, *batch(0, 24), 0.05)
+        moved[clip] = (model.backbone.project.weight - before).norm() / 0.05
+        assert done.gradient_norm > 1e-2, "the recorded norm is that before clipping"
+    assert moved[0.0] > 1e-2
+    assert moved[1e-3] <= 1.001e-3
+
+
+def test_rate_of_the_centers_is_a_multiple_of_the_backbones():
+    config = settings(head={"optimizer": {"name": "sgd", "lr_factor": 3.0}})
+    model = flat_model(config)
+    train_step(model, config, *batch(0, 24), 0.05)
+    assert model.optimizer.param_groups[0]["lr"] == 0.05
+    assert model.head.optimizer.param_groups[0]["lr"] == pytest.approx(0.15)
+
+
+def test_fp16_skips_together_lowers_the_scale_and_then_learns():
+    """Backbone and centers skip the same steps; the first one leaves no garbage in the momentum."""
+    config = settings(precision={"compute": "fp16", "initial_loss_scale": 2.0**30})
+    model = flat_model(config)
+    before = weights(model)
+    assert train_step(model, config, *batch(0, 24), 0.05).skipped == 1
+    changed = [not torch.equal(a, b) for a, b in zip(before, weights(model), strict=False)]
+    assert not any(changed)
+    skips = [train_step(model, config, *batch(0, 24), 0.05) for _ in range(40)]
+    assert model.scaler.get_scale() < 2.0**30
+    assert skips[-1].skipped == 0
+    assert skips[-1].loss < skips[0].loss
+
+
+@pytest.mark.parametrize(
+    "precision", [{"compute": "fp16", "initial_loss_scale": 256.0}, {"compute": "bf16"}]
+)
+def test_mixed_precision_follows_fp32(precision):
+    exact, _ = run(settings(), steps=10)
+    mixed, _ = run(settings(precision=precision), steps=10)
+    assert mixed == pytest.approx(exact, rel=0.02)
+
+
+@pytest.mark.parametrize("compute", ["fp32", "fp16"])
+def test_non_finite_image_changes_nothing(compute):
+    config = settings(precision={"compute": compute})
+    model = flat_model(config)
+    train_step(model, config, *batch(0, 24), 0.05)
+    before = weights(model)
+    images, identities = batch(1, 24)
+    images[5, 0, 0, 0] = torch.nan
+    assert train_step(model, config, images, identities, 0.05).skipped == 1
+    assert all(map(torch.equal, before, weights(model)))
+    assert train_step(model, config, *batch(2, 24), 0.05).skipped == 0

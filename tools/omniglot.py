@@ -1,0 +1,112 @@
+"""Turn the Omniglot background set into a pack and held-out sets.
+
+Omniglot (Lake et al., Science 2015) is real handwriting: 964 characters, 20 drawings of each. A
+character in each of its four rotations is an identity, so there are 3,856. The last characters are
+held out, and no identity of theirs is trained on:
+
+    train.rec, train.idx        the training pack
+    heldout.rec, heldout.idx    the held-out identities; the first drawing of each is the gallery
+    heldout_pairs.bin           verification pairs of the held-out identities
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: it has an inspect.py
+
+import argparse
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import Image
+from rich.progress import track
+
+from partialfc.data.pairs import write_pairs
+from partialfc.data.record_writer import write_insightface_pack
+from partialfc.data.synthetic import encode
+from partialfc.permutation import key, uniform
+
+_SEED = 2048
+_ROTATIONS = 4
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write the packs; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("npz", type=Path, help="omniglot_background.npz")
+    parser.add_argument("folder", type=Path, help="where the packs go")
+    parser.add_argument("--size", type=int, default=64, help="side of an image in pixels (64)")
+    parser.add_argument("--held-out", type=int, default=164, help="characters held out (164)")
+    parser.add_argument("--characters", type=int, help="use the first characters only, for tests")
+    parser.add_argument("--pairs", type=int, default=6000, help="verification pairs (6000)")
+    options = parser.parse_args(arguments)
+    try:
+        with np.load(options.npz, allow_pickle=False) as file:
+            drawings = file["images"]
+    except (OSError, ValueError, KeyError) as error:
+        parser.error(f"{options.npz}: not the Omniglot archive with an array 'images': {error}")
+    drawings = drawings[: options.characters]
+    if not 0 < options.held_out < len(drawings):
+        parser.error(
+            f"--held-out must be in [1, {len(drawings) - 1}], one less than the characters, "
+            f"got {options.held_out}."
+        )
+    if options.pairs < 20 or options.pairs % 20:
+        parser.error(f"--pairs must be a multiple of 20, got {options.pairs}: ten balanced folds.")
+
+    options.folder.mkdir(parents=True, exist_ok=True)
+    trained = len(drawings) - options.held_out
+    for name, part in (("train", drawings[:trained]), ("heldout", drawings[trained:])):
+        identities = len(part) * _ROTATIONS
+        samples = track(
+            _samples(part, options.size),
+            f"{name}.rec: {identities} identities",
+            total=identities * part.shape[1],
+        )
+        write_insightface_pack(options.folder / f"{name}.rec", samples, identities)
+    images, same = _pairs(drawings[trained:], options.pairs, options.size)
+    write_pairs(options.folder / "heldout_pairs.bin", images, same)
+    print(f"{options.folder}: train.rec, heldout.rec and heldout_pairs.bin ({len(same)} pairs)")
+    return 0
+
+
+def _samples(characters: np.ndarray, size: int) -> Iterator[tuple[int, bytes]]:
+    """(identity, JPEG) of every drawing, identity by identity."""
+    for identity in range(len(characters) * _ROTATIONS):
+        for jpeg in _jpegs(characters, [(identity, n) for n in range(characters.shape[1])], size):
+            yield identity, jpeg
+
+
+def _jpegs(characters: np.ndarray, chosen: list[tuple[int, int]], size: int) -> list[bytes]:
+    """Grey drawings as RGB, black ink on white, scaled down with a filter against aliasing."""
+    pixels = np.empty((len(chosen), size, size, 3), np.uint8)
+    for row, (identity, drawing) in enumerate(chosen):
+        character, rotation = divmod(identity, _ROTATIONS)
+        ink = np.rot90(characters[character, drawing], rotation)
+        image = Image.fromarray(ink.astype(np.uint8) * 255)
+        pixels[row] = np.asarray(image.resize((size, size), Image.Resampling.BOX))[..., None]
+    return encode(pixels)
+
+
+def _pairs(characters: np.ndarray, count: int, size: int) -> tuple[list[bytes], list[bool]]:
+    """Random pairs in blocks of ``count / 20``, same and different by turns: ten balanced folds."""
+    identities, drawings = len(characters) * _ROTATIONS, characters.shape[1]
+    same = (np.arange(count) // (count // 20)) % 2 == 0
+
+    def number(purpose: str, limit: int) -> np.ndarray:
+        values = uniform(np.arange(count), key(_SEED, purpose)) * limit
+        return values.astype(np.int64)
+
+    first, first_drawing = number("identity", identities), number("drawing", drawings)
+    # An offset that is never 0 makes two drawings, or two identities, differ.
+    other = np.where(same, first, (first + 1 + number("other", identities - 1)) % identities)
+    second_drawing = (first_drawing + 1 + number("second", drawings - 1)) % drawings
+    other_drawing = np.where(same, second_drawing, number("free", drawings))
+    chosen = np.stack(
+        [np.stack([first, first_drawing], 1), np.stack([other, other_drawing], 1)], 1
+    ).reshape(-1, 2)
+    return _jpegs(characters, [tuple(row) for row in chosen.tolist()], size), same.tolist()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
