@@ -1,6 +1,7 @@
 """From settings to the objects of a run: backbone, head, their optimizers, the loss scale."""
 
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -18,6 +19,13 @@ _MARGINS: dict[str, type[Margin]] = {"arcface": ArcFace, "cosface": CosFace}
 _ROW_RULES: dict[str, type[RowRule]] = {"sgd": RowSGD, "adamw": RowAdamW}
 _OPTIMIZERS: dict[str, Any] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
+
+# They are averaged when they are used: runtime.average_buffers. torch 2.13 renamed the option.
+_BUFFERS_STAY_LOCAL: dict[str, Any] = {
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in signature(DistributedDataParallel).parameters
+    else "broadcast_buffers": False
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +98,8 @@ def assemble(config: Config, runtime: Runtime, backbone: nn.Module, head: Partia
         replica = DistributedDataParallel(
             backbone,
             device_ids=[runtime.device] if runtime.device.type == "cuda" else None,
-            broadcast_buffers=False,  # they are averaged when they are used: average_buffers
             gradient_as_bucket_view=True,
+            **_BUFFERS_STAY_LOCAL,
         )
     return Model(
         backbone=backbone,

@@ -9,6 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# torch 2.13 gave them new names and warns at the old ones.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
@@ -46,19 +50,21 @@ def gather_batch(
     payload = torch.cat(
         [embeddings_bD.view(torch.int32), identities_b.unsqueeze(1).view(torch.int32)], dim=1
     )
-    gathered = payload.new_empty(ranks.size * len(payload), payload.shape[1])
-    dist.all_gather_into_tensor(gathered, payload, group=ranks.group)
+    gathered = gather_rows(payload, ranks)
     embeddings_BD = gathered[:, :-2].contiguous().view(torch.float32)
     return embeddings_BD, gathered[:, -2:].contiguous().view(torch.int64).squeeze(1)
 
 
-def gather_identities(identities_b: Tensor, ranks: Ranks) -> Tensor:
-    """Gather the identities [B] of all ranks: one all-gather."""
+def gather_rows(rows: Tensor, ranks: Ranks) -> Tensor:
+    """Return the rows [n, ...] of all ranks, rank by rank, the same number of each: one all-gather.
+
+    Any dtype that the backend moves: nothing is computed.
+    """
     if ranks.size == 1:
-        return identities_b
-    identities_B = identities_b.new_empty(ranks.size * len(identities_b))
-    dist.all_gather_into_tensor(identities_B, identities_b.contiguous(), group=ranks.group)
-    return identities_B
+        return rows
+    gathered = rows.new_empty(ranks.size * len(rows), *rows.shape[1:])
+    _all_gather(gathered, rows.contiguous(), group=ranks.group)
+    return gathered
 
 
 def sum_over_ranks(value: Tensor, ranks: Ranks) -> Tensor:
@@ -80,5 +86,5 @@ def sum_to_owner(gradient_BD: Tensor, ranks: Ranks) -> Tensor:
     if ranks.size == 1:
         return gradient_BD
     owned_bD = gradient_BD.new_empty(len(gradient_BD) // ranks.size, gradient_BD.shape[1])
-    dist.reduce_scatter_tensor(owned_bD, gradient_BD, group=ranks.group)
+    _reduce_scatter(owned_bD, gradient_BD, group=ranks.group)
     return owned_bD

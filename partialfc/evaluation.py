@@ -11,9 +11,9 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from partialfc.build import Model
+from partialfc.collectives import gather_rows
 from partialfc.config import Config, ConfigError
 from partialfc.data.jpeg import check_jpeg, decode
 from partialfc.data.pairs import Image, read_pairs
@@ -128,13 +128,8 @@ class Evaluation:
                     embeddings_nD += model.embed(images.flip(3), model.backbone).float()
                 parts.append(embeddings_nD)
         model.backbone.train()
-        own_nD = torch.cat(parts)
-        all_ND = own_nD
-        if ranks.size > 1:
-            all_ND = own_nD.new_empty(share * ranks.size, own_nD.shape[1])
-            dist.all_gather_into_tensor(all_ND, own_nD, group=ranks.group)
-        embeddings_ND: np.ndarray = all_ND[:count].double().cpu().numpy()
-        return embeddings_ND
+        embeddings_ND: np.ndarray = gather_rows(torch.cat(parts), ranks).double().cpu().numpy()
+        return embeddings_ND[:count]
 
 
 def _pixels(image: Image) -> np.ndarray:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from partialfc.collectives import (
     Ranks,
     gather_batch,
-    gather_identities,
+    gather_rows,
     max_over_ranks,
     sum_over_ranks,
     sum_to_owner,
@@ -111,7 +111,7 @@ class PartialFC(nn.Module):
         Args:
             identities: int64 [any], this rank's, the same number on every rank.
         """
-        identities_B = gather_identities(identities, self.ranks)
+        identities_B = gather_rows(identities, self.ranks)
         self._refuse_foreign(identities_B)
         step = self.optimizer.steps
         self._step_sample = _StepSample(step, identities_B, self.sampler(step, identities_B).rows)

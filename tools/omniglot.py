@@ -21,9 +21,9 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
+from partialfc.data.jpeg import encode
 from partialfc.data.pairs import write_pairs
 from partialfc.data.record_writer import write_insightface_pack
-from partialfc.data.synthetic import encode
 from partialfc.permutation import key, uniform
 
 _SEED = 2048
@@ -79,13 +79,14 @@ def _samples(characters: np.ndarray, size: int) -> Iterator[tuple[int, bytes]]:
 
 def _jpegs(characters: np.ndarray, chosen: list[tuple[int, int]], size: int) -> list[bytes]:
     """Grey drawings as RGB, black ink on white, scaled down with a filter against aliasing."""
-    pixels = np.empty((len(chosen), size, size, 3), np.uint8)
-    for row, (identity, drawing) in enumerate(chosen):
+    jpegs = []
+    for identity, drawing in chosen:
         character, rotation = divmod(identity, _ROTATIONS)
         ink = np.rot90(characters[character, drawing], rotation)
         image = Image.fromarray(ink.astype(np.uint8) * 255)
-        pixels[row] = np.asarray(image.resize((size, size), Image.Resampling.BOX))[..., None]
-    return encode(pixels)
+        grey = np.asarray(image.resize((size, size), Image.Resampling.BOX))
+        jpegs.append(encode(np.repeat(grey[..., None], 3, axis=2)))
+    return jpegs
 
 
 def _pairs(characters: np.ndarray, count: int, size: int) -> tuple[list[bytes], list[bool]]:

@@ -1,0 +1,177 @@
+"""launch/train.py as a user starts it: real processes, real kill -9."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+from tools import omniglot
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def packs(tmp_path_factory):
+    """Real handwriting: 40 identities to train on, 24 held out."""
+    folder = tmp_path_factory.mktemp("packs")
+    archive = ROOT / "tests" / "data" / "omniglot" / "omniglot_background.npz"
+    size = ["--characters", "16", "--held-out", "6", "--pairs", "200", "--size", "32"]
+    assert omniglot.main([str(archive), str(folder), *size]) == 0
+    return folder
+
+
+def command(packs, folder, *overrides, ranks=None):
+    start = [sys.executable]
+    if ranks:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return [
+        *start,
+        "launch/train.py",
+        "configs/omniglot.toml",
+        f"data.train={packs / 'train.rec'}",
+        f"verification.pairs=['{packs / 'heldout_pairs.bin'}']",
+        f"verification.identification=['{packs / 'heldout.rec'}']",
+        f"run.folder={folder}",
+        "run.epochs=",
+        "schedule.warmup_steps=2",
+        "data.global_batch=48",
+        "backbone.name=convnet_s",
+        "log.every_steps=1",
+        *overrides,
+    ]
+
+
+def run(*arguments, **keywords):
+    return subprocess.run(
+        command(*arguments, **keywords),
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def losses(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return {record["step"]: record["loss"] for record in records if "loss" in record}
+
+
+@pytest.mark.parametrize("ranks", [None, 2, 3, 4])
+def test_a_run_leaves_all_that_it_promises(packs, tmp_path, ranks):
+    done = run(packs, tmp_path, "run.steps=5", "verification.every_steps=3", ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["world_size"] == (ranks or 1)
+    assert summary["steps"] == 5
+    assert summary["samples_seen"] == 5 * 48
+    assert 0.5 <= summary["verification"]["accuracy"] <= 1
+    assert 0.4 <= summary["verification"]["accuracy_untrained"] <= 1
+    assert summary["identification"]["sets"]["heldout"]["num_gallery"] == 24
+    for positive in ("seconds", "images_per_second", "peak_memory_bytes"):
+        assert summary[positive] > 0
+    assert sorted(losses(tmp_path)) == [1, 2, 3, 4, 5]
+    with Image.open(tmp_path / "training.png") as picture:
+        assert np.asarray(picture.convert("L")).std() > 5, "the picture is not blank"
+    assert list((tmp_path / "tensorboard").glob("events*"))
+    again = subprocess.run(
+        [sys.executable, "launch/train.py", str(tmp_path / "config.toml"), "run.steps=5"],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert again.returncode == 0, again.stderr
+
+
+def final_tensors(folder, step):
+    tensors = {}
+    for path in sorted((folder / "checkpoints" / f"step_{step:08d}").glob("*.safetensors")):
+        for name, value in load_file(path).items():
+            tensors[f"{path.name}:{name}"] = value
+    return tensors
+
+
+@pytest.mark.parametrize("loader", ["dali", "torch"])
+def test_kill_9_and_the_same_command_continue_bit_for_bit(packs, tmp_path, loader):
+    """Every loss after the resume, the backbone, the centers and all optimizer states are equal."""
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali")
+    common = ("run.steps=40", "checkpoint.every_steps=4", f"data.loader={loader}")
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    done = run(packs, straight, *common, ranks=2)
+    assert done.returncode == 0, done.stderr
+
+    process = subprocess.Popen(
+        command(packs, killed, *common, ranks=2),
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not list((killed / "checkpoints").glob("step_*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert max(losses(killed), default=0) < 40, "it was killed before its end"
+    resumed = run(packs, killed, *common, ranks=2)
+    assert resumed.returncode == 0, resumed.stderr
+    assert losses(killed) == losses(straight)
+    expected, found = final_tensors(straight, 40), final_tensors(killed, 40)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert np.array_equal(value, found[name]), name
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("head.sample_rat=0.1", "head.sample_rate"),
+        ("data.train=missing.rec", "missing.rec"),
+        ("backbone.name=iresnet51", "iresnet50"),
+        ("data.global_batch=100000", "data.global_batch"),
+        ("verification.pairs=['missing.bin']", "verification.pairs"),
+        ("head.canonical_shards=0", "head.canonical_shards"),
+        ("data.image_size=50", "image_size"),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_code_2(packs, tmp_path, override, message):
+    done = run(packs, tmp_path, "run.steps=3", override)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 2
+
+
+def test_another_runs_checkpoint_is_refused_by_name(packs, tmp_path):
+    assert run(packs, tmp_path, "run.steps=3").returncode == 0
+    done = run(packs, tmp_path, "run.steps=4", "run.seed=7")
+    assert done.returncode == 4
+    assert "seed = 2048, this run has 7" in done.stderr
+    done = run(packs, tmp_path, "run.steps=4", "run.resume=false")
+    assert done.returncode == 2
+    assert "run.folder" in done.stderr
+
+
+def test_help_shows_every_setting():
+    done = subprocess.run(
+        [sys.executable, "launch/train.py", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    for key in ("run.folder", "head.sample_rate", "head.margin.angular", "schedule.power"):
+        assert key in done.stdout
