@@ -1,0 +1,58 @@
+"""Backbones: networks from aligned images to embeddings, by name."""
+
+import difflib
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
+
+from torch import nn
+
+from partialfc.backbones import convnet, iresnet, vit
+from partialfc.backbones.mobilefacenet import MobileFaceNet
+
+BACKBONES: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
+    {
+        **{name: partial(iresnet.IResNet, depths) for name, depths in iresnet.DEPTHS.items()},
+        "mobilefacenet": MobileFaceNet,
+        **{name: partial(vit.VisionTransformer, recipe) for name, recipe in vit.RECIPES.items()},
+        **{name: partial(convnet.ConvNet, widths) for name, widths in convnet.WIDTHS.items()},
+    }
+)
+"""Name -> constructor, with the keywords of :func:`build_backbone`."""
+
+
+def build_backbone(
+    name: str,
+    *,
+    embedding_dim: int = 512,
+    image_size: int = 112,
+    checkpoint_activations: bool = False,
+) -> nn.Module:
+    """Return a freshly initialised backbone: images [b, 3, S, S] to embeddings [b, D].
+
+    Images are float, RGB, in [-1, 1]; embeddings are not normalised and have the dtype of the
+    weights, under autocast too. torch's default generator decides the initial weights.
+
+    Args:
+        name: A key of ``BACKBONES``.
+        embedding_dim: D, >= 1.
+        image_size: S in pixels: a multiple of 16, for a ViT any size >= 24.
+        checkpoint_activations: Recompute the blocks' activations in backward: less memory, the
+            same result.
+
+    Raises:
+        ValueError: If the name is unknown or a size is outside its range.
+    """
+    if name not in BACKBONES:
+        nearest = difflib.get_close_matches(name, BACKBONES, n=1, cutoff=0)[0]
+        raise ValueError(
+            f"backbone.name = {name!r} is unknown; did you mean {nearest!r}? "
+            f"The backbones are: {', '.join(BACKBONES)}."
+        )
+    if embedding_dim < 1:
+        raise ValueError(f"backbone.embedding_dim must be >= 1, got {embedding_dim}.")
+    return BACKBONES[name](
+        embedding_dim=embedding_dim,
+        image_size=image_size,
+        checkpoint_activations=checkpoint_activations,
+    )

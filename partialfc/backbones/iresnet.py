@@ -1,0 +1,104 @@
+"""Improved residual networks as arcface_torch trains them, so that its state_dicts load strictly.
+
+A block is BatchNorm, conv, BatchNorm, PReLU, conv, BatchNorm plus the input (ArcFace, section 3.2,
+https://arxiv.org/abs/1801.07698). The stem keeps the image's resolution and each of the four
+layers halves it, in the second conv of its first block.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from partialfc.backbones.parts import grid_of_stride_16, run_block, run_in_weight_dtype
+
+DEPTHS = {
+    "iresnet18": (2, 2, 2, 2),
+    "iresnet34": (3, 4, 6, 3),
+    "iresnet50": (3, 4, 14, 3),
+    "iresnet100": (3, 13, 30, 3),
+    "iresnet200": (6, 26, 60, 6),
+}
+"""Blocks in each of the four layers."""
+
+
+class IResNet(nn.Module):
+    """Images [b, 3, S, S] in [-1, 1] to embeddings [b, D].
+
+    Under autocast the blocks run in its dtype, ``fc`` and ``features`` in fp32. arcface_torch's
+    dropout before ``fc``, 0 in its recipes, is left out; it has no entry in a state_dict.
+
+    Args:
+        depths: Blocks in each of the four layers.
+        embedding_dim: D, >= 1.
+        image_size: S in pixels, a multiple of 16.
+        checkpoint_activations: Recompute the blocks' activations in backward.
+
+    Raises:
+        ValueError: If ``image_size`` is not a multiple of 16.
+    """
+
+    def __init__(
+        self,
+        depths: tuple[int, int, int, int],
+        *,
+        embedding_dim: int = 512,
+        image_size: int = 112,
+        checkpoint_activations: bool = False,
+    ) -> None:
+        super().__init__()
+        self.checkpoint_activations = checkpoint_activations
+        grid = grid_of_stride_16(image_size)
+        self.conv1 = _conv(3, 64, 3)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.prelu = nn.PReLU(64)
+        self.layer1 = _layer(64, 64, depths[0])
+        self.layer2 = _layer(64, 128, depths[1])
+        self.layer3 = _layer(128, 256, depths[2])
+        self.layer4 = _layer(256, 512, depths[3])
+        self.bn2 = nn.BatchNorm2d(512)
+        self.fc = nn.Linear(512 * grid * grid, embedding_dim)
+        self.features = nn.BatchNorm1d(embedding_dim)
+        # Frozen at 1: the head's cosine sees every dimension with the same variance.
+        self.features.weight.requires_grad_(False)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return embeddings [b, D] of images [b, 3, S, S], in the dtype of the weights."""
+        x = self.prelu(self.bn1(self.conv1(x)))
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            for block in layer:
+                x = run_block(block, x, recompute=self.checkpoint_activations)
+        x = torch.flatten(self.bn2(x), 1)
+        return run_in_weight_dtype(x, self.fc, self.features)
+
+
+class _Block(nn.Module):
+    def __init__(self, inputs: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.conv1 = _conv(inputs, channels, 3)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.prelu = nn.PReLU(channels)
+        self.conv2 = _conv(channels, channels, 3, stride)
+        self.bn3 = nn.BatchNorm2d(channels)
+        self.downsample = (
+            nn.Identity()
+            if stride == 1
+            else nn.Sequential(_conv(inputs, channels, 1, stride), nn.BatchNorm2d(channels))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = self.prelu(self.bn2(self.conv1(self.bn1(x))))
+        residual = self.bn3(self.conv2(residual))
+        y: Tensor = residual + self.downsample(x)
+        return y
+
+
+def _layer(inputs: int, channels: int, depth: int) -> nn.Sequential:
+    first = _Block(inputs, channels, stride=2)
+    return nn.Sequential(first, *(_Block(channels, channels, stride=1) for _ in range(depth - 1)))
+
+
+def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)

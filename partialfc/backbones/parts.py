@@ -1,0 +1,77 @@
+"""What the backbones share: the image size rule, recomputed blocks and the precision of the end."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm  # the base of BatchNorm1d, 2d and SyncBatchNorm
+from torch.utils.checkpoint import checkpoint
+
+
+def grid_of_stride_16(image_size: int) -> int:
+    """Return the side of the last feature map of a network that halves images four times.
+
+    Raises:
+        ValueError: If ``image_size`` is not a positive multiple of 16.
+    """
+    if image_size < 16 or image_size % 16:
+        below = max(16, image_size // 16 * 16)
+        raise ValueError(
+            f"image_size = {image_size}: this backbone halves the image four times, so it needs a "
+            f"multiple of 16; use {below} or {below + 16}."
+        )
+    return image_size // 16
+
+
+def run_block(block: nn.Module, x: Tensor, *, recompute: bool) -> Tensor:
+    """Return ``block(x)``.
+
+    With ``recompute``, backward computes the activations inside the block again instead of keeping
+    them: the same numbers and random draws, and BatchNorm counts the batch once.
+    """
+    if not (recompute and torch.is_grad_enabled()):
+        y: Tensor = block(x)
+    elif torch.compiler.is_compiling():  # the compiler keeps updates of buffers out of backward
+        y = checkpoint(block, x, use_reentrant=False)
+    else:
+        contexts = nullcontext(), _FrozenStatistics(block)  # of forward and of recomputation
+        y = checkpoint(block, x, use_reentrant=False, context_fn=lambda: contexts)
+    return y
+
+
+def run_in_weight_dtype(x: Tensor, *layers: nn.Module) -> Tensor:
+    """Apply ``layers`` to ``x`` outside autocast, in the dtype of their weights: fp32 in training.
+
+    arcface_torch does so with the layers that make the embedding.
+    """
+    autocast_off: AbstractContextManager[None] = (
+        nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+    )
+    with autocast_off:
+        x = x.to(next(layers[0].parameters()).dtype)
+        for layer in layers:
+            x = layer(x)
+        return x
+
+
+class _FrozenStatistics:
+    """Context in which BatchNorm normalises by the batch but does not count it.
+
+    It is entered in every backward through the block. The layers keep their buffers, because a
+    recomputed layer must save as many tensors as the first time.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        self._norms = [
+            (norm, norm.momentum, norm.num_batches_tracked)
+            for norm in block.modules()
+            if isinstance(norm, _BatchNorm) and norm.num_batches_tracked is not None
+        ]
+
+    def __enter__(self) -> None:
+        for norm, _, batches in self._norms:
+            norm.momentum, norm.num_batches_tracked = 0.0, batches.clone()
+
+    def __exit__(self, *_: object) -> None:
+        for norm, momentum, batches in self._norms:
+            norm.momentum, norm.num_batches_tracked = momentum, batches

@@ -1,0 +1,51 @@
+"""Opens the stream of batches with the loader that a run asks for."""
+
+from typing import Literal
+
+import torch
+
+from partialfc.data.stream import Batches, Stream
+from partialfc.data.torch_loader import torch_batches
+
+
+def open_batches(
+    stream: Stream,
+    samples_seen: int,
+    *,
+    device: torch.device,
+    loader: Literal["auto", "dali", "torch"] = "auto",
+    threads: int = 4,
+    prefetch: int = 2,
+) -> Batches:
+    """Return the batches of ``stream`` that follow ``samples_seen`` images of all ranks.
+
+    Both loaders yield the same images in the same order with the same changes. Pixels are equal up
+    to float rounding; of an image that is resized, or decoded on a GPU, up to a level or so of 255.
+
+    Args:
+        stream: What to decode.
+        samples_seen: Images that all ranks together have seen; a run resumes from it.
+        device: Where the batches go.
+        loader: ``"auto"`` is DALI where it is installed, otherwise torch.
+        threads: Threads that decode, >= 1.
+        prefetch: Batches that are prepared ahead, >= 1.
+
+    Raises:
+        ValueError: If a number is outside its range or DALI is asked for where it is not installed;
+            from the batches, if an image cannot be decoded: the message names it.
+    """
+    for name, value in (("threads", threads), ("prefetch", prefetch)):
+        if value < 1:
+            raise ValueError(f"data.{name} must be >= 1, got {value}.")
+    stream.order.epoch(samples_seen)  # refuses a negative number now, not at the first batch
+    batches = torch_batches
+    if loader != "torch":
+        try:
+            from partialfc.data.dali import dali_batches as batches
+        except ImportError as error:
+            if loader == "dali":
+                raise ValueError(
+                    f'data.loader = "dali" needs NVIDIA DALI, which cannot be imported here '
+                    f'({error}): install nvidia-dali-cuda130, or set data.loader = "torch".'
+                ) from error
+    return batches(stream, samples_seen, device=device, threads=threads, prefetch=prefetch)

@@ -1,0 +1,46 @@
+"""DALI's GPU decoder against ours on the CPU: one stream, but for the decoder's rounding."""
+
+import contextlib
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+from partialfc.data.augment import Augmentation
+from partialfc.data.loader import open_batches
+from partialfc.data.order import Order
+from partialfc.data.records import open_pack
+from partialfc.data.stream import Stream
+
+pytest.importorskip("nvidia.dali")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+GOLDEN = Path(__file__).parents[1] / "data" / "records" / "insightface.rec"
+
+
+@pytest.mark.parametrize("image_size", [112, 64])
+def test_batches_on_the_gpu_are_those_of_the_cpu(image_size):
+    """While later batches are made and the GPU is busy, so a buffer used twice would be seen."""
+    pack = open_pack(GOLDEN)
+    stream = Stream(
+        pack=pack,
+        order=Order(len(pack), 12, seed=5),
+        augmentation=Augmentation(shift=3),
+        image_size=image_size,
+    )
+    device, cpu = torch.device("cuda", 0), torch.device("cpu")
+    with (
+        contextlib.closing(open_batches(stream, 0, device=device, loader="dali")) as batches,
+        contextlib.closing(open_batches(stream, 0, device=cpu, loader="torch")) as expected,
+    ):
+        ours = list(itertools.islice(batches, 20))
+        for (images, identities), (cpu_images, cpu_identities) in zip(ours, expected, strict=False):
+            assert images.device == identities.device == device
+            assert torch.equal(identities.cpu(), cpu_identities)
+            levels = (images.cpu() - cpu_images).abs() * 127.5
+            assert levels.mean() < 1
+            assert levels.max() < 12

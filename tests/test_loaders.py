@@ -1,0 +1,304 @@
+"""Both loaders yield one stream: the same images, in the same order, changed in the same way."""
+
+import contextlib
+import importlib.util
+import io
+import itertools
+import re
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from partialfc.data.augment import Augmentation, draw
+from partialfc.data.jpeg import decode
+from partialfc.data.loader import open_batches
+from partialfc.data.order import Order
+from partialfc.data.record_writer import PackWriter
+from partialfc.data.records import open_pack
+from partialfc.data.stream import Stream
+from partialfc.data.torch_loader import torch_batches
+
+CPU = torch.device("cpu")
+GOLDEN = Path(__file__).parent / "data" / "records" / "insightface.rec"
+LOADERS = ["torch"]
+if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"):
+    LOADERS.append("dali")
+
+
+def golden_stream(image_size=112, *, batch=12, last_batch="drop", shift=3, rank=0, world_size=1):
+    pack = open_pack(GOLDEN)
+    return Stream(
+        pack=pack,
+        order=Order(len(pack), batch, seed=5, last_batch=last_batch),
+        augmentation=Augmentation(shift=shift),
+        image_size=image_size,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def take(number, stream, samples_seen=0, *, loader="torch"):
+    """The next batches of a stream, images in levels of 0...255."""
+    batches = open_batches(stream, samples_seen, device=CPU, loader=loader, threads=1)
+    with contextlib.closing(batches):
+        return [
+            (images.numpy() * 127.5 + 127.5, identities.numpy())
+            for images, identities in itertools.islice(batches, number)
+        ]
+
+
+def written(folder: Path, jpegs: list[bytes]) -> Path:
+    path = folder / "images.rec"
+    with PackWriter(path) as writer:
+        for key, data in enumerate(jpegs):
+            writer.write(key, key % 3, data)
+    return path
+
+
+def encoded(pixels: np.ndarray, **options) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=95, **options)
+    return file.getvalue()
+
+
+def lopsided(height: int, width: int, seed: int) -> np.ndarray:
+    """An image that no flip, turn, shift or exchange of channels leaves as it is."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (height // 8, width // 8, 3), np.uint8)
+    pixels = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+    return np.clip(pixels + rng.normal(0, 4, pixels.shape), 0, 255).astype(np.uint8)
+
+
+def triangle(length: int, size: int) -> np.ndarray:
+    """fp64 weights [size, length] of a bilinear filter, widened by the scale where it shrinks."""
+    center = (np.arange(size)[:, None] + 0.5) * length / size - 0.5
+    weight = np.clip(1 - np.abs(np.arange(length) - center) / max(length / size, 1), 0, None)
+    return weight / weight.sum(1, keepdims=True)
+
+
+def expected_images(stream: Stream, samples_seen: int) -> np.ndarray:
+    """fp64 levels [B, 3, S, S] of one batch, pixel by pixel from the definitions."""
+    ids = stream.order.sample_ids(samples_seen, stream.rank, stream.world_size)
+    epoch = stream.order.epoch(samples_seen)
+    draws = draw(stream.augmentation, stream.order.seed, epoch, ids)
+    size, images = stream.image_size, []
+    for sample_id, shift_x, shift_y, flip in zip(ids, *draws, strict=True):
+        pixels = decode(stream.pack.jpeg_view(int(sample_id))).astype(float)
+        rows, columns = triangle(pixels.shape[0], size), triangle(pixels.shape[1], size)
+        image = rows @ pixels.transpose(2, 0, 1) @ columns.T
+        margin = stream.augmentation.shift
+        padded = np.pad(image, ((0, 0), (margin, margin), (margin, margin)), mode="edge")
+        top, left = margin - shift_y, margin - shift_x
+        image = padded[:, top : top + size, left : left + size]
+        images.append(image[:, :, ::-1] if flip else image)
+    return np.stack(images)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("last_batch", ["drop", "pad"])
+def test_batches_are_the_images_of_the_order(loader, last_batch):
+    """Over two epochs: no image is moved, mirrored or normalised otherwise than it should be."""
+    stream = golden_stream(batch=14, last_batch=last_batch)
+    for step, (images, identities) in enumerate(take(9, stream, loader=loader)):
+        ids = stream.order.sample_ids(14 * step)
+        assert identities.tolist() == [stream.pack.identity(int(i)) for i in ids]
+        np.testing.assert_allclose(images, expected_images(stream, 14 * step), atol=1e-4)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize(("flip", "column"), [(0.0, 48), (1.0, 111 - 48)])
+def test_a_shift_to_the_right_and_down_moves_a_spot_there(tmp_path, loader, flip, column):
+    """Against one look at one spot, should the definitions above be wrong together."""
+    pixels = np.zeros((112, 112, 3), np.uint8)
+    pixels[16:32, 40:56] = 255  # its middle is row 24, column 48
+    path = written(tmp_path, [encoded(pixels)] * 40)
+    stream = Stream(
+        pack=open_pack(path),
+        order=Order(40, 40, seed=5),
+        augmentation=Augmentation(shift=8, flip=flip),
+        image_size=112,
+    )
+    draws = draw(stream.augmentation, 5, 0, stream.order.sample_ids(0))
+    assert min(draws.shift_x_B.min(), draws.shift_y_B.min()) < -5
+    [(images, _)] = take(1, stream, loader=loader)
+    weight = (images > 128).mean(1)
+    direction = -1 if flip else 1
+    middle_row = (weight * np.arange(112)[:, None]).sum((1, 2)) / weight.sum((1, 2)) + 0.5
+    middle_column = (weight * np.arange(112)).sum((1, 2)) / weight.sum((1, 2)) + 0.5
+    np.testing.assert_allclose(middle_row, 24 + draws.shift_y_B, atol=0.1)
+    np.testing.assert_allclose(
+        middle_column, column + bool(flip) + direction * draws.shift_x_B, atol=0.1
+    )
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("image_size", [64, 112])
+def test_images_of_any_size_and_kind_are_resized_without_aliasing(tmp_path, loader, image_size):
+    """Against a filter in fp64: ours within the rounding, half a level; DALI within 2."""
+    jpegs = [
+        encoded(lopsided(height, width, seed), progressive=seed % 2 == 1)
+        for seed, (height, width) in enumerate([(112, 112), (64, 64), (96, 128), (250, 200)])
+    ]
+    jpegs.append(encoded(lopsided(112, 112, 9)[:, :, 0]))
+    exif = Image.Exif()
+    exif[274] = 6  # turned by 90 degrees: the pixels are taken as they are stored
+    jpegs.append(encoded(lopsided(112, 112, 10), exif=exif))
+    stream = Stream(
+        pack=open_pack(written(tmp_path, jpegs)),
+        order=Order(6, 6, seed=5),
+        augmentation=Augmentation(shift=2),
+        image_size=image_size,
+    )
+    [(images, _)] = take(1, stream, loader=loader)
+    error = np.abs(images - expected_images(stream, 0))
+    assert error.max() < (0.51 if loader == "torch" else 2)
+    assert error.mean() < 0.26
+
+
+@pytest.mark.skipif("dali" not in LOADERS, reason="DALI is not installed here")
+@pytest.mark.parametrize(("image_size", "largest", "mean"), [(112, 1e-4, 1e-5), (64, 1.001, 0.01)])
+def test_dali_and_torch_yield_the_same_pixels(image_size, largest, mean):
+    """In levels of 255: float rounding at the stored size; one level here and there if resized."""
+    stream = golden_stream(image_size)
+    for (ours, identities), (dalis, their_identities) in zip(
+        take(6, stream), take(6, stream, loader="dali"), strict=True
+    ):
+        assert ours.dtype == dalis.dtype == np.float32
+        np.testing.assert_array_equal(identities, their_identities)
+        assert np.abs(ours - dalis).max() < largest
+        assert np.abs(ours - dalis).mean() < mean
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_any_number_of_ranks_sees_the_same_global_batches(loader, world_size):
+    whole = take(6, golden_stream(), loader=loader)
+    ranks = [
+        take(6, golden_stream(rank=rank, world_size=world_size), loader=loader)
+        for rank in range(world_size)
+    ]
+    for step, (images, identities) in enumerate(whole):
+        np.testing.assert_array_equal(np.concatenate([r[step][0] for r in ranks]), images)
+        np.testing.assert_array_equal(np.concatenate([r[step][1] for r in ranks]), identities)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("step", [1, 4, 5, 7])
+def test_a_stream_opened_anywhere_has_the_same_tail(loader, step):
+    whole = take(9, golden_stream(), loader=loader)
+    for (images, identities), (ours, our_identities) in zip(
+        whole[step:], take(9 - step, golden_stream(), 12 * step, loader=loader), strict=True
+    ):
+        np.testing.assert_array_equal(images, ours)
+        np.testing.assert_array_equal(identities, our_identities)
+
+
+@pytest.mark.parametrize(("threads", "prefetch"), [(0, 1), (1, 1), (4, 3)])
+def test_threads_do_not_change_the_order(threads, prefetch):
+    stream = golden_stream(64)
+    batches = torch_batches(stream, 0, device=CPU, threads=threads, prefetch=prefetch)
+    with contextlib.closing(batches):
+        for images, identities in take(12, stream):
+            ours, our_identities = next(batches)
+            np.testing.assert_array_equal(ours.numpy() * 127.5 + 127.5, images)
+            np.testing.assert_array_equal(our_identities, identities)
+
+
+def damage(data: bytes, kind: str) -> bytes:
+    size = data.index(b"\xff\xc0") + 5
+    table = data.index(b"\xff\xc4") + 5
+    return {
+        "truncated": data[: len(data) // 2],
+        "bomb": data[:size] + b"\xff\xdc\xff\xdc" + data[size + 4 :],
+        "table": data[:table] + b"\xff" * 16 + data[table + 16 :],  # only a decoder sees this
+        "png": b"\x89PNG\r\n\x1a\n" + data,
+    }[kind]
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("kind", ["truncated", "bomb", "table", "png"])
+def test_a_bad_image_is_named_and_nothing_hangs(tmp_path, loader, kind, capfd):
+    jpegs = [encoded(lopsided(32, 32, seed)) for seed in range(8)]
+    jpegs[6] = damage(jpegs[6], kind)
+    path = written(tmp_path, jpegs)
+    offset = int((tmp_path / "images.idx").read_text().split()[13])
+    order = Order(8, 2, seed=5)
+    stream = Stream(pack=open_pack(path), order=order, augmentation=Augmentation(), image_size=32)
+    before = threading.active_count()
+    with pytest.raises(ValueError, match=re.escape(f"{path}: image 6 at offset {offset}: ")):
+        take(4, stream, loader=loader)
+    assert threading.active_count() == before
+    capfd.readouterr()  # DALI's own report
+
+
+def threads() -> int:
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+def children() -> list[str]:
+    tasks = Path("/proc/self/task").glob("*/children")
+    return [pid for task in tasks for pid in task.read_text().split()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_closing_leaves_no_thread_and_no_process(loader, number):
+    take(1, golden_stream(64), loader=loader)  # DALI keeps a thread or two for the whole process
+    before = threads()
+    for _ in range(3):
+        take(number, golden_stream(64), loader=loader)
+    deadline = time.monotonic() + 10
+    while threads() > before and time.monotonic() < deadline:
+        time.sleep(0.01)  # a joined thread may still be on its way out
+    assert threads() <= before
+    assert children() == []
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_batch_stays_as_it_is(loader):
+    """Through later batches and the end of the loader, although its memory may be the loader's."""
+    batches = open_batches(golden_stream(), 0, device=CPU, loader=loader, threads=1)
+    first, identities = next(batches)
+    copies = first.clone(), identities.clone()
+    for _ in range(6):
+        next(batches)
+    batches.close()
+    assert torch.equal(first, copies[0])
+    assert torch.equal(identities, copies[1])
+
+
+def test_without_dali_auto_is_torch_and_dali_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "partialfc.data.dali", None)
+    [(images, _)] = take(1, golden_stream(), loader="auto")
+    np.testing.assert_array_equal(images, take(1, golden_stream())[0][0])
+    with pytest.raises(ValueError, match=r'data.loader = "dali" needs NVIDIA DALI.*"torch"'):
+        take(1, golden_stream(), loader="dali")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"threads": 0}, "data.threads must be >= 1, got 0"),
+        ({"prefetch": 0}, "data.prefetch must be >= 1, got 0"),
+        ({"samples_seen": -1}, "samples_seen must be >= 0, got -1"),
+    ],
+)
+def test_impossible_settings_are_refused_before_the_first_batch(setting, message):
+    with pytest.raises(ValueError, match=message):
+        open_batches(golden_stream(), **{"samples_seen": 0, "device": CPU} | setting)
+
+
+def test_a_stream_checks_its_order_against_the_pack_and_the_ranks():
+    pack = open_pack(GOLDEN)
+    some = {"pack": pack, "augmentation": Augmentation(), "image_size": 112}
+    with pytest.raises(ValueError, match="order is of 59 images, must be of the 60"):
+        Stream(order=Order(59, 12, seed=5), **some)
+    with pytest.raises(ValueError, match=r"data.global_batch must be a multiple of the 5 ranks"):
+        Stream(order=Order(60, 12, seed=5), world_size=5, **some)
