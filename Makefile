@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test omniglot lint clean
+.PHONY: demo test test-gpu omniglot lint clean
 
 demo: .venv/installed
 	$(BIN)/python tools/demo.py
 
 test: .venv/installed lint
 	$(BIN)/python -m pytest $(TESTS)
+
+test-gpu: .venv/installed
+	$(BIN)/python -m pytest tests/gpu
 
 omniglot: .venv/installed
 	$(BIN)/python tools/omniglot.py tests/data/omniglot/omniglot_background.npz packs/omniglot

@@ -18,6 +18,7 @@ from partialfc.data.order import Order
 from partialfc.data.records import Pack, open_pack
 from partialfc.data.stream import Batches, Stream
 from partialfc.evaluation import Evaluation
+from partialfc.permutation import key
 from partialfc.recorder import Recorder, Step
 from partialfc.runtime import Runtime, average_buffers
 from partialfc.schedule import learning_rate
@@ -82,8 +83,8 @@ def train_step(
 ) -> Step:
     """Take one optimizer step on this rank's part of the global batch. Collective.
 
-    No host synchronisation on a GPU: where the loss or the gradient is not finite, the device
-    itself leaves all weights as they are, on every rank.
+    The host waits for a GPU in the sampler only (``sample_rate`` < 1). Where the loss or the
+    gradient is not finite, the device itself leaves all weights as they are, on every rank.
 
     Args:
         model: What is trained.
@@ -98,6 +99,8 @@ def train_step(
         group["lr"] = rate
     head.optimizer.param_groups[0]["lr"] = rate * config.head.optimizer.lr_factor
 
+    # Dropout and drop path are functions of seed, step and rank too, so that a resume repeats them.
+    torch.manual_seed(key(config.run.seed, "dropout", head.optimizer.steps, head.ranks.rank))
     loss = torch.zeros((), device=images.device)
     if parts > 1:
         head.sample_step(identities)

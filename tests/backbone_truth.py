@@ -115,9 +115,17 @@ def convnet_truth(x: Tensor, w: Weights, training: bool) -> Tensor:
     return norm(x.flatten(1) @ w["fc.weight"].T, w, "features", training)
 
 
+def pooled_truth(x: Tensor, w: Weights, training: bool) -> Tensor:
+    for stage in (f"stages.{i}" for i in range(4)):
+        x = norm(conv(x, w[f"{stage}.0.weight"], stride=1), w, f"{stage}.1", training).clamp(min=0)
+        x = x.unflatten(3, (-1, 2)).amax(4).unflatten(2, (-1, 2)).amax(3)
+    return norm(x.flatten(1) @ w["fc.weight"].T, w, "features", training)
+
+
 TRUTH = {
     "iresnet": iresnet_truth,
     "mobilefacenet": mobilefacenet_truth,
     "vit": vit_truth,
     "convnet": convnet_truth,
+    "pooled": pooled_truth,
 }

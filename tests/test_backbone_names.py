@@ -19,7 +19,7 @@ IRESNET_DEPTHS = {
     "iresnet200": [6, 26, 60, 6],
 }
 VIT_SIZES = {"vit_t": (256, 12), "vit_s": (512, 12), "vit_b": (512, 24), "vit_l": (768, 24)}
-CONVNET_WIDTHS = {"convnet_s": [16, 32, 64, 128], "convnet_m": [32, 64, 128, 256]}
+CONVNET_WIDTHS = {"convnet_s": [16, 32, 64, 128], "convnet_m": [32, 64, 128, 128]}
 PARAMETERS = {  # at 512 dimensions and 112 pixels
     "iresnet18": 24_025_600,
     "iresnet34": 34_139_328,
@@ -32,7 +32,7 @@ PARAMETERS = {  # at 512 dimensions and 112 pixels
     "vit_b": 113_833_472,
     "vit_l": 255_684_352,
     "convnet_s": 3_309_968,
-    "convnet_m": 6_812_448,
+    "convnet_m": 3_453_472,
 }
 
 

@@ -10,19 +10,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from partialfc.backbones import BACKBONES, build_backbone
-from partialfc.backbones.convnet import ConvNet
+from partialfc.backbones import BACKBONES, build_backbone, convnet
 from partialfc.backbones.iresnet import IResNet
 from partialfc.backbones.mobilefacenet import MobileFaceNet
 from partialfc.backbones.vit import Recipe, VisionTransformer, _Block
 from tests.backbone_truth import TRUTH
 
 SMALL_VIT = Recipe(width=64, depth=2, masked=0.1, drop_path=0.3)
+STRIDED = convnet.Recipe((4, 8, 16, 32), pooled=False)
 SMALL: dict[str, Callable[..., nn.Module]] = {
     "iresnet": lambda **settings: IResNet((1, 2, 1, 1), **settings),
     "mobilefacenet": MobileFaceNet,
     "vit": lambda **settings: VisionTransformer(SMALL_VIT, **settings),
-    "convnet": lambda **settings: ConvNet((4, 8, 16, 32), **settings),
+    "convnet": lambda **settings: convnet.ConvNet(STRIDED, **settings),
+    "pooled": lambda **settings: convnet.ConvNet(STRIDED._replace(pooled=True), **settings),
 }
 
 

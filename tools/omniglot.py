@@ -4,9 +4,10 @@ Omniglot (Lake et al., Science 2015) is real handwriting: 964 characters, 20 dra
 character in each of its four rotations is an identity, so there are 3,856. The last characters are
 held out, and no identity of theirs is trained on:
 
-    train.rec, train.idx        the training pack
-    heldout.rec, heldout.idx    the held-out identities; the first drawing of each is the gallery
-    heldout_pairs.bin           verification pairs of the held-out identities
+    train.rec            the training pack
+    heldout.rec          the held-out characters, upright; the first drawing of each is the gallery
+    heldout_rotated.rec  all held-out identities: harder, for a rotated O is an O
+    heldout_pairs.bin    verification pairs of all held-out identities
 """
 
 import sys
@@ -56,37 +57,37 @@ def main(arguments: list[str] | None = None) -> int:
 
     options.folder.mkdir(parents=True, exist_ok=True)
     trained = len(drawings) - options.held_out
-    for name, part in (("train", drawings[:trained]), ("heldout", drawings[trained:])):
-        identities = len(part) * _ROTATIONS
+    for name, part, rotations in (
+        ("train", drawings[:trained], _ROTATIONS),
+        ("heldout", drawings[trained:], 1),
+        ("heldout_rotated", drawings[trained:], _ROTATIONS),
+    ):
+        identities = len(part) * rotations
         samples = track(
-            _samples(part, options.size),
+            _samples(part, rotations, options.size),
             f"{name}.rec: {identities} identities",
             total=identities * part.shape[1],
         )
         write_insightface_pack(options.folder / f"{name}.rec", samples, identities)
     images, same = _pairs(drawings[trained:], options.pairs, options.size)
     write_pairs(options.folder / "heldout_pairs.bin", images, same)
-    print(f"{options.folder}: train.rec, heldout.rec and heldout_pairs.bin ({len(same)} pairs)")
+    print(f"{options.folder}: train.rec, heldout.rec, heldout_rotated.rec, heldout_pairs.bin")
     return 0
 
 
-def _samples(characters: np.ndarray, size: int) -> Iterator[tuple[int, bytes]]:
+def _samples(characters: np.ndarray, rotations: int, size: int) -> Iterator[tuple[int, bytes]]:
     """(identity, JPEG) of every drawing, identity by identity."""
-    for identity in range(len(characters) * _ROTATIONS):
-        for jpeg in _jpegs(characters, [(identity, n) for n in range(characters.shape[1])], size):
-            yield identity, jpeg
+    for identity in range(len(characters) * rotations):
+        character, rotation = divmod(identity, rotations)
+        for drawing in characters[character]:
+            yield identity, _jpeg(drawing, rotation, size)
 
 
-def _jpegs(characters: np.ndarray, chosen: list[tuple[int, int]], size: int) -> list[bytes]:
-    """Grey drawings as RGB, black ink on white, scaled down with a filter against aliasing."""
-    jpegs = []
-    for identity, drawing in chosen:
-        character, rotation = divmod(identity, _ROTATIONS)
-        ink = np.rot90(characters[character, drawing], rotation)
-        image = Image.fromarray(ink.astype(np.uint8) * 255)
-        grey = np.asarray(image.resize((size, size), Image.Resampling.BOX))
-        jpegs.append(encode(np.repeat(grey[..., None], 3, axis=2)))
-    return jpegs
+def _jpeg(drawing: np.ndarray, rotation: int, size: int) -> bytes:
+    """Black ink on white as a grey RGB image, scaled down with a filter against aliasing."""
+    image = Image.fromarray(np.rot90(drawing, rotation).astype(np.uint8) * 255)
+    grey = np.asarray(image.resize((size, size), Image.Resampling.BOX))
+    return encode(np.repeat(grey[..., None], 3, axis=2))
 
 
 def _pairs(characters: np.ndarray, count: int, size: int) -> tuple[list[bytes], list[bool]]:
@@ -103,10 +104,15 @@ def _pairs(characters: np.ndarray, count: int, size: int) -> tuple[list[bytes], 
     other = np.where(same, first, (first + 1 + number("other", identities - 1)) % identities)
     second_drawing = (first_drawing + 1 + number("second", drawings - 1)) % drawings
     other_drawing = np.where(same, second_drawing, number("free", drawings))
-    chosen = np.stack(
-        [np.stack([first, first_drawing], 1), np.stack([other, other_drawing], 1)], 1
-    ).reshape(-1, 2)
-    return _jpegs(characters, [tuple(row) for row in chosen.tolist()], size), same.tolist()
+    images = []
+    for pair in range(count):
+        for identity, drawing in (
+            (first[pair], first_drawing[pair]),
+            (other[pair], other_drawing[pair]),
+        ):
+            character, rotation = divmod(int(identity), _ROTATIONS)
+            images.append(_jpeg(characters[character, drawing], rotation, size))
+    return images, same.tolist()
 
 
 if __name__ == "__main__":

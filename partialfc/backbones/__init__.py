@@ -15,7 +15,7 @@ BACKBONES: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
         **{name: partial(iresnet.IResNet, depths) for name, depths in iresnet.DEPTHS.items()},
         "mobilefacenet": MobileFaceNet,
         **{name: partial(vit.VisionTransformer, recipe) for name, recipe in vit.RECIPES.items()},
-        **{name: partial(convnet.ConvNet, widths) for name, widths in convnet.WIDTHS.items()},
+        **{name: partial(convnet.ConvNet, recipe) for name, recipe in convnet.RECIPES.items()},
     }
 )
 """Name -> constructor, with the keywords of :func:`build_backbone`."""

@@ -8,14 +8,25 @@ three times as long per image and learns more per epoch. Both are fastest in cha
 """
 
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from partialfc.backbones.parts import grid_of_stride_16, run_block, run_in_weight_dtype
 
-WIDTHS = {"convnet_s": (16, 32, 64, 128), "convnet_m": (32, 64, 128, 256)}
-"""Channels of the four convolutions."""
+
+class Recipe(NamedTuple):
+    """Channels of the four convolutions, and whether pooling halves the image or their stride."""
+
+    widths: tuple[int, int, int, int]
+    pooled: bool
+
+
+RECIPES = {
+    "convnet_s": Recipe((16, 32, 64, 128), pooled=False),
+    "convnet_m": Recipe((32, 64, 128, 128), pooled=True),
+}
 
 
 class ConvNet(nn.Module):
@@ -24,7 +35,7 @@ class ConvNet(nn.Module):
     Under autocast the convolutions run in its dtype, ``fc`` and ``features`` in fp32.
 
     Args:
-        widths: Channels of the four convolutions.
+        recipe: One of ``RECIPES``.
         embedding_dim: D, >= 1.
         image_size: S in pixels, a multiple of 16.
         checkpoint_activations: Recompute the stages' activations in backward.
@@ -35,7 +46,7 @@ class ConvNet(nn.Module):
 
     def __init__(
         self,
-        widths: tuple[int, int, int, int],
+        recipe: Recipe,
         *,
         embedding_dim: int = 512,
         image_size: int = 112,
@@ -45,9 +56,12 @@ class ConvNet(nn.Module):
         self.checkpoint_activations = checkpoint_activations
         grid = grid_of_stride_16(image_size)
         self.stages = nn.Sequential(
-            *(_stage(inputs, outputs) for inputs, outputs in pairwise((3, *widths)))
+            *(
+                _stage(inputs, outputs, pooled=recipe.pooled)
+                for inputs, outputs in pairwise((3, *recipe.widths))
+            )
         )
-        self.fc = nn.Linear(widths[-1] * grid * grid, embedding_dim, bias=False)
+        self.fc = nn.Linear(recipe.widths[-1] * grid * grid, embedding_dim, bias=False)
         self.features = nn.BatchNorm1d(embedding_dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,9 +71,11 @@ class ConvNet(nn.Module):
         return run_in_weight_dtype(torch.flatten(x, 1), self.fc, self.features)
 
 
-def _stage(inputs: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False),
+def _stage(inputs: int, outputs: int, *, pooled: bool) -> nn.Sequential:
+    stride = 1 if pooled else 2
+    layers = [
+        nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False),
         nn.BatchNorm2d(outputs),
         nn.ReLU(inplace=True),
-    )
+    ]
+    return nn.Sequential(*layers, *[nn.MaxPool2d(2)] * pooled)
