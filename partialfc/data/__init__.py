@@ -1,0 +1,1 @@
+"""From packs of JPEG images to batches of normalised tensors and identities."""

@@ -1,0 +1,126 @@
+"""The ``.idx`` of a pack: lines of ``key<TAB>offset``, one per record, in any order.
+
+Shape suffix: M = records of the pack, images and others.
+"""
+
+import re
+import warnings
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from partialfc.data.recordio import PART_HEADER, RecordError, RecordFile
+
+_BLOCK = 1 << 24
+_REMEDY = "Copy it again, or remove it: the pack is then scanned for its records."
+_LARGEST = np.iinfo(np.int64).max
+
+
+def read_index(file: RecordFile) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the keys and offsets [M] of a pack's records, sorted by key.
+
+    Both come from the ``.idx`` beside the ``.rec``. Without one, the whole ``.rec`` is scanned and
+    the keys are 0...M-1 in the order of the file, with a warning because a large pack takes long.
+
+    Raises:
+        RecordError: If a line is not two integers, an offset is not a multiple of 4 or lies outside
+            the ``.rec``, or a key or an offset comes twice.
+    """
+    path = file.path.with_suffix(".idx")
+    if not path.exists():
+        warnings.warn(
+            f"{path} does not exist, so all of {file.path} is read to find its records. "
+            f"Put the pack's .idx there to open it at once.",
+            stacklevel=3,
+        )
+        offset_M = _scan(file)
+        return np.arange(len(offset_M)), offset_M
+    keys, offsets = [], []
+    line = 1
+    for block in _blocks(path):
+        key, offset = _parse(block, path, line)
+        _check_offsets(offset, file.size, path, line)
+        keys.append(key)
+        offsets.append(offset)
+        line += len(key)
+    if not keys:
+        raise RecordError(f"{path}: line 1: the index is empty. {_REMEDY}")
+    # One list at a time: for 42 million records each is 340 MB.
+    key_M = np.concatenate(keys)
+    del keys
+    offset_M = np.concatenate(offsets)
+    del offsets
+    _check_unique(offset_M, "offset", path)
+    if (key_M[1:] > key_M[:-1]).all():
+        return key_M, offset_M
+    _check_unique(key_M, "key", path)
+    order_M = np.argsort(key_M)
+    return key_M[order_M], offset_M[order_M]
+
+
+def _scan(file: RecordFile) -> NDArray[np.int64]:
+    offsets = array("q")
+    offset = 0
+    while offset < file.size:
+        offsets.append(offset)
+        offset = file.next_offset(offset)
+    return np.frombuffer(offsets, np.int64)
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    """Whole lines, about 16 MiB of them at a time."""
+    rest = b""
+    with path.open("rb") as file:
+        while data := file.read(_BLOCK):
+            # A block without the end of a line is one line that is far too long: refused as it is.
+            cut = data.rfind(b"\n") + 1 or len(data)
+            yield rest + data[:cut]
+            rest = data[cut:]
+    if rest:
+        yield rest
+
+
+def _parse(block: bytes, path: Path, line: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    if not block.endswith(b"\n"):
+        block += b"\n"
+    num_lines = block.count(b"\n")
+    if block.translate(None, b"0123456789") == b"\t\n" * num_lines:
+        number = np.fromstring(block, np.int64, sep=" ")  # an int64 that overflows saturates
+        if len(number) == 2 * num_lines and number.max() < _LARGEST:
+            return number[0::2].copy(), number[1::2].copy()
+    for text in block.split(b"\n"):
+        if (
+            not re.fullmatch(rb"\d{1,19}\t\d{1,19}", text)
+            or max(map(int, text.split())) >= _LARGEST
+        ):
+            raise RecordError(
+                f"{path}: line {line}: {text[:60]!r} must be two integers in [0, 2^63 - 1), the "
+                f"key and the offset, with a tab between them. {_REMEDY}"
+            )
+        line += 1
+    raise AssertionError("a block that does not parse has a line that does not")
+
+
+def _check_offsets(offset: NDArray[np.int64], size: int, path: Path, line: int) -> None:
+    wrong = np.flatnonzero((offset % 4 != 0) | (offset > size - PART_HEADER.size))
+    if len(wrong):
+        raise RecordError(
+            f"{path}: line {line + wrong[0]}: offset {offset[wrong[0]]} must be a multiple of 4 "
+            f"and at most {size - PART_HEADER.size}, inside the .rec of {size} bytes. {_REMEDY}"
+        )
+
+
+def _check_unique(value_M: NDArray[np.int64], name: str, path: Path) -> None:
+    if (value_M[1:] > value_M[:-1]).all():
+        return
+    order_M = np.argsort(value_M, kind="stable")
+    same = np.flatnonzero(np.diff(value_M[order_M]) == 0)
+    if len(same):
+        first, second = order_M[same[0] : same[0] + 2]
+        raise RecordError(
+            f"{path}: line {second + 1}: {name} {value_M[second]} is on line {first + 1} already, "
+            f"must be there once. {_REMEDY}"
+        )

@@ -1,0 +1,175 @@
+"""RecordIO, the file of an mxnet image pack: offsets in, records out, nothing believed unchecked.
+
+A record is one part, or several, each ``magic | part kind (3 bits), length (29 bits) | bytes``,
+little-endian and padded with zeros to 4 bytes. The writer takes every magic at a 4-byte-aligned
+place out of the bytes and cuts there: kind 0 is a whole record, kinds 1, 2..., 3 are the first, the
+middle and the last part of a cut one, and the reader puts the magics back. The bytes of a record
+of a pack are ``flag u32 | label f32 | number u64 | 0 u64``, then ``flag`` more float32 labels, then
+the JPEG image.
+
+Shape suffixes: N = records asked for, L = labels of one record.
+"""
+
+import struct
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+MAGIC = 0xCED7230A
+MAGIC_BYTES = struct.pack("<I", MAGIC)
+MAX_LENGTH = (1 << 29) - 1
+"""Bytes of the largest record, the header with its labels included."""
+PART_HEADER = struct.Struct("<II")
+RECORD_HEADER = struct.Struct("<IfQQ")
+LABEL_LIMIT = 1 << 24
+"""Labels are float32, which is exact for integers below this."""
+
+_WHOLE, _FIRST, _MIDDLE, _LAST = range(4)
+_DAMAGED = "The file is damaged, or its .idx belongs to another pack: copy both again."
+_CHUNK = 1 << 16
+
+
+class RecordError(ValueError):
+    """A pack or its index breaks a rule; the message names the file and the offset or line."""
+
+
+class Record(NamedTuple):
+    """One record: its flag, its labels [L] float32 (one if the flag is 0) and its JPEG bytes."""
+
+    flag: int
+    label_L: NDArray[np.float32]
+    image: NDArray[np.uint8]
+
+
+class Headers(NamedTuple):
+    """Of N records: the flag (int64), the first label (float32) and the image's bytes (int64)."""
+
+    flag_N: NDArray[np.int64]
+    label_N: NDArray[np.float32]
+    image_bytes_N: NDArray[np.int64]
+
+
+class RecordFile:
+    """A ``.rec`` file mapped into memory, read-only; forked processes share it.
+
+    Raises:
+        RecordError: If the file is empty, and from every method if a record breaks the format.
+        FileNotFoundError: If there is no such file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size = path.stat().st_size
+        if self.size == 0:
+            raise RecordError(f"{path}: offset 0: the file is empty. {_DAMAGED}")
+        self._bytes = np.memmap(path, np.uint8, mode="r").view(np.ndarray)
+        self._buffer = self._bytes.data
+        self._words = self._bytes[: self.size // 4 * 4].view("<u4")
+
+    def error(self, offset: int, problem: str) -> RecordError:
+        """Return the error that says ``problem`` of what is at ``offset``."""
+        return RecordError(f"{self.path}: offset {offset}: {problem}. {_DAMAGED}")
+
+    def read(self, offset: int) -> Record:
+        """Return the record at ``offset``; its image is a view of the file unless it was cut."""
+        content = self._content(offset)
+        if len(content) < RECORD_HEADER.size:
+            raise self.error(
+                offset, f"a record of {len(content)} bytes, must be >= {RECORD_HEADER.size}"
+            )
+        flag = int(content[:4].view("<u4")[0])
+        image = RECORD_HEADER.size + 4 * flag
+        if image > len(content):
+            raise self.error(
+                offset, f"flag {flag} needs as many labels, the record has {len(content)} bytes"
+            )
+        labels = content[RECORD_HEADER.size : image] if flag else content[4:8]
+        return Record(flag, labels.view("<f4"), content[image:])
+
+    def headers(self, offset_N: NDArray[np.int64]) -> Headers:
+        """Return what :meth:`read` says of many records, without a Python loop over them."""
+        chunks = [
+            self._headers(offset_N[start : start + _CHUNK])
+            for start in range(0, len(offset_N), _CHUNK)
+        ] or [self._headers(offset_N)]
+        return Headers(*(np.concatenate(column) for column in zip(*chunks, strict=True)))
+
+    def next_offset(self, offset: int) -> int:
+        """Return where the record after the one at ``offset`` begins; ``size`` after the last."""
+        stop: int = self._parts(offset)[-1].stop
+        return min(self.size, stop + -stop % 4)
+
+    def _headers(self, offset_N: NDArray[np.int64]) -> Headers:
+        # Four words tell almost every record; one that is cut, damaged or short is read alone.
+        room = PART_HEADER.size + RECORD_HEADER.size + 4
+        near = np.flatnonzero((offset_N >= 0) & (offset_N <= self.size - room))
+        word = offset_N[near] // 4
+        head, flag = self._words[word + 1], self._words[word + 2].astype(np.int64)
+        image_bytes = (head & MAX_LENGTH).astype(np.int64) - RECORD_HEADER.size - 4 * flag
+        end = offset_N[near] + PART_HEADER.size + (head & MAX_LENGTH)
+        plain = (self._words[word] == MAGIC) & (head >> 29 == _WHOLE) & (image_bytes >= 0)
+        plain &= (end <= self.size) & (offset_N[near] % 4 == 0)
+        label_word = word + np.where(flag > 0, (PART_HEADER.size + RECORD_HEADER.size) // 4, 3)
+
+        known, shape = near[plain], offset_N.shape
+        headers = Headers(
+            np.empty(shape, np.int64), np.empty(shape, np.float32), np.empty(shape, np.int64)
+        )
+        headers.flag_N[known] = flag[plain]
+        headers.label_N[known] = self._words[label_word[plain]].view("<f4")
+        headers.image_bytes_N[known] = image_bytes[plain]
+        alone = np.ones(shape, bool)
+        alone[known] = False
+        for i in np.flatnonzero(alone):
+            record = self.read(int(offset_N[i]))
+            headers.flag_N[i] = record.flag
+            headers.label_N[i] = record.label_L[0]
+            headers.image_bytes_N[i] = len(record.image)
+        return headers
+
+    def _content(self, offset: int) -> NDArray[np.uint8]:
+        """The bytes of a record, its parts joined again by the magics between them."""
+        parts = self._parts(offset)
+        if len(parts) == 1:
+            return self._bytes[parts[0]]
+        magic = np.frombuffer(MAGIC_BYTES, np.uint8)
+        joined = [piece for part in parts for piece in (magic, self._bytes[part])]
+        return np.concatenate(joined[1:])
+
+    def _parts(self, offset: int) -> list[slice]:
+        """Where the bytes of each part of the record at ``offset`` are."""
+        parts: list[slice] = []
+        at, kind, total = offset, _WHOLE, 0
+        while not parts or kind in (_FIRST, _MIDDLE):
+            kind, part = self._part(at, (_MIDDLE, _LAST) if parts else (_WHOLE, _FIRST))
+            total += part.stop - part.start + (4 if parts else 0)
+            if total > MAX_LENGTH:
+                raise self.error(offset, f"parts of {total} bytes, at most {MAX_LENGTH} allowed")
+            parts.append(part)
+            at = part.stop + -part.stop % 4
+        return parts
+
+    def _part(self, at: int, allowed: tuple[int, int]) -> tuple[int, slice]:
+        if at < 0 or at % 4 or at > self.size - PART_HEADER.size:
+            raise self.error(
+                at,
+                f"a part must begin at a multiple of 4 in [0, {self.size - PART_HEADER.size}], "
+                f"so that it ends inside the file of {self.size} bytes",
+            )
+        magic, head = PART_HEADER.unpack_from(self._buffer, at)
+        if magic != MAGIC:
+            raise self.error(at, f"magic 0x{magic:08x}, must be 0x{MAGIC:08x}")
+        kind, length = head >> 29, head & MAX_LENGTH
+        if kind not in allowed:
+            where = "a record begins" if allowed[0] == _WHOLE else "a cut record goes on"
+            raise self.error(
+                at, f"part kind {kind}, must be {allowed[0]} or {allowed[1]} where {where}"
+            )
+        start = at + PART_HEADER.size
+        if length > self.size - start:
+            raise self.error(
+                at, f"length {length}, but only {self.size - start} bytes are left in the file"
+            )
+        return kind, slice(start, start + length)

@@ -1,0 +1,163 @@
+"""Verification: do two images show the same identity?
+
+LFW's protocol (Huang et al., "Labeled Faces in the Wild", 2007) in the form the field reports it:
+the accuracy of a threshold chosen on nine folds and tested on the tenth; and the ROC.
+
+Shape suffixes: N = pairs, D = embedding, F = folds, T = thresholds, V = vertices of the ROC.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from partialfc.protocols import unit_rows
+
+_THRESHOLD_T = np.arange(0, 4, 0.01)
+"""Squared L2 distances of unit embeddings, as in arcface_torch; a pair is "same" below."""
+
+_FAR_TARGETS = (1e-1, 1e-2, 1e-3, 1e-4)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """The numbers of one verification set.
+
+    Attributes:
+        accuracy: Mean accuracy over the folds, in [0, 1].
+        accuracy_std: Its population standard deviation over the folds.
+        threshold: Squared L2 distance, in [0, 4): the first that is best over all pairs. The
+            folds choose their own. The cosine there is ``1 - threshold / 2``.
+        tar_at_far: TAR by target FAR 1e-1, 1e-2, 1e-3, 1e-4: the largest TAR of any threshold
+            whose FAR is at most the target; NaN where one false accept among the impostor pairs
+            already exceeds it.
+        eer: Equal error rate, in [0, 1]: where FAR = 1 - TAR on the ROC, linear between vertices.
+        auc: Area under the ROC: the chance that a genuine pair scores above an impostor pair, a
+            tie counting one half.
+        num_pairs: N.
+    """
+
+    accuracy: float
+    accuracy_std: float
+    threshold: float
+    tar_at_far: Mapping[float, float]
+    eer: float
+    auc: float
+    num_pairs: int
+
+
+def verify(embeddings: np.ndarray, same: np.ndarray, folds: int = 10) -> Verification:
+    """Return the numbers of one verification set.
+
+    Args:
+        embeddings: [2N, D] of any float type and norm, pair i in rows 2i and 2i + 1; usually the
+            sum of the embeddings of an image and of its mirror image.
+        same: Whether pair i shows one identity; bool [N], with pairs of both kinds.
+        folds: Contiguous, not shuffled, the first N % folds one pair larger; in [2, N].
+
+    Raises:
+        ValueError: If a shape or ``folds`` is wrong, a kind of pairs is missing, or an
+            embedding's norm is zero or not finite.
+    """
+    same_N = _both_kinds(same)
+    unit = unit_rows(embeddings, "embeddings")
+    if len(unit) != 2 * len(same_N):
+        raise ValueError(
+            f"embeddings must have two rows per pair, got {len(unit)} for {len(same_N)}."
+        )
+    if not 2 <= folds <= len(same_N):
+        raise ValueError(f"folds must be in [2, {len(same_N)}], the number of pairs; got {folds}.")
+    distance_N = ((unit[0::2] - unit[1::2]) ** 2).sum(axis=1)
+    correct_FT, size_F = _correct_by_fold(distance_N, same_N, folds)
+    correct_T = correct_FT.sum(axis=0)
+    best_F = (correct_T - correct_FT).argmax(axis=1)  # over the other folds, the first best
+    accuracy_F = correct_FT[np.arange(folds), best_F] / size_F
+
+    far_V, tar_V, _ = roc(-distance_N, same_N)
+    return Verification(
+        accuracy=float(accuracy_F.mean()),
+        accuracy_std=float(accuracy_F.std()),
+        threshold=float(_THRESHOLD_T[correct_T.argmax()]),
+        tar_at_far={
+            target: _tar_at(far_V, tar_V, target, int((~same_N).sum())) for target in _FAR_TARGETS
+        },
+        eer=_equal_error_rate(far_V, tar_V),
+        auc=float((np.diff(far_V) * (tar_V[1:] + tar_V[:-1]) / 2).sum()),
+        num_pairs=len(same_N),
+    )
+
+
+def roc(scores: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return (FAR [V], TAR [V], threshold [V]): one vertex per distinct score, and (0, 0) first.
+
+    A pair is accepted when its score is at least the threshold, so pairs of equal score are
+    accepted together. FAR and TAR rise from 0 to 1, the threshold falls from infinity.
+
+    Args:
+        scores: Higher means more alike; finite, [N].
+        same: Whether pair i shows one identity; bool [N], with pairs of both kinds.
+
+    Raises:
+        ValueError: If the shapes differ, a kind of pairs is missing, or a score is not finite.
+    """
+    same_N = _both_kinds(same)
+    score_N = np.asarray(scores, dtype=np.float64)
+    if score_N.shape != same_N.shape:
+        raise ValueError(
+            f"scores must be {list(same_N.shape)} like same, got {list(score_N.shape)}."
+        )
+    if not np.isfinite(score_N).all():
+        raise ValueError(f"scores[{np.flatnonzero(~np.isfinite(score_N))[0]}] is not finite.")
+    order_N = np.argsort(-score_N, kind="stable")
+    score_N, same_N = score_N[order_N], same_N[order_N]
+    last_of_tie_V = np.flatnonzero(np.append(np.diff(score_N) != 0, True))
+    accepted_V = np.cumsum(same_N)[last_of_tie_V]
+    false_accepted_V = last_of_tie_V + 1 - accepted_V
+    return (
+        np.append(0.0, false_accepted_V / false_accepted_V[-1]),
+        np.append(0.0, accepted_V / accepted_V[-1]),
+        np.append(np.inf, score_N[last_of_tie_V]),
+    )
+
+
+def _both_kinds(same: np.ndarray) -> np.ndarray:
+    same_N = np.asarray(same)
+    if same_N.dtype != np.bool_ or same_N.ndim != 1:
+        raise ValueError(f"same must be bool [N], got {same_N.dtype} {same_N.shape}.")
+    if same_N.all() or not same_N.any():
+        raise ValueError(
+            f"same must have pairs of both kinds, got {same_N.sum()} of {len(same_N)}."
+        )
+    return same_N
+
+
+def _correct_by_fold(
+    distance_N: np.ndarray, same_N: np.ndarray, folds: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the right answers of each fold at each threshold, int [F, T], and its pairs [F]."""
+    num_pairs, num_thresholds = len(same_N), len(_THRESHOLD_T)
+    size_F = np.full(folds, num_pairs // folds)
+    size_F[: num_pairs % folds] += 1
+    fold_N = np.repeat(np.arange(folds), size_F)
+    # Pair n is accepted from threshold first_N[n] on: distance < threshold.
+    first_N = np.searchsorted(_THRESHOLD_T, distance_N, side="right")
+    correct_FT = np.zeros((folds, num_thresholds + 1), dtype=np.int64)
+    # There a genuine pair becomes right, and an impostor pair, right until then, wrong.
+    np.add.at(correct_FT, (fold_N, first_N), np.where(same_N, 1, -1))
+    correct_FT[:, 0] += np.bincount(fold_N[~same_N], minlength=folds)
+    return correct_FT.cumsum(axis=1)[:, :num_thresholds], size_F
+
+
+def _tar_at(far_V: np.ndarray, tar_V: np.ndarray, target: float, num_impostors: int) -> float:
+    if 1 / num_impostors > target:
+        return math.nan
+    return float(tar_V[np.searchsorted(far_V, target, side="right") - 1])
+
+
+def _equal_error_rate(far_V: np.ndarray, tar_V: np.ndarray) -> float:
+    """Where FAR + TAR = 1; the sum never falls along the ROC, from 0 to 2."""
+    sum_V = far_V + tar_V
+    end = int(np.searchsorted(sum_V, 1.0))
+    part = (1.0 - sum_V[end - 1]) / (sum_V[end] - sum_V[end - 1])
+    return float(far_V[end - 1] + part * (far_V[end] - far_V[end - 1]))
