@@ -102,7 +102,7 @@ class Pack:
 
     def jpeg_view(self, index: int) -> NDArray[np.uint8]:
         """Return the JPEG bytes of one image as uint8 [bytes], without a copy unless it was cut."""
-        offset = self._offset(index)
+        offset = self.offset(index)
         image = self._file.read(offset).image
         if not len(image):
             raise self._file.error(offset, f"image {index} has 0 bytes, must have some")
@@ -110,7 +110,7 @@ class Pack:
 
     def identity(self, index: int) -> int:
         """Return the identity of one image, in [0, num_identities)."""
-        offset = self._offset(index)
+        offset = self.offset(index)
         label = float(self._file.read(offset).label_L[0])
         if not (0 <= label < self._label_limit and label.is_integer()):
             raise self._label_error(offset, label)
@@ -130,7 +130,8 @@ class Pack:
         """Return the sizes [B] in bytes of images ``indices`` [B]; 0 for one that is missing."""
         return self._headers(indices)[1].image_bytes_N
 
-    def _offset(self, index: int) -> int:
+    def offset(self, index: int) -> int:
+        """Return where the record of one image begins in the file, in bytes."""
         if not 0 <= index < len(self):
             raise IndexError(f"{self.path}: image {index} must be in [0, {len(self)}).")
         return int(self._offset_N[index])
@@ -141,7 +142,7 @@ class Pack:
         index_B = np.asarray(indices, np.int64)
         wrong = np.flatnonzero((index_B < 0) | (index_B >= len(self)))
         if len(wrong):
-            self._offset(int(index_B[wrong[0]]))
+            self.offset(int(index_B[wrong[0]]))
         offset_B = self._offset_N[index_B]
         return offset_B, self._file.headers(offset_B)
 

@@ -103,5 +103,5 @@ class Stream:
 
     def error(self, sample_id: int, problem: str) -> ValueError:
         """Return the error that says ``problem`` of one image of the pack."""
-        offset = self.pack._offset(sample_id)
+        offset = self.pack.offset(sample_id)
         return ValueError(f"{self.pack.path}: image {sample_id} at offset {offset}: {problem}")

@@ -1,0 +1,162 @@
+"""tools/pack.py and tools/inspect.py as a user runs them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from partialfc.data.jpeg import decode, encode
+from partialfc.data.records import open_pack
+from partialfc.data.synthetic import render
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "data" / "records" / "insightface.rec"
+
+
+def tool(name, *words, cwd=ROOT):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools" / name), *map(str, words)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Three people with 4, 3 and 1 images, in other sizes and formats too, and a stray file."""
+    folder = tmp_path_factory.mktemp("source")
+    for identity, (name, count) in enumerate([("ann", 4), ("bob", 3), ("zoe", 1)]):
+        (folder / name).mkdir()
+        images = render(np.full(count, identity), np.arange(count), seed=1)
+        for number, pixels in enumerate(images):
+            (folder / name / f"{number}.jpg").write_bytes(encode(pixels))
+    Image.fromarray(render(np.array([1]), np.array([9]), seed=1, size=200)[0]).save(
+        folder / "bob" / "large.png"
+    )
+    (folder / "readme.txt").write_text("not an image")
+    return folder
+
+
+def test_a_folder_becomes_a_pack(source, tmp_path):
+    done = tool("pack.py", source, tmp_path / "a.rec", "--workers", 1, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    pack = open_pack(tmp_path / "a.rec")
+    assert pack.identities(np.arange(9)).tolist() == [0] * 4 + [1] * 4 + [2]
+    assert json.loads((tmp_path / "a.identities.json").read_text()) == ["ann", "bob", "zoe"]
+    assert pack.jpeg(0) == (source / "ann" / "0.jpg").read_bytes(), "stored byte for byte"
+    large = decode(pack.jpeg_view(7))
+    assert large.shape == (112, 112, 3)
+    truth = render(np.array([1]), np.array([9]), seed=1, size=112)[0]
+    assert np.abs(large.astype(int) - truth).mean() < 12
+    assert not (tmp_path / "a.parts").exists()
+
+
+def test_workers_do_not_change_a_byte(source, tmp_path):
+    for workers in (1, 2):
+        done = tool("pack.py", source, tmp_path / f"{workers}.rec", "--workers", workers)
+        assert done.returncode == 0, done.stderr
+    for suffix in (".rec", ".idx", ".identities.json"):
+        one, two = ((tmp_path / f"{n}{suffix}").read_bytes() for n in (1, 2))
+        assert one == two
+
+
+def test_broken_images_are_named_and_refused_or_skipped(source, tmp_path):
+    broken = tmp_path / "broken"
+    for path in source.glob("*/*"):
+        (broken / path.parent.name).mkdir(parents=True, exist_ok=True)
+        (broken / path.parent.name / path.name).write_bytes(path.read_bytes())
+    whole = (broken / "ann" / "1.jpg").read_bytes()
+    (broken / "ann" / "1.jpg").write_bytes(whole[: len(whole) // 2])
+    (broken / "zoe" / "0.jpg").write_bytes(b"no image at all")
+    done = tool("pack.py", broken, tmp_path / "a.rec")
+    assert done.returncode == 2
+    assert "ann/1.jpg" in done.stderr
+    assert "zoe/0.jpg" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "a.rec").exists()
+    done = tool("pack.py", broken, tmp_path / "a.rec", "--skip-broken")
+    assert done.returncode == 0, done.stderr
+    pack = open_pack(tmp_path / "a.rec")
+    assert (len(pack), pack.num_identities) == (7, 2)
+
+
+def test_kill_9_and_the_same_command_give_the_same_bytes(tmp_path):
+    """Enough images for several pieces of work; the finished ones are not done again."""
+    source = tmp_path / "many"
+    pixels = render(np.zeros(1, np.int64), np.zeros(1, np.int64), seed=1, size=140)[0]
+    for identity in range(60):
+        (source / f"{identity:03d}").mkdir(parents=True)
+        jpeg = encode(np.roll(pixels, identity, axis=1))
+        for number in range(50):
+            (source / f"{identity:03d}" / f"{number}.jpg").write_bytes(jpeg)
+    words = [sys.executable, "tools/pack.py", str(source)]
+    done = tool("pack.py", source, tmp_path / "straight.rec", "--workers", 1)
+    assert done.returncode == 0, done.stderr
+    process = subprocess.Popen(
+        [*words, str(tmp_path / "killed.rec"), "--workers", "1"],
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    parts = tmp_path / "killed.parts"
+    deadline = time.monotonic() + 60
+    while not list(parts.glob("*.json")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed.rec").exists(), "it was killed before its end"
+    finished = {path: path.stat().st_mtime_ns for path in parts.glob("*.json")}
+    first = min(finished)
+    done = tool("pack.py", source, tmp_path / "killed.rec", "--workers", 1)
+    assert done.returncode == 0, done.stderr
+    assert first.name == "000000.json"
+    straight, killed = ((tmp_path / f"{n}.rec").read_bytes() for n in ("straight", "killed"))
+    assert straight == killed
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["missing", "a.rec"], "missing is not a folder"),
+        (["SOURCE", "a.bin"], "must end with .rec"),
+        (["SOURCE", "a.rec", "--quality", "0"], "--quality must be in"),
+        (["SOURCE", "nowhere/a.rec"], "nowhere is not a folder"),
+    ],
+)
+def test_mistakes_are_one_message(words, message, source, tmp_path):
+    words = [str(source) if word == "SOURCE" else word for word in words]
+    done = tool("pack.py", *words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_inspect_counts_and_draws(tmp_path):
+    done = tool("inspect.py", GOLDEN, "--out", tmp_path, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "60" in done.stdout
+    assert "12" in done.stdout
+    for name in ("labels.png", "faces.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert np.asarray(picture.convert("L")).std() > 5
+    done = tool("inspect.py", tmp_path / "none.rec")
+    assert done.returncode == 2
+    assert "none.rec" in done.stderr
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "tools").glob("*.py")))
+def test_every_tool_starts_from_any_folder(name, tmp_path):
+    """tools/inspect.py must not hide the standard library's inspect from any of them."""
+    done = tool(name, "--help", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "usage" in done.stdout
