@@ -19,6 +19,7 @@ from partialfc.data.jpeg import check_jpeg, decode
 from partialfc.data.pairs import Image, read_pairs
 from partialfc.data.records import open_pack
 from partialfc.data.torch_loader import normalise, resize
+from partialfc.protocols import unit_rows
 from partialfc.protocols.identification import Identification, first_of_each, rank_k
 from partialfc.protocols.verification import Verification, verify
 from partialfc.runtime import Runtime
@@ -80,7 +81,7 @@ class Evaluation:
         for name, pairs in self._pairs.items():
             images = pairs.images
             embeddings_ND = self._embed(model, name, len(images), images.__getitem__)
-            unit_ND = embeddings_ND / np.linalg.norm(embeddings_ND, axis=1, keepdims=True)
+            unit_ND = unit_rows(embeddings_ND, name)
             cosine = (unit_ND[0::2] * unit_ND[1::2]).sum(1)
             verified[name] = Verified(verify(embeddings_ND, pairs.same), cosine, pairs.same)
         for name, pack in self._packs.items():

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MultipleLocator, PercentFormatter
 
 from partialfc.protocols.verification import roc
 
@@ -32,12 +33,14 @@ def training_figure(
     losses: Numbers,
     verification_steps: Numbers,
     accuracies: Numbers,
-    scores: Numbers,
-    same: np.ndarray,
+    scores: Numbers | None = None,
+    same: np.ndarray | None = None,
     title: str = "",
     untrained_scores: Numbers | None = None,
 ) -> None:
-    """Write a PNG of 2400 x 820 pixels with three panels; the whole file or none.
+    """Write a PNG of 2400 x 820 pixels, the whole file or none.
+
+    Three panels, or the first alone where there are no verification pairs.
 
     Args:
         path: Replaced if it exists.
@@ -45,8 +48,8 @@ def training_figure(
         losses: Finite; [S].
         verification_steps: Step of each accuracy, rising; [V], may be empty.
         accuracies: In [0, 1]; [V].
-        scores: Cosine of each verification pair; finite, [N].
-        same: Whether pair i shows one identity; bool [N], with pairs of both kinds.
+        scores: Cosine of each verification pair; finite, [N]; or ``None``.
+        same: Whether pair i shows one identity; bool [N], with pairs of both kinds; or ``None``.
         title: Above the panels.
         untrained_scores: Cosines of the same pairs before training, for the ROC; [N].
 
@@ -58,14 +61,17 @@ def training_figure(
     step_V, accuracy_V = _paired(verification_steps, accuracies, "verification_steps", "accuracies")
     if not len(loss_S):
         raise ValueError("losses must hold at least one value; train for a step first.")
-    figure = Figure(figsize=(_WIDTH_INCHES, _HEIGHT_INCHES), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08, wspace=0.05)
-    training, histogram, curve = figure.subplots(1, 3, width_ratios=(1.15, 1, 1))
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08, wspace=0.05)
+    figure = Figure(figsize=(_WIDTH_INCHES, _HEIGHT_INCHES), layout=layout)
     if title:
         figure.suptitle(title, color=_INK, fontsize=14, fontweight="bold")
-    _draw_training(training, step_S, loss_S, step_V, accuracy_V)
-    _draw_scores(histogram, np.asarray(scores, dtype=np.float64), np.asarray(same))
-    _draw_roc(curve, scores, same, untrained_scores)
+    if scores is None or same is None:
+        _draw_training(figure.subplots(), step_S, loss_S, step_V, accuracy_V)
+    else:
+        training, histogram, curve = figure.subplots(1, 3, width_ratios=(1.15, 1, 1))
+        _draw_training(training, step_S, loss_S, step_V, accuracy_V)
+        _draw_scores(histogram, np.asarray(scores, dtype=np.float64), np.asarray(same))
+        _draw_roc(curve, scores, same, untrained_scores)
     _save(figure, Path(path))
 
 
@@ -94,19 +100,21 @@ def _draw_training(
     axes.plot(step_S, _smooth(loss_S), color=_BLUE, linewidth=2)
     axes.set_ylabel("loss", color=_BLUE, fontsize=11)
     axes.set_ylim(bottom=0)
-    axes.set_xlim(step_S[0], max(step_S[-1], step_S[0] + 1))
+    axes.set_xlim(0, step_S[-1])
     if len(step_V):
         right = axes.twinx()
         _frame(right, "", "")
         right.grid(visible=False)
-        right.plot(step_V, accuracy_V, color=_GREEN, linewidth=2, marker="o", markersize=4)
+        right.plot(
+            step_V, accuracy_V, color=_GREEN, linewidth=2, marker="o", markersize=4, clip_on=False
+        )
         right.set_ylabel("verification accuracy", color=_GREEN, fontsize=11)
         right.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
 
 
 def _draw_scores(axes: Axes, score_N: np.ndarray, same_N: np.ndarray) -> None:
     _frame(axes, "Verification pairs", "cosine")
-    edges = np.linspace(min(score_N.min(), -0.2), max(score_N.max(), 0.8), 61)
+    edges = np.linspace(min(score_N.min(), -0.2), max(score_N.max(), 0.8), 61).tolist()
     for chosen_N, colour, label in ((same_N, _GREEN, "same"), (~same_N, _CORAL, "different")):
         axes.hist(score_N[chosen_N], edges, color=colour, alpha=0.35, density=True)
         axes.hist(
@@ -121,6 +129,7 @@ def _draw_scores(axes: Axes, score_N: np.ndarray, same_N: np.ndarray) -> None:
     threshold = _best_threshold(score_N, same_N)
     axes.axvline(threshold, color=_INK, linewidth=1.2, linestyle=(0, (4, 3)))
     axes.set_yticks([])
+    axes.xaxis.set_major_locator(MultipleLocator(0.5))
     axes.legend(frameon=False, fontsize=10)
 
 

@@ -162,9 +162,8 @@ class Recorder:
         summary = self._summary(seconds, peak, records)
         write_json(folder / "summary.json", summary)
         first = next(iter(self._results.verified.values()), None) if self._results else None
-        if first:
-            self._draw(first, records)
-        self._show(summary, drawn=first is not None)
+        self._draw(first, records)
+        self._show(summary)
 
     def _serve(self, port: int, host: str) -> None:
         try:
@@ -236,8 +235,8 @@ class Recorder:
             }
         return summary
 
-    def _draw(self, first: Verified, records: list[dict[str, float]]) -> None:
-        untrained = next(iter(self._untrained.verified.values())) if self._untrained else None
+    def _draw(self, first: Verified | None, records: list[dict[str, float]]) -> None:
+        untrained = next(iter(self._untrained.verified.values()), None) if self._untrained else None
         losses = [record for record in records if "loss" in record]
         accuracies = [record for record in records if "verification_accuracy" in record]
         training_figure(
@@ -246,12 +245,12 @@ class Recorder:
             [record["loss"] for record in losses],
             [record["step"] for record in accuracies],
             [record["verification_accuracy"] for record in accuracies],
-            first.cosine,
-            first.same,
+            first.cosine if first else None,
+            first.same if first else None,
             untrained_scores=untrained.cosine if untrained else None,
         )
 
-    def _show(self, summary: dict[str, Any], *, drawn: bool) -> None:
+    def _show(self, summary: dict[str, Any]) -> None:
         folder = self._config.run.folder
         rows = {
             "time": f"{summary['seconds']:.0f} s, {summary['images_per_second']:,.0f} images/s",
@@ -270,8 +269,7 @@ class Recorder:
         rows["metrics"] = str(folder / "metrics.jsonl")
         if self._config.log.tensorboard:
             rows["TensorBoard"] = f"tensorboard --logdir {folder / 'tensorboard'}"
-        if drawn:
-            rows["picture"] = str(folder / "training.png")
+        rows["picture"] = str(folder / "training.png")
         rows["summary"] = str(folder / "summary.json")
         show_table("Done", rows)
 

@@ -186,8 +186,10 @@ BOMBS = {
     "DUP": b"]" + b"2" * 1000,
     "text encoded again and again": TEXT + ENCODE + b"0" + b"]" + b"h\x02h\x01h\x03\x86Ra" * 50_000,
     "text encoded": ENCODE + TEXT + b"\x86R]" + b"h\x02h\x01h\x03\x86Ra" * 50_000,
-    "array that is larger": SHAPE + b"(C\x03abch\x05J\xff\xff\xff\x7fJ\xff\xff\xff\x7fK\x03\x87X\1\0\0\0CtR",
-    "array below zero": SHAPE + b"(C\x03abch\x05J\xff\xff\xff\xffJ\xff\xff\xff\xffK\x03\x87X\1\0\0\0CtR",
+    "array that is larger": SHAPE
+    + b"(C\x03abch\x05J\xff\xff\xff\x7fJ\xff\xff\xff\x7fK\x03\x87X\1\0\0\0CtR",
+    "array below zero": SHAPE
+    + b"(C\x03abch\x05J\xff\xff\xff\xffJ\xff\xff\xff\xffK\x03\x87X\1\0\0\0CtR",
 }  # fmt: skip
 
 
@@ -198,7 +200,7 @@ def test_bombs_are_refused_in_memory_proportional_to_the_file(tmp_path, name):
     path.write_bytes(bomb)
     tracemalloc.start()
     try:
-        with pytest.raises(PairsError, match="bomb.bin"):
+        with pytest.raises(PairsError, match=r"bomb\.bin"):
             read_pairs(path)
         _, peak = tracemalloc.get_traced_memory()
     finally:
@@ -290,7 +292,7 @@ def test_fuzzed_sets_are_read_or_refused(tmp_path):
             pairs = read_pairs(path)
         except PairsError as error:
             outcomes["refused"] += 1
-            assert len(str(error)) < 1000 + len(os.fspath(path))
+            assert len(str(error)) < 1000 + len(os.fspath(path))  # noqa: PT017
         else:
             outcomes["read"] += 1
             assert len(pairs.images) == 2 * len(pairs.same)

@@ -18,8 +18,8 @@ import time
 
 from partialfc.data.synthetic import write_demo_packs
 
-IDENTITIES = 1000
-IMAGES_PER_IDENTITY = 20
+IDENTITIES = 1200
+IMAGES_PER_IDENTITY = 14
 
 
 def main(arguments: list[str] | None = None) -> int:

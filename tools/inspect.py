@@ -11,9 +11,9 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: this file's own name
 
 import argparse
-from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
+from typing import Any
 
 import matplotlib as mpl
 
@@ -35,7 +35,7 @@ from partialfc.data.records import Pack, open_pack
 CHUNK = 1 << 18
 ROWS, COLUMNS = 8, 10
 INK, MUTED, BLUE, ORANGE = "#1f2933", "#7b8794", "#3d6fb6", "#d9822b"
-STYLE = {
+STYLE: Any = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
@@ -143,7 +143,12 @@ def draw_labels(pack: Pack, contents: Contents) -> Figure:
 
     largest = int(contents.images_C.max())
     step = -(-(largest + 1) // 50)
-    _histogram(left, contents.images_C, np.arange(0, largest + step + 1, step) - 0.5, "identities")
+    _histogram(
+        left,
+        contents.images_C,
+        (np.arange(0, largest + step + 1, step) - 0.5).tolist(),
+        "identities",
+    )
     left.set(title="Images per identity", xlabel="images")
     _histogram(right, contents.bytes_N / 1024, 50, "images")
     right.set(title="Size of the JPEG images", xlabel="KiB")
@@ -178,9 +183,7 @@ def draw_faces(pack: Pack, contents: Contents) -> Figure:
     return figure
 
 
-def _histogram(
-    axes: Axes, values: NDArray[np.number], bins: int | NDArray[np.float64], unit: str
-) -> None:
+def _histogram(axes: Axes, values: NDArray[np.number], bins: int | list[float], unit: str) -> None:
     median = float(np.median(values))
     axes.hist(values, bins=bins, color=BLUE)
     axes.axvline(median, color=ORANGE, linewidth=1.5)

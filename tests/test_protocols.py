@@ -1,0 +1,156 @@
+import math
+
+import numpy as np
+import pytest
+
+from partialfc.protocols.identification import first_of_each, rank_k
+from partialfc.protocols.verification import roc, verify
+
+
+def pairs_at(cosines):
+    """Embeddings of pairs with these cosines, of any lengths."""
+    angles = np.arccos(np.asarray(cosines, float))
+    one = np.stack([np.full(len(angles), 3.0), np.zeros(len(angles))], axis=1)
+    other = 0.5 * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    return np.stack([one, other], axis=1).reshape(-1, 2)
+
+
+def slow_ten_fold(embeddings, same, folds):
+    """The protocol again, a loop for every fold, threshold and pair."""
+    unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+    distance = ((unit[0::2] - unit[1::2]) ** 2).sum(1)
+    count, thresholds = len(same), [step * 0.01 for step in range(400)]
+    accuracies, start = [], 0
+    for fold in range(folds):
+        size = count // folds + (fold < count % folds)
+        test = set(range(start, start + size))
+        start += size
+        best, chosen = -1, 0.0
+        for threshold in thresholds:
+            right = sum((distance[i] < threshold) == same[i] for i in range(count) if i not in test)
+            if right > best:
+                best, chosen = right, threshold
+        accuracies.append(sum((distance[i] < chosen) == same[i] for i in test) / size)
+    return np.mean(accuracies), np.std(accuracies)
+
+
+@pytest.mark.parametrize(("count", "folds"), [(40, 10), (37, 10), (23, 5)])
+def test_ten_fold_equals_a_slow_reference(count, folds):
+    generator = np.random.default_rng(count)
+    same = generator.random(count) < 0.5
+    noise = generator.normal(0, 0.35, count)
+    embeddings = pairs_at(np.clip(np.where(same, 0.55, 0.15) + noise, -1, 1))
+    result = verify(embeddings, same, folds)
+    mean, deviation = slow_ten_fold(embeddings, same, folds)
+    assert result.accuracy == pytest.approx(mean, abs=1e-12)
+    assert result.accuracy_std == pytest.approx(deviation, abs=1e-12)
+    assert 0.5 < result.accuracy < 1
+
+
+def test_separable_pairs_are_perfect_and_the_first_best_threshold_counts():
+    same = np.array([True, False] * 10)
+    result = verify(pairs_at(np.where(same, 0.893, 0.1)), same)
+    assert (result.accuracy, result.accuracy_std) == (1.0, 0.0)
+    assert result.threshold == pytest.approx(0.22)  # distance 0.214 must be below it
+    assert (result.eer, result.auc) == (0.0, 1.0)
+    assert result.num_pairs == 20
+
+
+def test_roc_by_hand_with_ties():
+    """Scores equal to each other are accepted together: no vertex lies inside a tie."""
+    scores = np.array([0.9, 0.8, 0.8, 0.8, 0.5, 0.1])
+    same = np.array([True, True, False, True, False, True])
+    far, tar, threshold = roc(scores, same)
+    assert far.tolist() == [0, 0, 0.5, 1, 1]
+    assert tar.tolist() == [0, 0.25, 0.75, 0.75, 1]
+    assert threshold.tolist() == [math.inf, 0.9, 0.8, 0.5, 0.1]
+
+
+def test_tar_is_the_largest_whose_far_does_not_exceed_the_target():
+    """insightface takes the nearest FAR, which may exceed the target."""
+    impostors = [0.95, *np.linspace(0.0, 0.4, 9)]
+    genuine = [0.99, 0.96, 0.94, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.45]
+    same = np.array([True] * 10 + [False] * 10)
+    result = verify(pairs_at([*genuine, *impostors]), same)
+    assert result.tar_at_far[0.1] == pytest.approx(1.0)  # the one impostor above is FAR 0.1
+    assert math.isnan(result.tar_at_far[0.01]), "ten impostors cannot measure it"
+    more = np.array([True] * 10 + [False] * 20)
+    twice = verify(pairs_at([*genuine, *impostors, *impostors]), more)
+    assert twice.tar_at_far[0.1] == pytest.approx(1.0)
+    tied = verify(pairs_at([*genuine, *([0.94] * 2), *([0.1] * 18)]), more)
+    assert tied.tar_at_far[0.1] == pytest.approx(1.0)
+    above = verify(pairs_at([*genuine, *([0.94] * 3), *([0.1] * 17)]), more)
+    assert above.tar_at_far[0.1] == pytest.approx(0.2), "the tie at 0.94 is FAR 0.15"
+
+
+def test_eer_and_auc_by_hand():
+    same = np.array([True] * 4 + [False] * 4)
+    scores = [0.9, 0.8, 0.7, 0.3, 0.6, 0.2, 0.1, 0.05]
+    result = verify(pairs_at(scores), same, folds=2)
+    assert result.auc == pytest.approx(15 / 16)  # one of 16 comparisons is lost
+    assert result.eer == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "same", "folds", "message"),
+    [
+        (np.ones((3, 2)), np.array([True, False]), 2, "two rows per pair"),
+        (np.ones((4, 2)), np.array([True, True]), 2, "both kinds"),
+        (np.ones((4, 2)), np.array([1, 0]), 2, "must be bool"),
+        (np.ones((4, 2)), np.array([True, False]), 3, r"folds must be in \[2, 2\]"),
+        (np.array([[1.0], [0.0], [1.0], [1.0]]), np.array([True, False]), 2, "row 1 has norm 0"),
+        (np.array([[1], [1], [np.nan], [1]]), np.array([True, False]), 2, "row 2 has norm nan"),
+    ],
+)
+def test_what_cannot_be_verified_is_refused(embeddings, same, folds, message):
+    with pytest.raises(ValueError, match=message):
+        verify(embeddings, same, folds)
+
+
+def unit(*degrees):
+    radians = np.radians(degrees)
+    return np.stack([np.cos(radians), np.sin(radians)], axis=1)
+
+
+def test_ranks_by_hand():
+    gallery = unit(0, 40, 100)
+    probes = unit(10, 25, 90, 30)
+    result = rank_k(gallery, [0, 1, 2], 7 * probes, [0, 0, 2, 0], ks=(1, 2, 3))
+    assert result.rate == {1: 0.5, 2: 1.0, 3: 1.0}
+    assert (result.num_probes, result.num_gallery) == (4, 3)
+
+
+def test_ties_count_against_the_probe():
+    """A backbone that maps everything to one point recognises nobody."""
+    same_point = np.ones((5, 3))
+    result = rank_k(same_point, range(5), same_point, range(5), ks=(1, 4, 5))
+    assert result.rate == {1: 0.0, 4: 0.0, 5: 1.0}
+
+
+def test_the_best_of_several_gallery_images_counts():
+    result = rank_k(unit(0, 80, 45), [0, 0, 1], unit(70), [0], ks=(1,))
+    assert result.rate == {1: 1.0}
+
+
+def test_tiles_do_not_change_the_ranks(monkeypatch):
+    generator = np.random.default_rng(0)
+    gallery, probes = generator.normal(size=(50, 8)), generator.normal(size=(200, 8))
+    identities = generator.integers(0, 50, 200)
+    whole = rank_k(gallery, range(50), probes, identities, ks=(1, 5, 20))
+    monkeypatch.setattr("partialfc.protocols.identification._TILE_COSINES", 64)
+    assert rank_k(gallery, range(50), probes, identities, ks=(1, 5, 20)) == whole
+    similarity = (gallery / np.linalg.norm(gallery, axis=1, keepdims=True)) @ probes.T
+    own = similarity[identities, np.arange(200)]
+    rank = (similarity >= own - 1e-12).sum(axis=0)
+    assert whole.rate == {k: (rank <= k).mean() for k in (1, 5, 20)}
+
+
+def test_a_probe_that_nobody_in_the_gallery_matches_is_an_error():
+    with pytest.raises(ValueError, match=r"probe_identities\[1\] = 7 is not in the gallery"):
+        rank_k(unit(0, 1), [0, 1], unit(0, 1), [0, 7])
+
+
+def test_gallery_is_the_first_image_of_each():
+    gallery, probes = first_of_each([4, 2, 4, 2, 9])
+    assert gallery.tolist() == [0, 1, 4]
+    assert probes.tolist() == [2, 3]
