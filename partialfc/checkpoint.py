@@ -270,6 +270,12 @@ def _restore(
     states: Mapping[int, Mapping[str, Tensor]],
 ) -> None:
     optimizer.load_state_dict({"state": states, "param_groups": groups})
+    # torch's fused kernels go through memory in order: a state must lie as its parameter does, and
+    # a file keeps no strides (channels_last).
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _open(path: Path, device: str) -> Any:

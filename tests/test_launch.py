@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,6 +96,47 @@ def test_a_run_leaves_all_that_it_promises(packs, tmp_path, ranks):
         timeout=120,
     )
     assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["precision.compute=bf16", "backbone.checkpoint_activations=true", "data.last_batch=pad"],
+        ["precision.compute=fp16", "precision.initial_loss_scale=1024.0", "data.loader=torch"],
+        [
+            "optimizer={name='adamw', lr=0.001, accumulation=2}",
+            "head.optimizer={name='adamw'}",
+            "schedule={name='polynomial', warmup_steps=2, power=2.0}",
+            "head.margin={name='cosface', scale=16.0}",
+        ],
+    ],
+    ids=["bf16", "fp16", "adamw"],
+)
+def test_settings_reach_the_training(packs, tmp_path, overrides):
+    """Each path trains and resumes: every state it has goes through a checkpoint."""
+    common = ["run.steps=12", "checkpoint.every_steps=6", *overrides]
+    done = run(packs, tmp_path, *common)
+    assert done.returncode == 0, done.stderr
+    first = losses(tmp_path)
+    assert all(np.isfinite(list(first.values())))
+    shutil.rmtree(tmp_path / "checkpoints" / "step_00000012")
+    done = run(packs, tmp_path, *common)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path) == first
+
+
+def test_a_short_training_recognises_unseen_characters(tmp_path):
+    """The Omniglot recipe in small: 60 characters, 300 steps; it must learn, and from little."""
+    archive = ROOT / "tests" / "data" / "omniglot" / "omniglot_background.npz"
+    size = ["--characters", "90", "--held-out", "30", "--pairs", "1000", "--size", "32"]
+    assert omniglot.main([str(archive), str(tmp_path), *size]) == 0
+    short = ["run.steps=300", "data.global_batch=128", "log.every_steps=10", "optimizer.lr=0.1"]
+    done = run(tmp_path, tmp_path / "run", *short, "schedule.warmup_steps=50", ranks=2)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["verification"]["accuracy_untrained"] < 0.75
+    assert summary["verification"]["accuracy"] > 0.85
+    assert summary["identification"]["rank_1"] > 2 * summary["identification"]["rank_1_untrained"]
 
 
 def final_tensors(folder, step):

@@ -43,7 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
     shutil.rmtree("runs/demo", ignore_errors=True)
     import torch
 
-    ranks = torch.cuda.device_count() or 2
+    gpus = torch.cuda.device_count()
+    ranks = 1 << min(gpus, 8).bit_length() - 1 if gpus else 2  # a power of 2 divides the batch
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
         *(f"--nproc-per-node={ranks}", "launch/train.py", "configs/demo.toml", *options.override),
