@@ -10,7 +10,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not th
 
 import os
 
-from partialfc.config import help_text, load
+from partialfc.config import ConfigError, help_text, load
 
 _USAGE = "usage: torchrun --nproc-per-node=N launch/train.py CONFIG.toml [key.sub=value ...]"
 
@@ -37,8 +37,11 @@ def main(arguments: list[str]) -> int:
 
 
 def _say(error: Exception) -> None:
-    """Every rank finds the same mistake; the first of each host says it."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    """A mistake in the settings is found by every rank and said by one; all else by its rank."""
+    rank = os.environ.get("RANK", "0")
+    if not isinstance(error, ConfigError):
+        print(f"rank {rank}: {error}", file=sys.stderr, flush=True)
+    elif os.environ.get("LOCAL_RANK", "0") == "0":
         print(error, file=sys.stderr, flush=True)
 
 

@@ -13,13 +13,14 @@ temporary folder, synced, and renamed when all ranks agree that their part is co
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -30,6 +31,10 @@ from partialfc.runtime import Runtime, all_agree, from_leader
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
+_NONE, _ALL_INVALID = -1, -2
+
+CONFIG_HASH = "config_hash"
+"""The one fact that may differ when a run goes on; rank 0 then says so."""
 
 
 class CheckpointError(RuntimeError):
@@ -47,7 +52,7 @@ def save(
     *,
     keep: int,
 ) -> Path:
-    """Write the checkpoint of ``step`` and delete all but the newest ``keep``. Collective.
+    """Write the checkpoint of ``step``, then delete all but the newest ``keep``. Collective.
 
     Args:
         folder: The run's ``checkpoints`` folder, on a file system that all ranks share.
@@ -61,15 +66,14 @@ def save(
         CheckpointError: On every rank, if any rank's part failed; no earlier checkpoint is touched.
     """
     final = folder / f"step_{step:08d}"
-    if from_leader(int(final.exists()), runtime.ranks):
-        return final
     temporary = folder / f".{final.name}.partial"
-    if runtime.leads:
+
+    def begin() -> None:
+        if final.exists():
+            raise FileExistsError("it exists already, and no checkpoint is ever overwritten")
         shutil.rmtree(temporary, ignore_errors=True)
-        _attempt(lambda: temporary.mkdir(parents=True), "checkpoint", runtime, final)
-    else:
-        _attempt(lambda: None, "checkpoint", runtime, final)
-    _attempt(lambda: _write_tensors(temporary, model, runtime), "checkpoint", runtime, final)
+        temporary.mkdir(parents=True)
+
     manifest = {
         "format": FORMAT,
         "step": step,
@@ -77,52 +81,82 @@ def save(
         "num_identities": model.head.sharding.num_identities,
         "canonical_shards": model.head.sharding.canonical_shards,
         "facts": dict(facts),
-        "optimizer": _settings(model.optimizer),
-        "center_optimizer": _settings(model.head.optimizer),
-        "scaler": model.scaler.state_dict(),
+        "scaler": model.scaler.state_dict(),  # host sync
         "torch": torch.__version__,
     }
-
-    def commit() -> None:
+    try:
+        _together(begin if runtime.leads else _nothing, runtime, final)
+        _together(lambda: _write_tensors(temporary, model, runtime), runtime, final)
+        _together(
+            (lambda: _commit(temporary, final, manifest)) if runtime.leads else _nothing,
+            runtime,
+            final,
+        )
+    except CheckpointError:
         if runtime.leads:
-            _commit(temporary, final, manifest)
-            _delete_old(folder, keep)
-
-    _attempt(commit, "checkpoint", runtime, final)
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if runtime.leads:
+        for path in _steps(folder)[:-keep]:
+            doomed = path.with_name(f".{path.name}.deleted")
+            shutil.rmtree(doomed, ignore_errors=True)
+            path.rename(doomed)  # so that a half-deleted folder is never taken for a checkpoint
+            shutil.rmtree(doomed, ignore_errors=True)
     return final
 
 
 def newest(folder: Path, runtime: Runtime) -> Path | None:
     """Return the newest checkpoint whose files are as its manifest says. Collective.
 
-    Invalid ones are passed over with a message on rank 0.
+    Newer ones that are not are set aside as ``.step_….invalid``, with a message on rank 0. What a
+    kill left half-written or half-deleted is removed.
+
+    Raises:
+        CheckpointError: If there are checkpoints and none is valid; nothing is touched then.
     """
-    step = -1
+    found = _NONE
     if runtime.leads:
-        for path in sorted(folder.glob("step_*"), reverse=True):
+        for leftover in (*folder.glob(".step_*.partial"), *folder.glob(".step_*.deleted")):
+            shutil.rmtree(leftover, ignore_errors=True)
+        problems: dict[Path, str] = {}
+        for path in reversed(_steps(folder)):
             problem = verify(path)
             if problem is None:
-                step = int(path.name.removeprefix("step_"))
+                found = _step_of(path)
                 break
-            print(f"checkpoint {path} is passed over: {problem}", flush=True)
-    step = from_leader(step, runtime.ranks)
-    return None if step < 0 else folder / f"step_{step:08d}"
+            problems[path] = problem
+            print(f"{path}: not a valid checkpoint: {problem}", flush=True)
+        if problems and found == _NONE:
+            found = _ALL_INVALID
+        for path in problems if found >= 0 else ():
+            path.rename(path.with_name(f".{path.name}.invalid"))
+    found = from_leader(found, runtime.ranks)
+    if found == _ALL_INVALID:
+        raise CheckpointError(
+            f"{folder}: no checkpoint in it is valid, see the messages of rank 0. Copy a good one "
+            "back, or start again in another run.folder."
+        )
+    return None if found == _NONE else folder / f"step_{found:08d}"
 
 
 def verify(path: Path) -> str | None:
     """Return what is wrong with a checkpoint, or ``None`` if every file is as it was written."""
     try:
         manifest = json.loads((path / _MANIFEST).read_text())
-        files = dict(manifest["files"])
+        digest = manifest.pop("sha256")
+        if digest != _digest_of(manifest):
+            return f"{_MANIFEST} is corrupt: its checksum is not that of its content"
         if manifest["format"] != FORMAT:
             return f"its format is {manifest['format']}, this version reads {FORMAT}"
-        for name, (size, digest) in files.items():
+        if manifest["step"] != _step_of(path):
+            return f"{_MANIFEST} is of step {manifest['step']}"
+        for name, (size, digest) in manifest["files"].items():
             file = path / Path(name).name
             if file.stat().st_size != size:
                 return f"{name} has {file.stat().st_size} bytes, its manifest says {size}"
             if _digest(file) != digest:
                 return f"{name} is corrupt: its checksum is not that of the manifest"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return None
 
@@ -130,7 +164,8 @@ def verify(path: Path) -> str | None:
 def load(path: Path, model: Model, facts: Mapping[str, Any], runtime: Runtime) -> int:
     """Read a verified checkpoint into the live objects; return its step.
 
-    The number of ranks may differ from the one that wrote it.
+    The number of ranks may differ from the one that wrote it. Settings of the optimizers (rate,
+    momentum, weight decay) stay those of the run.
 
     Raises:
         CheckpointError: If the checkpoint is of another run: the message names what differs.
@@ -143,43 +178,66 @@ def load(path: Path, model: Model, facts: Mapping[str, Any], runtime: Runtime) -
         **facts,
     }
     saved = {**manifest, **manifest["facts"]}
-    for name, value in expected.items():
-        if name not in saved:
-            raise CheckpointError(f"{path}: {name} is missing from its manifest.")
-        if saved[name] != value:
-            raise CheckpointError(
-                f"{path}: it was written with {name} = {saved[name]}, this run has {value}. "
-                "Go on with the same settings, or start a new run in another run.folder."
-            )
+    if runtime.leads and saved.get(CONFIG_HASH) != expected.get(CONFIG_HASH):
+        print(f"{path}: going on with settings that are not those it was written with.", flush=True)
+    differ = [
+        f"{name} = {json.dumps(saved.get(name))}, this run has {json.dumps(value)}"
+        for name, value in expected.items()
+        if saved.get(name) != value and name != CONFIG_HASH
+    ]
+    if differ:
+        raise CheckpointError(
+            f"{path}: it was written with {'; with '.join(differ)}. Go on with the same settings, "
+            "or start a new run in another run.folder."
+        )
     device = str(runtime.device)
     with _open(path / "backbone.safetensors", device) as file:
         model.backbone.load_state_dict(
             {name: file.get_tensor(name) for name in sorted(file.keys())}
         )
+    states: dict[int, dict[str, Tensor]] = {}
     with _open(path / "optimizer.safetensors", device) as file:
-        states: dict[int, dict[str, Tensor]] = {}
         for name in sorted(file.keys()):
             number, _, state = name.partition(".")
             states.setdefault(int(number), {})[state] = file.get_tensor(name)
-    _restore(model.optimizer, manifest["optimizer"], states)
+    _restore(model.optimizer, states)
     center_states = _read_centers(path, manifest, head)
-    _restore(
-        head.optimizer, manifest["center_optimizer"], {0: center_states} if center_states else {}
-    )
-    model.scaler.load_state_dict(manifest["scaler"])
+    _restore(head.optimizer, {0: center_states} if center_states else {})
+    head.optimizer.param_groups[0]["steps"] = manifest["step"]
+    if manifest["scaler"]:
+        model.scaler.load_state_dict(manifest["scaler"])
     return int(manifest["step"])
 
 
-def _attempt(action: Callable[[], None], what: str, runtime: Runtime, path: Path) -> None:
+def exist(folder: Path) -> bool:
+    """Whether a folder holds any checkpoint, valid or not."""
+    return bool(_steps(folder))
+
+
+def _steps(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, oldest first; a copy under another name is not one."""
+    named = (path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name))
+    return sorted(named, key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def _nothing() -> None:
+    """The part of a rank that has none."""
+
+
+def _together(action: Callable[[], None], runtime: Runtime, path: Path) -> None:
     """Do this rank's part; raise on all ranks if any rank's part failed."""
     problem: Exception | None = None
     try:
         action()
-    except (OSError, SafetensorError, ValueError) as error:
+    except Exception as error:  # whatever it is, the other ranks wait for the verdict
         problem = error
     if not all_agree(problem is None, runtime.ranks):
         reason = problem or "another rank failed, see its message"
-        raise CheckpointError(f"{what} {path} was not written: {reason}") from problem
+        raise CheckpointError(f"{path} was not written: {reason}") from problem
 
 
 def _write_tensors(folder: Path, model: Model, runtime: Runtime) -> None:
@@ -216,7 +274,8 @@ def _commit(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
         note = path.with_suffix(".json")
         files[path.name] = json.loads(note.read_text())
         note.unlink()
-    write_json(temporary / _MANIFEST, {**manifest, "files": files})
+    manifest = {**manifest, "files": files}
+    write_json(temporary / _MANIFEST, {**manifest, "sha256": _digest_of(manifest)})
     with (temporary / _MANIFEST).open("rb") as file:
         os.fsync(file.fileno())
     _sync_folder(temporary)
@@ -224,16 +283,10 @@ def _commit(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
     _sync_folder(final.parent)
 
 
-def _delete_old(folder: Path, keep: int) -> None:
-    for path in sorted(folder.glob("step_*"))[:-keep]:
-        doomed = path.with_name(f".{path.name}.deleted")
-        path.rename(doomed)  # so that a half-deleted folder is never taken for a checkpoint
-        shutil.rmtree(doomed, ignore_errors=True)
-
-
 def _read_centers(path: Path, manifest: dict[str, Any], head: PartialFC) -> dict[str, Tensor]:
     """Fill this rank's centers from the files that hold its rows; return its row states."""
     states: dict[str, Tensor] = {}
+    read = 0
     for name in manifest["files"]:
         if not name.startswith("centers_"):
             continue
@@ -243,6 +296,7 @@ def _read_centers(path: Path, manifest: dict[str, Any], head: PartialFC) -> dict
             low, high = max(first, head.owned.start), min(first + rows, head.owned.stop)
             if low >= high:
                 continue
+            read += high - low
             into = slice(low - head.owned.start, high - head.owned.start)
             for tensor in sorted(file.keys()):
                 part = file.get_slice(tensor)[low - first : high - first]
@@ -255,20 +309,13 @@ def _read_centers(path: Path, manifest: dict[str, Any], head: PartialFC) -> dict
                         shape, dtype=part.dtype, device=head.centers.device
                     )
                 states[tensor][into] = part.to(head.centers.device)
+    if read != len(head.owned):
+        raise CheckpointError(f"{path}: it has {read} of the {len(head.owned)} rows of this rank.")
     return states
 
 
-def _settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """``param_groups`` without what a JSON file cannot hold."""
-    groups: list[dict[str, Any]] = optimizer.state_dict()["param_groups"]
-    return groups
-
-
-def _restore(
-    optimizer: torch.optim.Optimizer,
-    groups: list[dict[str, Any]],
-    states: Mapping[int, Mapping[str, Tensor]],
-) -> None:
+def _restore(optimizer: torch.optim.Optimizer, states: Mapping[int, Mapping[str, Tensor]]) -> None:
+    groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": states, "param_groups": groups})
     # torch's fused kernels go through memory in order: a state must lie as its parameter does, and
     # a file keeps no strides (channels_last).
@@ -285,6 +332,10 @@ def _open(path: Path, device: str) -> Any:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest_of(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -16,15 +16,17 @@ from partialfc.build import Model
 from partialfc.collectives import gather_rows
 from partialfc.config import Config, ConfigError
 from partialfc.data.jpeg import check_jpeg, decode
-from partialfc.data.pairs import Image, read_pairs
-from partialfc.data.records import open_pack
+from partialfc.data.pairs import Image, Pairs, read_pairs
+from partialfc.data.records import Pack, open_pack
 from partialfc.data.torch_loader import normalise, resize
 from partialfc.protocols import unit_rows
 from partialfc.protocols.identification import Identification, first_of_each, rank_k
 from partialfc.protocols.verification import Verification, verify
-from partialfc.runtime import Runtime
+from partialfc.runtime import DataError, Runtime
 
 Opened = TypeVar("Opened")
+
+_FOLDS = 10
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,8 +74,8 @@ class Evaluation:
     def __init__(self, config: Config, runtime: Runtime) -> None:
         self._config, self._runtime = config, runtime
         sets = config.verification
-        self._pairs = _open("verification.pairs", sets.pairs, read_pairs)
-        self._packs = _open("verification.identification", sets.identification, open_pack)
+        self._pairs = _open("verification.pairs", sets.pairs, _enough_pairs)
+        self._packs = _open("verification.identification", sets.identification, _with_probes)
 
     def measure(self, model: Model) -> Results:
         """Measure a model on all sets. Collective: one all-gather for each set."""
@@ -107,7 +109,7 @@ class Evaluation:
             try:
                 pixels = _pixels(image(index))
             except ValueError as error:
-                raise ConfigError(f"{name}: image {index}: {error}") from error
+                raise DataError(f"{name}: image {index}: {error}") from error
             if pixels.shape[:2] != (size, size):
                 pixels = resize(pixels, size)
             normal = np.empty((3, size, size), np.float32)
@@ -131,6 +133,24 @@ class Evaluation:
         model.backbone.train()
         embeddings_ND: np.ndarray = gather_rows(torch.cat(parts), ranks).double().cpu().numpy()
         return embeddings_ND[:count]
+
+
+def _enough_pairs(path: Path) -> Pairs:
+    pairs = read_pairs(path)
+    if len(pairs.same) < _FOLDS or pairs.same.all() or not pairs.same.any():
+        raise ValueError(
+            f"{len(pairs.same)} pairs, {int(pairs.same.sum())} of them of one identity: ten-fold "
+            f"verification needs at least {_FOLDS}, and both kinds"
+        )
+    return pairs
+
+
+def _with_probes(path: Path) -> Pack:
+    pack = open_pack(path)
+    _, probes = first_of_each(pack.identities(np.arange(len(pack))))
+    if not len(probes):
+        raise ValueError("no identity has a second image, so nothing can be searched for")
+    return pack
 
 
 def _pixels(image: Image) -> np.ndarray:

@@ -81,7 +81,11 @@ class PartialFC(nn.Module):
         self.ranks = Ranks.of(group)
         self.sharding = Sharding(
             num_identities=num_identities,
-            canonical_shards=canonical_shards or default_canonical_shards(num_identities),
+            canonical_shards=(
+                default_canonical_shards(num_identities)
+                if canonical_shards is None
+                else canonical_shards
+            ),
             world_size=self.ranks.size,
         )
         self.margin = margin

@@ -65,7 +65,7 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, step: int) -> None:
-        kept = [line for line in read_records(path) if line["step"] <= step]
+        kept = [line for line in read_records(path) if line["step"] <= step] if step else []
         temporary = path.with_suffix(".partial")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         temporary.replace(path)
@@ -152,6 +152,11 @@ class Prometheus:
 
 def write_json(path: Path, value: object) -> None:
     """Write a JSON file whole or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.write_text(text)
     temporary.replace(path)

@@ -30,11 +30,13 @@ class Step:
         loss: Mean loss of the global batch.
         gradient_norm: Of the backbone, before clipping.
         skipped: 1.0 where loss or gradient is not finite and nothing was changed, else 0.0.
+        loss_scale: Of fp16; 1 without it.
     """
 
     loss: Tensor
     gradient_norm: Tensor
     skipped: Tensor
+    loss_scale: Tensor
 
 
 class Recorder:
@@ -58,8 +60,9 @@ class Recorder:
         self._step = self._first = self._recorded = step
         self._clock, self._waited, self._trained = time.monotonic(), 0.0, 0.0
         device = runtime.device
-        self._loss, self._skipped = torch.zeros((), device=device), torch.zeros((), device=device)
-        self._in_a_row = torch.zeros((), device=device)
+        zero = torch.zeros((), device=device)
+        self._loss, self._skipped = zero.clone(), zero.clone()
+        self._bad_losses, self._in_a_row, self._longest = zero.clone(), zero.clone(), zero.clone()
         self._untrained: Results | None = None
         self._results: Results | None = None
         self._sinks: list[Sink] = []
@@ -111,17 +114,19 @@ class Recorder:
         self._step = step
         self._loss += done.loss
         self._skipped += done.skipped
+        self._bad_losses += ~done.loss.isfinite()
         self._in_a_row = (self._in_a_row + 1) * done.skipped
+        self._longest = torch.maximum(self._longest, self._in_a_row)
         if step % self._config.log.every_steps and step != self._total:
             return
         # Host sync: one read of all numbers.
-        loss, norm, skipped, in_a_row, last_loss = torch.stack(
-            [self._loss, done.gradient_norm, self._skipped, self._in_a_row, done.loss]
+        loss, norm, skipped, scale = torch.stack(
+            [self._loss, done.gradient_norm, self._skipped, done.loss_scale]
         ).tolist()
+        self.refuse_non_finite()
         now, count = time.monotonic(), step - self._recorded
         seconds = now - self._clock
         self._trained += seconds
-        self._refuse_non_finite(last_loss, skipped, in_a_row)
         values = {
             "loss": loss / count,
             "learning_rate": rate,
@@ -131,12 +136,34 @@ class Recorder:
             "throughput": count * self._config.data.global_batch / seconds,
             "step_seconds": seconds / count,
             "data_wait_seconds": self._waited / count,
+            "loss_scale": scale,
             "skipped_steps": skipped,
             "peak_memory_bytes": peak_memory(self._runtime.device),
         }
         self._write(step, {name: value for name, value in values.items() if math.isfinite(value)})
         self._loss.zero_()
         self._recorded, self._clock, self._waited = step, time.monotonic(), 0.0
+
+    def refuse_non_finite(self) -> None:
+        """Raise if a loss was not finite, or fp16 skips more steps than its scale needs.
+
+        Host sync. The numbers are the same on all ranks, so all raise together.
+
+        Raises:
+            NonFiniteError: Before anything of such a step is recorded or saved.
+        """
+        skipped, bad, longest = torch.stack(
+            [self._skipped, self._bad_losses, self._longest]
+        ).tolist()
+        allowed = _SKIPS_IN_A_ROW if self._config.precision.compute == "fp16" else 1
+        if not bad and longest < allowed:
+            return
+        raise NonFiniteError(
+            f"the loss was not finite in {bad:.0f} steps, and {skipped:.0f} steps changed nothing "
+            f"because the loss or the gradient was not, {longest:.0f} of them in a row, up to step "
+            f"{self._step}. Go on from the last checkpoint with a lower optimizer.lr or a longer "
+            "schedule.warmup_steps, and look at the images of these steps."
+        )
 
     def validated(self, step: int, results: Results) -> None:
         """Record the numbers of the held-out sets; those at step 0 are the untrained ones."""
@@ -178,17 +205,6 @@ class Recorder:
     def _write(self, step: int, values: dict[str, float]) -> None:
         for sink in self._sinks:
             sink.write(step, values)
-
-    def _refuse_non_finite(self, last_loss: float, skipped: float, in_a_row: float) -> None:
-        overflow = self._config.precision.compute == "fp16" and math.isfinite(last_loss)
-        if not skipped or (overflow and in_a_row < _SKIPS_IN_A_ROW):
-            return
-        raise NonFiniteError(
-            f"the loss or the gradient was not finite in {skipped:.0f} steps up to step "
-            f"{self._step} (last loss {last_loss}). Those steps changed no weights. Go on from the "
-            "last checkpoint with a lower optimizer.lr, a longer schedule.warmup_steps, or "
-            'precision.compute = "fp32".'
-        )
 
     def _summary(
         self, seconds: float, peak: int, records: list[dict[str, float]]

@@ -20,6 +20,12 @@ class NonFiniteError(RuntimeError):
     exit_code = 3
 
 
+class DataError(RuntimeError):
+    """An image cannot be used; the message names it."""
+
+    exit_code = 5
+
+
 @dataclass(frozen=True, slots=True)
 class Runtime:
     """Where this process runs.

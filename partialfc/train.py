@@ -11,16 +11,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from partialfc import checkpoint
 from partialfc.build import Model, build
-from partialfc.config import Config, ConfigError, to_toml
+from partialfc.config import Config, ConfigError, config_hash, to_toml
 from partialfc.data.augment import Augmentation
 from partialfc.data.loader import open_batches
 from partialfc.data.order import Order
 from partialfc.data.records import Pack, open_pack
 from partialfc.data.stream import Batches, Stream
 from partialfc.evaluation import Evaluation
+from partialfc.metrics import write_text
 from partialfc.permutation import key
 from partialfc.recorder import Recorder, Step
-from partialfc.runtime import Runtime, average_buffers
+from partialfc.runtime import DataError, Runtime, average_buffers
 from partialfc.schedule import learning_rate
 
 
@@ -31,31 +32,37 @@ def train(config: Config, runtime: Runtime) -> None:
         ConfigError: If the settings do not fit the data, the sets or the backbone.
         NonFiniteError: If the loss or the gradient is not finite.
         CheckpointError: If a checkpoint cannot be written, or is of another run.
+        DataError: If an image cannot be decoded.
     """
     started = time.monotonic()
     pack, order, total_steps = _data(config)
     evaluation = Evaluation(config, runtime)
     model = build(config, runtime, pack.num_identities)
     folder, facts = config.run.folder / "checkpoints", _facts(config, pack)
-    step = 0
-    newest = checkpoint.newest(folder, runtime) if config.run.resume else None
-    if newest:
-        step = checkpoint.load(newest, model, facts, runtime)
-    elif runtime.leads:
-        _refuse_mixing(config)
-
+    if not config.run.resume and checkpoint.exist(folder):
+        raise ConfigError(
+            f"run.resume = false with run.folder = {str(config.run.folder)!r}, which holds "
+            "checkpoints of a run. Choose another folder, or set run.resume = true to go on."
+        )
+    newest = checkpoint.newest(folder, runtime)
+    step = checkpoint.load(newest, model, facts, runtime) if newest else 0
+    summary = config.run.folder / "summary.json"
+    if step >= total_steps and summary.exists():
+        if runtime.leads:
+            print(f"{summary}: the run ended at step {step}, and {total_steps} are asked for.")
+        return
     if runtime.leads:
         config.run.folder.mkdir(parents=True, exist_ok=True)
-        (config.run.folder / "config.toml").write_text(to_toml(config))
+        write_text(config.run.folder / "config.toml", to_toml(config))
     with (
         Recorder(config, runtime, step, total_steps, order.steps_per_epoch) as recorder,
         closing(_batches(config, runtime, pack, order, step)) as batches,
     ):
-        if step == 0:
-            recorder.validated(0, evaluation.measure(model))
+        if step == 0 or step >= total_steps:
+            recorder.validated(step, evaluation.measure(model))
         while step < total_steps:
             with recorder.waiting():
-                images, identities = next(batches)
+                images, identities = _next(batches)
             rate = learning_rate(
                 step,
                 peak=config.optimizer.lr,
@@ -65,16 +72,19 @@ def train(config: Config, runtime: Runtime) -> None:
             done = train_step(model, config, images, identities, rate)
             step += 1
             recorder.stepped(step, done, rate)
-            if _due(step, config.checkpoint.every_steps, total_steps):
-                with recorder.pausing():
-                    average_buffers(model.backbone, runtime.ranks)
+            verify = _due(step, config.verification.every_steps, total_steps)
+            save = _due(step, config.checkpoint.every_steps, total_steps)
+            if not (verify or save):
+                continue
+            recorder.refuse_non_finite()
+            with recorder.pausing():
+                average_buffers(model.backbone, runtime.ranks)
+                if verify:  # before the checkpoint, so that no kill leaves a step without it
+                    recorder.validated(step, evaluation.measure(model))
+                if save:
                     checkpoint.save(
                         folder, step, model, facts, runtime, keep=config.checkpoint.keep
                     )
-            if _due(step, config.verification.every_steps, total_steps):
-                with recorder.pausing():
-                    average_buffers(model.backbone, runtime.ranks)
-                    recorder.validated(step, evaluation.measure(model))
         recorder.finish(seconds=time.monotonic() - started)
 
 
@@ -84,7 +94,8 @@ def train_step(
     """Take one optimizer step on this rank's part of the global batch. Collective.
 
     The host waits for a GPU in the sampler only (``sample_rate`` < 1). Where the loss or the
-    gradient is not finite, the device itself leaves all weights as they are, on every rank.
+    gradient is not finite, the device itself leaves all weights and statistics as they are, on
+    every rank.
 
     Args:
         model: What is trained.
@@ -101,6 +112,8 @@ def train_step(
 
     # Dropout and drop path are functions of seed, step and rank too, so that a resume repeats them.
     torch.manual_seed(key(config.run.seed, "dropout", head.optimizer.steps, head.ranks.rank))
+    statistics = [b for b in model.backbone.buffers() if b.is_floating_point()]
+    before = [buffer.clone() for buffer in statistics]
     loss = torch.zeros((), device=images.device)
     if parts > 1:
         head.sample_step(identities)
@@ -118,12 +131,15 @@ def train_step(
     skipped = 1.0 - (loss.isfinite() & norm.isfinite()).float()
     # As GradScaler tells an optimizer, but one verdict for backbone and centers, on all ranks.
     _tell(optimizer, grad_scale=None, found_inf=skipped)
-    _tell(head.optimizer, grad_scale=scaler.scale(torch.ones_like(loss)), found_inf=skipped)
+    loss_scale = scaler.scale(torch.ones_like(loss))
+    _tell(head.optimizer, grad_scale=loss_scale, found_inf=skipped)
     optimizer.step()
     head.optimizer.step()
     scaler.update()
     optimizer.zero_grad()
-    return Step(loss, norm, skipped)
+    for buffer, old in zip(statistics, before, strict=True):  # BatchNorm saw the bad batch already
+        buffer.copy_(torch.where(skipped > 0, old, buffer))
+    return Step(loss, norm, skipped, loss_scale)
 
 
 def _tell(optimizer: Any, *, grad_scale: Tensor | None, found_inf: Tensor) -> None:
@@ -181,22 +197,30 @@ def _batches(config: Config, runtime: Runtime, pack: Pack, order: Order, step: i
         raise ConfigError(str(error)) from error
 
 
+def _next(batches: Batches) -> tuple[Tensor, Tensor]:
+    try:
+        return next(batches)
+    except ValueError as error:
+        raise DataError(str(error)) from error
+
+
 def _facts(config: Config, pack: Pack) -> dict[str, object]:
-    """What must be the same for a run to go on from a checkpoint."""
+    """What must be the same for a run to go on from a checkpoint; all else may change."""
     return {
-        "seed": config.run.seed,
+        checkpoint.CONFIG_HASH: config_hash(config),
         "pack": pack.fingerprint,
-        "global_batch": config.data.global_batch,
+        "run.seed": config.run.seed,
+        "data.global_batch": config.data.global_batch,
+        "data.last_batch": config.data.last_batch,
+        "data.image_size": config.data.image_size,
+        "backbone.name": config.backbone.name,
+        "backbone.embedding_dim": config.backbone.embedding_dim,
+        "precision.compute": config.precision.compute,
+        "optimizer.name": config.optimizer.name,
+        "head.optimizer.name": config.head.optimizer.name,
+        "head.sample_rate": config.head.sample_rate,
+        "head.margin": config.head.margin.model_dump(mode="json"),
     }
-
-
-def _refuse_mixing(config: Config) -> None:
-    """A new run never writes into the folder of another."""
-    if any((config.run.folder / "checkpoints").glob("step_*")):
-        raise ConfigError(
-            f"run.folder = {str(config.run.folder)!r}: it holds the checkpoints of another run. "
-            "Choose another folder, or set run.resume = true to go on."
-        )
 
 
 def _due(step: int, every: int, total_steps: int) -> bool:

@@ -200,14 +200,32 @@ def test_a_mistake_is_one_message_and_exit_code_2(packs, tmp_path, override, mes
     assert len(done.stderr.strip().splitlines()) <= 2
 
 
-def test_another_runs_checkpoint_is_refused_by_name(packs, tmp_path):
+def test_another_run_in_the_same_folder_is_refused_by_name(packs, tmp_path):
     assert run(packs, tmp_path, "run.steps=3").returncode == 0
     done = run(packs, tmp_path, "run.steps=4", "run.seed=7")
     assert done.returncode == 4
-    assert "seed = 2048, this run has 7" in done.stderr
+    assert "run.seed = 2048, this run has 7" in done.stderr
+    done = run(packs, tmp_path, "run.steps=4", "head.margin.angular=0.1")
+    assert done.returncode == 4
+    assert "head.margin" in done.stderr
     done = run(packs, tmp_path, "run.steps=4", "run.resume=false")
     assert done.returncode == 2
     assert "run.folder" in done.stderr
+
+
+def test_a_finished_run_is_left_as_it_is_and_a_longer_one_goes_on(packs, tmp_path):
+    assert run(packs, tmp_path, "run.steps=3").returncode == 0
+    before = (tmp_path / "summary.json").read_bytes()
+    done = run(packs, tmp_path, "run.steps=3")
+    assert done.returncode == 0
+    assert "the run ended at step 3" in done.stdout
+    assert (tmp_path / "summary.json").read_bytes() == before
+    (tmp_path / "summary.json").unlink()  # as if it was killed just before its end
+    assert run(packs, tmp_path, "run.steps=3").returncode == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["verification"]["accuracy"] == json.loads(before)["verification"]["accuracy"]
+    assert run(packs, tmp_path, "run.steps=5").returncode == 0
+    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 5
 
 
 def test_help_shows_every_setting():

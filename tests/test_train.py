@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from torch import nn
 
+from partialfc import ArcFace, PartialFC
+from partialfc.build import assemble
 from partialfc.train import train_step
-from tests.models import batch, flat_model, settings, weights
+from tests.models import Flat, batch, flat_model, runtime, settings, weights
 
 
 def run(config, steps=4, **model):
@@ -80,3 +83,19 @@ def test_non_finite_image_changes_nothing(compute):
     assert train_step(model, config, images, identities, 0.05).skipped == 1
     assert all(map(torch.equal, before, weights(model)))
     assert train_step(model, config, *batch(2, 24), 0.05).skipped == 0
+
+
+def test_a_bad_batch_leaves_batch_norms_statistics_alone():
+    """Weights are gated by the optimizers, but forward has already counted the batch."""
+    config = settings(backbone={"channels_last": False})
+    head = PartialFC(40, 16, ArcFace(scale=16))
+    normalised = nn.Sequential(Flat(8, 16), nn.BatchNorm1d(16))
+    model = assemble(config, runtime(), normalised, head)
+    train_step(model, config, *batch(0, 24), 0.05)
+    before = model.backbone[1].running_var.clone()
+    images, identities = batch(1, 24)
+    images[0] = torch.nan
+    assert train_step(model, config, images, identities, 0.05).skipped == 1
+    assert torch.equal(model.backbone[1].running_var, before)
+    train_step(model, config, *batch(2, 24), 0.05)
+    assert not torch.equal(model.backbone[1].running_var, before)

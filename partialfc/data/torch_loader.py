@@ -29,15 +29,13 @@ def torch_batches(
         stream: What to decode.
         samples_seen: Images that all ranks together have seen.
         device: Where the batches go.
-        threads: Threads that decode, a batch each; 0 decodes in the calling thread.
+        threads: Threads that decode, a batch each; >= 1.
         prefetch: Batches that are kept ready beyond those being decoded; >= 1.
 
     Raises:
         ValueError: If an image cannot be decoded, when its batch is due; the message names it.
     """
     starts = count(samples_seen, stream.order.global_batch)
-    if threads == 0:
-        yield from (_to(device, decoded_batch(stream, start)) for start in starts)
     pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
     try:
         pending = deque(
