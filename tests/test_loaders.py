@@ -199,7 +199,7 @@ def test_a_stream_opened_anywhere_has_the_same_tail(loader, step):
         np.testing.assert_array_equal(identities, our_identities)
 
 
-@pytest.mark.parametrize(("threads", "prefetch"), [(0, 1), (1, 1), (4, 3)])
+@pytest.mark.parametrize(("threads", "prefetch"), [(1, 1), (4, 3)])
 def test_threads_do_not_change_the_order(threads, prefetch):
     stream = golden_stream(64)
     batches = torch_batches(stream, 0, device=CPU, threads=threads, prefetch=prefetch)
@@ -251,14 +251,14 @@ def children() -> list[str]:
 @pytest.mark.parametrize("number", [0, 1, 3])
 def test_closing_leaves_no_thread_and_no_process(loader, number):
     take(1, golden_stream(64), loader=loader)  # DALI keeps a thread or two for the whole process
-    before = threads()
+    before, others = threads(), children()  # the gloo ranks of other tests
     for _ in range(3):
         take(number, golden_stream(64), loader=loader)
     deadline = time.monotonic() + 10
     while threads() > before and time.monotonic() < deadline:
         time.sleep(0.01)  # a joined thread may still be on its way out
     assert threads() <= before
-    assert children() == []
+    assert children() == others
 
 
 @pytest.mark.parametrize("loader", LOADERS)
