@@ -16,7 +16,7 @@ _USAGE = "usage: torchrun --nproc-per-node=N launch/train.py CONFIG.toml [key.su
 
 
 def main(arguments: list[str]) -> int:
-    """Run; return the exit code: 0, 2 for the configuration, or that of the error's kind."""
+    """Run; return the exit code: 0, 130 when interrupted, or that of the error's kind."""
     if not arguments or {"-h", "--help"} & set(arguments):
         print(f"{_USAGE}\n\n{help_text()}")
         return 0 if arguments else 2
@@ -27,6 +27,9 @@ def main(arguments: list[str]) -> int:
 
         with running(config) as runtime:
             train(config, runtime)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
     except Exception as error:
         code = getattr(error, "exit_code", None)
         if code is None:

@@ -228,6 +228,25 @@ def test_a_finished_run_is_left_as_it_is_and_a_longer_one_goes_on(packs, tmp_pat
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 5
 
 
+def test_ctrl_c_ends_with_one_line(packs, tmp_path):
+    process = subprocess.Popen(
+        command(packs, tmp_path, "run.steps=100000", "checkpoint.every_steps=5"),
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "checkpoints").glob("step_*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on" in errors
+    assert "Traceback" not in errors
+
+
 def test_help_shows_every_setting():
     done = subprocess.run(
         [sys.executable, "launch/train.py", "--help"], cwd=ROOT, capture_output=True, text=True
