@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from partialfc.head import PartialFC
     from partialfc.margins import ArcFace, CosFace, Margin
-    from partialfc.row_optimizer import RowAdamW, RowSGD
+    from partialfc.row_rules import RowAdagrad, RowAdamW, RowSGD
 
-__all__ = ["ArcFace", "CosFace", "Margin", "PartialFC", "RowAdamW", "RowSGD"]
+__all__ = ["ArcFace", "CosFace", "Margin", "PartialFC", "RowAdagrad", "RowAdamW", "RowSGD"]
 
-_HOME = {"PartialFC": "head", "RowAdamW": "row_optimizer", "RowSGD": "row_optimizer"}
+_HOME = {"PartialFC": "head"} | dict.fromkeys(("RowAdagrad", "RowAdamW", "RowSGD"), "row_rules")
 
 
 def __getattr__(name: str) -> object:

@@ -12,11 +12,16 @@ from partialfc.backbones import build_backbone
 from partialfc.config import Config, ConfigError
 from partialfc.head import PartialFC
 from partialfc.margins import ArcFace, CosFace, Margin
-from partialfc.row_optimizer import RowAdamW, RowRule, RowSGD
+from partialfc.row_rules import RowAdagrad, RowAdamW, RowRule, RowSGD
 from partialfc.runtime import Runtime
+from partialfc.tiles import Compute
 
 _MARGINS: dict[str, type[Margin]] = {"arcface": ArcFace, "cosface": CosFace}
-_ROW_RULES: dict[str, type[RowRule]] = {"sgd": RowSGD, "adamw": RowAdamW}
+_ROW_RULES: dict[str, type[RowRule]] = {
+    "sgd": RowSGD,
+    "adamw": RowAdamW,
+    "adagrad": RowAdagrad,
+}
 _OPTIMIZERS: dict[str, Any] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 
@@ -130,18 +135,32 @@ def _optimizer(config: Config, backbone: nn.Module) -> torch.optim.Optimizer:
     return optimizer
 
 
+def head_compute(config: Config, device: torch.device) -> Compute:
+    """Return the precision of the head's matrix products on a device."""
+    if config.head.compute != "auto":
+        return config.head.compute
+    if config.precision.compute == "bf16":
+        return "bf16"
+    return "tf32" if config.precision.tf32 and device.type == "cuda" else "fp32"
+
+
 def _head(config: Config, runtime: Runtime, num_identities: int) -> PartialFC:
-    rule = config.head.optimizer.model_dump(exclude={"name", "lr_factor"})
-    margin = config.head.margin.model_dump(exclude={"name"})
+    settings = config.head
+    rule = settings.optimizer.model_dump(exclude={"name", "lr_factor"})
+    margin = settings.margin.model_dump(exclude={"name"})
     try:
         return PartialFC(
             num_identities,
             config.backbone.embedding_dim,
-            _MARGINS[config.head.margin.name](**margin),
-            sample_rate=config.head.sample_rate,
-            optimizer=_ROW_RULES[config.head.optimizer.name](**rule),
+            _MARGINS[settings.margin.name](**margin),
+            sample_rate=settings.sample_rate,
+            optimizer=_ROW_RULES[settings.optimizer.name](**rule),
+            compute=head_compute(config, runtime.device),
+            center_format=settings.center_format,
+            keep_bytes=None if settings.keep_mib is None else settings.keep_mib << 20,
+            overlap=settings.overlap,
             seed=config.run.seed,
-            canonical_shards=config.head.canonical_shards,
+            canonical_shards=settings.canonical_shards,
             device=runtime.device,
         )
     except ValueError as error:

@@ -4,6 +4,7 @@
         backbone.safetensors          parameters and buffers, named as in the backbone
         optimizer.safetensors         its optimizer's states, "<parameter number>.<state>"
         centers_0000000000.safetensors  "centers" and row states of one rank, named by first row
+        head.safetensors              state of the head's optimizer that all ranks share, if any
         manifest.json                 step, sizes and SHA-256 of the files, all that is not a tensor
 
 Centers are stored by global row, so any number of ranks reads them. Everything is written to a
@@ -204,6 +205,9 @@ def load(path: Path, model: Model, facts: Mapping[str, Any], runtime: Runtime) -
     center_states = _read_centers(path, manifest, head)
     _restore(head.optimizer, {0: center_states} if center_states else {})
     head.optimizer.param_groups[0]["steps"] = manifest["step"]
+    for name in head.optimizer.shared_state():
+        with _open(path / "head.safetensors", device) as file:
+            head.optimizer.param_groups[0][name] = file.get_tensor(name)
     if manifest["scaler"]:
         model.scaler.load_state_dict(manifest["scaler"])
     return int(manifest["step"])
@@ -253,6 +257,8 @@ def _write_tensors(folder: Path, model: Model, runtime: Runtime) -> None:
                 for name, value in state.items()
             },
         )
+        if shared := head.optimizer.shared_state():
+            _write(folder / "head.safetensors", shared)
     if len(head.owned):
         _write(
             folder / f"centers_{head.owned.start:010d}.safetensors",

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from partialfc import settings
 from partialfc.config_margins import AnyMargin, ArcFace
 from partialfc.config_optimizers import (
+    AdagradOfCenters,
     AdamWOfBackbone,
     AdamWOfCenters,
     Cosine,
@@ -139,7 +140,8 @@ class Backbone(Section):
 
 
 class Precision(Section):
-    """Number formats. Sums, the softmax and all weights are fp32 in every case."""
+    """Number formats of the backbone; ``head.compute`` has those of the head. Sums, the softmax and
+    the backbone's weights are fp32 in every case."""
 
     compute: str
     """Autocast format of the backbone: bf16, fp32 or fp16."""
@@ -186,10 +188,27 @@ class Head(Section):
     """Units that negatives are sampled from and centers are moved in; at least the largest number
     of ranks that the run will ever have. Left out, it follows from the number of identities."""
 
+    compute: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
+    """Format of the head's matrix products. ``auto`` is bf16 where ``precision.compute`` is,
+    otherwise fp32, or tf32 on a GPU with ``precision.tf32``."""
+
+    center_format: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """How class centers are stored. ``fp16`` has a scale per center and is the better one of 16
+    bits; both are rounded stochastically."""
+
+    keep_mib: Annotated[int | None, Field(ge=0), Unit("MiB")] = None
+    """Most memory per rank that spares the second pass of the head a matrix product. Does not
+    change the result. Left out, it is 64 on a CPU and 2048 on a GPU."""
+
+    overlap: bool = False
+    """On a GPU, update the centers while the backbone's backward runs. Then a gradient of the
+    backbone that is not finite stops the run after the centers have moved in memory; nothing of
+    that step is saved."""
+
     margin: AnyMargin = Field(default_factory=ArcFace)
-    optimizer: Annotated[SgdOfCenters | AdamWOfCenters, Field(discriminator="name")] = Field(
-        default_factory=SgdOfCenters
-    )
+    optimizer: Annotated[
+        SgdOfCenters | AdamWOfCenters | AdagradOfCenters, Field(discriminator="name")
+    ] = Field(default_factory=SgdOfCenters)
 
 
 class Verification(Section):
@@ -288,6 +307,16 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _overlap_has_no_loss_scale(self) -> "Config":
+        if self.head.overlap and self.precision.compute == "fp16":
+            raise ValueError(
+                'head.overlap = true with precision.compute = "fp16": whether a step with a loss '
+                "scale counts is known after the backbone's backward only. Use bf16, or remove "
+                "head.overlap."
+            )
+        return self
+
     def check(self, world_size: int) -> None:
         """Check what depends on the number of ranks.
 
@@ -320,6 +349,7 @@ _CHANGES_NO_RESULT: dict[str, Any] = {
     "verification": True,
     "checkpoint": True,
     "log": True,
+    "head": {"keep_mib", "overlap"},
 }
 
 

@@ -53,11 +53,32 @@ class _OfCenters(Optimizer):
 
 
 class SgdOfCenters(Sgd, _OfCenters):
-    """SGD with momentum on the sampled class centers; the others stay as they are."""
+    """SGD with momentum on the sampled class centers."""
+
+    momentum_format: Literal["fp32", "bf16", "int8"] = "fp32"
+    """How the momentum is stored: 4, 2 or 1 bytes an element, the fewer with stochastic
+    rounding."""
+
+    unsampled: Literal["stay", "move"] = "stay"
+    """What a center does at a step that does not sample it. ``stay``: nothing. ``move``: it decays
+    and moves by its momentum as in arcface_torch, computed when it is sampled next."""
 
 
 class AdamWOfCenters(AdamW, _OfCenters):
     """AdamW on the sampled class centers; the others stay as they are."""
+
+
+class AdagradOfCenters(_OfCenters):
+    """Row-wise Adagrad on the sampled class centers: one number of state a center."""
+
+    name: Literal["adagrad"] = "adagrad"
+    """Which optimizer."""
+
+    eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
+    """Added to the denominator, so that a tiny gradient makes no huge update."""
+
+    weight_decay: Fraction = 0.0
+    """Factor of the centers that is added to their gradient."""
 
 
 class _OfBackbone(Optimizer):

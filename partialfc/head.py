@@ -10,7 +10,7 @@ n = sampled rows of this rank.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -27,12 +27,15 @@ from partialfc.collectives import (
 )
 from partialfc.margins import Margin
 from partialfc.permutation import key
-from partialfc.row_optimizer import RowOptimizer, RowRule, RowSGD
+from partialfc.row_format import DTYPES
+from partialfc.row_optimizer import RowOptimizer
+from partialfc.row_rules import RowRule, RowSGD
 from partialfc.sampling import NOT_LOCAL, KeyedSampler, Sample
 from partialfc.sharding import Sharding, default_canonical_shards
-from partialfc.tiles import Kept, first_pass, unit_rows
+from partialfc.tiles import Compute, Kept, first_pass, operand_dtype, take_rows, unit
 
 _CENTER_STD = 0.01
+_KEEP_BYTES = {"cpu": 64 << 20, "cuda": 2 << 30}
 _INITIAL_BLOCK = 1024
 """Identities drawn from one generator; a constant, so that it never depends on the sharding."""
 
@@ -49,7 +52,15 @@ class PartialFC(nn.Module):
         margin: What happens to the positive's logit, e.g. ``ArcFace()``.
         sample_rate: Fraction of the centers used per step, positives included, in (0, 1].
         optimizer: Update of the sampled centers.
-        seed: Initial centers and negatives are functions of it and of global ids.
+        compute: Precision of the matrix products. ``"bf16"`` gathers embeddings in bf16 too. The
+            positive's cosine, the softmax and all sums are fp32 in every case.
+        center_format: How centers are stored: ``"fp32"``, ``"bf16"``, or ``"fp16"`` with a scale a
+            row in the optimizer's state; see :mod:`partialfc.row_format`.
+        keep_bytes: Most memory of the exponentials that spare pass 2 a matrix product; the result
+            does not depend on it. ``None``: 64 MiB on a CPU, 2 GiB on a GPU.
+        overlap: On a GPU, update the centers beside the backbone's backward; a loss scale or a
+            verdict (``found_inf``) on that backward cannot be had then.
+        seed: Initial centers, negatives and rounding are functions of it and of global ids.
         canonical_shards: V, at least the largest world size that the run will ever have;
             ``None`` for a number that depends on ``num_identities`` alone.
         group: Process group; ``None`` for the default one.
@@ -60,7 +71,8 @@ class PartialFC(nn.Module):
     """
 
     centers: nn.Parameter
-    """fp32 [rows of this rank, D], not normalised; changed by ``optimizer`` alone."""
+    """[rows of this rank, D] in ``center_format``, not normalised; changed by ``optimizer`` alone.
+    fp16 rows are in units of their scale."""
 
     def __init__(
         self,
@@ -70,6 +82,10 @@ class PartialFC(nn.Module):
         *,
         sample_rate: float = 1.0,
         optimizer: RowRule | None = None,
+        compute: Compute = "fp32",
+        center_format: Literal["fp32", "bf16", "fp16"] = "fp32",
+        keep_bytes: int | None = None,
+        overlap: bool = False,
         seed: int = 2048,
         canonical_shards: int | None = None,
         group: dist.ProcessGroup | None = None,
@@ -78,6 +94,10 @@ class PartialFC(nn.Module):
         super().__init__()
         if embedding_dim < 1:
             raise ValueError(f"embedding_dim must be >= 1, got {embedding_dim}.")
+        if center_format not in ("fp32", "bf16", "fp16"):
+            raise ValueError(f"center_format must be fp32, bf16 or fp16, got {center_format!r}.")
+        if keep_bytes is not None and keep_bytes < 0:
+            raise ValueError(f"keep_bytes must be >= 0, got {keep_bytes}.")
         self.ranks = Ranks.of(group)
         self.sharding = Sharding(
             num_identities=num_identities,
@@ -93,9 +113,23 @@ class PartialFC(nn.Module):
         self.sampler = KeyedSampler(
             self.sharding, self.ranks.rank, sample_rate=sample_rate, seed=seed
         )
-        centers = initial_centers(self.owned, embedding_dim, seed=seed, device=device)
+        centers = initial_centers(
+            self.owned, embedding_dim, seed=seed, device=device, dtype=DTYPES[center_format]
+        )
         self.centers = nn.Parameter(centers, requires_grad=False)
-        self.optimizer = RowOptimizer(self.centers, optimizer or RowSGD())
+        self.compute = _checked(compute, centers.device)
+        if overlap and not centers.is_cuda:
+            raise ValueError(
+                f"overlap = True needs a GPU, the head is on {centers.device.type}; remove it."
+            )
+        self.keep_bytes = _KEEP_BYTES[centers.device.type] if keep_bytes is None else keep_bytes
+        self.optimizer = RowOptimizer(
+            self.centers,
+            optimizer or RowSGD(),
+            first_identity=self.owned.start,
+            seed=seed,
+            overlap=overlap,
+        )
         self._step_sample: _StepSample | None = None
 
     def extra_repr(self) -> str:
@@ -204,20 +238,30 @@ class _Loss(torch.autograd.Function):
     def forward(
         ctx: Any, embeddings: Tensor, anchor: Tensor, identities: Tensor, head: PartialFC
     ) -> Tensor:
-        unit_bD, reciprocal_b1 = unit_rows(embeddings)
-        unit_BD, identities_B = gather_batch(unit_bD, identities, head.ranks)
+        unit_bD, reciprocal_b1 = unit(embeddings)
+        operand_bD = unit_bD.to(operand_dtype(head.compute))
+        unit_BD, identities_B = gather_batch(operand_bD, identities, head.ranks)
         head._refuse_foreign(identities_B)
         sample = head._sample(identities_B)
         margin, target_B, batch = head.margin, sample.target_B, len(unit_BD)
         local_B = target_B != NOT_LOCAL
         want_gradient = anchor.requires_grad
+        head.optimizer.catch_up(sample.rows)
 
         # Pass 1 and the positives, then one sum over ranks makes both global.
         negatives = first_pass(
-            unit_BD, head.centers, sample.rows, target_B, margin, want_pull=want_gradient
+            unit_BD,
+            head.centers.detach(),
+            sample.rows,
+            target_B,
+            margin,
+            compute=head.compute,
+            want_pull=ctx.needs_input_grad[0],
+            keep_bytes=head.keep_bytes - head.optimizer.kept_bytes if want_gradient else 0,
+            workspace=head.optimizer.workspace,
         )
         own_BD = _own_centers(head.centers, sample)
-        logit_B, slope_B = margin.positive((unit_BD * own_BD).sum(1))
+        logit_B, slope_B = margin.positive((unit_BD.float() * own_BD).sum(1))
         logit_B = torch.where(local_B, logit_B, 0.0)
         sum_B, pull_BD, maximum_B = negatives.sum_B, negatives.pull_BD, None
         if negatives.maximum_B is not None:
@@ -241,7 +285,17 @@ class _Loss(torch.autograd.Function):
         negative_B = torch.where(sum_B > 0, margin.scale * wrong_B / sum_B, 0.0)
         positive_B = torch.where(local_B, -slope_B * wrong_B, 0.0)
         ctx.head, ctx.finite = head, loss.isfinite()
-        ctx.kept = Kept(unit_BD, sample.rows, target_B, margin, maximum_B, negative_B, positive_B)
+        ctx.kept = Kept(
+            unit_BD=unit_BD,
+            rows=sample.rows,
+            target_B=target_B,
+            margin=margin,
+            compute=head.compute,
+            maximum_B=maximum_B,
+            negative_B=negative_B,
+            positive_B=positive_B,
+            exponentials=negatives.exponentials,
+        )
         if ctx.needs_input_grad[0]:
             assert pull_BD is not None
             pull_BD.mul_(negative_B.unsqueeze(1)).addcmul_(own_BD, positive_B.unsqueeze(1))
@@ -270,18 +324,33 @@ def _own_centers(centers_CD: Tensor, sample: Sample) -> Tensor:
         row_B = sample.rows[row_B]
     if not len(centers_CD):
         return centers_CD.new_zeros(len(row_B), centers_CD.shape[1], dtype=torch.float32)
-    own_BD, _ = unit_rows(centers_CD.index_select(0, row_B))
+    own_BD, _ = unit(take_rows(centers_CD, row_B, 0, len(row_B)))
     return torch.where(local_B.unsqueeze(1), own_BD, 0.0)
 
 
+def _checked(compute: Compute, device: torch.device) -> Compute:
+    if compute not in get_args(Compute):
+        raise ValueError(f"compute must be one of {', '.join(get_args(Compute))}, got {compute!r}.")
+    if compute == "tf32" and device.type != "cuda":
+        raise ValueError(
+            f"compute = 'tf32' needs a GPU, the head is on {device.type}; use fp32 or bf16."
+        )
+    return compute
+
+
 def initial_centers(
-    identities: range, embedding_dim: int, *, seed: int, device: torch.device | str | None = None
+    identities: range,
+    embedding_dim: int,
+    *,
+    seed: int,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Return N(0, 0.01²) centers [len(identities), D], a function of seed and global identity.
 
     The values differ between CPU and GPU, whose generators are not the same.
     """
-    centers = torch.empty(len(identities), embedding_dim, device=device)
+    centers = torch.empty(len(identities), embedding_dim, device=device, dtype=dtype)
     generator = torch.Generator(centers.device)
     first_block = identities.start // _INITIAL_BLOCK
     for block in range(first_block, -(-identities.stop // _INITIAL_BLOCK)):
@@ -291,5 +360,6 @@ def initial_centers(
         )
         start = block * _INITIAL_BLOCK
         low, high = max(start, identities.start), min(start + _INITIAL_BLOCK, identities.stop)
-        centers[low - identities.start : high - identities.start] = rows[low - start : high - start]
-    return centers.mul_(_CENTER_STD)
+        part = rows[low - start : high - start].mul_(_CENTER_STD)
+        centers[low - identities.start : high - identities.start] = part
+    return centers

@@ -1,141 +1,31 @@
-"""Optimizers of the class centers that touch the sampled rows and their states only.
+"""The optimizer of the class centers: it touches the sampled rows and their states only.
 
-A rule (:class:`RowSGD`, :class:`RowAdamW`) is settings and a pure function on a tile of rows.
-:class:`RowOptimizer` binds a rule to the centers of a rank: it keeps the micro-batches that
-backward has seen and turns them into updates tile by tile, so no gradient of the centers exists.
+:class:`RowOptimizer` binds a rule of :mod:`partialfc.row_rules` to the centers of a rank: it keeps
+the micro-batches that backward has seen and turns them into updates tile by tile, so no gradient of
+the centers exists.
 
-An unsampled row stays as it is: no decay, no momentum ("lazy"). arcface_torch decays and moves all
-rows every step.
-
-Shape suffixes: D = embedding, T = rows of a tile.
+Shape suffixes: D = embedding, n = sampled rows, T = rows of a tile.
 """
 
-import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from partialfc.tiles import Kept, second_pass
-from partialfc.tiles.torch import take_rows
+from partialfc import unsampled
+from partialfc.permutation import key
+from partialfc.row_format import FORMATS, decode, encode, noise
+from partialfc.row_rules import RowRule, States
+from partialfc.tiles import Kept, Workspace, project_, second_pass, take_rows
 
-States = dict[str, Tensor]
-"""Row states by name, each with one row per class center."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowRule(ABC):
-    """Settings of an update; every field is an entry of ``param_groups[0]``.
-
-    Attributes:
-        lr: Learning rate, >= 0.
-        weight_decay: λ, >= 0.
-
-    Raises:
-        ValueError: If a value is outside its range.
-    """
-
-    lr: float = 0.1
-    weight_decay: float = 5e-4
-
-    def __post_init__(self) -> None:
-        for name, value in (("lr", self.lr), ("weight_decay", self.weight_decay)):
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be >= 0 and finite, got {value}.")
-
-    @abstractmethod
-    def new_states(self, centers: Tensor) -> States:
-        """Return the states of rows that were never updated."""
-
-    @staticmethod
-    @abstractmethod
-    def update(
-        group: dict[str, Any], row_TD: Tensor, gradient_TD: Tensor, states: States
-    ) -> tuple[Tensor, States]:
-        """Return new rows and states; the inputs are unchanged."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowSGD(RowRule):
-    """SGD with momentum as in torch.optim.SGD: v = μv + (g + λw), w = w - lr·v.
-
-    Attributes:
-        momentum: μ in [0, 1).
-    """
-
-    momentum: float = 0.9
-
-    def __post_init__(self) -> None:
-        RowRule.__post_init__(self)
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}.")
-
-    def new_states(self, centers: Tensor) -> States:
-        """Return a zero velocity, or nothing without momentum."""
-        return {"momentum": torch.zeros_like(centers)} if self.momentum else {}
-
-    @staticmethod
-    def update(
-        group: dict[str, Any], row_TD: Tensor, gradient_TD: Tensor, states: States
-    ) -> tuple[Tensor, States]:
-        """See :meth:`RowRule.update`."""
-        velocity_TD = gradient_TD.add(row_TD, alpha=group["weight_decay"])
-        if "momentum" in states:
-            velocity_TD.add_(states["momentum"], alpha=group["momentum"])
-            states = {"momentum": velocity_TD}
-        return row_TD.sub(velocity_TD, alpha=group["lr"]), states
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowAdamW(RowRule):
-    """AdamW (https://arxiv.org/abs/1711.05101) with one step count per row.
-
-    The bias correction of a row counts the updates of that row, not the steps of the run, so a
-    rarely sampled row is not corrected too little. Weight decay is decoupled: w = w·(1 - lr·λ).
-
-    Attributes:
-        betas: Decay of the first and second moment, each in [0, 1).
-        eps: Added to the root of the second moment, > 0.
-    """
-
-    lr: float = 1e-3
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-
-    def __post_init__(self) -> None:
-        RowRule.__post_init__(self)
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}.")
-        if not self.eps > 0:
-            raise ValueError(f"eps must be > 0, got {self.eps}.")
-
-    def new_states(self, centers: Tensor) -> States:
-        """Return zero moments and step counts."""
-        return {
-            "first_moment": torch.zeros_like(centers),
-            "second_moment": torch.zeros_like(centers),
-            # fp32 counts exactly to 2**24, and torch's load_state_dict casts states to it anyway.
-            "updates": centers.new_zeros(len(centers), 1),
-        }
-
-    @staticmethod
-    def update(
-        group: dict[str, Any], row_TD: Tensor, gradient_TD: Tensor, states: States
-    ) -> tuple[Tensor, States]:
-        """See :meth:`RowRule.update`."""
-        beta1, beta2 = group["betas"]
-        updates_T1 = states["updates"] + 1
-        first_TD = states["first_moment"].lerp(gradient_TD, 1 - beta1)
-        second_TD = states["second_moment"].lerp(gradient_TD.square(), 1 - beta2)
-        root_TD = (second_TD / (1 - beta2**updates_T1)).sqrt_().add_(group["eps"])
-        step_TD = first_TD / (1 - beta1**updates_T1) / root_TD
-        decayed_TD = row_TD * (1 - group["lr"] * group["weight_decay"])
-        new = {"first_moment": first_TD, "second_moment": second_TD, "updates": updates_T1}
-        return decayed_TD.sub_(step_TD, alpha=group["lr"]), new
+_CATCH_UP_ROWS = 4096
+_CENTERS = "centers"
+_AT_STEP = "at_step"
+_SCALE = "_scale"
+_MISSED = "missed_steps"
 
 
 class RowOptimizer(torch.optim.Optimizer):
@@ -145,22 +35,52 @@ class RowOptimizer(torch.optim.Optimizer):
     with any optimizer. ``zero_grad`` forgets the micro-batches that backward has seen.
 
     Args:
-        centers: [rows of this rank, D]; changed in place by :meth:`step`.
+        centers: [rows of this rank, D], fp32, bf16 or fp16; changed in place by :meth:`step`.
         rule: What happens to a row.
+        first_identity: Global identity of the first row.
+        seed: Stochastic rounding is a function of it.
+        overlap: On a GPU, :meth:`step` runs beside what the current stream does since the head's
+            backward. ``found_inf`` or a loss scale makes it wait for that stream all the same.
     """
 
     _step_supports_amp_scaling = True  # GradScaler then sets grad_scale and found_inf before step
 
-    def __init__(self, centers: nn.Parameter, rule: RowRule) -> None:
+    def __init__(
+        self,
+        centers: nn.Parameter,
+        rule: RowRule,
+        *,
+        first_identity: int = 0,
+        seed: int = 0,
+        overlap: bool = False,
+    ) -> None:
         self.rule = rule
+        self._first, self._seed = first_identity, seed
         self._kept: list[Kept] = []
         self._skip: list[Tensor] = []
-        super().__init__([centers], {**asdict(rule), "steps": 0})
+        self.workspace = Workspace()
+        self._stream: Any = None
+        if overlap:
+            self._stream = torch.cuda.Stream(centers.device)  # type: ignore[no-untyped-call]
+        self._ready: torch.cuda.Event | None = None
+        defaults: dict[str, Any] = {**asdict(rule), "steps": 0}
+        if defaults.get("unsampled") == "move":
+            defaults[_MISSED] = unsampled.new_table(centers.device)
+        super().__init__([centers], defaults)
 
     @property
     def steps(self) -> int:
         """Steps taken, skipped ones included; the sample of a step is keyed by it."""
         return int(self.param_groups[0]["steps"])
+
+    def shared_state(self) -> dict[str, Tensor]:
+        """State that is no row's and the same on all ranks: entries of ``param_groups[0]``."""
+        return {k: v for k, v in self.param_groups[0].items() if k == _MISSED and v is not None}
+
+    @property
+    def kept_bytes(self) -> int:
+        """Memory of the exponentials kept for the next step."""
+        return sum(kept.bytes for kept in self._kept)
 
     def add_micro_batch(self, kept: Kept, weight: Tensor, finite: Tensor) -> None:
         """Remember one micro-batch for the next step.
@@ -175,11 +95,39 @@ class RowOptimizer(torch.optim.Optimizer):
         )
         self._kept.append(kept)
         self._skip.append(~finite)
+        if self._stream is not None:
+            self._ready = torch.cuda.current_stream(self._stream.device).record_event()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the micro-batches since the last step."""
         super().zero_grad(set_to_none)
         self._kept, self._skip = [], []
+
+    @torch.no_grad()
+    def catch_up(self, rows: Tensor | None) -> None:
+        """Bring rows up to the present step where unsampled rows move; a no-op otherwise.
+
+        The head does it before pass 1 for the rows of its sample. After ``catch_up`` of all rows,
+        the centers are those of dense SGD.
+
+        Args:
+            rows: int64 [n] rows; ``None`` for all.
+        """
+        group = self.param_groups[0]
+        centers: Tensor = group["params"][0]
+        states = self.state[centers]
+        table: Tensor | None = group.get(_MISSED)
+        if table is None or not states or not len(centers):
+            return
+        step_key = key(self._seed, "catch up", self.steps)
+        total = len(centers) if rows is None else len(rows)
+        for start in range(0, total, _CATCH_UP_ROWS):
+            stop = min(start + _CATCH_UP_ROWS, total)
+            at_T1 = take_rows(states[_AT_STEP], rows, start, stop)
+            tile = _Tile(centers, states, rows, start, stop, self._first, self.workspace)
+            unsampled.catch_up_(table, at_T1, tile.row_TD, tile.states.get("momentum"))
+            tile.write(step_key, skip=None)
+        _fill(states[_AT_STEP], rows, len(table) - 1)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -193,48 +141,171 @@ class RowOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         group = self.param_groups[0]
-        group["steps"] += 1
         kept, skips = self._kept, self._skip
         self._kept, self._skip = [], []
         if kept:
-            self._update(group, kept, skips)
+            with self._beside():
+                self._update(group, kept, skips)
+        group["steps"] += 1
         return loss
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load what ``state_dict`` returned; the states keep their formats.
+
+        torch casts every state to the dtype of its parameter, which would ruin the others.
+        """
+        super().load_state_dict(dict(state_dict))
+        centers: Tensor = self.param_groups[0]["params"][0]
+        for name, value in state_dict["state"].get(0, {}).items():
+            self.state[centers][name] = value.to(centers.device, copy=True)
+
+    @contextmanager
+    def _beside(self) -> Iterator[None]:
+        """Run on the side stream, from the end of the head's backward on, if there is one.
+
+        The current stream waits for it before it does anything else, so nobody sees a center that
+        is being updated; what the current stream was given before runs at the same time.
+        """
+        side = self._stream
+        if side is None:
+            yield
+            return
+        current = torch.cuda.current_stream(side.device)
+        verdict = (getattr(self, name, None) for name in ("found_inf", "grad_scale"))
+        if any(tensor is not None for tensor in verdict) or self._ready is None:
+            side.wait_stream(current)
+        else:
+            side.wait_event(self._ready)
+        with torch.cuda.stream(side):
+            yield
+        current.wait_stream(side)
 
     def _update(self, group: dict[str, Any], kept: list[Kept], skips: list[Tensor]) -> None:
         centers: Tensor = group["params"][0]
-        skip = torch.stack(skips).any()
+        bad = torch.stack(skips).any()
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         if found_inf is not None:
-            skip = skip | (torch.as_tensor(found_inf, device=skip.device) != 0)
-        if skip.device.type == "cpu" and skip:
+            bad = bad | (torch.as_tensor(found_inf, device=centers.device) != 0)
+        if not centers.is_cuda and bad:
             return
-        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
-        if grad_scale is not None:
-            unscale = 1 / grad_scale
-            kept = [
-                replace(
-                    one, negative_B=one.negative_B * unscale, positive_B=one.positive_B * unscale
-                )
-                for one in kept
-            ]
-        states = self.state[centers]
+        skip = bad if centers.is_cuda else None
+        states = self.states()
+        rows = _union(kept)
+        step_key = key(self._seed, "rounding", self.steps)
+        kept, workspace = self._unscaled(kept), self.workspace
+        for start, stop, gradient_TD in second_pass(centers, rows, kept, workspace):
+            tile = _Tile(centers, states, rows, start, stop, self._first, workspace)
+            scratch_TD = workspace(
+                "scratch", (stop - start, centers.shape[1]), torch.float32, centers.device
+            )
+            project_(gradient_TD, tile.row_TD, scratch_TD)
+            self.rule.update_(group, tile.row_TD, gradient_TD, tile.states)
+            tile.write(step_key, skip=skip)
+        if _MISSED in group:
+            group[_MISSED] = unsampled.extend(
+                group[_MISSED],
+                lr=group["lr"],
+                momentum=group["momentum"],
+                weight_decay=group["weight_decay"],
+                skip=skip,
+            )
+            _fill(states[_AT_STEP], rows, len(group[_MISSED]) - 1)
+
+    def states(self) -> States:
+        """Row states by name, each with one row per class center; made when first asked for."""
+        centers: Tensor = self.param_groups[0]["params"][0]
+        states: States = self.state[centers]
         if not states:
             states.update(self.rule.new_states(centers))
-        rows = _union(kept)
-        for start, stop, gradient_TD in second_pass(centers, rows, kept):
-            old = {name: take_rows(state, rows, start, stop) for name, state in states.items()}
-            row_TD = take_rows(centers, rows, start, stop)
-            new_TD, new = self.rule.update(group, row_TD, gradient_TD, old)
-            for tensor, before, after in (
-                (centers, row_TD, new_TD),
-                *((states[name], old[name], new[name]) for name in states),
-            ):
-                if skip.device.type != "cpu":
-                    after = torch.where(skip, before, after)
-                if rows is None:
-                    tensor[start:stop] = after
-                else:
-                    tensor.index_copy_(0, rows[start:stop], after)
+            if centers.dtype == torch.float16:
+                states[_CENTERS + _SCALE] = torch.ones(len(centers), 1, device=centers.device)
+            if _MISSED in self.param_groups[0]:
+                states[_AT_STEP] = torch.zeros(
+                    len(centers), 1, dtype=torch.int32, device=centers.device
+                )
+        return states
+
+    def _unscaled(self, kept: list[Kept]) -> list[Kept]:
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        if grad_scale is None:
+            return kept
+        unscale = 1 / grad_scale
+        return [
+            replace(one, negative_B=one.negative_B * unscale, positive_B=one.positive_B * unscale)
+            for one in kept
+        ]
+
+
+class _Tile:
+    """Some rows and their states in fp32: views of what is stored where that is possible."""
+
+    def __init__(
+        self,
+        centers: Tensor,
+        states: States,
+        rows: Tensor | None,
+        start: int,
+        stop: int,
+        first: int,
+        workspace: Workspace,
+    ) -> None:
+        self._rows, self._start, self._stop, self._first = rows, start, stop, first
+        self._stored = {_CENTERS: centers.detach(), **states}
+        self._workspace = workspace
+        values = {name: self._value(name) for name in self._names()}
+        self.row_TD = values.pop(_CENTERS)
+        self.states = values
+
+    def write(self, step_key: int, *, skip: Tensor | None) -> None:
+        """Store rows and states; nothing where ``skip`` is true, which a GPU decides by itself."""
+        for name, value in {_CENTERS: self.row_TD, **self.states}.items():
+            stored = self._stored[name]
+            scale = None
+            if FORMATS[stored.dtype] != "fp32":
+                bits = noise(key(step_key, name), self._identities(), value.shape[1])
+                value, scale = encode(value, FORMATS[stored.dtype], bits)
+            self._put(stored, value, skip)
+            if scale is not None:
+                self._put(self._stored[name + _SCALE], scale, skip)
+
+    def _names(self) -> Iterator[str]:
+        """All but the scales, which belong to another state, and the counter of missed steps."""
+        return (n for n in self._stored if not n.endswith(_SCALE) and n != _AT_STEP)
+
+    def _value(self, name: str) -> Tensor:
+        stored = self._stored[name]
+        size = (self._stop - self._start, *stored.shape[1:])
+        buffer = self._workspace(name, size, stored.dtype, stored.device)
+        stored_TD = take_rows(stored, self._rows, self._start, self._stop, out=buffer)
+        scale = self._stored.get(name + _SCALE)
+        if scale is not None:
+            scale = take_rows(scale, self._rows, self._start, self._stop)
+        value_TD = decode(stored_TD, scale)
+        # A GPU may have to keep the old value, so it works on a copy.
+        is_view = self._rows is None and value_TD.data_ptr() == stored_TD.data_ptr()
+        return value_TD.clone() if is_view and value_TD.is_cuda else value_TD
+
+    def _identities(self) -> Tensor:
+        device = self.row_TD.device
+        if self._rows is None:
+            return torch.arange(self._first + self._start, self._first + self._stop, device=device)
+        return self._rows[self._start : self._stop] + self._first
+
+    def _put(self, stored: Tensor, value: Tensor, skip: Tensor | None) -> None:
+        if skip is not None:
+            old = take_rows(stored, self._rows, self._start, self._stop)
+            value = torch.where(skip, old, value)
+        if self._rows is not None:
+            stored.index_copy_(0, self._rows[self._start : self._stop], value)
+        elif value.data_ptr() != stored[self._start : self._stop].data_ptr():
+            stored[self._start : self._stop] = value
+
+
+def _fill(state: Tensor, rows: Tensor | None, value: int) -> None:
+    if rows is None:
+        state.fill_(value)
+    else:
+        state.index_fill_(0, rows, value)
 
 
 def _union(kept: list[Kept]) -> Tensor | None:

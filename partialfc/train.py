@@ -132,7 +132,8 @@ def train_step(
     # As GradScaler tells an optimizer, but one verdict for backbone and centers, on all ranks.
     _tell(optimizer, grad_scale=None, found_inf=skipped)
     loss_scale = scaler.scale(torch.ones_like(loss))
-    _tell(head.optimizer, grad_scale=loss_scale, found_inf=skipped)
+    if not config.head.overlap:  # the verdict is known after the backbone's backward only
+        _tell(head.optimizer, grad_scale=loss_scale, found_inf=skipped)
     optimizer.step()
     head.optimizer.step()
     scaler.update()
@@ -218,7 +219,11 @@ def _facts(config: Config, pack: Pack) -> dict[str, object]:
         "precision.compute": config.precision.compute,
         "optimizer.name": config.optimizer.name,
         "head.optimizer.name": config.head.optimizer.name,
+        "head.optimizer.momentum_format": getattr(config.head.optimizer, "momentum_format", None),
+        "head.optimizer.unsampled": getattr(config.head.optimizer, "unsampled", None),
         "head.sample_rate": config.head.sample_rate,
+        "head.compute": config.head.compute,
+        "head.center_format": config.head.center_format,
         "head.margin": config.head.margin.model_dump(mode="json"),
     }
 

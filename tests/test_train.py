@@ -25,7 +25,7 @@ def test_micro_batches_equal_one_batch(parts):
     )
     assert parted[0] == pytest.approx(whole[0], rel=1e-5)
     for one, other in zip(parted[1], whole[1], strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+        assert (one - other).norm() <= 1e-5 * other.norm()
 
 
 def test_gradient_is_clipped_to_the_setting():

@@ -1,5 +1,23 @@
-"""The two passes of the head over tiles of class centers; one implementation a module."""
+"""The two passes of the head over tiles of class centers.
 
-from partialfc.tiles.torch import FirstPass, Kept, first_pass, second_pass, unit_rows
+``passes`` is the loop over tiles, ``products`` its matrix products, ``torch`` the other steps of a
+tile on any device.
+"""
 
-__all__ = ["FirstPass", "Kept", "first_pass", "second_pass", "unit_rows"]
+from partialfc.tiles.passes import FirstPass, Kept, first_pass, second_pass
+from partialfc.tiles.products import Compute, operand_dtype
+from partialfc.tiles.torch import project_, take_rows, unit
+from partialfc.tiles.workspace import Workspace
+
+__all__ = [
+    "Compute",
+    "FirstPass",
+    "Kept",
+    "Workspace",
+    "first_pass",
+    "operand_dtype",
+    "project_",
+    "second_pass",
+    "take_rows",
+    "unit",
+]

@@ -43,7 +43,7 @@ def test_ranks_and_batches_do_not_change_the_numbers(world_size, batch):
     accuracy, cosine, rate = measure_on_rank(0, 1)
     for result in run_on_ranks(world_size, measure_on_rank, batch):
         assert result[0] == accuracy
-        np.testing.assert_allclose(result[1], cosine, atol=1e-6)
+        np.testing.assert_allclose(result[1], cosine, atol=1e-5)  # sums of 37,632 in fp32
         assert result[2] == rate
 
 

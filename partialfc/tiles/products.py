@@ -1,0 +1,53 @@
+"""The matrix products of the head in its compute precision: operands may be bf16, sums are fp32.
+
+Shape suffixes: B = rows of the gathered batch, D = embedding, T = rows of a tile.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Compute = Literal["fp32", "tf32", "bf16"]
+"""Precision of the head's matrix products. ``tf32`` is for GPUs, with fp32 operands in memory."""
+
+
+def operand_dtype(compute: Compute) -> torch.dtype:
+    """What the operands of a product are stored as."""
+    return torch.bfloat16 if compute == "bf16" else torch.float32
+
+
+@contextmanager
+def precision(compute: Compute, device: torch.device) -> Iterator[None]:
+    """Let fp32 products on a GPU run in TF32 for ``"tf32"``, and only then."""
+    if device.type != "cuda" or compute == "bf16":
+        yield
+        return
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = compute == "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def scaled_cosines(unit_TD: Tensor, unit_BD: Tensor, scale: float) -> Tensor:
+    """Return scale * cosine [T, B]: fp32, or bf16 where the device has no other product of bf16."""
+    if unit_TD.dtype == torch.bfloat16 and unit_TD.is_cuda:
+        return torch.mm(unit_TD, unit_BD.T, out_dtype=torch.float32).mul_(scale)
+    logit_TB = unit_TD.new_empty(len(unit_TD), len(unit_BD))
+    return torch.addmm(logit_TB, unit_TD, unit_BD.T, beta=0, alpha=scale, out=logit_TB)
+
+
+def add_product_(total: Tensor, left: Tensor, right: Tensor, *, keep: bool = True) -> None:
+    """``total += left @ right`` in place, fp32; without ``keep``, ``total = left @ right``."""
+    if left.dtype == torch.float32:
+        torch.addmm(total, left, right, beta=int(keep), out=total)
+        return
+    product = torch.mm(left, right, out_dtype=torch.float32) if left.is_cuda else left @ right
+    if keep:
+        total.add_(product)
+    else:
+        total.copy_(product)
