@@ -44,18 +44,16 @@ def gather_batch(
     It moves D * itemsize + 8 bytes a row.
 
     Returns:
-        embeddings_BD: In the dtype of ``embeddings_bD`` (32 or 16 bits), bit for bit.
+        embeddings_BD: In the dtype of ``embeddings_bD``, bit for bit.
         identities_B: int64.
     """
     if ranks.size == 1:
         return embeddings_bD, identities_b
-    dtype = embeddings_bD.dtype
-    word = torch.int32 if dtype.itemsize == 4 else torch.int16
-    payload = torch.cat([embeddings_bD.view(word), identities_b.unsqueeze(1).view(word)], dim=1)
-    gathered = gather_rows(payload, ranks)
-    words = 8 // dtype.itemsize
-    embeddings_BD = gathered[:, :-words].contiguous().view(dtype)
-    return embeddings_BD, gathered[:, -words:].contiguous().view(torch.int64).squeeze(1)
+    # As bytes: gloo knows no 16-bit integers, and no backend mixes two dtypes.
+    parts = (embeddings_bD, identities_b.unsqueeze(1))
+    gathered = gather_rows(torch.cat([part.view(torch.uint8) for part in parts], dim=1), ranks)
+    embeddings_BD = gathered[:, :-8].contiguous().view(embeddings_bD.dtype)
+    return embeddings_BD, gathered[:, -8:].contiguous().view(torch.int64).squeeze(1)
 
 
 def gather_rows(rows: Tensor, ranks: Ranks) -> Tensor:

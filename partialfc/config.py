@@ -198,7 +198,7 @@ class Head(Section):
 
     keep_mib: Annotated[int | None, Field(ge=0), Unit("MiB")] = None
     """Most memory per rank that spares the second pass of the head a matrix product. Does not
-    change the result. Left out, it is 64 on a CPU and 2048 on a GPU."""
+    change the result. Left out, it is 256 on a CPU and 2048 on a GPU."""
 
     overlap: bool = False
     """On a GPU, update the centers while the backbone's backward runs. Then a gradient of the

@@ -35,7 +35,7 @@ from partialfc.sharding import Sharding, default_canonical_shards
 from partialfc.tiles import Compute, Kept, first_pass, operand_dtype, take_rows, unit
 
 _CENTER_STD = 0.01
-_KEEP_BYTES = {"cpu": 64 << 20, "cuda": 2 << 30}
+_KEEP_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 _INITIAL_BLOCK = 1024
 """Identities drawn from one generator; a constant, so that it never depends on the sharding."""
 
@@ -57,7 +57,7 @@ class PartialFC(nn.Module):
         center_format: How centers are stored: ``"fp32"``, ``"bf16"``, or ``"fp16"`` with a scale a
             row in the optimizer's state; see :mod:`partialfc.row_format`.
         keep_bytes: Most memory of the exponentials that spare pass 2 a matrix product; the result
-            does not depend on it. ``None``: 64 MiB on a CPU, 2 GiB on a GPU.
+            does not depend on it. ``None``: 256 MiB on a CPU, 2 GiB on a GPU.
         overlap: On a GPU, update the centers beside the backbone's backward; a loss scale or a
             verdict (``found_inf``) on that backward cannot be had then.
         seed: Initial centers, negatives and rounding are functions of it and of global ids.

@@ -19,7 +19,7 @@ from partialfc import unsampled
 from partialfc.permutation import key
 from partialfc.row_format import FORMATS, decode, encode, noise
 from partialfc.row_rules import RowRule, States
-from partialfc.tiles import Kept, Workspace, project_, second_pass, take_rows
+from partialfc.tiles import Kept, Workspace, positives, project_, second_pass, take_rows
 
 _CATCH_UP_ROWS = 4096
 _CENTERS = "centers"
@@ -193,11 +193,13 @@ class RowOptimizer(torch.optim.Optimizer):
         rows = _union(kept)
         step_key = key(self._seed, "rounding", self.steps)
         kept, workspace = self._unscaled(kept), self.workspace
+        own = positives(rows, kept)
         for start, stop, gradient_TD in second_pass(centers, rows, kept, workspace):
             tile = _Tile(centers, states, rows, start, stop, self._first, workspace)
             scratch_TD = workspace(
                 "scratch", (stop - start, centers.shape[1]), torch.float32, centers.device
             )
+            own.add_(gradient_TD, start)
             project_(gradient_TD, tile.row_TD, scratch_TD)
             self.rule.update_(group, tile.row_TD, gradient_TD, tile.states)
             tile.write(step_key, skip=skip)

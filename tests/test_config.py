@@ -174,8 +174,8 @@ def test_what_the_hash_leaves_out_exists() -> None:
             MINIMAL + "[head]\nembedding_dim = 256\n",
             [],
             "head.embedding_dim = 256: unknown setting. Did you mean backbone.embedding_dim? "
-            "[head] takes sample_rate, canonical_shards, compute, center_format, keep_mib, overlap, "
-            "[head.margin], [head.optimizer].",
+            "[head] takes sample_rate, canonical_shards, compute, center_format, keep_mib, "
+            "overlap, [head.margin], [head.optimizer].",
         ),
         (  # unknown section
             MINIMAL + "[sched]\nname = 'linear'\n",

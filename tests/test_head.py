@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from partialfc import ArcFace, CosFace, PartialFC, RowAdamW, RowSGD
+from partialfc.row_format import decode
+from partialfc.tiles import passes
 from tests import reference
 
 PLAIN = RowSGD(lr=1.0, momentum=0.0, weight_decay=0.0)
@@ -65,6 +67,90 @@ def test_loss_and_gradients_equal_the_fp64_oracle(margin, rate):
     )
     for value, expected in zip(center_gradient(head, embeddings, labels), truth, strict=True):
         assert reference.relative_error(value, expected) < 1e-5
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Several tiles of 128 rows in a head of 1000 identities."""
+    monkeypatch.setitem(passes._TILE_BYTES, "cpu", 1)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+@pytest.mark.parametrize("rate", [0.6, 1.0])
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("inter_class_filter", [None, 0.1])
+def test_kept_exponentials_change_no_result(compute, rate, parts, inter_class_filter):
+    """All tiles kept, the first few, or none and computed again: the same bits."""
+    embeddings, labels = problem(identities=1000)
+    margin = ArcFace(inter_class_filter=inter_class_filter)
+    tile = 128 * 24 // parts * (4 if compute == "fp32" else 2)
+    ends = []
+    for budget, kept in ((0, 0), (2 * tile + 1, 2 * tile), (1 << 30, None)):
+        head = PartialFC(
+            1000, 32, margin, sample_rate=rate, optimizer=PLAIN, compute=compute, keep_bytes=budget
+        )
+        before = head.centers.detach().clone()
+        head.sample_step(labels)
+        own = embeddings.clone().requires_grad_()
+        for piece, identities in zip(own.chunk(parts), labels.chunk(parts), strict=True):
+            (head(piece, identities) / parts).backward()
+        if kept is not None:
+            assert head.optimizer.kept_bytes == kept
+        else:
+            n = 1000 if rate == 1 else 600
+            assert head.optimizer.kept_bytes == n * 24 * (4 if compute == "fp32" else 2)
+        head.optimizer.step()
+        ends.append((own.grad, before - head.centers.detach()))
+    for other in ends[1:]:
+        assert torch.equal(other[0], ends[0][0])
+        assert torch.equal(other[1], ends[0][1])
+    assert ends[0][1].any()
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("margin", [ArcFace(), CosFace(scale=30), ArcFace(scale=16)], ids=str)
+def test_bf16_is_no_worse_than_plain_bf16_code(margin):
+    """Against fp64; the error of an ordinary program in bf16 is what may be lost."""
+    ours, plain = [], []
+    for seed in range(4):
+        embeddings, labels = problem(identities=1000, seed=seed)
+        head = PartialFC(1000, 32, margin, optimizer=PLAIN, compute="bf16")
+        centers = head.centers.detach().clone()
+        truth = reference.gradients_of(
+            embeddings, centers, labels, reference.positive_logit(margin), scale=margin.scale
+        )
+        for errors, found in (
+            (ours, center_gradient(head, embeddings, labels)),
+            (plain, reference.plain_gradients(embeddings, centers, labels, margin, torch.bfloat16)),
+        ):
+            errors.append(list(map(reference.relative_error, found, truth)))
+    for mine, theirs in zip(*(torch.tensor(e).mean(0) for e in (ours, plain)), strict=True):
+        assert mine <= 1.02 * theirs
+
+
+@pytest.mark.parametrize("center_format", ["bf16", "fp16"])
+def test_stored_bits_are_read_exactly(center_format):
+    """The loss is that of the stored centers, whatever their scale is; gradients too."""
+    embeddings, labels = problem()
+    margin = ArcFace(gradient="exact")
+    head = PartialFC(200, 32, margin, sample_rate=0.5, center_format=center_format)
+    for _ in range(2):  # the second time with scales that are not one
+        rows = decode(head.centers.detach(), head.optimizer.states().get("centers_scale"))
+        truth = reference.gradients_of(
+            embeddings,
+            rows,
+            labels,
+            reference.positive_logit(margin),
+            scale=margin.scale,
+            sampled=sampled_identities(head, labels),
+        )
+        own = embeddings.clone().requires_grad_()
+        loss = head(own, labels)
+        loss.backward()
+        assert reference.relative_error(loss.detach(), truth[0]) < 1e-5
+        assert reference.relative_error(own.grad, truth[1]) < 1e-5
+        head.optimizer.step()
 
 
 @pytest.mark.parametrize("scale", [16.0, 64.0, 128.0])
@@ -292,6 +378,21 @@ def test_low_precision_embeddings_get_their_own_dtype_back():
 def test_wrong_input_is_refused(embeddings, identities, message):
     with pytest.raises(ValueError, match=message):
         PartialFC(200, 32, ArcFace())(embeddings, identities)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"compute": "fp8"}, "compute must be one of fp32, tf32, bf16, got 'fp8'"),
+        ({"compute": "tf32"}, "compute = 'tf32' needs a GPU, the head is on cpu"),
+        ({"center_format": "int8"}, "center_format must be fp32, bf16 or fp16, got 'int8'"),
+        ({"keep_bytes": -1}, "keep_bytes must be >= 0, got -1"),
+        ({"overlap": True}, "overlap = True needs a GPU, the head is on cpu"),
+    ],
+)
+def test_wrong_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        PartialFC(200, 32, ArcFace(), **settings)
 
 
 def test_inputs_are_not_changed():

@@ -4,7 +4,7 @@
 tile on any device.
 """
 
-from partialfc.tiles.passes import FirstPass, Kept, first_pass, second_pass
+from partialfc.tiles.passes import FirstPass, Kept, first_pass, positives, second_pass
 from partialfc.tiles.products import Compute, operand_dtype
 from partialfc.tiles.torch import project_, take_rows, unit
 from partialfc.tiles.workspace import Workspace
@@ -16,6 +16,7 @@ __all__ = [
     "Workspace",
     "first_pass",
     "operand_dtype",
+    "positives",
     "project_",
     "second_pass",
     "take_rows",

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from partialfc.margins import Margin
 from partialfc.tiles import torch as torch_steps
+from partialfc.tiles.positives import Positives
 from partialfc.tiles.products import (
     Compute,
     add_product_,
@@ -67,7 +68,7 @@ class Kept:
         maximum_B: Subtracted from the logits before exp, or ``None``.
         negative_B: Factor that makes exp(logit - maximum) the derivative of the loss by the cosine.
         positive_B: Derivative of the loss by the positive's cosine.
-        exponentials: E of the first tiles, relative to ``maximum_B``; pass 2 uses them up.
+        exponentials: E of the first tiles, relative to ``maximum_B``, 0 at the positives.
     """
 
     unit_BD: Tensor
@@ -137,7 +138,6 @@ def first_pass(
                 limit=_limit(margin),
                 shift_B=maximum_B,
                 sum_B=sum_B,
-                value_B=None,
                 dtype=unit_BD.dtype,
             )
             if pull_BD is not None:
@@ -153,7 +153,8 @@ def second_pass(
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Yield (start, stop, gradient [T, D] fp32) by the unit centers of every tile; no collective.
 
-    The tile's rows and the gradient may be changed by the caller before the next one is asked for.
+    It is that of the negatives; :func:`positives` has the rest. The tile's rows and the gradient
+    may be changed by the caller before the next one is asked for.
 
     Args:
         centers_CD: This rank's class centers, as in pass 1.
@@ -168,28 +169,35 @@ def second_pass(
         units: dict[torch.dtype, Tensor] = {}
         for part in parts:
             unit_BD, margin = part.kept.unit_BD, part.kept.margin
-            column_B, dtype = part.target_B - start, unit_BD.dtype
+            dtype = unit_BD.dtype
             with precision(part.kept.compute, device):
                 if number < len(part.exponentials):
                     exp_TB = part.exponentials[number]
-                    torch_steps.put(exp_TB, column_B, part.positive_B)
                 else:
                     if dtype not in units:
                         units[dtype] = workspace("unit", (stop - start, dim), dtype, device)
                         steps.unit_rows(centers_CD, rows, start, stop, units[dtype])
                     exp_TB = steps.exponentials(
                         scaled_cosines(units[dtype], unit_BD, margin.scale),
-                        column_B,
+                        part.target_B - start,
                         limit=_limit(margin),
                         shift_B=part.kept.maximum_B,
                         sum_B=None,
-                        value_B=part.positive_B,
                         dtype=dtype,
                     )
                 if part.present_n is not None:
                     exp_TB.mul_(part.present_n[start:stop].unsqueeze(1))
                 add_product_(gradient_TD, exp_TB, part.weighted_BD, keep=part is not parts[0])
         yield start, stop, gradient_TD
+
+
+def positives(rows: Tensor | None, kept: Sequence[Kept]) -> Positives:
+    """Return the positives' share of the same gradient; arguments as in :func:`second_pass`."""
+    return Positives.of(
+        [_align(one, rows)[0] for one in kept],
+        [one.positive_B for one in kept],
+        [one.unit_BD for one in kept],
+    )
 
 
 def tiles(unit_BD: Tensor, centers_CD: Tensor, rows: Tensor | None) -> Iterator[tuple[int, int]]:
@@ -207,15 +215,14 @@ def tiles(unit_BD: Tensor, centers_CD: Tensor, rows: Tensor | None) -> Iterator[
 class _Part:
     """One micro-batch seen from the rows of pass 2.
 
-    The factor ``negative_B`` of a whole column of E is moved to the embeddings, so E needs no more
-    than the positive's value put in: then E @ weighted embeddings is the gradient.
+    The factor ``negative_B`` of a whole column of E is moved to the embeddings, so that the
+    gradient is E @ weighted embeddings.
     """
 
     kept: Kept
     target_B: Tensor
     present_n: Tensor | None
     weighted_BD: Tensor
-    positive_B: Tensor
     exponentials: list[Tensor]
 
     @classmethod
@@ -228,7 +235,6 @@ class _Part:
             target_B,
             present_n,
             (kept.unit_BD.float() * factor_B1).to(kept.unit_BD.dtype),
-            torch.where(kept.negative_B != 0, kept.positive_B / kept.negative_B, 0.0),
             kept.exponentials if same_tiles else [],
         )
 
@@ -252,7 +258,7 @@ def _limit(margin: Margin) -> float | None:
 
 def _largest(logit_TB: Tensor, column_B: Tensor, margin: Margin) -> Tensor:
     """Largest negative logit of each column of a tile, -scale where it has none."""
-    torch_steps.put(logit_TB, column_B, torch.full_like(logit_TB[0], -torch.inf))
+    torch_steps.leave_out_(logit_TB, column_B)
     limit = _limit(margin)
     counted_TB = logit_TB if limit is None else logit_TB.masked_fill(logit_TB > limit, 0)
     return counted_TB.amax(0).float().clamp(min=-margin.scale)

@@ -27,10 +27,9 @@ def exponentials(
     limit: float | None,
     shift_B: Tensor | None,
     sum_B: Tensor | None,
-    value_B: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return exp(logit - shift) of the negatives [T, B]; ``logit_TB`` may be used up.
+    """Return exp(logit - shift) [T, B], 0 at the positives; ``logit_TB`` may be used up.
 
     Args:
         logit_TB: Scaled cosines, fp32 or bf16.
@@ -39,10 +38,9 @@ def exponentials(
             in the sum, and is 0 in the result. ``None``: no filter.
         shift_B: Subtracted from the logits; ``None`` for 0.
         sum_B: fp32; the sums over the tile's negatives are added to it. ``None``: not wanted.
-        value_B: What the result holds at the positive; ``None`` for 0.
         dtype: Of the result. The sum is that of the fp32 values.
     """
-    put(logit_TB, column_B, torch.full_like(logit_TB[0], -torch.inf))
+    leave_out_(logit_TB, column_B)
     filtered_TB = None
     if limit is not None:
         filtered_TB = logit_TB > limit
@@ -55,19 +53,15 @@ def exponentials(
         sum_B.add_(exp_TB.sum(0))
     if filtered_TB is not None:
         exp_TB.masked_fill_(filtered_TB, 0)
-    exp_TB = exp_TB.to(dtype)
-    if value_B is not None:
-        put(exp_TB, column_B, value_B)
-    return exp_TB
+    return exp_TB.to(dtype)
 
 
-def put(tile_TB: Tensor, column_B: Tensor, value_B: Tensor) -> None:
-    """Write one value per column where its row lies in the tile; no host synchronisation."""
-    inside_1B = ((column_B >= 0) & (column_B < len(tile_TB))).unsqueeze(0)
-    column_1B = column_B.clamp(0, len(tile_TB) - 1).unsqueeze(0)
-    kept_1B = tile_TB.gather(0, column_1B)
-    value_1B = torch.where(inside_1B, value_B.unsqueeze(0).to(tile_TB.dtype), kept_1B)
-    tile_TB.scatter_(0, column_1B, value_1B)
+def leave_out_(logit_TB: Tensor, column_B: Tensor) -> None:
+    """Set the positives that lie in the tile to -inf; no host synchronisation."""
+    inside_1B = ((column_B >= 0) & (column_B < len(logit_TB))).unsqueeze(0)
+    row_1B = column_B.clamp(0, len(logit_TB) - 1).unsqueeze(0)
+    kept_1B = logit_TB.gather(0, row_1B)
+    logit_TB.scatter_(0, row_1B, torch.where(inside_1B, -torch.inf, kept_1B))
 
 
 def take_rows(
