@@ -26,9 +26,12 @@ def settings(**sections) -> Config:
     return Config.model_validate({"data": {"train": "unused.rec"}, **sections})
 
 
-def flat_model(config: Config, *, identities=40, size=8, dim=16, rate=0.5) -> Model:
+def flat_model(
+    config: Config, *, identities=40, size=8, dim=16, rate=0.5, rule=None, **head
+) -> Model:
     torch.manual_seed(0)
-    head = PartialFC(identities, dim, ArcFace(scale=16), sample_rate=rate, optimizer=RowSGD(lr=0.1))
+    rule = rule or RowSGD(lr=0.1)
+    head = PartialFC(identities, dim, ArcFace(scale=16), sample_rate=rate, optimizer=rule, **head)
     return assemble(config, runtime(), Flat(size, dim), head)
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -109,8 +110,18 @@ def test_a_run_leaves_all_that_it_promises(packs, tmp_path, ranks):
             "schedule={name='polynomial', warmup_steps=2, power=2.0}",
             "head.margin={name='cosface', scale=16.0}",
         ],
+        [
+            "head.center_format=fp16",
+            "head.optimizer={name='sgd', momentum_format='int8', unsampled='move'}",
+            "head.keep_mib=0",
+        ],
+        [
+            "head.center_format=bf16",
+            "head.compute=bf16",
+            "head.optimizer={name='adagrad', lr_factor=0.5}",
+        ],
     ],
-    ids=["bf16", "fp16", "adamw"],
+    ids=["bf16", "fp16", "adamw", "fp16 centers", "bf16 centers, adagrad"],
 )
 def test_settings_reach_the_training(packs, tmp_path, overrides):
     """Each path trains and resumes: every state it has goes through a checkpoint."""
@@ -125,18 +136,49 @@ def test_settings_reach_the_training(packs, tmp_path, overrides):
     assert losses(tmp_path) == first
 
 
-def test_a_short_training_recognises_unseen_characters(tmp_path):
-    """The Omniglot recipe in small: 60 characters, 300 steps; it must learn, and from little."""
+@pytest.fixture(scope="module")
+def short_training(tmp_path_factory):
+    """The Omniglot recipe in small: 60 characters, 300 steps; summary and mean last losses."""
+    folder = tmp_path_factory.mktemp("short")
     archive = ROOT / "tests" / "data" / "omniglot" / "omniglot_background.npz"
     size = ["--characters", "90", "--held-out", "30", "--pairs", "1000", "--size", "32"]
-    assert omniglot.main([str(archive), str(tmp_path), *size]) == 0
+    assert omniglot.main([str(archive), str(folder), *size]) == 0
     short = ["run.steps=300", "data.global_batch=128", "log.every_steps=10", "optimizer.lr=0.1"]
-    done = run(tmp_path, tmp_path / "run", *short, "schedule.warmup_steps=50", ranks=2)
-    assert done.returncode == 0, done.stderr
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+
+    @cache
+    def train(*overrides):
+        out = folder / f"run{len(list(folder.glob('run*')))}"
+        done = run(folder, out, *short, "schedule.warmup_steps=50", *overrides, ranks=2)
+        assert done.returncode == 0, done.stderr
+        summary = json.loads((out / "summary.json").read_text())
+        return summary, float(np.mean(list(losses(out).values())[-10:]))
+
+    return train
+
+
+def test_a_short_training_recognises_unseen_characters(short_training):
+    """It must learn, and from little."""
+    summary, _ = short_training()
     assert summary["verification"]["accuracy_untrained"] < 0.75
     assert summary["verification"]["accuracy"] > 0.85
     assert summary["identification"]["rank_1"] > 2 * summary["identification"]["rank_1_untrained"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("head.center_format=fp16", "head.optimizer.momentum_format=int8"),
+        ("head.center_format=bf16", "head.optimizer.momentum_format=bf16"),
+        ("head.compute=bf16",),
+    ],
+    ids=" ".join,
+)
+def test_fewer_bits_train_to_the_same_loss(short_training, overrides):
+    """Within 3 % of the loss and 0.02 of the accuracy of fp32."""
+    (plain, expected), (summary, loss) = short_training(), short_training(*overrides)
+    assert loss == pytest.approx(expected, rel=0.03)
+    difference = summary["verification"]["accuracy"] - plain["verification"]["accuracy"]
+    assert abs(difference) <= 0.02
 
 
 def final_tensors(folder, step):
