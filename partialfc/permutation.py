@@ -24,7 +24,8 @@ Integers = TypeVar("Integers", np.ndarray, "torch.Tensor")
 _LOW_32 = 0xFFFFFFFF
 _MASK_64 = 0xFFFFFFFFFFFFFFFF
 _GOLDEN = 0x9E3779B97F4A7C15
-_ROUNDS = 8
+ROUNDS = 8
+"""Of the network; even ones change the high half."""
 
 
 def key(seed: int, purpose: str, *counters: int) -> int:
@@ -97,8 +98,9 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
-_MULTIPLIERS = tuple(_signed(_mix(i) | 1) for i in range(_ROUNDS))
-_FINAL = _signed(0xD6E8FEB86659FD93)
+MULTIPLIERS = tuple(_signed(_mix(i) | 1) for i in range(ROUNDS))
+FINAL = _signed(0xD6E8FEB86659FD93)
+"""Multipliers of the rounds, and the last one of each."""
 
 _Network = Callable[[Integers, int, "int | Integers"], Integers]
 
@@ -137,11 +139,11 @@ def _at(value: int | Integers, where: tuple[Integers, ...]) -> int | Integers:
 
 
 def _encrypt(value: Integers, bits: int, key: int | Integers) -> Integers:
-    return _feistel(value, bits, key, range(_ROUNDS))
+    return _feistel(value, bits, key, range(ROUNDS))
 
 
 def _decrypt(value: Integers, bits: int, key: int | Integers) -> Integers:
-    return _feistel(value, bits, key, range(_ROUNDS - 1, -1, -1))
+    return _feistel(value, bits, key, range(ROUNDS - 1, -1, -1))
 
 
 def _feistel(value: Integers, bits: int, key: int | Integers, rounds: range) -> Integers:
@@ -151,14 +153,14 @@ def _feistel(value: Integers, bits: int, key: int | Integers, rounds: range) -> 
     low, high = value & low_mask, value >> low_bits
     for i in rounds:
         if i % 2 == 0:
-            high = high ^ (_hash(low, key, _MULTIPLIERS[i]) & high_mask)
+            high = high ^ (_hash(low, key, MULTIPLIERS[i]) & high_mask)
         else:
-            low = low ^ (_hash(high, key, _MULTIPLIERS[i]) & low_mask)
+            low = low ^ (_hash(high, key, MULTIPLIERS[i]) & low_mask)
     return (high << low_bits) | low
 
 
 def _hash(value: Integers, key: int | Integers, multiplier: int) -> Integers:
     """32 mixed bits of a 32-bit value; int64 products wrap and the mask makes shifts unsigned."""
     value = (value + 1) * multiplier + key
-    value = (value ^ ((value >> 32) & _LOW_32)) * _FINAL
+    value = (value ^ ((value >> 32) & _LOW_32)) * FINAL
     return (value >> 32) & _LOW_32

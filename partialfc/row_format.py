@@ -31,10 +31,10 @@ FORMATS: dict[torch.dtype, Format] = {dtype: name for name, dtype in DTYPES.item
 SCALED: frozenset[Format] = frozenset({"fp16", "int8"})
 """Formats with an fp32 scale [C, 1] beside the elements: row = stored * scale."""
 
-_MIX = (-49064778989728563, -4265267296055464877)
+MIX = (-49064778989728563, -4265267296055464877)
 """Multipliers of the 64-bit finalizer of MurmurHash3 (A. Appleby, public domain), as int64."""
 
-_SMALLEST_EXPONENT = 30
+SMALLEST_EXPONENT = 30
 """Biased exponent below which a row's largest element counts as zero: 2**-97."""
 
 
@@ -60,7 +60,7 @@ def encode(row_TD: Tensor, into: Format, noise_TD: Tensor) -> tuple[Tensor, Tens
         return _truncate(row_TD, noise_TD, 16).bfloat16(), None
     largest_T1 = row_TD.abs().amax(1, keepdim=True)
     if into == "fp16":
-        exponent_T1 = (largest_T1.view(torch.int32) >> 23).clamp(min=_SMALLEST_EXPONENT) - 13
+        exponent_T1 = (largest_T1.view(torch.int32) >> 23).clamp(min=SMALLEST_EXPONENT) - 13
         scale_T1 = (exponent_T1 << 23).view(torch.float32)
         return _truncate(row_TD / scale_T1, noise_TD, 13).half(), scale_T1
     inverse_T1 = torch.where(largest_T1 > 0, 127 / largest_T1, 0.0)
@@ -79,14 +79,17 @@ def noise(key: int, identity_T: Tensor, dim: int) -> Tensor:
     lanes = -(-dim // 4)  # one hash of 64 bits serves four columns
     lane = torch.arange(lanes, device=identity_T.device)
     bits = (identity_T.unsqueeze(1) * lanes + lane).add_(key)
-    for multiplier in _MIX:
+    for multiplier in MIX:
         bits.bitwise_xor_((bits >> 33) & 0x7FFFFFFF).mul_(multiplier)
     bits.bitwise_xor_((bits >> 33) & 0x7FFFFFFF)
     return bits.view(torch.int16)[:, :dim].int().bitwise_and_(0xFFFF)
 
 
 def _truncate(row_TD: Tensor, noise_TD: Tensor, bits: int) -> Tensor:
-    """Drop the lowest mantissa bits of fp32 after adding as many random ones: carries round up."""
+    """Drop the lowest mantissa bits of fp32 after adding as many random ones: carries round up.
+
+    A NaN stays one: a carry could make it a zero.
+    """
     mask = (1 << bits) - 1
     word_TD = row_TD.contiguous().view(torch.int32) + (noise_TD & mask)
-    return word_TD.bitwise_and_(~mask).view(torch.float32)
+    return torch.where(row_TD.isnan(), row_TD, word_TD.bitwise_and_(~mask).view(torch.float32))

@@ -10,6 +10,8 @@ Shape suffixes: D = embedding, n = sampled rows, T = rows of a tile.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -17,14 +19,13 @@ from torch import Tensor, nn
 
 from partialfc import unsampled
 from partialfc.permutation import key
-from partialfc.row_format import FORMATS, decode, encode, noise
-from partialfc.row_rules import RowRule, States
+from partialfc.row_rules import RowRule, RowSGD, States
+from partialfc.row_tile import AT_STEP, CENTERS, SCALE, Tile
 from partialfc.tiles import Kept, Workspace, positives, project_, second_pass, take_rows
+from partialfc.tiles.dispatch import has_kernels
+from partialfc.tiles.positives import Positives
 
 _CATCH_UP_ROWS = 4096
-_CENTERS = "centers"
-_AT_STEP = "at_step"
-_SCALE = "_scale"
 _MISSED = "missed_steps"
 
 
@@ -123,11 +124,11 @@ class RowOptimizer(torch.optim.Optimizer):
         total = len(centers) if rows is None else len(rows)
         for start in range(0, total, _CATCH_UP_ROWS):
             stop = min(start + _CATCH_UP_ROWS, total)
-            at_T1 = take_rows(states[_AT_STEP], rows, start, stop)
-            tile = _Tile(centers, states, rows, start, stop, self._first, self.workspace)
+            at_T1 = take_rows(states[AT_STEP], rows, start, stop)
+            tile = Tile(centers, states, rows, start, stop, self._first, self.workspace)
             unsampled.catch_up_(table, at_T1, tile.row_TD, tile.states.get("momentum"))
             tile.write(step_key, skip=None)
-        _fill(states[_AT_STEP], rows, len(table) - 1)
+        _fill(states[AT_STEP], rows, len(table) - 1)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -194,8 +195,13 @@ class RowOptimizer(torch.optim.Optimizer):
         step_key = key(self._seed, "rounding", self.steps)
         kept, workspace = self._unscaled(kept), self.workspace
         own = positives(rows, kept)
+        fused = isinstance(self.rule, RowSGD) and has_kernels(centers)
+        update = self._fused(group, rows, own, step_key, skip) if fused else None
         for start, stop, gradient_TD in second_pass(centers, rows, kept, workspace):
-            tile = _Tile(centers, states, rows, start, stop, self._first, workspace)
+            if update is not None:
+                update(start, stop, gradient_TD)
+                continue
+            tile = Tile(centers, states, rows, start, stop, self._first, workspace)
             scratch_TD = workspace(
                 "scratch", (stop - start, centers.shape[1]), torch.float32, centers.device
             )
@@ -211,7 +217,38 @@ class RowOptimizer(torch.optim.Optimizer):
                 weight_decay=group["weight_decay"],
                 skip=skip,
             )
-            _fill(states[_AT_STEP], rows, len(group[_MISSED]) - 1)
+            _fill(states[AT_STEP], rows, len(group[_MISSED]) - 1)
+
+    def _fused(
+        self,
+        group: dict[str, Any],
+        rows: Tensor | None,
+        own: Positives,
+        step_key: int,
+        skip: Tensor | None,
+    ) -> Callable[[int, int, Tensor], None]:
+        """The same update of a tile as one kernel."""
+        centers: Tensor = group["params"][0].detach()
+        states = self.states()
+        sample = len(centers) if rows is None else len(rows)
+        settings = {name: group[name] for name in ("lr", "weight_decay", "momentum")}
+        return partial(
+            import_module("partialfc.tiles.row_kernels").sgd_,
+            centers,
+            states.get(CENTERS + SCALE),
+            states.get("momentum"),
+            states.get("momentum" + SCALE),
+            rows,
+            first_n1=own.first(sample),
+            order_P=own.order_P,
+            slope_P=own.slope_P,
+            embedding_PD=own.embedding_PD,
+            center_key=key(step_key, CENTERS),
+            momentum_key=key(step_key, "momentum"),
+            first_identity=self._first,
+            skip=skip,
+            **settings,
+        )
 
     def states(self) -> States:
         """Row states by name, each with one row per class center; made when first asked for."""
@@ -220,9 +257,9 @@ class RowOptimizer(torch.optim.Optimizer):
         if not states:
             states.update(self.rule.new_states(centers))
             if centers.dtype == torch.float16:
-                states[_CENTERS + _SCALE] = torch.ones(len(centers), 1, device=centers.device)
+                states[CENTERS + SCALE] = torch.ones(len(centers), 1, device=centers.device)
             if _MISSED in self.param_groups[0]:
-                states[_AT_STEP] = torch.zeros(
+                states[AT_STEP] = torch.zeros(
                     len(centers), 1, dtype=torch.int32, device=centers.device
                 )
         return states
@@ -236,71 +273,6 @@ class RowOptimizer(torch.optim.Optimizer):
             replace(one, negative_B=one.negative_B * unscale, positive_B=one.positive_B * unscale)
             for one in kept
         ]
-
-
-class _Tile:
-    """Some rows and their states in fp32: views of what is stored where that is possible."""
-
-    def __init__(
-        self,
-        centers: Tensor,
-        states: States,
-        rows: Tensor | None,
-        start: int,
-        stop: int,
-        first: int,
-        workspace: Workspace,
-    ) -> None:
-        self._rows, self._start, self._stop, self._first = rows, start, stop, first
-        self._stored = {_CENTERS: centers.detach(), **states}
-        self._workspace = workspace
-        values = {name: self._value(name) for name in self._names()}
-        self.row_TD = values.pop(_CENTERS)
-        self.states = values
-
-    def write(self, step_key: int, *, skip: Tensor | None) -> None:
-        """Store rows and states; nothing where ``skip`` is true, which a GPU decides by itself."""
-        for name, value in {_CENTERS: self.row_TD, **self.states}.items():
-            stored = self._stored[name]
-            scale = None
-            if FORMATS[stored.dtype] != "fp32":
-                bits = noise(key(step_key, name), self._identities(), value.shape[1])
-                value, scale = encode(value, FORMATS[stored.dtype], bits)
-            self._put(stored, value, skip)
-            if scale is not None:
-                self._put(self._stored[name + _SCALE], scale, skip)
-
-    def _names(self) -> Iterator[str]:
-        """All but the scales, which belong to another state, and the counter of missed steps."""
-        return (n for n in self._stored if not n.endswith(_SCALE) and n != _AT_STEP)
-
-    def _value(self, name: str) -> Tensor:
-        stored = self._stored[name]
-        size = (self._stop - self._start, *stored.shape[1:])
-        buffer = self._workspace(name, size, stored.dtype, stored.device)
-        stored_TD = take_rows(stored, self._rows, self._start, self._stop, out=buffer)
-        scale = self._stored.get(name + _SCALE)
-        if scale is not None:
-            scale = take_rows(scale, self._rows, self._start, self._stop)
-        value_TD = decode(stored_TD, scale)
-        # A GPU may have to keep the old value, so it works on a copy.
-        is_view = self._rows is None and value_TD.data_ptr() == stored_TD.data_ptr()
-        return value_TD.clone() if is_view and value_TD.is_cuda else value_TD
-
-    def _identities(self) -> Tensor:
-        device = self.row_TD.device
-        if self._rows is None:
-            return torch.arange(self._first + self._start, self._first + self._stop, device=device)
-        return self._rows[self._start : self._stop] + self._first
-
-    def _put(self, stored: Tensor, value: Tensor, skip: Tensor | None) -> None:
-        if skip is not None:
-            old = take_rows(stored, self._rows, self._start, self._stop)
-            value = torch.where(skip, old, value)
-        if self._rows is not None:
-            stored.index_copy_(0, self._rows[self._start : self._stop], value)
-        elif value.data_ptr() != stored[self._start : self._stop].data_ptr():
-            stored[self._start : self._stop] = value
 
 
 def _fill(state: Tensor, rows: Tensor | None, value: int) -> None:

@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from partialfc.permutation import key, keys, permute, unpermute
+from partialfc import permutation
+from partialfc.permutation import key, keys
 from partialfc.sharding import Sharding
+from partialfc.tiles.dispatch import has_kernels, steps_for
 
 NOT_LOCAL = -1
 """Target of a row whose class center lives on another rank."""
@@ -96,14 +98,14 @@ class KeyedSampler:
         shard_n = torch.repeat_interleave(quota_V)  # host sync
         place_n = torch.arange(len(shard_n), device=device) - offset_V[shard_n]
         rows_n = (
-            permute(place_n, size_V[shard_n], key_V[shard_n], largest=self._largest)
+            self._permute(place_n, size_V[shard_n], key_V[shard_n], inverse=False)
             + start_V[shard_n]
         )
 
         # A positive knows its place by the inverse permutation. Those beyond the quota take the
         # last places of their shard that hold no positive.
-        place_P = unpermute(
-            positive_P - start_V[shard_P], size_V[shard_P], key_V[shard_P], largest=self._largest
+        place_P = self._permute(
+            positive_P - start_V[shard_P], size_V[shard_P], key_V[shard_P], inverse=True
         )
         column_P = offset_V[shard_P] + place_P
         beyond_P = place_P >= quota_V[shard_P]
@@ -118,3 +120,13 @@ class KeyedSampler:
         rows_n[column_M] = positive_P[beyond_P]
         column_P[beyond_P] = column_M
         return rows_n, column_P
+
+    def _permute(self, index: Tensor, size: Tensor, key: Tensor, *, inverse: bool) -> Tensor:
+        """One kernel instead of the hundreds that torch operations launch, where there are any."""
+        if has_kernels(index):
+            image: Tensor = steps_for(index).permute(
+                index, size, key, self._largest, inverse=inverse
+            )
+            return image
+        walk = permutation.unpermute if inverse else permutation.permute
+        return walk(index, size, key, largest=self._largest)

@@ -27,6 +27,7 @@ FLOORS = {
     "tiles": 1,
     "row_format": 1,
     "row_rules": 1,
+    "row_tile": 1,
     "unsampled": 1,
     "row_optimizer": 1,
     "protocols": 1,

@@ -11,13 +11,13 @@ Shape suffixes: B = rows of the gathered batch, D = embedding, n = sampled rows,
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from partialfc.margins import Margin
 from partialfc.tiles import torch as torch_steps
+from partialfc.tiles.dispatch import steps_for
 from partialfc.tiles.positives import Positives
 from partialfc.tiles.products import (
     Compute,
@@ -113,7 +113,7 @@ def first_pass(
             maximum keeps none: the maximum is known at the end only.
         workspace: Buffers of the tiles.
     """
-    steps, dim = _steps(unit_BD), unit_BD.shape[1]
+    steps, dim = steps_for(unit_BD), unit_BD.shape[1]
     sum_B = torch.zeros_like(unit_BD[:, 0], dtype=torch.float32)
     pull_BD = torch.zeros_like(unit_BD, dtype=torch.float32) if want_pull else None
     maximum_B = None
@@ -162,7 +162,7 @@ def second_pass(
         kept: The micro-batches; their gradients are added.
         workspace: Buffers of the tiles.
     """
-    steps, device, dim = _steps(centers_CD), centers_CD.device, centers_CD.shape[1]
+    steps, device, dim = steps_for(centers_CD), centers_CD.device, centers_CD.shape[1]
     parts = [_Part.of(one, rows, like=kept[0].unit_BD) for one in kept]
     for number, (start, stop) in enumerate(tiles(kept[0].unit_BD, centers_CD, rows)):
         gradient_TD = workspace("gradient", (stop - start, dim), torch.float32, device)
@@ -262,8 +262,3 @@ def _largest(logit_TB: Tensor, column_B: Tensor, margin: Margin) -> Tensor:
     limit = _limit(margin)
     counted_TB = logit_TB if limit is None else logit_TB.masked_fill(logit_TB > limit, 0)
     return counted_TB.amax(0).float().clamp(min=-margin.scale)
-
-
-def _steps(tensor: Tensor) -> ModuleType:
-    """The implementation of a tile's steps for a device."""
-    return torch_steps

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from partialfc import ArcFace, CosFace, PartialFC, RowSGD
+from partialfc import ArcFace, CosFace, PartialFC, RowAdagrad, RowAdamW, RowSGD
 from partialfc.build import assemble
 from partialfc.collectives import Ranks
+from partialfc.row_format import decode
 from partialfc.runtime import Runtime
 from partialfc.train import train_step
 from tests import reference
@@ -59,6 +60,78 @@ def test_gpu_and_cpu_sample_the_same_rows():
         here, there = head.sampler(step, labels), head.sampler(step, labels.cuda())
         assert torch.equal(here.rows, there.rows.cpu())
         assert torch.equal(here.target_B, there.target_B.cpu())
+
+
+FORMATS = [("fp32", "fp32"), ("fp16", "int8"), ("bf16", "bf16"), ("fp16", "fp32")]
+
+
+def trained(device, rule, steps=20, **settings):
+    """Loss of every step, and the centers as they are stored."""
+    head = PartialFC(
+        5000, 128, ArcFace(scale=32), sample_rate=0.3, optimizer=rule, device=device, **settings
+    )
+    start = torch.randn(5000, 128, generator=torch.Generator().manual_seed(5)) * 0.01
+    head.centers.data.copy_(start)
+    losses = []
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        embeddings = torch.randn(64, 128, generator=generator).to(device).requires_grad_()
+        labels = torch.randint(0, 5000, (64,), generator=generator).to(device)
+        loss = head(embeddings, labels)
+        loss.backward()
+        head.optimizer.step()
+        losses.append(loss.item())
+    scale = head.optimizer.states().get("centers_scale")
+    return losses, decode(head.centers.detach(), scale).cpu()
+
+
+@pytest.mark.parametrize(("center_format", "momentum_format"), FORMATS)
+@pytest.mark.parametrize("unsampled", ["stay", "move"])
+def test_kernels_train_as_torch_on_the_cpu_does(center_format, momentum_format, unsampled):
+    """Same samples, same random bits: only the order of sums differs."""
+    rule = RowSGD(lr=0.1, momentum_format=momentum_format, unsampled=unsampled)
+    there, here = (trained(d, rule, center_format=center_format) for d in ("cuda", "cpu"))
+    plain = (center_format, momentum_format) == ("fp32", "fp32")
+    assert there[0] == pytest.approx(here[0], rel=1e-4 if plain else 1e-3)
+    assert reference.relative_error(there[1], here[1].double()) < (1e-4 if plain else 2e-2)
+
+
+@pytest.mark.parametrize("rule", [RowAdamW(lr=0.01), RowAdagrad(lr=0.1)], ids=["adamw", "adagrad"])
+def test_rules_without_a_kernel_train_as_on_the_cpu(rule):
+    there, here = trained("cuda", rule), trained("cpu", rule)
+    assert there[0] == pytest.approx(here[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("compute", ["tf32", "bf16"])
+def test_low_precision_is_no_worse_than_plain_bf16_code(compute):
+    generator = torch.Generator().manual_seed(0)
+    embeddings, labels = torch.randn(64, 128, generator=generator), torch.arange(64) * 7
+    margin = ArcFace()
+    head = PartialFC(5000, 128, margin, optimizer=PLAIN, device="cuda", compute=compute)
+    centers = head.centers.detach().cpu()
+    own = embeddings.cuda().requires_grad_()
+    loss = head(own, labels.cuda())
+    loss.backward()
+    head.optimizer.step()
+    found = (loss.detach().cpu(), own.grad.cpu(), centers - head.centers.detach().cpu())
+    positive = reference.positive_logit(margin)
+    truth = reference.gradients_of(embeddings, centers, labels, positive, scale=margin.scale)
+    plain = reference.plain_gradients(embeddings, centers, labels, margin, torch.bfloat16)
+    for mine, theirs, expected in zip(found, plain, truth, strict=True):
+        allowed = reference.relative_error(theirs, expected)
+        assert reference.relative_error(mine, expected) <= 1.05 * allowed
+
+
+def test_kept_exponentials_change_no_result():
+    ends = [trained("cuda", RowSGD(lr=0.1), keep_bytes=keep)[1] for keep in (0, 1 << 30)]
+    assert torch.equal(ends[0], ends[1])
+
+
+def test_the_update_beside_the_backward_is_the_same_update():
+    """On its own stream, and nobody sees a center before it is updated."""
+    ends = [trained("cuda", RowSGD(lr=0.1), overlap=overlap) for overlap in (False, True)]
+    assert ends[0][0] == ends[1][0]
+    assert torch.equal(ends[0][1], ends[1][1])
 
 
 @pytest.mark.parametrize("compute", ["fp32", "bf16", "fp16"])

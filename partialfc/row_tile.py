@@ -1,0 +1,85 @@
+"""Some rows of the centers with their states, from how they are stored to fp32 and back.
+
+Shape suffixes: D = embedding, T = rows of a tile.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from partialfc.permutation import key
+from partialfc.row_format import FORMATS, decode, encode, noise
+from partialfc.row_rules import States
+from partialfc.tiles import Workspace, take_rows
+
+CENTERS = "centers"
+AT_STEP = "at_step"
+"""State of rows that move unsampled: the step that each is at."""
+SCALE = "_scale"
+"""Ending of the state that holds the scales of another."""
+
+
+class Tile:
+    """Some rows and their states in fp32: views of what is stored where that is possible."""
+
+    def __init__(
+        self,
+        centers: Tensor,
+        states: States,
+        rows: Tensor | None,
+        start: int,
+        stop: int,
+        first: int,
+        workspace: Workspace,
+    ) -> None:
+        self._rows, self._start, self._stop, self._first = rows, start, stop, first
+        self._stored = {CENTERS: centers.detach(), **states}
+        self._workspace = workspace
+        values = {name: self._value(name) for name in self._names()}
+        self.row_TD = values.pop(CENTERS)
+        self.states = values
+
+    def write(self, step_key: int, *, skip: Tensor | None) -> None:
+        """Store rows and states; nothing where ``skip`` is true, which a GPU decides by itself."""
+        for name, value in {CENTERS: self.row_TD, **self.states}.items():
+            stored = self._stored[name]
+            scale = None
+            if FORMATS[stored.dtype] != "fp32":
+                bits = noise(key(step_key, name), self._identities(), value.shape[1])
+                value, scale = encode(value, FORMATS[stored.dtype], bits)
+            self._put(stored, value, skip)
+            if scale is not None:
+                self._put(self._stored[name + SCALE], scale, skip)
+
+    def _names(self) -> Iterator[str]:
+        """All but the scales, which belong to another state, and the counter of missed steps."""
+        return (n for n in self._stored if not n.endswith(SCALE) and n != AT_STEP)
+
+    def _value(self, name: str) -> Tensor:
+        stored = self._stored[name]
+        size = (self._stop - self._start, *stored.shape[1:])
+        buffer = self._workspace(name, size, stored.dtype, stored.device)
+        stored_TD = take_rows(stored, self._rows, self._start, self._stop, out=buffer)
+        scale = self._stored.get(name + SCALE)
+        if scale is not None:
+            scale = take_rows(scale, self._rows, self._start, self._stop)
+        value_TD = decode(stored_TD, scale)
+        # A GPU may have to keep the old value, so it works on a copy.
+        is_view = self._rows is None and value_TD.data_ptr() == stored_TD.data_ptr()
+        return value_TD.clone() if is_view and value_TD.is_cuda else value_TD
+
+    def _identities(self) -> Tensor:
+        device = self.row_TD.device
+        if self._rows is None:
+            return torch.arange(self._first + self._start, self._first + self._stop, device=device)
+        return self._rows[self._start : self._stop] + self._first
+
+    def _put(self, stored: Tensor, value: Tensor, skip: Tensor | None) -> None:
+        if skip is not None:
+            old = take_rows(stored, self._rows, self._start, self._stop)
+            value = torch.where(skip, old, value)
+        if self._rows is not None:
+            stored.index_copy_(0, self._rows[self._start : self._stop], value)
+        elif value.data_ptr() != stored[self._start : self._stop].data_ptr():
+            stored[self._start : self._stop] = value

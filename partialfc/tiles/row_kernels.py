@@ -1,0 +1,222 @@
+"""The update of the class centers as one Triton kernel: every byte is read and written once.
+
+It gives what :mod:`partialfc.row_rules` and :mod:`partialfc.row_format` give for SGD. Products and
+sums are not fused (no FMA), so the elementwise part is bit for bit that of torch; only the two sums
+over a row are taken in another order.
+
+Shape suffixes: C = rows of a shard, D = embedding, n = sampled rows, P = positives, T = rows of a
+tile.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from partialfc.row_format import MIX, SMALLEST_EXPONENT
+from partialfc.tiles.kernels import reciprocal_norm, row_block, row_warps
+
+_MIX_1, _MIX_2 = tl.constexpr(MIX[0]), tl.constexpr(MIX[1])
+_EXPONENT_FLOOR = tl.constexpr(SMALLEST_EXPONENT)
+
+
+def sgd_(
+    centers_CD: Tensor,
+    center_scale_C1: Tensor | None,
+    momentum_CD: Tensor | None,
+    momentum_scale_C1: Tensor | None,
+    rows_n: Tensor | None,
+    start: int,
+    stop: int,
+    gradient_TD: Tensor,
+    *,
+    first_n1: Tensor,
+    order_P: Tensor,
+    slope_P: Tensor,
+    embedding_PD: Tensor,
+    lr: float,
+    weight_decay: float,
+    momentum: float,
+    center_key: int,
+    momentum_key: int,
+    first_identity: int,
+    skip: Tensor | None,
+) -> None:
+    """Update rows ``start:stop`` of the sample in place, in the formats that they are stored in.
+
+    With w the row, ŵ its unit row, and g the sum of ``gradient_TD`` and of the positives' part,
+    ``g <- (g - ŵ (g·ŵ)) / |w|``, ``v <- momentum v + g + weight_decay w``, ``w <- w - lr v``, all
+    in fp32. The v that moves w is the one before it is rounded. A row with norm <= 1e-12 has g = 0.
+
+    Args:
+        centers_CD: fp32, bf16 or fp16, contiguous, D <= 4096; changed in place.
+        center_scale_C1: fp32 scales of fp16 rows, changed in place; ``None`` for other formats.
+        momentum_CD: fp32, bf16 or int8, contiguous, changed in place; ``None`` for no momentum.
+        momentum_scale_C1: fp32 scales of int8 rows, changed in place; ``None`` for other formats.
+        rows_n: int64 rows of the sample, distinct; ``None`` for all rows in order.
+        start: First place of the tile in the sample.
+        stop: Place behind the last.
+        gradient_TD: fp32 gradient by the unit centers, of the negatives; contiguous, not changed.
+        first_n1: int64; place i of the sample has the positives ``order_P[first[i]:first[i + 1]]``.
+        order_P: int64 indices of ``slope_P`` and ``embedding_PD``, by place in the sample.
+        slope_P: fp32; a positive adds ``slope * embedding`` to the gradient.
+        embedding_PD: fp32 or bf16, contiguous.
+        lr: Learning rate.
+        weight_decay: Factor of w in the gradient.
+        momentum: Factor of the old v; of no matter without ``momentum_CD``.
+        center_key: Key of the centers' stochastic rounding, signed 64-bit.
+        momentum_key: Key of the momentum's.
+        first_identity: Global identity of local row 0.
+        skip: Scalar bool on the device: if true, nothing is written.
+    """
+    dim = centers_CD.shape[1]
+    for tensor in (centers_CD, momentum_CD, gradient_TD, embedding_PD):
+        assert tensor is None or (tensor.is_contiguous() and tensor.shape[1] == dim)
+    assert (center_scale_C1 is not None) == (centers_CD.dtype == torch.float16)
+    assert (momentum_scale_C1 is not None) == (
+        momentum_CD is not None and momentum_CD.dtype == torch.int8
+    )
+    if stop == start:
+        return
+    block = row_block(dim)
+    _sgd[(stop - start,)](
+        centers_CD,
+        center_scale_C1,
+        momentum_CD,
+        momentum_scale_C1,
+        rows_n,
+        gradient_TD,
+        first_n1,
+        order_P,
+        slope_P,
+        embedding_PD,
+        skip,
+        float(lr),
+        float(weight_decay),
+        float(momentum),
+        start,
+        center_key,
+        momentum_key,
+        first_identity,
+        dim,
+        block,
+        num_warps=row_warps(block),
+        num_stages=1,
+        enable_fp_fusion=False,
+    )
+
+
+@triton.jit(do_not_specialize=["start", "center_key", "momentum_key", "first_identity"])
+def _sgd(
+    centers,
+    center_scale,
+    momentum,
+    momentum_scale,
+    rows,
+    gradient,
+    first,
+    order,
+    slope,
+    embedding,
+    skip,
+    lr,
+    weight_decay,
+    decay,
+    start: tl.int64,
+    center_key: tl.int64,
+    momentum_key: tl.int64,
+    first_identity: tl.int64,
+    D,
+    BLOCK: tl.constexpr,
+):
+    t = tl.program_id(0).to(tl.int64)
+    place = t + start
+    row = place
+    if rows is not None:
+        row = tl.load(rows + place)
+    lane = tl.arange(0, BLOCK // 4)  # four columns share one hash, and one thread holds them
+    column = lane[:, None] * 4 + tl.arange(0, 4)[None, :]
+    mask = column < D
+    centers += row * D
+
+    w = tl.load(centers + column, mask=mask, other=0.0).to(tl.float32)
+    if center_scale is not None:
+        w *= tl.load(center_scale + row)
+    if momentum is not None:  # asked for early: what follows waits for whole rows
+        momentum += row * D
+        old = tl.load(momentum + column, mask=mask, other=0).to(tl.float32)
+        if momentum_scale is not None:
+            old *= tl.load(momentum_scale + row)
+    g = tl.load((gradient + t * D) + column, mask=mask, other=0.0)
+    k, behind = tl.load(first + place), tl.load(first + place + 1)
+    while k < behind:
+        p = tl.load(order + k)
+        e = tl.load((embedding + p * D) + column, mask=mask, other=0.0).to(tl.float32)
+        g += tl.load(slope + p) * e
+        k += 1
+
+    reciprocal = reciprocal_norm(_sum(w * w))
+    unit = w * reciprocal
+    g = (g - unit * _sum(g * unit)) * reciprocal
+    v = g + weight_decay * w
+    if momentum is not None:
+        v = decay * old + v
+    w = w - lr * v
+
+    written = True
+    if skip is not None:
+        written = tl.load(skip) == 0
+    lanes = tl.cdiv(D, 4)
+    identity = row + first_identity
+    bits = _noise(identity * lanes + lane + center_key)
+    _store(centers, center_scale, column, row, w, bits, mask & written, written)
+    if momentum is not None:
+        bits = _noise(identity * lanes + lane + momentum_key)
+        _store(momentum, momentum_scale, column, row, v, bits, mask & written, written)
+
+
+@triton.jit
+def _sum(value):
+    return tl.sum(tl.sum(value, 1), 0)
+
+
+@triton.jit
+def _noise(bits):
+    """16 random bits of each of four columns, from their int64 lane and key."""
+    bits = (bits ^ ((bits >> 33) & 0x7FFFFFFF)) * _MIX_1
+    bits = (bits ^ ((bits >> 33) & 0x7FFFFFFF)) * _MIX_2
+    bits = bits ^ ((bits >> 33) & 0x7FFFFFFF)
+    return ((bits[:, None] >> (16 * tl.arange(0, 4))[None, :]) & 0xFFFF).to(tl.int32)
+
+
+@triton.jit
+def _store(stored, scale, column, row, value, noise, mask, written):
+    """Write one row in its format: ``partialfc.row_format.encode``."""
+    FORMAT: tl.constexpr = stored.dtype.element_ty
+    if tl.float32 == FORMAT:
+        tl.store(stored + column, value, mask=mask)
+    elif tl.bfloat16 == FORMAT:
+        tl.store(stored + column, _truncate(value, noise, 0xFFFF).to(tl.bfloat16), mask=mask)
+    else:
+        largest = tl.max(tl.max(tl.abs(value), 1), 0)
+        if tl.float16 == FORMAT:
+            exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, _EXPONENT_FLOOR)
+            inverse = ((267 - exponent) << 23).to(tl.float32, bitcast=True)  # 2**(140 - exponent)
+            tl.store(
+                stored + column, _truncate(value * inverse, noise, 0x1FFF).to(tl.float16), mask=mask
+            )
+            step = ((exponent - 13) << 23).to(tl.float32, bitcast=True)
+        else:
+            inverse = tl.where(largest > 0, tl.div_rn(127.0, largest), 0.0)
+            level = tl.floor(value * inverse + (noise.to(tl.float32) + 0.5) * 0.0000152587890625)
+            level = tl.minimum(tl.maximum(level, -127.0), 127.0)
+            tl.store(stored + column, level.to(tl.int8), mask=mask)
+            step = tl.div_rn(largest, 127.0)
+        tl.store(scale + row, step, mask=written)
+
+
+@triton.jit
+def _truncate(value, noise, MASK: tl.constexpr):
+    """Drop mantissa bits after adding random ones; a NaN must not carry into a zero."""
+    word = value.to(tl.int32, bitcast=True) + (noise & MASK)
+    return tl.where(value == value, (word & ~MASK).to(tl.float32, bitcast=True), value)

@@ -1,0 +1,256 @@
+"""Compile every variant of the Triton kernels for sm_90, without a GPU or a driver.
+
+``python tools/bench/compile_kernels.py [--only KERNEL] [--json OUT]`` prints registers, spills and
+shared memory of each variant. It calls the launch wrappers themselves with tensors on the CPU and
+stops every launch behind the compiler, so it compiles what a launch on a GPU compiles. Exit code 1
+if a variant spills registers.
+
+Shape suffixes: B = rows of the gathered batch, C = rows of a shard, D = embedding, n = sampled
+rows, P = positives, T = rows of a tile.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[0] = str(ROOT)
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from partialfc.tiles import kernels, row_kernels
+
+Row = dict[str, Any]
+Variant = tuple[str, dict[str, str], Callable[[], object]]
+"""Kernel, what sets the variant apart, and a call of its launch wrapper."""
+
+CAPABILITY = 90
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "int8": torch.int8,
+}
+DIMS = (128, 250, 512, 4096)
+"""512 is compiled in every combination, the others in a few."""
+
+_SM_REGISTERS, _SM_WARPS, _SM_BLOCKS, _SM_SHARED = 65536, 64, 32, 228 * 1024
+
+
+def main() -> int:
+    """Compile, print a table and write the record; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", choices=("unit_rows", "exponentials", "sgd_", "permute"))
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the table to OUT")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache  # nothing from an earlier run
+        rows = compile_all(arguments.only)
+    if arguments.json:
+        record = {
+            "command": "python tools/bench/compile_kernels.py " + " ".join(sys.argv[1:]),
+            "target": f"sm_{CAPABILITY}",
+            "versions": {
+                "triton": triton.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+                "ptxas": _version("ptxas"),
+            },
+            "kernels": rows,
+        }
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    spilling = [row for row in rows if row["spill_bytes"]]
+    print(f"{len(rows)} variants, {len(spilling)} with spills")
+    return bool(spilling)
+
+
+def compile_all(only: str | None) -> list[Row]:
+    """Compile all variants, or those of one kernel, and print a line for each."""
+    compiled = compile_only()
+    rows = []
+    print(
+        f"{'kernel':13} {'registers':>9} {'spills B':>8} {'shared B':>8} {'warps/SM':>8}  variant"
+    )
+    for name, variant, call in variants():
+        if only and name != only:
+            continue
+        call()
+        row = {"kernel": name, **variant, **_resources(compiled.pop())}
+        rows.append(row)
+        print(
+            f"{name:13} {row['registers']:9} {row['spill_bytes']:8} {row['shared_bytes']:8} "
+            f"{row['warps_per_sm']:8}  " + " ".join(f"{k}={v}" for k, v in variant.items())
+        )
+    return rows
+
+
+def compile_only() -> list[Any]:
+    """From now on launch nothing in this process; return the list that gets what launches compile.
+
+    A launch that needs no compiling adds the kernel that it would use.
+    """
+    compiled: list[Any] = []
+    run = JITFunction.run
+
+    def stop_behind_compiler(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+
+    JITFunction.run = stop_behind_compiler
+    driver.set_active(_NoDriver())
+    return compiled
+
+
+def variants() -> Iterator[Variant]:
+    """Every combination that the wrappers tell apart."""
+    for centers, unit, rows in itertools.product(("fp32", "bf16", "fp16"), ("fp32", "bf16"), "yn"):
+        yield _unit_rows(centers, unit, rows, 512)
+    for dim in DIMS:
+        yield _unit_rows("fp16", "bf16", "y", dim)
+    for logit, exp, limit, shift, sums in itertools.product(
+        ("fp32", "bf16"), ("fp32", "bf16"), "yn", "yn", "yn"
+    ):
+        yield _exponentials(logit, exp, limit, shift, sums, 4096)
+    yield _exponentials("bf16", "bf16", "n", "n", "y", 1000)
+    for centers, momentum, embedding, rows in itertools.product(
+        ("fp32", "bf16", "fp16"), ("no", "fp32", "bf16", "int8"), ("fp32", "bf16"), "yn"
+    ):
+        yield _sgd(centers, momentum, embedding, rows, 512)
+    for dim in DIMS:
+        yield _sgd("fp32", "fp32", "fp32", "y", dim)
+        yield _sgd("fp16", "int8", "bf16", "y", dim)
+    for inverse in (False, True):
+        yield _permute(inverse)
+
+
+def _unit_rows(centers: str, unit: str, rows: str, dim: int) -> Variant:
+    def call() -> None:
+        centers_CD = torch.empty(32, dim, dtype=DTYPES[centers])
+        rows_n = torch.arange(16) if rows == "y" else None
+        return kernels.unit_rows(
+            centers_CD, rows_n, 0, 16, torch.empty(16, dim, dtype=DTYPES[unit])
+        )
+
+    return "unit_rows", {"centers": centers, "unit": unit, "rows": rows, "dim": str(dim)}, call
+
+
+def _exponentials(logit: str, exp: str, limit: str, shift: str, sums: str, columns: int) -> Variant:
+    def call() -> object:
+        return kernels.exponentials(
+            torch.empty(16, columns, dtype=DTYPES[logit]),
+            torch.zeros(columns, dtype=torch.int64),
+            limit=9.5 if limit == "y" else None,
+            shift_B=torch.zeros(columns) if shift == "y" else None,
+            sum_B=torch.zeros(columns) if sums == "y" else None,
+            dtype=DTYPES[exp],
+        )
+
+    variant = {"logit": logit, "exp": exp, "limit": limit, "shift": shift, "sum": sums}
+    return "exponentials", {**variant, "B": str(columns)}, call
+
+
+def _sgd(centers: str, momentum: str, embedding: str, rows: str, dim: int) -> Variant:
+    def call() -> object:
+        scale_C1 = torch.ones(32, 1)
+        row_kernels.sgd_(
+            torch.empty(32, dim, dtype=DTYPES[centers]),
+            scale_C1 if centers == "fp16" else None,
+            None if momentum == "no" else torch.empty(32, dim, dtype=DTYPES[momentum]),
+            scale_C1 if momentum == "int8" else None,
+            torch.arange(16) if rows == "y" else None,
+            0,
+            16,
+            torch.empty(16, dim),
+            first_n1=torch.zeros(17, dtype=torch.int64),
+            order_P=torch.zeros(8, dtype=torch.int64),
+            slope_P=torch.zeros(8),
+            embedding_PD=torch.empty(8, dim, dtype=DTYPES[embedding]),
+            lr=0.1,
+            weight_decay=5e-4,
+            momentum=0.9,
+            center_key=1 << 60,
+            momentum_key=1 << 61,
+            first_identity=0,
+            skip=torch.tensor(False),
+        )
+        return None
+
+    variant = {"centers": centers, "momentum": momentum, "embedding": embedding, "rows": rows}
+    return "sgd_", {**variant, "dim": str(dim)}, call
+
+
+def _permute(inverse: bool) -> Variant:
+    def call() -> object:
+        ones = torch.ones(256, dtype=torch.int64)
+        return kernels.permute(ones, ones, ones, 1_000_000, inverse=inverse)
+
+    return "permute", {"inverse": "y" if inverse else "n"}, call
+
+
+def _resources(kernel: Any) -> Row:
+    """What cubin and PTX say of themselves, and how many warps an SM holds."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = _nvidia("cuobjdump", "--dump-resource-usage", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    assert found, usage
+    registers, stack, shared, local = map(int, found.groups())
+    warps = int(kernel.metadata.num_warps)
+    shared = max(shared, int(kernel.metadata.shared))
+    per_warp = -(-registers * 32 // 256) * 256  # registers are handed out by 256
+    blocks = min(_SM_BLOCKS, _SM_WARPS // warps, _SM_REGISTERS // (per_warp * warps))
+    blocks = min(blocks, _SM_SHARED // (shared + 1024))  # the system keeps 1 KiB a block
+    ptx = kernel.asm["ptx"]
+    return {
+        "registers": registers,
+        "spill_bytes": stack + local,
+        "shared_bytes": shared,
+        "warps": warps,
+        "warps_per_sm": blocks * warps,
+        "bf16_rounding": sorted(set(re.findall(r"cvt\.(r\w)\.bf16(?:x2)?\.f32", ptx))),
+        "fma": len(re.findall(r"\bfma\.rn\.f32", ptx)),
+        "atomics": len(re.findall(r"^\s*(?:@\S+\s+)?(?:atom|red)\.", ptx, re.MULTILINE)),
+    }
+
+
+def _nvidia(tool: str, *arguments: str) -> str:
+    path = Path(triton.__file__).parent / "backends/nvidia/bin" / tool
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _version(tool: str) -> str:
+    return _nvidia(tool, "--version").split("release ")[-1].split(",")[0]
+
+
+class _NoDriver:
+    """As much of a driver as the compiler asks for."""
+
+    def get_current_target(self) -> Any:
+        return GPUTarget("cuda", CAPABILITY, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return device
+
+
+if __name__ == "__main__":
+    sys.exit(main())
