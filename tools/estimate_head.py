@@ -1,0 +1,158 @@
+"""Memory of a run's head per rank: added up from its shapes.
+
+Rows, states, tiles and budgets are asked from partialfc itself.
+
+Shape suffixes: B = images of the global micro-batch, D = embedding, n = sampled rows of a rank,
+T = rows of a tile.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from partialfc import head as head_module
+from partialfc.build import _ROW_RULES, head_compute
+from partialfc.config import Config, ConfigError
+from partialfc.row_format import DTYPES
+from partialfc.row_optimizer import RowOptimizer
+from partialfc.sampling import KeyedSampler
+from partialfc.sharding import Sharding, default_canonical_shards
+from partialfc.tiles import operand_dtype, passes
+from tools.estimate_backbone import MIB, Device, Ledger, Part, bytes_of
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """What the largest rank has of the head: rows and bytes."""
+
+    rows: int
+    sampled: int
+    tile: int
+    kept: int
+    """Bytes of exponentials kept between the passes."""
+    exponentials: int
+    """Bytes of all of them."""
+
+
+def shard_of(config: Config, identities: int, world_size: int, device: Device) -> Shard:
+    """Return the sizes of the largest rank's part of the head.
+
+    Raises:
+        ConfigError: If the centers cannot be cut for so many ranks.
+    """
+    settings, batch = config.head, config.data.global_batch
+    shards = settings.canonical_shards or default_canonical_shards(identities)
+    try:
+        sharding = Sharding(
+            num_identities=identities, canonical_shards=shards, world_size=world_size
+        )
+    except ValueError as error:
+        raise ConfigError(f"head: {error}") from error
+    rows = max(len(sharding.owned(rank)) for rank in range(world_size))
+    sampled = rows
+    if settings.sample_rate < 1:
+        positives = -(-batch // shards)  # of a canonical shard, on average
+        sizes = [sharding.start(v + 1) - sharding.start(v) for v in range(shards)]
+        quotas = [
+            max(sharding.quota(v, settings.sample_rate), min(positives, sizes[v]))
+            for v in range(shards)
+        ]
+        owned = (sharding.shards(rank) for rank in range(world_size))
+        sampled = max(sum(quotas[v] for v in of_rank) for of_rank in owned)
+    operand = operand_dtype(head_compute(config, torch.device(device))).itemsize
+    micro_batch = batch // config.optimizer.accumulation
+    with FakeTensorMode():
+        unit_BD = torch.empty(micro_batch, config.backbone.embedding_dim, device=device)
+        rows_n = torch.empty(sampled, dtype=torch.int64)
+        start, stop = next(passes.tiles(unit_BD, unit_BD, rows_n), (0, 0))
+    budget = settings.keep_mib
+    budget_bytes = head_module._KEEP_BYTES[device] if budget is None else budget * MIB
+    if settings.margin.scale > passes._LARGEST_PLAIN_SCALE:
+        budget_bytes = 0
+    exponentials = sampled * batch * operand
+    kept = exponentials
+    if exponentials > budget_bytes:
+        one = max(1, (stop - start) * micro_batch * operand)
+        kept = budget_bytes // one * one
+    return Shard(rows, sampled, stop - start, kept, exponentials)
+
+
+def head_parts(config: Config, shard: Shard, world_size: int, device: Device) -> list[Part]:
+    """Return the memory of the class centers and of the head's two passes over them."""
+    settings, dim = config.head, config.backbone.embedding_dim
+    with FakeTensorMode():
+        centers = torch.empty(shard.rows, dim, dtype=DTYPES[settings.center_format])
+        rule = settings.optimizer.model_dump(exclude={"name", "lr_factor"})
+        optimizer = RowOptimizer(
+            nn.Parameter(centers, requires_grad=False), _ROW_RULES[settings.optimizer.name](**rule)
+        )
+        states = {name: bytes_of([value]) for name, value in optimizer.states().items()}
+        center_bytes = bytes_of([centers])
+    row_bytes = (center_bytes + sum(states.values())) // max(1, shard.rows)
+    listed = ", ".join(f"{name} {size // max(1, shard.rows):,} B" for name, size in states.items())
+
+    operand = operand_dtype(head_compute(config, torch.device(device))).itemsize
+    parts, n, tile = config.optimizer.accumulation, shard.sampled, shard.tile
+    batch = config.data.global_batch // parts
+    whole, unit = batch * dim * 4, batch * dim * operand  # fp32 and operands [B, D]
+    own = whole // world_size
+
+    # Between the passes: the operands of every micro-batch and the gradient of its embeddings. In
+    # pass 1 also the gathered bytes, the pull, the positives' centers and two results on the way;
+    # in pass 2 the operands weighted, and once more for the positives.
+    between = parts * (unit + own)
+    first = between + 4 * whole + 3 * own + (unit if world_size > 1 else 0)
+    second = between + 2 * parts * unit + (2 * whole if operand < 4 else 0)
+
+    # Buffers that stay: unit centers, gradient, scratch, stored rows and states. Pass 2 copies the
+    # rows and states that are not updated where they lie; a GPU does it with all of them.
+    formats = settings.center_format, getattr(settings.optimizer, "momentum_format", "fp32")
+    logits = tile * batch * (4 + 4 * (operand < 4) + operand)
+    buffers = tile * (dim * (operand + 8) + row_bytes)
+    copies = 4 * tile * dim * 4 if formats != ("fp32", "fp32") or device == "cuda" else 0
+    again = logits if shard.kept < shard.exponentials else 0
+    limited = ", as far as head.keep_mib allows" if again else ""
+    sampler, rows = (_sampler_bytes(), 8 * n) if settings.sample_rate < 1 else (0, 0)
+    return [
+        Part.always(
+            "class centers",
+            center_bytes,
+            f"{shard.rows:,} x {dim} x {settings.center_format}, the largest rank's",
+        ),
+        Part.always("row states", sum(states.values()), f"{listed} a row" if listed else "none"),
+        Part(
+            "kept exponentials",
+            (shard.kept, shard.kept, shard.kept, 0),
+            f"{n:,} sampled rows x {config.data.global_batch:,} x {operand} B{limited}",
+        ),
+        Part(
+            "batch buffers",
+            (first, between, second, 0),
+            f"[{batch:,}, {dim}]: embeddings, gradient, positives' centers",
+        ),
+        Part(
+            "tile",
+            (buffers + logits, buffers, buffers + copies + again, buffers),
+            f"{tile:,} rows: logits, unit centers, gradient, states",
+        ),
+        Part(
+            "sampled rows",
+            (n * sampler, rows, rows, 0),
+            f"{sampler} B a row in the sampler (measured), 8 afterwards" if rows else "all rows",
+        ),
+    ]
+
+
+@cache
+def _sampler_bytes() -> int:
+    """Peak bytes of the sampler for a sampled row, measured on a small one."""
+    sharding = Sharding(num_identities=65536, canonical_shards=64, world_size=1)
+    sampler = KeyedSampler(sharding, 0, sample_rate=0.5, seed=0)
+    identities_B = torch.arange(0, 65536, 1024)
+    ledger = Ledger()
+    with ledger:
+        sampler(0, identities_B)
+    return -(-sum(ledger.peak) // 32768)
