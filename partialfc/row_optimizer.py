@@ -202,9 +202,8 @@ class RowOptimizer(torch.optim.Optimizer):
                 update(start, stop, gradient_TD)
                 continue
             tile = Tile(centers, states, rows, start, stop, self._first, workspace)
-            scratch_TD = workspace(
-                "scratch", (stop - start, centers.shape[1]), torch.float32, centers.device
-            )
+            # Pass 2 is done with the unit centers of this tile.
+            scratch_TD = workspace("unit", (*gradient_TD.shape,), torch.float32, centers.device)
             own.add_(gradient_TD, start)
             project_(gradient_TD, tile.row_TD, scratch_TD)
             self.rule.update_(group, tile.row_TD, gradient_TD, tile.states)

@@ -30,9 +30,10 @@ from partialfc.tiles.workspace import Workspace
 _LARGEST_PLAIN_SCALE = 64.0
 """exp(±s) of a larger scale, summed over 1e8 classes, leaves fp32's range: keep a row maximum."""
 
-_TILE_BYTES = {"cpu": 5 << 19, "cuda": 1 << 25}
-"""Size of a tile of centers and logits in fp32: the tile, the gradient and the states of its rows
-stay in the last cache of two cores; and of a tile of logits on a GPU: half of its L2 cache."""
+_TILE_BYTES = {"cpu": 5 << 20, "cuda": 1 << 25}
+"""Size of a tile of centers and logits in fp32 on a CPU: with the gradient and the states of its
+rows it stays in the last cache, and Python's part of a tile is small beside it. On a GPU, size of a
+tile of logits: half of the L2 cache."""
 
 _TILE_ROWS = 128
 """A tile is a multiple of it, as tensor cores like it."""

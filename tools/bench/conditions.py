@@ -1,0 +1,88 @@
+"""Under which conditions a figure was measured: for every benchmark's JSON."""
+
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def conditions() -> dict[str, Any]:
+    """Return command, date, commit, hardware and versions; no name of a host, user or folder."""
+    return {
+        "command": " ".join(["python", _relative(sys.argv[0]), *sys.argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "hardware": _hardware(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+    }
+
+
+def _relative(path: str) -> str:
+    try:
+        return str(Path(path).resolve().relative_to(ROOT))
+    except ValueError:
+        return Path(path).name
+
+
+def _commit() -> dict[str, Any]:
+    """The commit, and whether tracked files differ from it; nothing outside a git checkout."""
+    found: dict[str, Any] = {}
+    for name, command in (
+        ("hash", ["rev-parse", "HEAD"]),
+        ("changes", ["status", "--porcelain", "--untracked-files=no"]),
+    ):
+        done = subprocess.run(
+            ["git", *command], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            return {}
+        found[name] = done.stdout.strip()
+    return {"hash": found["hash"], "dirty": bool(found["changes"])}
+
+
+def _hardware() -> dict[str, Any]:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    hardware: dict[str, Any] = {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "memory_bytes": memory,
+    }
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(0)
+        hardware["gpu"] = {
+            "name": gpu.name,
+            "memory_bytes": gpu.total_memory,
+            "count": torch.cuda.device_count(),
+            "cuda": torch.version.cuda,
+            "driver": _driver(),
+        }
+    return hardware
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor())
+
+
+def _driver() -> str | None:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.splitlines()[0].strip()
