@@ -213,8 +213,7 @@ class _GatherRows(torch.autograd.Function):
 class _DistributedCrossEntropy(torch.autograd.Function):
     """-mean log max(p, 1e-30) over logits [B, n] whose columns lie on all ranks.
 
-    The logits become the softmax and the softmax the gradient, in place; what made the logits (a
-    product with a number) saved nothing.
+    The logits become the softmax in place; what made them (a product with a number) saved nothing.
     """
 
     @staticmethod
@@ -229,9 +228,12 @@ class _DistributedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, weight: Tensor) -> tuple[Tensor, None]:
+        # arcface_torch too holds the targets as a dense matrix, and takes them off copied rows.
         softmax, target, row = ctx.saved_tensors
-        softmax[row, target[row]] -= 1
-        return softmax.mul_(weight / len(softmax)), None
+        target_share = torch.zeros(len(row), softmax.shape[1], device=softmax.device)
+        target_share[torch.arange(len(row), device=row.device), target[row]] = 1
+        softmax[row] -= target_share
+        return softmax.div_(len(softmax)) * weight, None
 
 
 def _has_ranks() -> bool:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def conditions() -> dict[str, Any]:
     """Return command, date, commit, hardware and versions; no name of a host, user or folder."""
     return {
-        "command": " ".join(["python", _relative(sys.argv[0]), *sys.argv[1:]]),
+        "command": _command(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "hardware": _hardware(),
@@ -28,6 +28,14 @@ def conditions() -> dict[str, Any]:
         },
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
     }
+
+
+def _command() -> str:
+    """The command line as from the repository's root; of paths elsewhere the last part."""
+    words = [_relative(word) if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    world = os.environ.get("WORLD_SIZE")
+    start = "python" if world is None else f"torchrun --nproc-per-node={world}"
+    return " ".join([start, _relative(sys.argv[0]), *words])
 
 
 def _relative(path: str) -> str:

@@ -21,6 +21,7 @@ import os
 import socket
 import subprocess
 import tempfile
+import time
 from dataclasses import asdict, replace
 from itertools import product
 from typing import Any
@@ -46,7 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
     leads = int(os.environ.get("RANK", "0")) == 0
     cases = _cases(options, world)
     rows: list[Row] = []
-    with Progress(console=Console(stderr=True), disable=not leads) as progress:
+    # One refresh a second: the bar shares the cores with what is measured.
+    bar = Progress(console=Console(stderr=True), refresh_per_second=1, disable=not leads)
+    with bar as progress:
         task = progress.add_task("measuring", total=sum(1 + len(case.heads) for case in cases))
         for number, case in enumerate(cases):
             row = {"world": world, **asdict(case)}
@@ -60,13 +63,23 @@ def main(arguments: list[str] | None = None) -> int:
                 progress.advance(task)
             if leads:
                 rows.append(with_floors({**row, **found}))
+                _save(options, rows)  # after each: the rows before a failure are kept
     if leads:
-        Console().print(table(rows))
-        if options.json:
-            record = {**conditions(), "arguments": _plain(options), "rows": rows}
-            Path(options.json).parent.mkdir(parents=True, exist_ok=True)
-            Path(options.json).write_text(json.dumps(record, indent=1) + "\n")
+        console = Console()
+        Console(width=max(console.width, 120)).print(table(rows))
     return 0
+
+
+def _save(options: argparse.Namespace, rows: list[Row]) -> None:
+    """Write the record so far, if one is wanted: the whole file or none."""
+    if not options.json:
+        return
+    record = {**conditions(), "arguments": _plain(options), "rows": rows}
+    out = Path(options.json)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f"{out.name}.partial")
+    partial.write_text(json.dumps(record, indent=1) + "\n")
+    partial.replace(out)
 
 
 def with_floors(row: Row) -> Row:
@@ -81,15 +94,20 @@ def with_floors(row: Row) -> Row:
         dtype = {"ours": row["dtype"], "textbook": "fp32", "textbook_tf32": "tf32"}[name]
         flop = 4 * 2 * row["batch"] * head["sampled_rows"] * row["dim"]
         stored = (head["centers_bytes"] + head["state_bytes"]) / row["classes"]
-        head["floor_seconds"] = flop / ceilings[dtype]
+        head["floor_seconds"] = flop / ceilings.get(dtype, ceilings["fp32"])  # tf32 on a CPU
         head["row_io_seconds"] = 2 * stored * head["sampled_rows"] / ceilings["copy"]
-        head["fraction_of_floor"] = head["floor_seconds"] / head["step_seconds"]["median"]
+        median = head["step_seconds"]["median"]
+        head["fraction_of_floor"] = head["floor_seconds"] / median
+        both = head["floor_seconds"] + head["row_io_seconds"]
+        head["fraction_of_floor_and_row_io"] = both / median
     ours = row["heads"].get("ours")
     for name, head in row["heads"].items():
         if ours and name != "ours":
             medians = head["step_seconds"]["median"], ours["step_seconds"]["median"]
             row[f"times_faster_than_{name}"] = medians[0] / medians[1]
-            row[f"memory_of_{name}"] = ours["extra_peak_bytes"] / head["extra_peak_bytes"]
+            # At a tiny size a step fits into what the process held before: no growth, no ratio.
+            if ours["extra_peak_bytes"] > 0 and head["extra_peak_bytes"] > 0:
+                row[f"memory_of_{name}"] = ours["extra_peak_bytes"] / head["extra_peak_bytes"]
     return row
 
 
@@ -98,7 +116,8 @@ def table(rows: list[Row]) -> Table:
     shown = Table(title="One step of the head; memory beyond centers and states, largest rank")
     for name in ("C", "B", "r", "W", "head", "median", "p10-p90", "against ours", "memory"):
         shown.add_column(name, justify="left" if name == "head" else "right")
-    shown.add_column("of floor", justify="right")
+    for name in ("4-GEMM floor", "of it", "row I/O"):
+        shown.add_column(name, justify="right")
     for row in rows:
         for name, head in row["heads"].items():
             times = head["step_seconds"]
@@ -113,7 +132,9 @@ def table(rows: list[Row]) -> Table:
                 f"{times['p10'] * 1e3:.1f}-{times['p90'] * 1e3:.1f}",
                 f"{faster:.1f} x" if faster else "",
                 f"{head['extra_peak_bytes'] / 2**20:.0f} MiB",
+                f"{head['floor_seconds'] * 1e3:.1f} ms",
                 f"{head['fraction_of_floor']:.0%}",
+                f"{head['row_io_seconds'] * 1e3:.1f} ms",
             )
     return shown
 
@@ -149,8 +170,12 @@ def _cases(options: argparse.Namespace, world: int) -> list[Case]:
     for classes, batch, rate in product(
         *(value.split(",") for value in (options.classes, options.batch, options.rate))
     ):
-        if int(batch) % world:
-            raise SystemExit(f"--batch {batch}: must divide by the {world} ranks.")
+        if int(batch) < 1 or int(batch) % world:
+            raise SystemExit(f"--batch {batch}: must be a multiple of the {world} ranks.")
+        if not 0 < float(rate) <= 1:
+            raise SystemExit(f"--rate {rate}: must be in (0, 1].")
+        if int(classes) < world:
+            raise SystemExit(f"--classes {classes}: each of the {world} ranks needs one.")
         cases.append(
             Case(
                 classes=int(classes),
@@ -182,11 +207,25 @@ def _run(case: Case, world: int, number: int) -> Row:
             subprocess.Popen([*command, str(out)], env=_environment(rank, world, port, case))
             for rank in ranks
         ]
-        codes = [process.wait() for process in processes]
+        codes = _wait(processes)
         if any(codes):
-            raise SystemExit(f"a measuring process failed: exit codes {codes}")
+            raise SystemExit(f"a measuring process failed: exit codes {codes} of {case}")
         result: Row = json.loads(out.read_text()) if out.exists() else {}
         return result
+
+
+def _wait(processes: list[subprocess.Popen[bytes]]) -> list[int]:
+    """Return the exit codes; when one fails, or this process is interrupted, end the others."""
+    try:
+        while None in (codes := [process.poll() for process in processes]):
+            if any(codes):
+                break
+            time.sleep(0.1)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+    return [process.wait() for process in processes]
 
 
 def _environment(rank: int, world: int, port: int, case: Case) -> dict[str, str]:
