@@ -1,7 +1,8 @@
 """The two passes of the head over tiles of class centers.
 
-``passes`` is the loop over tiles, ``products`` its matrix products, ``torch`` the other steps of a
-tile on any device.
+``passes`` is the loop over tiles, ``products`` its matrix products, ``positives`` what is left out
+of them. The other steps of a tile are in ``torch`` for any device and in ``kernels`` and
+``row_kernels`` for GPUs; ``dispatch`` chooses.
 """
 
 from partialfc.tiles.passes import FirstPass, Kept, first_pass, positives, second_pass
