@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tools import estimate, omniglot
-from tools.estimate_backbone import count
+from tools.estimating.backbone import count
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))

@@ -26,7 +26,7 @@ from rich.table import Table
 
 from partialfc.config import Config, ConfigError, load
 from partialfc.data.records import open_pack
-from tools.estimate_backbone import (
+from tools.estimating.backbone import (
     GIB,
     MOMENTS,
     Counted,
@@ -35,8 +35,8 @@ from tools.estimate_backbone import (
     backbone_parts,
     count_backbone,
 )
-from tools.estimate_head import head_parts, shard_of
-from tools.estimate_time import (
+from tools.estimating.head import head_parts, shard_of
+from tools.estimating.time import (
     ALLOCATOR_SLACK,
     CPU_BANDWIDTH,
     CPU_CORE,

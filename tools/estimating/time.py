@@ -7,8 +7,8 @@ import torch
 
 from partialfc.build import head_compute
 from partialfc.config import Config
-from tools.estimate_backbone import GIB, MIB, Counted, Device
-from tools.estimate_head import Shard, head_parts
+from tools.estimating.backbone import GIB, MIB, Counted, Device
+from tools.estimating.head import Shard, head_parts
 
 TERA, GIGA = 1e12, 1e9
 

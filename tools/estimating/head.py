@@ -21,7 +21,7 @@ from partialfc.row_optimizer import RowOptimizer
 from partialfc.sampling import KeyedSampler
 from partialfc.sharding import Sharding, default_canonical_shards
 from partialfc.tiles import operand_dtype, passes
-from tools.estimate_backbone import MIB, Device, Ledger, Part, bytes_of
+from tools.estimating.backbone import MIB, Device, Ledger, Part, bytes_of
 
 
 @dataclass(frozen=True, slots=True)
