@@ -153,14 +153,23 @@ def _feistel(value: Integers, bits: int, key: int | Integers, rounds: range) -> 
     low, high = value & low_mask, value >> low_bits
     for i in rounds:
         if i % 2 == 0:
-            high = high ^ (_hash(low, key, MULTIPLIERS[i]) & high_mask)
+            high ^= _hash(low, key, MULTIPLIERS[i], high_mask)
         else:
-            low = low ^ (_hash(high, key, MULTIPLIERS[i]) & low_mask)
-    return (high << low_bits) | low
+            low ^= _hash(high, key, MULTIPLIERS[i], low_mask)
+    high <<= low_bits
+    high |= low
+    return high
 
 
-def _hash(value: Integers, key: int | Integers, multiplier: int) -> Integers:
-    """32 mixed bits of a 32-bit value; int64 products wrap and the mask makes shifts unsigned."""
-    value = (value + 1) * multiplier + key
-    value = (value ^ ((value >> 32) & _LOW_32)) * FINAL
-    return (value >> 32) & _LOW_32
+def _hash(value: Integers, key: int | Integers, multiplier: int, mask: int) -> Integers:
+    """Mixed bits of a 32-bit value; int64 products wrap and the masks make shifts unsigned."""
+    value = value + 1
+    value *= multiplier
+    value += key
+    upper = value >> 32
+    upper &= _LOW_32
+    value ^= upper
+    value *= FINAL
+    value >>= 32
+    value &= mask  # of 32 bits at most
+    return value
