@@ -11,12 +11,11 @@ from torch.nn.parallel import DistributedDataParallel
 from partialfc.backbones import build_backbone
 from partialfc.config import Config, ConfigError
 from partialfc.head import PartialFC
-from partialfc.margins import ArcFace, CosFace, Margin
+from partialfc.margins import MARGINS, Margin
 from partialfc.row_rules import RowAdagrad, RowAdamW, RowRule, RowSGD
 from partialfc.runtime import Runtime
 from partialfc.tiles import Compute
 
-_MARGINS: dict[str, type[Margin]] = {"arcface": ArcFace, "cosface": CosFace}
 _ROW_RULES: dict[str, type[RowRule]] = {
     "sgd": RowSGD,
     "adamw": RowAdamW,
@@ -144,15 +143,27 @@ def head_compute(config: Config, device: torch.device) -> Compute:
     return "tf32" if config.precision.tf32 and device.type == "cuda" else "fp32"
 
 
+def margin_of(config: Config) -> Margin:
+    """Return the margin that the settings ask for.
+
+    Raises:
+        ConfigError: If a value does not go with another.
+    """
+    settings = config.head.margin
+    try:
+        return MARGINS[settings.name](**settings.model_dump(exclude={"name"}))
+    except ValueError as error:
+        raise ConfigError(f"head.{error}") from error
+
+
 def _head(config: Config, runtime: Runtime, num_identities: int) -> PartialFC:
     settings = config.head
     rule = settings.optimizer.model_dump(exclude={"name", "lr_factor"})
-    margin = settings.margin.model_dump(exclude={"name"})
     try:
         return PartialFC(
             num_identities,
             config.backbone.embedding_dim,
-            _MARGINS[settings.margin.name](**margin),
+            margin_of(config),
             sample_rate=settings.sample_rate,
             optimizer=_ROW_RULES[settings.optimizer.name](**rule),
             compute=head_compute(config, runtime.device),

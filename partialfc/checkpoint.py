@@ -4,7 +4,7 @@
         backbone.safetensors          parameters and buffers, named as in the backbone
         optimizer.safetensors         its optimizer's states, "<parameter number>.<state>"
         centers_0000000000.safetensors  "centers" and row states of one rank, named by first row
-        head.safetensors              state of the head's optimizer that all ranks share, if any
+        head.safetensors              state of the head that all ranks share, if any
         manifest.json                 step, sizes and SHA-256 of the files, all that is not a tensor
 
 Centers are stored by global row, so any number of ranks reads them. Everything is written to a
@@ -205,9 +205,9 @@ def load(path: Path, model: Model, facts: Mapping[str, Any], runtime: Runtime) -
     center_states = _read_centers(path, manifest, head)
     _restore(head.optimizer, {0: center_states} if center_states else {})
     head.optimizer.param_groups[0]["steps"] = manifest["step"]
-    for name in head.optimizer.shared_state():
+    if shared := head.shared_state():
         with _open(path / "head.safetensors", device) as file:
-            head.optimizer.param_groups[0][name] = file.get_tensor(name)
+            head.load_shared_state({name: file.get_tensor(name) for name in shared})
     if manifest["scaler"]:
         model.scaler.load_state_dict(manifest["scaler"])
     return int(manifest["step"])
@@ -257,11 +257,11 @@ def _write_tensors(folder: Path, model: Model, runtime: Runtime) -> None:
                 for name, value in state.items()
             },
         )
-        if shared := head.optimizer.shared_state():
+        if shared := head.shared_state():
             _write(folder / "head.safetensors", shared)
     if len(head.owned):
         _write(
-            folder / f"centers_{head.owned.start:010d}.safetensors",
+            folder / f"centers_{_owned_rows(head).start:010d}.safetensors",
             {"centers": head.centers.detach(), **head.optimizer.state[head.centers]},
         )
 
@@ -292,32 +292,38 @@ def _commit(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
 def _read_centers(path: Path, manifest: dict[str, Any], head: PartialFC) -> dict[str, Tensor]:
     """Fill this rank's centers from the files that hold its rows; return its row states."""
     states: dict[str, Tensor] = {}
-    read = 0
+    read, owned = 0, _owned_rows(head)
     for name in manifest["files"]:
         if not name.startswith("centers_"):
             continue
         first = int(name.removeprefix("centers_").removesuffix(".safetensors"))
         with _open(path / name, "cpu") as file:
             rows = file.get_slice("centers").get_shape()[0]
-            low, high = max(first, head.owned.start), min(first + rows, head.owned.stop)
+            low, high = max(first, owned.start), min(first + rows, owned.stop)
             if low >= high:
                 continue
             read += high - low
-            into = slice(low - head.owned.start, high - head.owned.start)
+            into = slice(low - owned.start, high - owned.start)
             for tensor in sorted(file.keys()):
                 part = file.get_slice(tensor)[low - first : high - first]
                 if tensor == "centers":
                     head.centers.data[into] = part.to(head.centers.device)
                     continue
                 if tensor not in states:
-                    shape = (len(head.owned), *part.shape[1:])
+                    shape = (len(owned), *part.shape[1:])
                     states[tensor] = torch.zeros(
                         shape, dtype=part.dtype, device=head.centers.device
                     )
                 states[tensor][into] = part.to(head.centers.device)
-    if read != len(head.owned):
-        raise CheckpointError(f"{path}: it has {read} of the {len(head.owned)} rows of this rank.")
+    if read != len(owned):
+        raise CheckpointError(f"{path}: it has {read} of the {len(owned)} rows of this rank.")
     return states
+
+
+def _owned_rows(head: PartialFC) -> range:
+    """Global rows of this rank's centers: those of its identities."""
+    per = head.centers_per_identity
+    return range(head.owned.start * per, head.owned.stop * per)
 
 
 def _restore(optimizer: torch.optim.Optimizer, states: Mapping[int, Mapping[str, Tensor]]) -> None:

@@ -37,23 +37,30 @@ class Ranks:
 
 
 def gather_batch(
-    embeddings_bD: Tensor, identities_b: Tensor, ranks: Ranks
-) -> tuple[Tensor, Tensor]:
-    """Gather the embeddings and the identities of all ranks: one all-gather, rank by rank.
+    queries_bD: Tensor, identities_b: Tensor, norms_b: Tensor | None, ranks: Ranks
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gather the queries, identities and norms of all ranks: one all-gather, rank by rank.
 
-    It moves D * itemsize + 8 bytes a row.
+    It moves D * itemsize + 8 bytes a row, and 4 more for its norm.
 
     Returns:
-        embeddings_BD: In the dtype of ``embeddings_bD``, bit for bit.
+        queries_BD: In the dtype of ``queries_bD``, bit for bit.
         identities_B: int64.
+        norms_B: fp32, or ``None``.
     """
     if ranks.size == 1:
-        return embeddings_bD, identities_b
+        return queries_bD, identities_b, norms_b
     # As bytes: gloo knows no 16-bit integers, and no backend mixes two dtypes.
-    parts = (embeddings_bD, identities_b.unsqueeze(1))
+    parts = [queries_bD, identities_b.unsqueeze(1)]
+    parts += [] if norms_b is None else [norms_b.unsqueeze(1)]
     gathered = gather_rows(torch.cat([part.view(torch.uint8) for part in parts], dim=1), ranks)
-    embeddings_BD = gathered[:, :-8].contiguous().view(embeddings_bD.dtype)
-    return embeddings_BD, gathered[:, -8:].contiguous().view(torch.int64).squeeze(1)
+    sizes = [part.shape[1] * part.itemsize for part in parts]
+    columns = [
+        column.contiguous().view(part.dtype)
+        for column, part in zip(torch.split(gathered, sizes, dim=1), parts, strict=True)
+    ]
+    norms_B = None if norms_b is None else columns[2].squeeze(1)
+    return columns[0], columns[1].squeeze(1), norms_B
 
 
 def gather_rows(rows: Tensor, ranks: Ranks) -> Tensor:

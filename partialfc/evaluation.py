@@ -82,14 +82,14 @@ class Evaluation:
         verified, identified = {}, {}
         for name, pairs in self._pairs.items():
             images = pairs.images
-            embeddings_ND = self._embed(model, name, len(images), images.__getitem__)
+            embeddings_ND = self.embed(model, name, len(images), images.__getitem__)
             unit_ND = unit_rows(embeddings_ND, name)
             cosine = (unit_ND[0::2] * unit_ND[1::2]).sum(1)
             verified[name] = Verified(verify(embeddings_ND, pairs.same), cosine, pairs.same)
         for name, pack in self._packs.items():
             identity_N = pack.identities(np.arange(len(pack)))
             gallery, probes = first_of_each(identity_N)
-            embeddings_ND = self._embed(model, name, len(pack), pack.jpeg)
+            embeddings_ND = self.embed(model, name, len(pack), pack.jpeg)
             identified[name] = rank_k(
                 embeddings_ND[gallery],
                 identity_N[gallery],
@@ -99,10 +99,22 @@ class Evaluation:
         return Results(verified, identified)
 
     @torch.inference_mode()
-    def _embed(
+    def embed(
         self, model: Model, name: str, count: int, image: Callable[[int], Image]
     ) -> np.ndarray:
-        """fp64 [count, D] in order, on every rank; each rank embeds a contiguous share."""
+        """Return fp64 embeddings [count, D] in order, on every rank. Collective: one all-gather.
+
+        Each rank embeds a contiguous share.
+
+        Args:
+            model: Its backbone is in training mode afterwards.
+            name: Of the set, for errors.
+            count: Images.
+            image: Returns image i: RGB uint8 [H, W, 3], or JPEG bytes.
+
+        Raises:
+            DataError: If an image cannot be decoded.
+        """
         ranks, size = self._runtime.ranks, self._config.data.image_size
 
         def prepare(index: int) -> np.ndarray:

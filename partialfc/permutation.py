@@ -71,6 +71,13 @@ def uniform(index: np.ndarray, key: int) -> np.ndarray:
     return (_bits(index, key) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+def normal(index: np.ndarray, key: int) -> np.ndarray:
+    """Return one float64 of N(0, 1) for every int64 id in ``index``, a function of key and id."""
+    radius = np.sqrt(-2 * np.log1p(-uniform(2 * index, key)))
+    value: np.ndarray = radius * np.cos(2 * np.pi * uniform(2 * index + 1, key))
+    return value
+
+
 def keys(index: np.ndarray, key: int) -> np.ndarray:
     """Return one int64 key for every int64 id in ``index``, a function of ``key`` and id."""
     return _bits(index, key).view(np.int64)

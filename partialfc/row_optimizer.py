@@ -38,7 +38,7 @@ class RowOptimizer(torch.optim.Optimizer):
     Args:
         centers: [rows of this rank, D], fp32, bf16 or fp16; changed in place by :meth:`step`.
         rule: What happens to a row.
-        first_identity: Global identity of the first row.
+        first_row: Global number of the first row.
         seed: Stochastic rounding is a function of it.
         overlap: On a GPU, :meth:`step` runs beside what the current stream does since the head's
             backward. ``found_inf`` or a loss scale makes it wait for that stream all the same.
@@ -51,12 +51,12 @@ class RowOptimizer(torch.optim.Optimizer):
         centers: nn.Parameter,
         rule: RowRule,
         *,
-        first_identity: int = 0,
+        first_row: int = 0,
         seed: int = 0,
         overlap: bool = False,
     ) -> None:
         self.rule = rule
-        self._first, self._seed = first_identity, seed
+        self._first, self._seed = first_row, seed
         self._kept: list[Kept] = []
         self._skip: list[Tensor] = []
         self.workspace = Workspace()
@@ -83,6 +83,11 @@ class RowOptimizer(torch.optim.Optimizer):
         """Memory of the exponentials kept for the next step."""
         return sum(kept.bytes for kept in self._kept)
 
+    @property
+    def micro_batches(self) -> int:
+        """How many backward has seen since the last step."""
+        return len(self._kept)
+
     def add_micro_batch(self, kept: Kept, weight: Tensor, finite: Tensor) -> None:
         """Remember one micro-batch for the next step.
 
@@ -91,10 +96,7 @@ class RowOptimizer(torch.optim.Optimizer):
             weight: Scalar gradient of the loss that backward was given.
             finite: Scalar bool; false makes the next step change nothing.
         """
-        kept = replace(
-            kept, negative_B=kept.negative_B * weight, positive_B=kept.positive_B * weight
-        )
-        self._kept.append(kept)
+        self._kept.append(_times(kept, weight))
         self._skip.append(~finite)
         if self._stream is not None:
             self._ready = torch.cuda.current_stream(self._stream.device).record_event()
@@ -195,17 +197,19 @@ class RowOptimizer(torch.optim.Optimizer):
         step_key = key(self._seed, "rounding", self.steps)
         kept, workspace = self._unscaled(kept), self.workspace
         own = positives(rows, kept)
-        fused = isinstance(self.rule, RowSGD) and has_kernels(centers)
+        unit = kept[0].logits.unit
+        fused = isinstance(self.rule, RowSGD) and has_kernels(centers) and unit
         update = self._fused(group, rows, own, step_key, skip) if fused else None
         for start, stop, gradient_TD in second_pass(centers, rows, kept, workspace):
             if update is not None:
                 update(start, stop, gradient_TD)
                 continue
             tile = Tile(centers, states, rows, start, stop, self._first, workspace)
-            # Pass 2 is done with the unit centers of this tile.
-            scratch_TD = workspace("unit", (*gradient_TD.shape,), torch.float32, centers.device)
             own.add_(gradient_TD, start)
-            project_(gradient_TD, tile.row_TD, scratch_TD)
+            if unit:
+                # Pass 2 is done with the keys of this tile.
+                scratch_TD = workspace("key", (*gradient_TD.shape,), torch.float32, centers.device)
+                project_(gradient_TD, tile.row_TD, scratch_TD)
             self.rule.update_(group, tile.row_TD, gradient_TD, tile.states)
             tile.write(step_key, skip=skip)
         if _MISSED in group:
@@ -268,10 +272,16 @@ class RowOptimizer(torch.optim.Optimizer):
         if grad_scale is None:
             return kept
         unscale = 1 / grad_scale
-        return [
-            replace(one, negative_B=one.negative_B * unscale, positive_B=one.positive_B * unscale)
-            for one in kept
-        ]
+        return [_times(one, unscale) for one in kept]
+
+
+def _times(kept: Kept, weight: Tensor) -> Kept:
+    return replace(
+        kept,
+        negative_B=kept.negative_B * weight,
+        positive_B=kept.positive_B * weight,
+        even_D=None if kept.even_D is None else kept.even_D * weight,
+    )
 
 
 def _fill(state: Tensor, rows: Tensor | None, value: int) -> None:

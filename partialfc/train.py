@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from partialfc import checkpoint
+from partialfc import checkpoint, guidance
 from partialfc.build import Model, build
 from partialfc.config import Config, ConfigError, config_hash, to_toml
 from partialfc.data.augment import Augmentation
@@ -38,7 +38,13 @@ def train(config: Config, runtime: Runtime) -> None:
     pack, order, total_steps = _data(config)
     evaluation = Evaluation(config, runtime)
     model = build(config, runtime, pack.num_identities)
-    folder, facts = config.run.folder / "checkpoints", _facts(config, pack)
+    if runtime.leads:
+        sampled = max(2, math.ceil(pack.num_identities * config.head.sample_rate))
+        for sentence in guidance.warnings(
+            model.head.margin, sampled, config.backbone.embedding_dim
+        ):
+            print(f"warning: {sentence}", flush=True)
+    folder, facts = config.run.folder / "checkpoints", facts_of(config, pack)
     if not config.run.resume and checkpoint.exist(folder):
         raise ConfigError(
             f"run.resume = false with run.folder = {str(config.run.folder)!r}, which holds "
@@ -112,7 +118,8 @@ def train_step(
 
     # Dropout and drop path are functions of seed, step and rank too, so that a resume repeats them.
     torch.manual_seed(key(config.run.seed, "dropout", head.optimizer.steps, head.ranks.rank))
-    statistics = [b for b in model.backbone.buffers() if b.is_floating_point()]
+    buffers = (*model.backbone.buffers(), *head.buffers())
+    statistics = [buffer for buffer in buffers if buffer.is_floating_point()]
     before = [buffer.clone() for buffer in statistics]
     loss = torch.zeros((), device=images.device)
     if parts > 1:
@@ -138,7 +145,7 @@ def train_step(
     head.optimizer.step()
     scaler.update()
     optimizer.zero_grad()
-    for buffer, old in zip(statistics, before, strict=True):  # BatchNorm saw the bad batch already
+    for buffer, old in zip(statistics, before, strict=True):  # they saw the bad batch already
         buffer.copy_(torch.where(skipped > 0, old, buffer))
     return Step(loss, norm, skipped, loss_scale)
 
@@ -205,8 +212,8 @@ def _next(batches: Batches) -> tuple[Tensor, Tensor]:
         raise DataError(str(error)) from error
 
 
-def _facts(config: Config, pack: Pack) -> dict[str, object]:
-    """What must be the same for a run to go on from a checkpoint; all else may change."""
+def facts_of(config: Config, pack: Pack) -> dict[str, object]:
+    """Return what must be the same for a run to go on from a checkpoint; all else may change."""
     return {
         checkpoint.CONFIG_HASH: config_hash(config),
         "pack": pack.fingerprint,

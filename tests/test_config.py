@@ -261,15 +261,18 @@ def test_what_the_hash_leaves_out_exists() -> None:
         (  # unknown variant
             MINIMAL,
             ["head.margin.name=ArcFce"],
-            'head.margin.name = "ArcFce" (command line): must be "arcface" or "cosface". Did you '
-            'mean "arcface"?',
+            'head.margin.name = "ArcFce" (command line): must be "arcface", "cosface", "combined", '
+            '"softmax", "modified_softmax", "normalized_softmax", "l_softmax", "sphereface", '
+            '"f_norm_sphereface", "adaface", "magface", "curricularface", "mv_softmax", '
+            '"elasticface", "adacos" or "subcenter_arcface". Did you mean "arcface"?',
         ),
         (  # a setting of another variant
             MINIMAL + "[head.margin]\nangular = 0.4\n",
             ["head.margin.name=cosface"],
-            'head.margin.angular = 0.4: belongs to name = "arcface", but name is "cosface". Remove '
-            'it, or set head.margin.name = "arcface". [head.margin] with name = "cosface" takes '
-            "name, scale, inter_class_filter, additive.",
+            'head.margin.angular = 0.4: belongs to name = "arcface", "combined", "curricularface" '
+            'or "subcenter_arcface", but name is "cosface". Remove it, or set head.margin.name = '
+            '"arcface", "combined", "curricularface" or "subcenter_arcface". [head.margin] with '
+            'name = "cosface" takes name, label_smoothing, scale, inter_class_filter, additive.',
         ),
         (  # the same, told apart by another word than name
             MINIMAL,
@@ -509,14 +512,20 @@ def test_help_gives_every_setting_with_type_unit_default_and_meaning() -> None:
 
 
 def test_margins_have_these_settings_and_defaults() -> None:
-    """A margin and its section cannot drift apart."""
-    union = get_args(AnyMargin)[0]
-    for section in get_args(union):
-        chosen: Margin = section()
-        margin: Any = getattr(margins, section.__name__)(**chosen.model_dump(exclude={"name"}))
-        assert margin == getattr(margins, section.__name__)()
-        names = {field.name for field in dataclasses.fields(margin)}
-        assert names == set(section.model_fields) - {"name"}
+    """A margin and its section cannot drift apart; what a section lacks, the margin refuses."""
+    sections = get_args(get_args(AnyMargin)[0])
+    chosen: list[Margin] = [section() for section in sections]
+    assert [section.name for section in chosen] == list(margins.MARGINS)
+    for section in chosen:
+        kind: Any = margins.MARGINS[section.name]
+        assert kind.__name__ == type(section).__name__
+        assert kind(**section.model_dump(exclude={"name"})) == kind()
+        names = {field.name for field in dataclasses.fields(kind)}
+        own = set(type(section).model_fields) - {"name"}
+        assert own <= names
+        for missing in names - own:
+            with pytest.raises(ValueError, match=missing):
+                kind(**{missing: 0.25})
 
 
 def test_first_variant_is_the_default() -> None:

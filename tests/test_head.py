@@ -346,7 +346,7 @@ def test_state_dicts_resume_bit_for_bit(rule):
 
 def test_initial_centers_are_a_function_of_seed_and_identity():
     whole = PartialFC(3000, 8, ArcFace(), seed=5).centers
-    from partialfc.head import initial_centers
+    from partialfc.centers import initial_centers
 
     part = initial_centers(range(1000, 2100), 8, seed=5)
     assert torch.equal(part, whole[1000:2100])

@@ -22,6 +22,7 @@ import pytest
 import torch
 
 from partialfc import ArcFace, PartialFC, RowSGD
+from partialfc.margins import Bend, CurricularFace
 from partialfc.permutation import key, permute, unpermute
 from partialfc.row_format import DTYPES, FORMATS, SCALED, decode, encode
 from partialfc.tiles import dispatch
@@ -65,6 +66,8 @@ def _call(name, device, packed):
     for argument, value in kwargs.items():
         if isinstance(value, torch.Tensor):
             kwargs[argument] = value.to(device)
+        elif isinstance(value, Bend):
+            kwargs[argument] = Bend(value.threshold_B.to(device), value.coefficient_3.to(device))
     result = _kernel(name)(**kwargs)
     return _pack((result, kwargs))
 
@@ -193,39 +196,60 @@ def exponential_case(rows=150, columns=140, logit=torch.float32):
     return logit_TB, column_B
 
 
-def exponential_truth(logit_TB, column_B, limit, shift_B):
+BENDS = {
+    "none": None,
+    "filter": (0.0, 0.0, 0.0),
+    "curricular": (0.0, 0.3, 1 / 32),
+    "mv": (5, 1.2, 0),
+}
+
+
+def bend_of(name, columns):
+    """A threshold for each column, and a + b z + c z² above it."""
+    if BENDS[name] is None:
+        return None
+    return Bend(torch.linspace(-5, 12, columns), torch.tensor(BENDS[name], dtype=torch.float32))
+
+
+def exponential_truth(logit_TB, column_B, bend, shift_B):
     """Values and sums in fp64."""
     logit_TB = logit_TB.double()
     is_positive_TB = torch.arange(len(logit_TB)).unsqueeze(1) == column_B
-    filtered_TB = logit_TB > (torch.inf if limit is None else limit)
+    slope_TB = torch.ones_like(logit_TB)
+    if bend is not None:
+        constant, linear, quadratic = bend.coefficient_3.double()
+        above_TB = logit_TB > bend.threshold_B
+        bent_TB = constant + linear * logit_TB + quadratic * logit_TB**2
+        slope_TB[above_TB] = (linear + 2 * quadratic * logit_TB)[above_TB]
+        logit_TB = torch.where(above_TB, bent_TB, logit_TB)
     offset_B = 0 if shift_B is None else shift_B.double()
-    exp_TB = (logit_TB.masked_fill(filtered_TB, 0) - offset_B).exp()
-    sum_B = exp_TB.masked_fill(is_positive_TB, 0).sum(0)
-    return exp_TB.masked_fill(is_positive_TB | filtered_TB, 0), sum_B
+    exp_TB = (logit_TB - offset_B).exp().masked_fill(is_positive_TB, 0)
+    return exp_TB * slope_TB, exp_TB.sum(0)
 
 
 @pytest.mark.parametrize("shape", [(150, 140), (1, 3), (129, 1), (16, 128)], ids=str)
-@pytest.mark.parametrize("limit", [None, 9.5], ids=["all", "filter"])
+@pytest.mark.parametrize("bend", BENDS)
 @pytest.mark.parametrize("shifted", [True, False], ids=["shift", "plain"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("logit", [torch.float32, torch.bfloat16], ids=str)
-def test_exponentials_and_their_sums(launch, logit, dtype, shifted, limit, shape):
+def test_exponentials_and_their_sums(launch, logit, dtype, shifted, bend, shape):
     logit_TB, column_B = exponential_case(*shape, logit)
     shift_B = torch.linspace(-3, 5, shape[1]) if shifted else None
+    bend = bend_of(bend, shape[1])
     before_B = torch.linspace(1, 2, shape[1])
     exp_TB, after = launch(
         "exponentials",
         logit_TB=logit_TB,
         column_B=column_B,
-        limit=limit,
+        bend=bend,
         shift_B=shift_B,
         sum_B=before_B,
         dtype=dtype,
     )
-    truth_TB, sum_B = exponential_truth(logit_TB, column_B, limit, shift_B)
+    truth_TB, sum_B = exponential_truth(logit_TB, column_B, bend, shift_B)
     assert exp_TB.dtype == dtype
     error = 1e-5 if dtype == torch.float32 else bf16_error(launch) + 1e-5
-    torch.testing.assert_close(exp_TB.double(), truth_TB, rtol=error, atol=0)
+    torch.testing.assert_close(exp_TB.double(), truth_TB, rtol=error, atol=1e-12)
     torch.testing.assert_close(after["sum_B"].double(), before_B + sum_B, rtol=1e-5, atol=0)
     in_place = logit == dtype == torch.float32
     assert torch.equal(after["logit_TB"], exp_TB if in_place else logit_TB)
@@ -233,15 +257,15 @@ def test_exponentials_and_their_sums(launch, logit, dtype, shifted, limit, shape
 
 def test_exponentials_without_sums_are_the_same(launch):
     logit_TB, column_B = exponential_case()
-    case = {"logit_TB": logit_TB, "column_B": column_B, "limit": 9.5, "shift_B": None}
-    case["dtype"] = torch.float32
+    case = {"logit_TB": logit_TB, "column_B": column_B, "shift_B": None, "dtype": torch.float32}
+    case["bend"] = bend_of("curricular", 140)
     with_sums, _ = launch("exponentials", sum_B=torch.zeros(140), **case)
     without, _ = launch("exponentials", sum_B=None, **case)
     assert torch.equal(with_sums, without)
 
 
-@pytest.mark.parametrize("limit", [None, 9.5], ids=["all", "filter"])
-def test_a_nan_logit_shows_in_the_sum_of_its_column_only(launch, limit):
+@pytest.mark.parametrize("bend", BENDS)
+def test_a_nan_logit_shows_in_the_sum_of_its_column_only(launch, bend):
     logit_TB, column_B = exponential_case()
     logit_TB[77, 30] = torch.nan
     column_B[30] = 5
@@ -251,7 +275,7 @@ def test_a_nan_logit_shows_in_the_sum_of_its_column_only(launch, limit):
         "exponentials",
         logit_TB=logit_TB,
         column_B=column_B,
-        limit=limit,
+        bend=bend_of(bend, 140),
         shift_B=None,
         sum_B=torch.zeros(140),
         dtype=torch.bfloat16,
@@ -613,7 +637,9 @@ def _trained(device, forced, margin, compute, center_format, rule):
 @pytest.mark.parametrize(
     ("center_format", "momentum_format"), [("fp32", "fp32"), ("fp16", "int8"), ("bf16", "bf16")]
 )
-@pytest.mark.parametrize("margin", [ArcFace(), ArcFace(scale=128, inter_class_filter=0.1)], ids=str)
+@pytest.mark.parametrize(
+    "margin", [ArcFace(), ArcFace(scale=128, inter_class_filter=0.1), CurricularFace()], ids=str
+)
 def test_a_head_on_kernels_trains_as_one_on_torch(launch, margin, center_format, momentum_format):
     """Everything that connects them: samples, tiles, positives, keys of the rounding."""
     rule = RowSGD(lr=0.1, momentum_format=momentum_format)
@@ -676,7 +702,7 @@ print(len(set(map(id, compiled))), len(compiled), compiled[0].asm["ptx"].count("
 compiled.clear()
 for i in (1, 16, 33):
     logit_TB = torch.zeros(i, 64)
-    exponentials(logit_TB, torch.zeros(64, dtype=torch.int64), limit=i, shift_B=None,
+    exponentials(logit_TB, torch.zeros(64, dtype=torch.int64), bend=None, shift_B=None,
                  sum_B=None, dtype=torch.bfloat16)
 print(len(set(map(id, compiled))), len(compiled))
 """

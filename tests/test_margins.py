@@ -3,10 +3,15 @@ import math
 import pytest
 import torch
 
-from partialfc import ArcFace, CosFace
+from partialfc.margins import ArcFace, CosFace, Rows
 from tests import reference
 
 COSINES = torch.cat([torch.linspace(-1, 1, 401), torch.tensor([-1.0000001, 1.0000001])])
+
+
+def positive(margin, cosine, *, norm=None, length=None, step=0, state=None):
+    """Logit and slopes of a margin at some cosines."""
+    return margin.positive(state or {}, Rows(cosine, norm, length, step, 0))
 
 
 @pytest.mark.parametrize("gradient", ["exact", "straight_through"])
@@ -17,7 +22,8 @@ def test_arcface_equals_fp64_autograd(angular, gradient):
     truth = inside.double().requires_grad_()
     expected = reference.arcface(truth, scale=64, angular=angular, gradient=gradient)
     expected.sum().backward()
-    logit, slope = margin.positive(inside)
+    found = positive(margin, inside)
+    logit, slope = found.logit_B, found.slope_B
     torch.testing.assert_close(logit.double(), expected.detach(), atol=2e-4, rtol=1e-5)
     torch.testing.assert_close(slope.double(), truth.grad, atol=1e-3, rtol=2e-3)
 
@@ -26,7 +32,8 @@ def test_arcface_equals_fp64_autograd(angular, gradient):
 def test_arcface_is_monotone_continuous_and_finite_everywhere(gradient):
     """Past pi - m the plain cos(theta + m) rises again and would pull a hopeless sample away."""
     margin = ArcFace(scale=64, angular=0.5, gradient=gradient)
-    logit, slope = margin.positive(COSINES.clamp(-1, 1).sort().values)
+    found = positive(margin, COSINES.clamp(-1, 1).sort().values)
+    logit, slope = found.logit_B, found.slope_B
     assert (logit.diff() >= -1e-5).all()
     assert logit.diff().max() < 64 * 0.08  # the curve's own steepest step on this grid
     assert slope.isfinite().all()
@@ -35,20 +42,20 @@ def test_arcface_is_monotone_continuous_and_finite_everywhere(gradient):
 
 def test_known_factor_of_the_exact_gradient():
     """COMPATIBILITY: sin(theta + m) / sin(theta) is 1.3475 at cos 0.7, m 0.5."""
-    _, slope = ArcFace(scale=1, angular=0.5, gradient="exact").positive(torch.tensor([0.7]))
-    assert slope.item() == pytest.approx(1.3475, abs=5e-5)
+    margin = ArcFace(scale=1, angular=0.5, gradient="exact")
+    assert positive(margin, torch.tensor([0.7])).slope_B.item() == pytest.approx(1.3475, abs=5e-5)
 
 
 def test_cosface_is_a_shift():
-    logit, slope = CosFace(scale=30, additive=0.35).positive(torch.tensor([-1.0, 0.2, 1.0]))
-    assert logit.tolist() == pytest.approx([-40.5, -4.5, 19.5])
-    assert slope.tolist() == [30, 30, 30]
+    found = positive(CosFace(scale=30, additive=0.35), torch.tensor([-1.0, 0.2, 1.0]))
+    assert found.logit_B.tolist() == pytest.approx([-40.5, -4.5, 19.5])
+    assert found.slope_B.tolist() == [30, 30, 30]
 
 
 def test_without_a_margin_both_are_the_scaled_cosine():
     cosine = torch.linspace(-1, 1, 11)
     for margin in (ArcFace(scale=10, angular=0), CosFace(scale=10, additive=0)):
-        torch.testing.assert_close(margin.positive(cosine)[0], 10 * cosine)
+        torch.testing.assert_close(positive(margin, cosine).logit_B, 10 * cosine)
 
 
 @pytest.mark.parametrize(

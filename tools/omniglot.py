@@ -39,6 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=64, help="side of an image in pixels (64)")
     parser.add_argument("--held-out", type=int, default=164, help="characters held out (164)")
     parser.add_argument("--characters", type=int, help="use the first characters only, for tests")
+    parser.add_argument(
+        "--noise", type=float, default=0.0, help="part of the training labels made wrong (0)"
+    )
     parser.add_argument("--pairs", type=int, default=6000, help="verification pairs (6000)")
     options = parser.parse_args(arguments)
     try:
@@ -55,6 +58,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.pairs < 20 or options.pairs % 20:
         parser.error(f"--pairs must be a multiple of 20, got {options.pairs}: ten balanced folds.")
 
+    if not 0 <= options.noise < 1:
+        parser.error(f"--noise must be in [0, 1), got {options.noise}.")
+
     options.folder.mkdir(parents=True, exist_ok=True)
     trained = len(drawings) - options.held_out
     for name, part, rotations in (
@@ -63,8 +69,9 @@ def main(arguments: list[str] | None = None) -> int:
         ("heldout_rotated", drawings[trained:], _ROTATIONS),
     ):
         identities = len(part) * rotations
+        noise = options.noise if name == "train" else 0.0
         samples = track(
-            _samples(part, rotations, options.size),
+            _samples(part, rotations, options.size, noise),
             f"{name}.rec: {identities} identities",
             total=identities * part.shape[1],
         )
@@ -75,12 +82,20 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _samples(characters: np.ndarray, rotations: int, size: int) -> Iterator[tuple[int, bytes]]:
-    """(identity, JPEG) of every drawing, identity by identity."""
-    for identity in range(len(characters) * rotations):
+def _samples(
+    characters: np.ndarray, rotations: int, size: int, noise: float
+) -> Iterator[tuple[int, bytes]]:
+    """(identity, JPEG) of every drawing, by identity; a part of them under another identity."""
+    identities, drawings = len(characters) * rotations, characters.shape[1]
+    images = np.arange(identities * drawings)
+    label = images // drawings
+    offset = (uniform(images, key(_SEED, "wrong label")) * (identities - 1)).astype(np.int64)
+    wrong = uniform(images, key(_SEED, "noise")) < noise
+    label = np.where(wrong, (label + 1 + offset) % identities, label)
+    for image in np.argsort(label, kind="stable").tolist():
+        identity, drawing = divmod(image, drawings)
         character, rotation = divmod(identity, rotations)
-        for drawing in characters[character]:
-            yield identity, _jpeg(drawing, rotation, size)
+        yield int(label[image]), _jpeg(characters[character, drawing], rotation, size)
 
 
 def _jpeg(drawing: np.ndarray, rotation: int, size: int) -> bytes:

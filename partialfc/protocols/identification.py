@@ -59,7 +59,9 @@ def rank_k(
     identity_G, identity_P = np.asarray(gallery_identities), np.asarray(probe_identities)
     unit_GD = unit_rows(gallery_embeddings, "gallery_embeddings")
     unit_PD = unit_rows(probe_embeddings, "probe_embeddings")
-    _check(unit_GD, identity_G, unit_PD, identity_P, ks)
+    check_sets(unit_GD, identity_G, unit_PD, identity_P)
+    if not all(k >= 1 for k in ks):
+        raise ValueError(f"ks must be >= 1, got {tuple(ks)}.")
     tile = max(1, _TILE_COSINES // len(unit_GD))
     tiles = [slice(start, start + tile) for start in range(0, len(unit_PD), tile)]
     rank_P = np.concatenate(
@@ -93,13 +95,14 @@ def _ranks(
     return np.asarray(1 + ((cosine_PG >= best_P1 - _TIE) & ~own_PG).sum(axis=1))
 
 
-def _check(
-    unit_GD: np.ndarray,
-    identity_G: np.ndarray,
-    unit_PD: np.ndarray,
-    identity_P: np.ndarray,
-    ks: Sequence[int],
+def check_sets(
+    unit_GD: np.ndarray, identity_G: np.ndarray, unit_PD: np.ndarray, identity_P: np.ndarray
 ) -> None:
+    """Refuse a gallery and probes that do not go together.
+
+    Raises:
+        ValueError: If a set is empty, shapes differ, or a probe's identity is not in the gallery.
+    """
     for name, unit_ND, identity_N in (
         ("gallery", unit_GD, identity_G),
         ("probe", unit_PD, identity_P),
@@ -120,5 +123,3 @@ def _check(
             f"probe_identities[{missing[0]}] = {identity_P[missing[0]]} is not in the gallery, and "
             f"{missing.size - 1} others are not; in a closed set leave such probes out."
         )
-    if not all(k >= 1 for k in ks):
-        raise ValueError(f"ks must be >= 1, got {tuple(ks)}.")

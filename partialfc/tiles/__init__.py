@@ -5,7 +5,7 @@ of them. The other steps of a tile are in ``torch`` for any device and in ``kern
 ``row_kernels`` for GPUs; ``dispatch`` chooses.
 """
 
-from partialfc.tiles.passes import FirstPass, Kept, first_pass, positives, second_pass
+from partialfc.tiles.passes import FirstPass, Kept, Logits, first_pass, positives, second_pass
 from partialfc.tiles.products import Compute, operand_dtype
 from partialfc.tiles.torch import project_, take_rows, unit
 from partialfc.tiles.workspace import Workspace
@@ -14,6 +14,7 @@ __all__ = [
     "Compute",
     "FirstPass",
     "Kept",
+    "Logits",
     "Workspace",
     "first_pass",
     "operand_dtype",

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from partialfc.margins.base import Bend
 from partialfc.permutation import FINAL, MULTIPLIERS, ROUNDS
 
 _LARGEST_DIM = 4096
@@ -55,19 +56,18 @@ def exponentials(
     logit_TB: Tensor,
     column_B: Tensor,
     *,
-    limit: float | None,
+    bend: Bend | None,
     shift_B: Tensor | None,
     sum_B: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return exp(logit - shift) of the negatives [T, B], and 0 at the positives.
+    """Return exp(logit - shift) times the bend's slope [T, B], and 0 at the positives.
 
     Args:
-        logit_TB: Scaled cosines, fp32 or bf16, contiguous. Where it is fp32 and so is ``dtype``,
+        logit_TB: Scaled products, fp32 or bf16, contiguous. Where it is fp32 and so is ``dtype``,
             the result overwrites it.
         column_B: int64 row of the tile that is the positive of each column, or any value outside.
-        limit: Logit above which the inter-class filter takes a negative out: it counts as logit 0
-            in the sum, and is 0 in the result. ``None``: no filter.
+        bend: Another logit above a threshold; its slope is 1 below. ``None``: no other.
         shift_B: fp32, subtracted from the logits; ``None`` for 0.
         sum_B: fp32; the sums over the tile's negatives are added to it. ``None``: not wanted.
         dtype: Of the result, fp32 or bf16. The sum is that of the fp32 values.
@@ -89,7 +89,8 @@ def exponentials(
         shift_B,
         exp_TB,
         partial,
-        None if limit is None else float(limit),
+        None if bend is None else bend.threshold_B,
+        None if bend is None else bend.coefficient_3,
         rows,
         columns,
         _ROWS,
@@ -161,7 +162,8 @@ def _exponentials(
     shift,
     exp,
     partial,
-    limit,
+    threshold,
+    coefficient,
     T,
     B,
     ROWS: tl.constexpr,
@@ -175,6 +177,11 @@ def _exponentials(
     positive = tl.load(column + b, mask=is_column, other=-1)
     if shift is not None:
         offset = tl.load(shift + b, mask=is_column, other=0.0)
+    if threshold is not None:
+        limit = tl.load(threshold + b, mask=is_column, other=0.0)
+        constant = tl.load(coefficient)
+        linear = tl.load(coefficient + 1)
+        quadratic = tl.load(coefficient + 2)
     total = tl.zeros([ROWS_AT_ONCE, COLUMNS], tl.float32)
     first = block * ROWS
     logit += first * B
@@ -187,15 +194,16 @@ def _exponentials(
         place = t[:, None] * B + b[None, :]
         value = tl.load(logit + place, mask=mask, other=0.0).to(tl.float32)
         counts = mask & (t[:, None] != positive[None, :])
-        repels = counts
-        if limit is not None:
-            repels = counts & ~(value > limit)  # not <=: a NaN stays
-            value = tl.where(value > limit, 0.0, value)
+        slope = 1.0
+        if threshold is not None:
+            above = value > limit[None, :]
+            slope = tl.where(above, linear + 2 * quadratic * value, 1.0)
+            value = tl.where(above, constant + value * (linear + quadratic * value), value)
         if shift is not None:
             value -= offset[None, :]
-        value = tl.exp(value)
-        total += tl.where(counts, value, 0.0)
-        tl.store(exp + place, tl.where(repels, value, 0.0).to(exp.dtype.element_ty), mask=mask)
+        value = tl.where(counts, tl.exp(value), 0.0)
+        total += value
+        tl.store(exp + place, (value * slope).to(exp.dtype.element_ty), mask=mask)
     if partial is not None:
         tl.store((partial + block * B) + b, tl.sum(total, 0), mask=is_column)
 

@@ -1,10 +1,11 @@
 """The two passes of the head over tiles of class centers.
 
-Logits exist one tile of classes at a time: pass 1 leaves the row sums of their exponentials E and
-those exponentials times the centers; pass 2 leaves the gradient of its centers. E is kept between
-the passes as far as a byte budget allows and computed again beyond it, so that pass 2 takes one
-matrix product or two. Neither the logits [n, B] nor the gradient of the centers [n, D] is ever
-whole.
+A logit is a product of a query (an embedding) and a key (a class center), each of unit length or
+as it is. Logits exist one tile of classes at a time: pass 1 leaves the row sums of their
+exponentials E and those exponentials times the keys; pass 2 leaves the gradient of its keys. E is
+kept between the passes as far as a byte budget allows and computed again beyond it, so that pass 2
+takes one matrix product or two. Neither the logits [n, B] nor the gradient of the keys [n, D] is
+ever whole.
 
 Shape suffixes: B = rows of the gathered batch, D = embedding, n = sampled rows, T = rows of a tile.
 """
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from partialfc.margins import Margin
+from partialfc.margins.base import Bend
 from partialfc.tiles import torch as torch_steps
 from partialfc.tiles.dispatch import steps_for
 from partialfc.tiles.positives import Positives
@@ -23,12 +24,15 @@ from partialfc.tiles.products import (
     Compute,
     add_product_,
     precision,
-    scaled_cosines,
+    scaled_products,
 )
 from partialfc.tiles.workspace import Workspace
 
-_LARGEST_PLAIN_SCALE = 64.0
-"""exp(±s) of a larger scale, summed over 1e8 classes, leaves fp32's range: keep a row maximum."""
+_LARGEST_PLAIN_LOGIT = 64.0
+"""exp(±z) of a larger logit, summed over 1e8 classes, leaves fp32's range: keep a row maximum."""
+
+_NO_LOGIT = -1e30
+"""Row maximum of a tile without negatives: finite, so that no difference of two is NaN."""
 
 _TILE_BYTES = {"cpu": 5 << 20, "cuda": 1 << 25}
 """Size of a tile of centers and logits in fp32 on a CPU: with the gradient and the states of its
@@ -40,20 +44,59 @@ _TILE_ROWS = 128
 
 
 @dataclass(frozen=True, slots=True)
+class Logits:
+    """How the product of a query and a center becomes the logit of a negative.
+
+    Attributes:
+        scale: Factor of the product.
+        unit: Whether a key is the center's unit vector, or the center as it is.
+        largest: Bound of every |logit|; inf if there is none.
+        compute: Precision of the products.
+        per_identity: K; the logit of an identity is the largest of those of its K rows.
+        bend: Another logit above a threshold, or ``None``.
+    """
+
+    scale: float
+    unit: bool
+    largest: float
+    compute: Compute
+    per_identity: int = 1
+    bend: Bend | None = None
+
+    @property
+    def needs_maximum(self) -> bool:
+        """Whether the exponentials need a row maximum to stay inside fp32's range."""
+        return self.largest > _LARGEST_PLAIN_LOGIT
+
+
+@dataclass(frozen=True, slots=True)
+class KeptTile:
+    """E of one tile, [T, B], and the row maximum that it is relative to, if there is one."""
+
+    exp_TB: Tensor
+    maximum_B: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
 class FirstPass:
     """What pass 1 knows of this rank's negatives.
 
     Attributes:
         sum_B: Sum of exp(logit - maximum) over the sampled negatives.
-        maximum_B: Largest negative logit, or ``None`` where the scale needs no maximum (then 0).
-        pull_BD: Sum of exp(logit - maximum) * unit center; ``None`` if not wanted.
-        exponentials: E of the first tiles, [T, B] each, as many as the budget allows.
+        maximum_B: Largest negative logit, or ``None`` where the logits need no maximum (then 0).
+        pull_BD: Sum over negatives of exp(logit - maximum) * the bend's slope * key; ``None`` if
+            not wanted.
+        key_sum_D: Sum of all keys, positives included; ``None`` if not wanted.
+        rows: Their number.
+        exponentials: Of the first tiles, as many as the budget allows.
     """
 
     sum_B: Tensor
     maximum_B: Tensor | None
     pull_BD: Tensor | None
-    exponentials: list[Tensor]
+    key_sum_D: Tensor | None
+    rows: int
+    exponentials: list[KeptTile]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,73 +104,77 @@ class Kept:
     """What pass 2 needs of one micro-batch.
 
     Attributes:
-        unit_BD: Gathered unit embeddings in the operand dtype.
+        query_BD: Gathered queries in the operand dtype.
         rows: int64 [n] sampled rows, or ``None`` for all rows of the shard.
-        target_B: Column of each row's own class center among the sampled ones, or ``NOT_LOCAL``.
-        margin: The margin of the forward pass.
-        compute: Precision of the products.
+        target_B: Place of each row's own class center among the sampled ones, or ``NOT_LOCAL``.
+        logits: What the products become.
         maximum_B: Subtracted from the logits before exp, or ``None``.
-        negative_B: Factor that makes exp(logit - maximum) the derivative of the loss by the cosine.
-        positive_B: Derivative of the loss by the positive's cosine.
-        exponentials: E of the first tiles, relative to ``maximum_B``, 0 at the positives.
+        negative_B: Factor that makes exp(logit - maximum) the derivative of the loss by the
+            product.
+        positive_B: Derivative of the loss by the positive's product.
+        positive_BD: The derivative of the positive's product by its key: queries, unless the
+            margin follows the length of a center.
+        even_D: Subtracted from the gradient of every sampled key, or ``None``.
+        exponentials: E of the first tiles, 0 at the positives.
     """
 
-    unit_BD: Tensor
+    query_BD: Tensor
     rows: Tensor | None
     target_B: Tensor
-    margin: Margin
-    compute: Compute
+    logits: Logits
     maximum_B: Tensor | None
     negative_B: Tensor
     positive_B: Tensor
-    exponentials: list[Tensor]
+    positive_BD: Tensor
+    even_D: Tensor | None
+    exponentials: list[KeptTile]
 
     @property
     def bytes(self) -> int:
         """Memory of the exponentials."""
-        return sum(tile.nbytes for tile in self.exponentials)
+        return sum(tile.exp_TB.nbytes for tile in self.exponentials)
 
 
 def first_pass(
-    unit_BD: Tensor,
+    query_BD: Tensor,
     centers_CD: Tensor,
     rows: Tensor | None,
     target_B: Tensor,
-    margin: Margin,
+    logits: Logits,
     *,
-    compute: Compute,
     want_pull: bool,
+    want_key_sum: bool,
     keep_bytes: int,
     workspace: Workspace,
 ) -> FirstPass:
     """Sum the exponentials of the negatives' logits, tile by tile; no collective.
 
     Args:
-        unit_BD: Gathered unit embeddings in the operand dtype of ``compute``.
+        query_BD: Gathered queries in the operand dtype of ``logits.compute``.
         centers_CD: This rank's class centers, any float dtype and length.
-        rows: int64 [n] sampled rows of ``centers_CD``, or ``None`` for all.
-        target_B: Column of each positive, left out of the sums, or ``NOT_LOCAL``.
-        margin: Gives the scale and the inter-class filter.
-        compute: Precision of the matrix products.
+        rows: int64 [n] sampled rows of ``centers_CD``, or ``None`` for all; the K rows of an
+            identity follow one another.
+        target_B: Place of each positive, whose identity is left out of the sums, or ``NOT_LOCAL``.
+        logits: What the products become.
         want_pull: Whether the gradient of the embeddings will be asked for.
-        keep_bytes: Most memory of the exponentials kept for pass 2. A scale that needs a row
-            maximum keeps none: the maximum is known at the end only.
+        want_key_sum: Whether the sum of the keys is.
+        keep_bytes: Most memory of the exponentials kept for pass 2.
         workspace: Buffers of the tiles.
     """
-    steps, dim = steps_for(unit_BD), unit_BD.shape[1]
-    sum_B = torch.zeros_like(unit_BD[:, 0], dtype=torch.float32)
-    pull_BD = torch.zeros_like(unit_BD, dtype=torch.float32) if want_pull else None
-    maximum_B = None
-    if margin.scale > _LARGEST_PLAIN_SCALE:
-        maximum_B, keep_bytes = torch.full_like(sum_B, -torch.inf), 0
-    exponentials: list[Tensor] = []
-    with precision(compute, unit_BD.device):
-        for start, stop in tiles(unit_BD, centers_CD, rows):
-            unit_TD = workspace("unit", (stop - start, dim), unit_BD.dtype, unit_BD.device)
-            steps.unit_rows(centers_CD, rows, start, stop, unit_TD)
-            logit_TB = scaled_cosines(unit_TD, unit_BD, margin.scale)
+    steps, dim = steps_for(query_BD), query_BD.shape[1]
+    sum_B = torch.zeros_like(query_BD[:, 0], dtype=torch.float32)
+    pull_BD = torch.zeros_like(query_BD, dtype=torch.float32) if want_pull else None
+    key_sum_D = query_BD.new_zeros(dim, dtype=torch.float32) if want_key_sum else None
+    maximum_B = torch.full_like(sum_B, _NO_LOGIT) if logits.needs_maximum else None
+    exponentials: list[KeptTile] = []
+    with precision(logits.compute, query_BD.device):
+        for start, stop in tiles(query_BD, centers_CD, rows, logits.per_identity):
+            key_TD = _keys(centers_CD, rows, start, stop, query_BD.dtype, logits, workspace)
+            if key_sum_D is not None:
+                key_sum_D.add_(key_TD.sum(0, dtype=torch.float32))
+            logit_TB = _logits(key_TD, query_BD, target_B - start, logits)
             if maximum_B is not None:
-                larger_B = torch.maximum(maximum_B, _largest(logit_TB, target_B - start, margin))
+                larger_B = torch.maximum(maximum_B, _largest(logit_TB, target_B - start, logits))
                 shrink_B = (maximum_B - larger_B).exp()
                 sum_B.mul_(shrink_B)
                 if pull_BD is not None:
@@ -136,23 +183,24 @@ def first_pass(
             exp_TB = steps.exponentials(
                 logit_TB,
                 target_B - start,
-                limit=_limit(margin),
+                bend=logits.bend,
                 shift_B=maximum_B,
                 sum_B=sum_B,
-                dtype=unit_BD.dtype,
+                dtype=query_BD.dtype,
             )
             if pull_BD is not None:
-                add_product_(pull_BD, exp_TB.T, unit_TD)
+                add_product_(pull_BD, exp_TB.T, key_TD)
             keep_bytes -= exp_TB.nbytes
             if keep_bytes >= 0:
-                exponentials.append(exp_TB)
-    return FirstPass(sum_B, maximum_B, pull_BD, exponentials)
+                exponentials.append(KeptTile(exp_TB, maximum_B))
+    total = len(centers_CD) if rows is None else len(rows)
+    return FirstPass(sum_B, maximum_B, pull_BD, key_sum_D, total, exponentials)
 
 
 def second_pass(
     centers_CD: Tensor, rows: Tensor | None, kept: Sequence[Kept], workspace: Workspace
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """Yield (start, stop, gradient [T, D] fp32) by the unit centers of every tile; no collective.
+    """Yield (start, stop, gradient [T, D] fp32) by the keys of every tile; no collective.
 
     It is that of the negatives; :func:`positives` has the rest. The tile's rows and the gradient
     may be changed by the caller before the next one is asked for.
@@ -164,31 +212,41 @@ def second_pass(
         workspace: Buffers of the tiles.
     """
     steps, device, dim = steps_for(centers_CD), centers_CD.device, centers_CD.shape[1]
-    parts = [_Part.of(one, rows, like=kept[0].unit_BD) for one in kept]
-    for number, (start, stop) in enumerate(tiles(kept[0].unit_BD, centers_CD, rows)):
+    parts = [_Part.of(one, rows, like=kept[0].query_BD) for one in kept]
+    per_identity = kept[0].logits.per_identity
+    for number, (start, stop) in enumerate(tiles(kept[0].query_BD, centers_CD, rows, per_identity)):
         gradient_TD = workspace("gradient", (stop - start, dim), torch.float32, device)
-        units: dict[torch.dtype, Tensor] = {}
+        key_TD: Tensor | None = None
         for part in parts:
-            unit_BD, margin = part.kept.unit_BD, part.kept.margin
-            dtype = unit_BD.dtype
-            with precision(part.kept.compute, device):
+            query_BD, logits, maximum_B = part.kept.query_BD, part.kept.logits, part.kept.maximum_B
+            weighted_BD = part.weighted_BD
+            with precision(logits.compute, device):
                 if number < len(part.exponentials):
-                    exp_TB = part.exponentials[number]
+                    tile = part.exponentials[number]
+                    exp_TB = tile.exp_TB
+                    if maximum_B is not None and tile.maximum_B is not None:
+                        shrink_B = (tile.maximum_B - maximum_B).exp()
+                        weighted_BD = weighted_BD * shrink_B.unsqueeze(1).to(weighted_BD.dtype)
                 else:
-                    if dtype not in units:
-                        units[dtype] = workspace("unit", (stop - start, dim), dtype, device)
-                        steps.unit_rows(centers_CD, rows, start, stop, units[dtype])
+                    if key_TD is None:
+                        dtype = query_BD.dtype
+                        key_TD = _keys(centers_CD, rows, start, stop, dtype, logits, workspace)
                     exp_TB = steps.exponentials(
-                        scaled_cosines(units[dtype], unit_BD, margin.scale),
+                        _logits(key_TD, query_BD, part.target_B - start, logits),
                         part.target_B - start,
-                        limit=_limit(margin),
-                        shift_B=part.kept.maximum_B,
+                        bend=logits.bend,
+                        shift_B=maximum_B,
                         sum_B=None,
-                        dtype=dtype,
+                        dtype=query_BD.dtype,
                     )
                 if part.present_n is not None:
                     exp_TB.mul_(part.present_n[start:stop].unsqueeze(1))
-                add_product_(gradient_TD, exp_TB, part.weighted_BD, keep=part is not parts[0])
+                add_product_(gradient_TD, exp_TB, weighted_BD, keep=part is not parts[0])
+            if part.kept.even_D is not None:
+                if part.present_n is None:
+                    gradient_TD.sub_(part.kept.even_D)
+                else:
+                    gradient_TD.sub_(part.present_n[start:stop].unsqueeze(1) * part.kept.even_D)
         yield start, stop, gradient_TD
 
 
@@ -197,17 +255,20 @@ def positives(rows: Tensor | None, kept: Sequence[Kept]) -> Positives:
     return Positives.of(
         [_align(one, rows)[0] for one in kept],
         [one.positive_B for one in kept],
-        [one.unit_BD for one in kept],
+        [one.positive_BD for one in kept],
     )
 
 
-def tiles(unit_BD: Tensor, centers_CD: Tensor, rows: Tensor | None) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) of the tiles of a sample; a function of device, B, D and n."""
+def tiles(
+    query_BD: Tensor, centers_CD: Tensor, rows: Tensor | None, per_identity: int = 1
+) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) of the tiles of a sample; a function of device, B, D, n and K."""
     total = len(centers_CD) if rows is None else len(rows)
-    batch, dim = unit_BD.shape
-    device = unit_BD.device.type
+    batch, dim = query_BD.shape
+    device = query_BD.device.type
     size = _TILE_BYTES[device] // (4 * (batch + (dim if device == "cpu" else 0)))
-    size = max(_TILE_ROWS, size // _TILE_ROWS * _TILE_ROWS)
+    step = _TILE_ROWS * per_identity
+    size = max(step, size // step * step)
     for start in range(0, total, size):
         yield start, min(start + size, total)
 
@@ -216,26 +277,26 @@ def tiles(unit_BD: Tensor, centers_CD: Tensor, rows: Tensor | None) -> Iterator[
 class _Part:
     """One micro-batch seen from the rows of pass 2.
 
-    The factor ``negative_B`` of a whole column of E is moved to the embeddings, so that the
-    gradient is E @ weighted embeddings.
+    The factor ``negative_B`` of a whole column of E is moved to the queries, so that the gradient
+    is E @ weighted queries.
     """
 
     kept: Kept
     target_B: Tensor
     present_n: Tensor | None
     weighted_BD: Tensor
-    exponentials: list[Tensor]
+    exponentials: list[KeptTile]
 
     @classmethod
     def of(cls, kept: Kept, rows: Tensor | None, *, like: Tensor) -> "_Part":
         target_B, present_n = _align(kept, rows)
         factor_B1 = kept.negative_B.unsqueeze(1)
-        same_tiles = kept.rows is rows and kept.unit_BD.shape == like.shape
+        same_tiles = kept.rows is rows and kept.query_BD.shape == like.shape
         return cls(
             kept,
             target_B,
             present_n,
-            (kept.unit_BD.float() * factor_B1).to(kept.unit_BD.dtype),
+            (kept.query_BD.float() * factor_B1).to(kept.query_BD.dtype),
             kept.exponentials if same_tiles else [],
         )
 
@@ -252,14 +313,33 @@ def _align(one: Kept, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
     return target_B, torch.isin(rows, one.rows)
 
 
-def _limit(margin: Margin) -> float | None:
-    """Logit above which the inter-class filter takes a negative out."""
-    return None if margin.inter_class_filter is None else margin.scale * margin.inter_class_filter
+def _keys(
+    centers_CD: Tensor,
+    rows: Tensor | None,
+    start: int,
+    stop: int,
+    dtype: torch.dtype,
+    logits: Logits,
+    workspace: Workspace,
+) -> Tensor:
+    """The keys of a tile in the operand dtype; a view where they are the centers themselves."""
+    if not logits.unit:
+        return torch_steps.take_rows(centers_CD, rows, start, stop).to(dtype)
+    key_TD = workspace("key", (stop - start, centers_CD.shape[1]), dtype, centers_CD.device)
+    steps_for(centers_CD).unit_rows(centers_CD, rows, start, stop, key_TD)
+    return key_TD
 
 
-def _largest(logit_TB: Tensor, column_B: Tensor, margin: Margin) -> Tensor:
-    """Largest negative logit of each column of a tile, -scale where it has none."""
+def _logits(key_TD: Tensor, query_BD: Tensor, column_B: Tensor, logits: Logits) -> Tensor:
+    """The logits of a tile; -inf at all but the nearest of an identity's K centers."""
+    logit_TB = scaled_products(key_TD, query_BD, logits.scale)
+    if logits.per_identity > 1:
+        torch_steps.keep_nearest_(logit_TB, column_B, logits.per_identity)
+    return logit_TB
+
+
+def _largest(logit_TB: Tensor, column_B: Tensor, logits: Logits) -> Tensor:
+    """Largest negative logit of each column of a tile, ``_NO_LOGIT`` where it has none."""
     torch_steps.leave_out_(logit_TB, column_B)
-    limit = _limit(margin)
-    counted_TB = logit_TB if limit is None else logit_TB.masked_fill(logit_TB > limit, 0)
-    return counted_TB.amax(0).float().clamp(min=-margin.scale)
+    counted_TB = logit_TB if logits.bend is None else torch_steps.bent(logit_TB, logits.bend)
+    return counted_TB.amax(0).float().clamp(min=_NO_LOGIT)

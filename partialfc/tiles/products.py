@@ -33,12 +33,12 @@ def precision(compute: Compute, device: torch.device) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def scaled_cosines(unit_TD: Tensor, unit_BD: Tensor, scale: float) -> Tensor:
-    """Return scale * cosine [T, B]: fp32, or bf16 where the device has no other product of bf16."""
-    if unit_TD.dtype == torch.bfloat16 and unit_TD.is_cuda:
-        return torch.mm(unit_TD, unit_BD.T, out_dtype=torch.float32).mul_(scale)
-    logit_TB = unit_TD.new_empty(len(unit_TD), len(unit_BD))
-    return torch.addmm(logit_TB, unit_TD, unit_BD.T, beta=0, alpha=scale, out=logit_TB)
+def scaled_products(key_TD: Tensor, query_BD: Tensor, scale: float) -> Tensor:
+    """Return scale * product [T, B]: fp32, or bf16 where the device has no other of bf16."""
+    if key_TD.dtype == torch.bfloat16 and key_TD.is_cuda:
+        return torch.mm(key_TD, query_BD.T, out_dtype=torch.float32).mul_(scale)
+    logit_TB = key_TD.new_empty(len(key_TD), len(query_BD))
+    return torch.addmm(logit_TB, key_TD, query_BD.T, beta=0, alpha=scale, out=logit_TB)
 
 
 def add_product_(total: Tensor, left: Tensor, right: Tensor, *, keep: bool = True) -> None:

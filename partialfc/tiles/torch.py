@@ -7,6 +7,8 @@ Tiles lie class by class, [T, B], so that a tile of centers is contiguous in eve
 import torch
 from torch import Tensor
 
+from partialfc.margins.base import Bend
+
 _SMALLEST_NORM = 1e-12
 """A shorter vector has no direction: its unit vector and its gradient are zero."""
 
@@ -24,36 +26,66 @@ def exponentials(
     logit_TB: Tensor,
     column_B: Tensor,
     *,
-    limit: float | None,
+    bend: Bend | None,
     shift_B: Tensor | None,
     sum_B: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return exp(logit - shift) [T, B], 0 at the positives; ``logit_TB`` may be used up.
+    """Return exp(logit - shift) times the bend's slope [T, B], 0 at the positives.
+
+    ``logit_TB`` may be used up.
 
     Args:
-        logit_TB: Scaled cosines, fp32 or bf16.
+        logit_TB: Scaled products, fp32 or bf16.
         column_B: int64 row of the tile that is the positive of each column, or any value outside.
-        limit: Logit above which the inter-class filter takes a negative out: it counts as logit 0
-            in the sum, and is 0 in the result. ``None``: no filter.
+        bend: Another logit above a threshold; its slope is 1 below. ``None``: no other.
         shift_B: Subtracted from the logits; ``None`` for 0.
         sum_B: fp32; the sums over the tile's negatives are added to it. ``None``: not wanted.
         dtype: Of the result. The sum is that of the fp32 values.
     """
     leave_out_(logit_TB, column_B)
-    filtered_TB = None
-    if limit is not None:
-        filtered_TB = logit_TB > limit
-        logit_TB.masked_fill_(filtered_TB, 0)
     logit_TB = logit_TB.float()
+    slope_TB: Tensor | None = None
+    if bend is not None:
+        logit_TB, slope_TB = _bent(logit_TB, bend)
     if shift_B is not None:
         logit_TB.sub_(shift_B)
     exp_TB = logit_TB.exp_()
     if sum_B is not None:
         sum_B.add_(exp_TB.sum(0))
-    if filtered_TB is not None:
-        exp_TB.masked_fill_(filtered_TB, 0)
+    if slope_TB is not None:
+        exp_TB.mul_(slope_TB)
     return exp_TB.to(dtype)
+
+
+def bent(logit_TB: Tensor, bend: Bend) -> Tensor:
+    """Return the fp32 logits with what lies above the threshold bent."""
+    return _bent(logit_TB.float(), bend)[0]
+
+
+def _bent(logit_TB: Tensor, bend: Bend) -> tuple[Tensor, Tensor]:
+    """a + b z + c z² and its slope b + 2 c z above the threshold, z and 1 below."""
+    constant, linear, quadratic = bend.coefficient_3.unbind()
+    above_TB = logit_TB > bend.threshold_B
+    rise_TB = quadratic * logit_TB
+    slope_TB = torch.where(above_TB, linear + 2 * rise_TB, 1.0)
+    bent_TB = rise_TB.add_(linear).mul_(logit_TB).add_(constant)
+    return torch.where(above_TB, bent_TB, logit_TB), slope_TB
+
+
+def keep_nearest_(logit_TB: Tensor, column_B: Tensor, per_identity: int) -> None:
+    """Set all but the largest of every ``per_identity`` logits to -inf, and the positives' all.
+
+    Args:
+        logit_TB: T is a multiple of ``per_identity``.
+        column_B: As in :func:`exponentials`, of any row of the positive's identity.
+        per_identity: K.
+    """
+    logit_IKB = logit_TB.view(-1, per_identity, logit_TB.shape[1])
+    largest_I1B, which_I1B = logit_IKB.max(1, keepdim=True)
+    own_B = column_B.div(per_identity, rounding_mode="floor")
+    leave_out_(largest_I1B.squeeze(1), own_B)
+    logit_IKB.fill_(-torch.inf).scatter_(1, which_I1B, largest_I1B)
 
 
 def leave_out_(logit_TB: Tensor, column_B: Tensor) -> None:

@@ -35,6 +35,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from partialfc.margins import Bend
 from partialfc.tiles import kernels, row_kernels
 
 Row = dict[str, Any]
@@ -123,10 +124,10 @@ def variants() -> Iterator[Variant]:
         yield _unit_rows(centers, unit, rows, 512)
     for dim in DIMS:
         yield _unit_rows("fp16", "bf16", "y", dim)
-    for logit, exp, limit, shift, sums in itertools.product(
+    for logit, exp, bend, shift, sums in itertools.product(
         ("fp32", "bf16"), ("fp32", "bf16"), "yn", "yn", "yn"
     ):
-        yield _exponentials(logit, exp, limit, shift, sums, 4096)
+        yield _exponentials(logit, exp, bend, shift, sums, 4096)
     yield _exponentials("bf16", "bf16", "n", "n", "y", 1000)
     for centers, momentum, embedding, rows in itertools.product(
         ("fp32", "bf16", "fp16"), ("no", "fp32", "bf16", "int8"), ("fp32", "bf16"), "yn"
@@ -150,18 +151,18 @@ def _unit_rows(centers: str, unit: str, rows: str, dim: int) -> Variant:
     return "unit_rows", {"centers": centers, "unit": unit, "rows": rows, "dim": str(dim)}, call
 
 
-def _exponentials(logit: str, exp: str, limit: str, shift: str, sums: str, columns: int) -> Variant:
+def _exponentials(logit: str, exp: str, bend: str, shift: str, sums: str, columns: int) -> Variant:
     def call() -> object:
         return kernels.exponentials(
             torch.empty(16, columns, dtype=DTYPES[logit]),
             torch.zeros(columns, dtype=torch.int64),
-            limit=9.5 if limit == "y" else None,
+            bend=Bend(torch.zeros(columns), torch.zeros(3)) if bend == "y" else None,
             shift_B=torch.zeros(columns) if shift == "y" else None,
             sum_B=torch.zeros(columns) if sums == "y" else None,
             dtype=DTYPES[exp],
         )
 
-    variant = {"logit": logit, "exp": exp, "limit": limit, "shift": shift, "sum": sums}
+    variant = {"logit": logit, "exp": exp, "bend": bend, "shift": shift, "sum": sums}
     return "exponentials", {**variant, "B": str(columns)}, call
 
 

@@ -1,11 +1,13 @@
 """Time and memory of the head against the textbook head, alternately in one run.
 
     python tools/bench/head.py --classes 100000 --batch 128 --rate 1,0.1 --json OUT.json
+    python tools/bench/head.py --margins all --json OUT.json
     python tools/bench/head.py --plot OUT.png --from a.json b.json
 
 A row is one full step: forward, backward to the embeddings' gradient, update of the centers. The
 textbook head (tests/reference.py) is the algorithm of arcface_torch's PartialFC_V2: all logits in
-fp32, a dense gradient, dense SGD. Lists separated by commas give every combination. Under torchrun
+fp32, a dense gradient, dense SGD. --margins compares ours with other margins instead, each against
+a plain normalised softmax. Lists separated by commas give every combination. Under torchrun
 its ranks are used; --world N starts N processes here.
 """
 
@@ -30,11 +32,15 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from partialfc.margins import MARGINS
 from tools.bench.conditions import conditions
 from tools.bench.head_plot import plot
-from tools.bench.measure import Case
+from tools.bench.measure import TEXTBOOKS, Case
 
 Row = dict[str, Any]
+
+PLAIN = "normalized_softmax"
+"""What a margin costs is told against it."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -91,7 +97,7 @@ def with_floors(row: Row) -> Row:
     """
     ceilings = row["ceilings"]
     for name, head in row["heads"].items():
-        dtype = {"ours": row["dtype"], "textbook": "fp32", "textbook_tf32": "tf32"}[name]
+        dtype = {"textbook": "fp32", "textbook_tf32": "tf32"}.get(name, row["dtype"])
         flop = 4 * 2 * row["batch"] * head["sampled_rows"] * row["dim"]
         stored = (head["centers_bytes"] + head["state_bytes"]) / row["classes"]
         head["floor_seconds"] = flop / ceilings.get(dtype, ceilings["fp32"])  # tf32 on a CPU
@@ -100,6 +106,11 @@ def with_floors(row: Row) -> Row:
         head["fraction_of_floor"] = head["floor_seconds"] / median
         both = head["floor_seconds"] + head["row_io_seconds"]
         head["fraction_of_floor_and_row_io"] = both / median
+    plain = row["heads"].get(PLAIN)
+    for name, head in row["heads"].items() if plain else ():
+        row[f"times_{PLAIN}_{name}"] = (
+            head["step_seconds"]["median"] / plain["step_seconds"]["median"]
+        )
     ours = row["heads"].get("ours")
     for name, head in row["heads"].items():
         if ours and name != "ours":
@@ -114,23 +125,23 @@ def with_floors(row: Row) -> Row:
 def table(rows: list[Row]) -> Table:
     """Return the table of all rows: one line a head."""
     shown = Table(title="One step of the head; memory beyond centers and states, largest rank")
-    for name in ("C", "B", "r", "W", "head", "median", "p10-p90", "against ours", "memory"):
+    for name in ("C", "B", "r", "W", "head", "median", "p10-p90", "against", "memory"):
         shown.add_column(name, justify="left" if name == "head" else "right")
     for name in ("4-GEMM floor", "of it", "row I/O"):
         shown.add_column(name, justify="right")
     for row in rows:
         for name, head in row["heads"].items():
             times = head["step_seconds"]
-            faster = row.get(f"times_faster_than_{name}")
+            faster = row.get(f"times_faster_than_{name}", row.get(f"times_{PLAIN}_{name}"))
             shown.add_row(
                 f"{row['classes']:,}",
                 f"{row['batch']:,}",
                 f"{row['rate']:g}",
                 str(row["world"]),
-                f"{name} {row['dtype'] if name == 'ours' else ''}",
+                f"{name} {'' if name in TEXTBOOKS else row['dtype']}",
                 f"{times['median'] * 1e3:.1f} ms",
                 f"{times['p10'] * 1e3:.1f}-{times['p90'] * 1e3:.1f}",
-                f"{faster:.1f} x" if faster else "",
+                f"{faster:.2f} x" if faster else "",
                 f"{head['extra_peak_bytes'] / 2**20:.0f} MiB",
                 f"{head['floor_seconds'] * 1e3:.1f} ms",
                 f"{head['fraction_of_floor']:.0%}",
@@ -156,6 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each head, at least")
     parser.add_argument("--seconds", type=float, default=5, help="and for as long, warm-up not in")
     parser.add_argument("--only", default="both", choices=("ours", "textbook", "both"))
+    parser.add_argument("--margins", help="names of margins instead of these heads, or all")
     parser.add_argument("--json", metavar="OUT", help="write the record")
     parser.add_argument("--plot", metavar="OUT.png", help="draw records instead of measuring")
     parser.add_argument("--from", dest="records", nargs="+", default=[], metavar="JSON")
@@ -165,6 +177,11 @@ def _parser() -> argparse.ArgumentParser:
 def _cases(options: argparse.Namespace, world: int) -> list[Case]:
     textbooks = ("textbook", "textbook_tf32") if options.device == "cuda" else ("textbook",)
     heads = {"ours": ("ours",), "textbook": textbooks, "both": ("ours", *textbooks)}[options.only]
+    if options.margins:
+        names = MARGINS if options.margins == "all" else options.margins.split(",")
+        if unknown := set(names) - set(MARGINS):
+            raise SystemExit(f"--margins {', '.join(unknown)}: must be of {', '.join(MARGINS)}.")
+        heads = (PLAIN, *(name for name in names if name != PLAIN))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     cases = []
     for classes, batch, rate in product(

@@ -9,34 +9,43 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-Curves = dict[tuple[str, float], list[tuple[int, float, float]]]
+Curve = tuple[str, float, int, int, int, str]
+"""Head, sample rate, D, B, ranks, precision: what is the same along a line."""
 
 
 def plot(records: list[dict[str, Any]], out: str | Path) -> None:
-    """Draw seconds a step and extra peak memory against C, one line per head and sample rate."""
+    """Draw seconds a step and extra peak memory against C, one line for what else is the same."""
     curves = _curves(records)
-    figure, (time, memory) = pyplot.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-    rates = sorted({rate for _, rate in curves}, reverse=True)
-    colours = dict(zip(rates, pyplot.get_cmap("viridis")([0.15, 0.5, 0.8, 0.95]), strict=False))
-    for (head, rate), points in sorted(curves.items(), key=lambda item: (item[0][0], -item[0][1])):
+    figure, (time, memory) = pyplot.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
+    rates = sorted({curve[1] for curve in curves}, reverse=True)
+    colours = dict(zip(rates, pyplot.get_cmap("viridis")([0.1, 0.45, 0.7, 0.9]), strict=False))
+    worlds = sorted({curve[4] for curve in curves})
+    markers = dict(zip(worlds, "os^Dvx", strict=False))
+    told = [index for index in range(1, 6) if len({curve[index] for curve in curves}) > 1]
+    for curve, points in sorted(curves.items()):
         classes, seconds, bytes_ = zip(*sorted(points), strict=True)
-        label = f"{'partialfc' if head == 'ours' else head}, r = {rate:g}"
-        style = {"color": colours[rate], "marker": "o", "label": label}
-        style["linestyle"] = "-" if head == "ours" else "--"
+        said = ("", "r = {}", "D = {}", "B = {}", "{} ranks", "{}")
+        values = [said[index].format(curve[index]) for index in told]
+        label = ", ".join(["partialfc" if curve[0] == "ours" else curve[0], *values])
+        style = {"color": colours[curve[1]], "marker": markers[curve[4]], "label": label}
+        style |= {"linestyle": "-" if curve[0] == "ours" else "--", "alpha": 0.85, "markersize": 5}
         time.plot(classes, seconds, **style)
         memory.plot(classes, [value / 2**20 for value in bytes_], **style)
     for axes, title in ((time, "seconds a step"), (memory, "MiB beyond centers and states")):
         axes.set(xscale="log", yscale="log", xlabel="identities", title=title)
-        axes.grid(which="both", alpha=0.25)
-    time.legend(fontsize=8)
+        axes.grid(which="major", alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = time.get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="outside right center", frameon=False)
     figure.savefig(out, dpi=130)
     pyplot.close(figure)
 
 
-def _curves(records: list[dict[str, Any]]) -> Curves:
-    curves: Curves = defaultdict(list)
+def _curves(records: list[dict[str, Any]]) -> dict[Curve, list[tuple[int, float, float]]]:
+    curves: dict[Curve, list[tuple[int, float, float]]] = defaultdict(list)
     for row in (row for record in records for row in record["rows"]):
         for name, head in row["heads"].items():
             point = row["classes"], head["step_seconds"]["median"], head["extra_peak_bytes"]
-            curves[name, row["rate"]].append(point)
+            same = (row["rate"], row["dim"], row["batch"], row["world"], row["dtype"])
+            curves[(name, *same)].append(point)
     return curves

@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-HEADS = ("ours", "textbook", "textbook_tf32")
+TEXTBOOKS = ("textbook", "textbook_tf32")
 WARM_UP = 3
 """Steps of each head before anything is measured; the first makes its optimizer's states."""
 
@@ -62,7 +62,8 @@ class Case:
     device: str
     """cpu or cuda."""
     heads: tuple[str, ...]
-    """Of :data:`HEADS`, in the order of their turns."""
+    """In the order of their turns: ``ours`` (ArcFace), one of :data:`TEXTBOOKS`, or the name of a
+    margin."""
     threads: int
     """Of each rank."""
     steps: int
@@ -116,13 +117,14 @@ def build(name: str, case: Case, device: torch.device) -> tuple[Any, Step]:
     """Return a head and its full step: forward, backward to the embeddings, update of the rows."""
     rule: dict[str, Any] = {"lr": LR, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY}
     settings: dict[str, Any] = {"sample_rate": case.rate, "device": device}
-    if name != "ours":
+    if name in TEXTBOOKS:
         # By name, for mypy not to follow it into the tests, which are not typed.
         textbook = importlib.import_module("tests.reference").TextbookHead
         settings |= {"scale": SCALE, "angular": ANGULAR, "tf32": name == "textbook_tf32"}
         head = textbook(case.classes, case.dim, **settings, **rule)
         return head, head.step
-    from partialfc import ArcFace, PartialFC, RowSGD
+    from partialfc import PartialFC, RowSGD
+    from partialfc.margins import MARGINS, ArcFace
 
     if case.momentum != "fp32":
         rule["momentum_format"] = case.momentum
@@ -130,7 +132,7 @@ def build(name: str, case: Case, device: torch.device) -> tuple[Any, Step]:
         settings["center_format"] = case.centers
     if case.dtype != "fp32":
         settings["compute"] = case.dtype
-    margin = ArcFace(scale=SCALE, angular=ANGULAR)
+    margin = ArcFace(scale=SCALE, angular=ANGULAR) if name == "ours" else MARGINS[name]()
     head = PartialFC(case.classes, case.dim, margin, optimizer=RowSGD(**rule), **settings)
 
     def step(embeddings_bD: Tensor, identities_b: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from partialfc import head as head_module
-from partialfc.build import _ROW_RULES, head_compute
+from partialfc.build import _ROW_RULES, head_compute, margin_of
 from partialfc.config import Config, ConfigError
+from partialfc.margins import Margin
 from partialfc.row_format import DTYPES
 from partialfc.row_optimizer import RowOptimizer
 from partialfc.sampling import KeyedSampler
@@ -62,16 +63,17 @@ def shard_of(config: Config, identities: int, world_size: int, device: Device) -
         ]
         owned = (sharding.shards(rank) for rank in range(world_size))
         sampled = max(sum(quotas[v] for v in of_rank) for of_rank in owned)
+    margin = margin_of(config)
+    per_identity = margin.centers_per_identity
+    rows, sampled = rows * per_identity, sampled * per_identity
     operand = operand_dtype(head_compute(config, torch.device(device))).itemsize
     micro_batch = batch // config.optimizer.accumulation
     with FakeTensorMode():
-        unit_BD = torch.empty(micro_batch, config.backbone.embedding_dim, device=device)
+        query_BD = torch.empty(micro_batch, dim_of(config, margin), device=device)
         rows_n = torch.empty(sampled, dtype=torch.int64)
-        start, stop = next(passes.tiles(unit_BD, unit_BD, rows_n), (0, 0))
+        start, stop = next(passes.tiles(query_BD, query_BD, rows_n, per_identity), (0, 0))
     budget = settings.keep_mib
     budget_bytes = head_module._KEEP_BYTES[device] if budget is None else budget * MIB
-    if settings.margin.scale > passes._LARGEST_PLAIN_SCALE:
-        budget_bytes = 0
     exponentials = sampled * batch * operand
     kept = exponentials
     if exponentials > budget_bytes:
@@ -80,9 +82,14 @@ def shard_of(config: Config, identities: int, world_size: int, device: Device) -
     return Shard(rows, sampled, stop - start, kept, exponentials)
 
 
+def dim_of(config: Config, margin: Margin) -> int:
+    """Return the length of a row of the centers."""
+    return config.backbone.embedding_dim + margin.bias
+
+
 def head_parts(config: Config, shard: Shard, world_size: int, device: Device) -> list[Part]:
     """Return the memory of the class centers and of the head's two passes over them."""
-    settings, dim = config.head, config.backbone.embedding_dim
+    settings, dim = config.head, dim_of(config, margin_of(config))
     with FakeTensorMode():
         centers = torch.empty(shard.rows, dim, dtype=DTYPES[settings.center_format])
         rule = settings.optimizer.model_dump(exclude={"name", "lr_factor"})

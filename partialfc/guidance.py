@@ -1,0 +1,133 @@
+"""What the numbers of a margin mean, and when they cannot work.
+
+Bounds of CosFace (https://arxiv.org/abs/1801.09414, sections 3.3 and 3.4).
+
+Shape suffix: N = angles.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from partialfc.margins import Margin, Rows
+
+WANTED_POSTERIOR = 0.9
+"""A softmax that cannot reach it pushes at samples that are perfect already."""
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """The positive's logit and its slope at some angles, at one norm of the embedding.
+
+    Attributes:
+        logit_N: z.
+        slope_N: ∂z/∂cosine.
+        scale: Factor of a negative's cosine.
+    """
+
+    logit_N: Tensor
+    slope_N: Tensor
+    scale: float
+
+
+def smallest_scale(classes: int, posterior: float) -> float:
+    """Return the s that lets every class reach a posterior at best: (C-1)/C ln((C-1)P/(1-P)).
+
+    Raises:
+        ValueError: If there are fewer than two classes or the posterior is not in (0, 1).
+    """
+    if classes < 2:
+        raise ValueError(f"classes must be >= 2, got {classes}.")
+    if not 0 < posterior < 1:
+        raise ValueError(f"posterior must be in (0, 1), got {posterior}.")
+    return max(0.0, (classes - 1) / classes * math.log((classes - 1) * posterior / (1 - posterior)))
+
+
+def largest_additive(classes: int, embedding_dim: int) -> float:
+    """Return the additive margin that no arrangement of class centers can exceed.
+
+    1 - cos(2π/C) in two dimensions, C/(C-1) where C <= D + 1; beyond that it must stay well below.
+
+    Raises:
+        ValueError: If there are fewer than two classes.
+    """
+    if classes < 2:
+        raise ValueError(f"classes must be >= 2, got {classes}.")
+    if embedding_dim == 2:
+        return 1 - math.cos(2 * math.pi / classes)
+    return classes / (classes - 1)
+
+
+def curve(margin: Margin, theta_N: Tensor, norm: float, *, step: int = 0) -> Curve:
+    """Return the positive's logit at some angles.
+
+    Args:
+        margin: Any; moving averages stand as at the first step.
+        theta_N: Radians in [0, pi].
+        norm: Length of the embedding, and of the class center where its length is kept; only some
+            margins look at it.
+        step: Of the annealing.
+    """
+    state = {name: torch.tensor(value) for name, value in margin.new_state(1000).items()}
+    norm_N = torch.full_like(theta_N, norm)
+    gain_N = margin.gain(norm_N, state)
+    gain = 1.0 if gain_N is None else float(gain_N.flatten()[0])
+    length = 1.0
+    rows = Rows(
+        dot_B=theta_N.cos() * gain * length,
+        norm_B=norm_N,
+        length_B=None if margin.unit_centers else torch.full_like(theta_N, length),
+        step=step,
+        key=0,
+    )
+    found = margin.positive(state, rows)
+    return Curve(found.logit_B, found.slope_B * gain, margin.scale * gain)
+
+
+def boundary(margin: Margin, norm: float, *, step: int = 0) -> float:
+    """Return the angle in radians at which the positive's logit is that of a negative at 90°.
+
+    0 if it is smaller at every angle, pi if it is larger.
+    """
+    theta_N = torch.linspace(0, math.pi, 18001)
+    above_N = curve(margin, theta_N, norm, step=step).logit_N > 0
+    return float(theta_N[int(above_N.sum()) - 1]) if above_N[0] else 0.0
+
+
+def posterior(margin: Margin, classes: int, norm: float, *, theta: float = 0.0) -> float:
+    """Return the probability of the own class with its margin, all others at cosine -1/(C-1)."""
+    found = curve(margin, torch.tensor([theta]), norm)
+    negative = -found.scale / (classes - 1)
+    odds = math.log(classes - 1) + negative - float(found.logit_N[0])
+    return 1 / (1 + math.exp(min(odds, 700)))
+
+
+def warnings(margin: Margin, classes: int, embedding_dim: int) -> list[str]:
+    """Return a sentence for every bound that a margin breaks.
+
+    Args:
+        margin: Of a run.
+        classes: In one softmax: the sampled ones of all ranks.
+        embedding_dim: D.
+    """
+    found: list[str] = []
+    if classes < 2:
+        return found
+    fixed_scale = margin.unit_embeddings and margin.unit_centers and not margin.new_state(2)
+    needed = smallest_scale(classes, WANTED_POSTERIOR)
+    if fixed_scale and margin.scale < needed:
+        reached = 1 / (1 + (classes - 1) * math.exp(-margin.scale * classes / (classes - 1)))
+        found.append(
+            f"head.margin.scale = {margin.scale:g}: with {classes:,} classes in the softmax a "
+            f"perfect sample reaches a posterior of {reached:.2g} only; {WANTED_POSTERIOR:g} needs "
+            f"a scale of {needed:.1f} (CosFace, eq. 6)."
+        )
+    additive, bound = getattr(margin, "additive", 0.0), largest_additive(classes, embedding_dim)
+    if additive > bound:
+        found.append(
+            f"head.margin.additive = {additive:g}: {classes:,} class centers in {embedding_dim} "
+            f"dimensions cannot be further apart than {bound:.3g} (CosFace, eq. 7)."
+        )
+    return found

@@ -1,0 +1,233 @@
+"""What a margin is: the logits of a softmax over class centers, said once for all of them.
+
+The head computes products of queries and keys in tiles: a query is an embedding, a key a class
+center, each as it is or with unit length. A negative's logit is that product times ``scale``; the
+logit of the one positive of a row is the margin's own, and a few margins bend negatives too.
+
+Shape suffix: B = rows of the gathered batch.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+Gradient = Literal["straight_through", "exact"]
+"""``"straight_through"`` takes the margin for a constant in backward, so the slope of the
+positive's logit is that of a negative's, as arcface_torch computes it; ``"exact"`` is the
+derivative of the equation."""
+
+State = Mapping[str, Tensor]
+"""What a margin remembers from step to step: fp32 scalars by name, the same on all ranks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What a margin may know of the rows of the gathered batch, all of it fp32.
+
+    Attributes:
+        dot_B: Product of each query and the key of its own identity: the cosine where both have
+            unit length. Not defined where another rank has the center, unless the margin asks
+            with ``needs_positives``.
+        norm_B: Length of the embedding; ``None`` unless the margin asks with ``needs_norms``.
+        length_B: Length of the own class center; ``None`` where keys have unit length.
+        step: Optimizer steps taken so far.
+        key: Of random numbers, the same on all ranks, another one at each forward pass.
+    """
+
+    dot_B: Tensor
+    norm_B: Tensor | None
+    length_B: Tensor | None
+    step: int
+    key: int
+
+
+@dataclass(frozen=True, slots=True)
+class Positive:
+    """The positive's logit of each row and its slopes, fp32 [B].
+
+    Attributes:
+        logit_B: z.
+        slope_B: ∂z/∂dot.
+        norm_slope_B: ∂z/∂norm at the same dot; ``None`` where it is zero.
+        length_slope_B: ∂z/∂length at the same dot; ``None`` where it is zero.
+    """
+
+    logit_B: Tensor
+    slope_B: Tensor
+    norm_slope_B: Tensor | None = None
+    length_slope_B: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Bend:
+    """Another logit for the negatives of a row above a threshold: a + b z + c z² instead of z.
+
+    Attributes:
+        threshold_B: fp32 logit above which a negative is bent.
+        coefficient_3: fp32 a, b, c.
+    """
+
+    threshold_B: Tensor
+    coefficient_3: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Margin(ABC):
+    """What every margin has.
+
+    Attributes:
+        scale: s, the radius of the hypersphere; dimensionless, > 0.
+        inter_class_filter: Cosine in (-1, 1) above which a negative is taken for the same person
+            under another label: its logit becomes 0 and it gets no gradient. ``None``: no filter.
+            arcface_torch: ``interclass_filtering_threshold``.
+        label_smoothing: ε in [0, 1): share of the target spread evenly over the sampled centers.
+
+    Raises:
+        ValueError: If a value is outside its range.
+    """
+
+    unit_embeddings: ClassVar[bool] = True
+    """Whether queries have unit length; otherwise the length of an embedding is kept."""
+    unit_centers: ClassVar[bool] = True
+    """Whether keys have unit length; otherwise the length of a class center is kept."""
+    bias: ClassVar[bool] = False
+    """Whether a class has a bias: the last element of its center, times 1."""
+    needs_norms: ClassVar[bool] = False
+    """Whether :class:`Rows` must have the norms."""
+    largest_bend: ClassVar[float] = 1.0
+    """Largest factor by which :meth:`bend` raises a logit above ``scale``."""
+
+    scale: float = 64.0
+    inter_class_filter: float | None = None
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale < math.inf:
+            raise ValueError(f"margin.scale must be > 0 and finite, got {self.scale}.")
+        if self.inter_class_filter is not None and not -1 < self.inter_class_filter < 1:
+            raise ValueError(
+                "margin.inter_class_filter is a cosine and must be in (-1, 1), "
+                f"got {self.inter_class_filter}; leave it out for no filter."
+            )
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(
+                f"margin.label_smoothing must be in [0, 1), got {self.label_smoothing}."
+            )
+        if self.label_smoothing and self.inter_class_filter is not None:
+            raise ValueError(
+                f"margin.label_smoothing = {self.label_smoothing} with margin.inter_class_filter = "
+                f"{self.inter_class_filter}: one pulls every embedding to all centers, the other "
+                "lets some of them be. Leave one out."
+            )
+
+    @property
+    def largest_logit(self) -> float:
+        """Bound of every |logit| of a negative; inf where lengths are kept."""
+        unit = self.unit_embeddings and self.unit_centers
+        return self.scale * self.largest_bend if unit else math.inf
+
+    @property
+    def centers_per_identity(self) -> int:
+        """K; the logit of an identity is that of the nearest of its K centers."""
+        return 1
+
+    @property
+    def needs_positives(self) -> bool:
+        """Whether dot_B must be known on all ranks before the negatives: one all-reduce of [B]."""
+        return False
+
+    def new_state(self, num_identities: int) -> dict[str, float]:
+        """Return the state before the first step."""
+        return {}
+
+    def gain(self, norm_b: Tensor, state: State) -> Tensor | None:
+        """Return the length of this rank's queries, [b] or a scalar; ``None`` for 1."""
+        return None if self.unit_embeddings else norm_b
+
+    def advance(self, state: State, rows: Rows) -> dict[str, Tensor]:
+        """Return the state of this forward pass, from that of the last one and its rows."""
+        return dict(state)
+
+    def learn(self, state: State, sum_B: Tensor, logit_B: Tensor) -> dict[str, Tensor]:
+        """Return the state for the next forward pass.
+
+        Args:
+            state: Of this one.
+            sum_B: Sum of exp(logit) over the sampled negatives of all ranks.
+            logit_B: The positives' logits.
+        """
+        return dict(state)
+
+    def bend(self, state: State, rows: Rows) -> Bend | None:
+        """Return what happens to negatives above a threshold; ``None``: nothing."""
+        if self.inter_class_filter is None:
+            return None
+        threshold_B = torch.full_like(rows.dot_B, self.scale * self.inter_class_filter)
+        return Bend(threshold_B, rows.dot_B.new_zeros(3))
+
+    def penalty(self, norm_B: Tensor) -> Tensor | None:
+        """Return what the norms add to the loss of each row, differentiable; ``None``: nothing."""
+        return None
+
+    def positive(self, state: State, rows: Rows) -> Positive:
+        """Return the positive's logit and its slopes, by autograd on :meth:`logit`."""
+        names = [n for n in ("dot_B", "norm_B", "length_B") if getattr(rows, n) is not None]
+        with torch.enable_grad():
+            leaves = {name: getattr(rows, name).detach().requires_grad_() for name in names}
+            logit_B = self.logit(state, replace(rows, **leaves))
+            slopes = torch.autograd.grad(logit_B.sum(), list(leaves.values()), allow_unused=True)
+        slope = dict(zip(names, slopes, strict=True))
+        return Positive(
+            logit_B.detach(), slope["dot_B"], slope.get("norm_B"), slope.get("length_B")
+        )
+
+    @abstractmethod
+    def logit(self, state: State, rows: Rows) -> Tensor:
+        """Return the positive's logit [B], differentiable by dot, norm and length."""
+
+
+def refuse(name: str, value: object, rule: str) -> None:
+    """Raise the error of a margin's setting.
+
+    Raises:
+        ValueError: Always.
+    """
+    raise ValueError(f"margin.{name} must be {rule}, got {value!r}.")
+
+
+def check_angular(angular: float, *, name: str = "angular") -> None:
+    """Refuse an angular margin outside [0, pi/2] radians, with the value that degrees would be.
+
+    Raises:
+        ValueError: If it is.
+    """
+    if not 0 <= angular <= math.pi / 2:
+        degrees = f" (if that is degrees, write {math.radians(angular):.4f})"
+        raise ValueError(
+            f"margin.{name} must be in [0, pi/2] radians, got {angular}"
+            f"{degrees if 0 <= angular <= 90 else ''}."
+        )
+
+
+def check_gradient(gradient: str) -> None:
+    """Refuse what is no :data:`Gradient`.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if gradient not in ("straight_through", "exact"):
+        raise ValueError(
+            f"margin.gradient must be 'straight_through' or 'exact', got {gradient!r}."
+        )
+
+
+def straight_through(logit_B: Tensor, plain_B: Tensor, gradient: Gradient) -> Tensor:
+    """Return ``logit_B`` with the derivative of ``plain_B`` if the gradient is straight-through."""
+    if gradient == "exact":
+        return logit_B
+    return plain_B + (logit_B - plain_B).detach()
