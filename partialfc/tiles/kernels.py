@@ -14,6 +14,7 @@ from torch import Tensor
 
 from partialfc.margins.base import Bend
 from partialfc.permutation import FINAL, MULTIPLIERS, ROUNDS
+from partialfc.tiles.workspace import Workspace
 
 _LARGEST_DIM = 4096
 _SMALLEST_NORM = tl.constexpr(1e-12)
@@ -60,6 +61,7 @@ def exponentials(
     shift_B: Tensor | None,
     sum_B: Tensor | None,
     dtype: torch.dtype,
+    workspace: Workspace | None = None,
 ) -> Tensor:
     """Return exp(logit - shift) times the bend's slope [T, B], and 0 at the positives.
 
@@ -71,6 +73,7 @@ def exponentials(
         shift_B: fp32, subtracted from the logits; ``None`` for 0.
         sum_B: fp32; the sums over the tile's negatives are added to it. ``None``: not wanted.
         dtype: Of the result, fp32 or bf16. The sum is that of the fp32 values.
+        workspace: Not used.
     """
     rows, columns = logit_TB.shape
     assert logit_TB.is_contiguous()

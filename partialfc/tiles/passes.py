@@ -187,6 +187,7 @@ def first_pass(
                 shift_B=maximum_B,
                 sum_B=sum_B,
                 dtype=query_BD.dtype,
+                workspace=workspace,
             )
             if pull_BD is not None:
                 add_product_(pull_BD, exp_TB.T, key_TD)
@@ -238,6 +239,7 @@ def second_pass(
                         shift_B=maximum_B,
                         sum_B=None,
                         dtype=query_BD.dtype,
+                        workspace=workspace,
                     )
                 if part.present_n is not None:
                     exp_TB.mul_(part.present_n[start:stop].unsqueeze(1))
@@ -339,7 +341,15 @@ def _logits(key_TD: Tensor, query_BD: Tensor, column_B: Tensor, logits: Logits) 
 
 
 def _largest(logit_TB: Tensor, column_B: Tensor, logits: Logits) -> Tensor:
-    """Largest negative logit of each column of a tile, ``_NO_LOGIT`` where it has none."""
+    """Largest negative logit of each column of a tile, ``_NO_LOGIT`` where it has none.
+
+    Of bent logits it is the largest one bent, which is near enough: a smaller one may be bent above
+    it, but never by more than the scale.
+    """
     torch_steps.leave_out_(logit_TB, column_B)
-    counted_TB = logit_TB if logits.bend is None else torch_steps.bent(logit_TB, logits.bend)
-    return counted_TB.amax(0).float().clamp(min=_NO_LOGIT)
+    largest_B = logit_TB.amax(0).float().clamp(min=_NO_LOGIT)
+    if logits.bend is not None:
+        bent_B = largest_B.clone()
+        torch_steps.bend_(bent_B, logits.bend, Workspace())
+        largest_B = torch.maximum(largest_B, bent_B)
+    return largest_B

@@ -8,9 +8,14 @@ import torch
 from torch import Tensor
 
 from partialfc.margins.base import Bend
+from partialfc.tiles.workspace import Workspace
 
 _SMALLEST_NORM = 1e-12
 """A shorter vector has no direction: its unit vector and its gradient are zero."""
+
+
+_LEFT_OUT = -1e6
+"""Bent logit of what is left out: exp of it, and of it less any shift above half of it, is 0."""
 
 
 def unit_rows(
@@ -30,6 +35,7 @@ def exponentials(
     shift_B: Tensor | None,
     sum_B: Tensor | None,
     dtype: torch.dtype,
+    workspace: Workspace,
 ) -> Tensor:
     """Return exp(logit - shift) times the bend's slope [T, B], 0 at the positives.
 
@@ -42,12 +48,14 @@ def exponentials(
         shift_B: Subtracted from the logits; ``None`` for 0.
         sum_B: fp32; the sums over the tile's negatives are added to it. ``None``: not wanted.
         dtype: Of the result. The sum is that of the fp32 values.
+        workspace: Buffers of what a bend needs.
     """
     leave_out_(logit_TB, column_B)
     logit_TB = logit_TB.float()
     slope_TB: Tensor | None = None
     if bend is not None:
-        logit_TB, slope_TB = _bent(logit_TB, bend)
+        slope_TB = bend_(logit_TB, bend, workspace)
+        shift_B = None if shift_B is None else shift_B.clamp(min=_LEFT_OUT / 2)
     if shift_B is not None:
         logit_TB.sub_(shift_B)
     exp_TB = logit_TB.exp_()
@@ -58,19 +66,24 @@ def exponentials(
     return exp_TB.to(dtype)
 
 
-def bent(logit_TB: Tensor, bend: Bend) -> Tensor:
-    """Return the fp32 logits with what lies above the threshold bent."""
-    return _bent(logit_TB.float(), bend)[0]
+def bend_(logit: Tensor, bend: Bend, workspace: Workspace) -> Tensor:
+    """Bend fp32 logits [..., B] in place; return the slope of the bend, 1 below it.
 
-
-def _bent(logit_TB: Tensor, bend: Bend) -> tuple[Tensor, Tensor]:
-    """a + b z + c z² and its slope b + 2 c z above the threshold, z and 1 below."""
+    A logit of -inf becomes ``_LEFT_OUT``. By arithmetic: a choice between two tensors takes a CPU
+    longer than all of this.
+    """
     constant, linear, quadratic = bend.coefficient_3.unbind()
-    above_TB = logit_TB > bend.threshold_B
-    rise_TB = quadratic * logit_TB
-    slope_TB = torch.where(above_TB, linear + 2 * rise_TB, 1.0)
-    bent_TB = rise_TB.add_(linear).mul_(logit_TB).add_(constant)
-    return torch.where(above_TB, bent_TB, logit_TB), slope_TB
+    above, slope = (
+        workspace(name, (*logit.shape,), torch.float32, logit.device) for name in ("above", "slope")
+    )
+    logit.clamp_(min=_LEFT_OUT)  # inf * 0 would be NaN
+    torch.sub(logit, bend.threshold_B, out=above).sign_().clamp_(min=0)
+    torch.mul(logit, 2 * quadratic, out=slope).add_(linear - 1).mul_(above).add_(1)
+    # z + above * (a + (b - 1) z + c z²)
+    rise = workspace("rise", (*logit.shape,), torch.float32, logit.device)
+    torch.mul(logit, quadratic, out=rise).add_(linear - 1).mul_(logit).add_(constant)
+    logit.add_(rise.mul_(above))
+    return slope
 
 
 def keep_nearest_(logit_TB: Tensor, column_B: Tensor, per_identity: int) -> None:
