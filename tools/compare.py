@@ -5,8 +5,8 @@
     python tools/compare.py a.toml b.toml --seeds 1,2,3 --ranks 2 --out runs/ab run.epochs=2
 
 A seed decides the order of the data, so every setting sees the same images with it. OUT gets
-report.html (self-contained), results.csv and a folder for every run; a run that is there already is
-not trained again. Words of the form key=value go to all runs.
+report.html (self-contained), results.csv and a folder for every run. A run that is there already is
+not trained again; one that fails is left out, and the exit status is 1. Words of the form key=value go to all runs.
 """
 
 import sys
@@ -59,21 +59,25 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
     found: dict[str, list[dict[str, Any]]] = {variant.label: [] for variant in variants}
+    failed: list[str] = []
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=len(seeds) * len(variants))
         for seed in seeds:
             for variant in variants:
                 progress.update(task, description=f"{variant.label}, seed {seed}")
                 result = run(variant, seed, options.out, options.ranks)
-                if result is None:
-                    return 1
-                found[variant.label].append(result)
                 progress.advance(task)
+                if result is None:
+                    failed.append(f"{variant.label}, seed {seed}")
+                    continue
+                found[variant.label].append(result)
                 page.write(options.out / "report.html", found, title=options.title)
                 table.write_csv(options.out / "results.csv", found)
     show(found)
     print(f"{options.out / 'report.html'}: the report; {options.out / 'results.csv'}: its numbers")
-    return 0
+    if failed:
+        print(f"failed, and not in the report: {'; '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def variants_of(
