@@ -6,12 +6,12 @@ Shape suffix: N = angles.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from partialfc.margins import Margin, Rows
+from partialfc.margins import ElasticFace, Margin, Rows
 
 WANTED_POSTERIOR = 0.9
 """A softmax that cannot reach it pushes at samples that are perfect already."""
@@ -64,12 +64,14 @@ def curve(margin: Margin, theta_N: Tensor, norm: float, *, step: int = 0) -> Cur
     """Return the positive's logit at some angles.
 
     Args:
-        margin: Any; moving averages stand as at the first step.
+        margin: Any; moving averages stand as at the first step, what is drawn at its mean.
         theta_N: Radians in [0, pi].
         norm: Length of the embedding, and of the class center where its length is kept; only some
             margins look at it.
         step: Of the annealing.
     """
+    if isinstance(margin, ElasticFace):
+        margin = replace(margin, deviation=0.0, sort=False)
     state = {name: torch.tensor(value) for name, value in margin.new_state(1000).items()}
     norm_N = torch.full_like(theta_N, norm)
     gain_N = margin.gain(norm_N, state)

@@ -6,7 +6,8 @@
 
 A seed decides the order of the data, so every setting sees the same images with it. OUT gets
 report.html (self-contained), results.csv and a folder for every run. A run that is there already is
-not trained again; one that fails is left out, and the exit status is 1. Words of the form key=value go to all runs.
+not trained again; one that fails is left out, and the exit status is 1. Words of the form key=value
+go to all runs.
 """
 
 import sys

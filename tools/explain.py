@@ -136,16 +136,14 @@ def draw(config: Config, margin: Margin, path: Path) -> None:
     colours = pyplot.get_cmap("viridis")([0.1, 0.4, 0.65, 0.9])
     for norm, colour in zip(norms(margin), colours, strict=False):
         found = curve(margin, theta_N, norm)
+        angle = math.degrees(boundary(margin, norm))
         label = f"norm {norm:g}" if len(norms(margin)) > 1 else config.head.margin.name
+        label = f"{label}, boundary {angle:.0f}°"
         left.plot(degree_N, found.logit_N, color=colour, label=label)
         left.plot(degree_N, found.scale * theta_N.cos(), color=colour, linestyle=":", linewidth=1)
         right.plot(degree_N, found.slope_N * theta_N.sin(), color=colour, label=label)
         right.plot(degree_N, found.scale * theta_N.sin(), color=colour, linestyle=":", linewidth=1)
-        angle = math.degrees(boundary(margin, norm))
         left.plot([angle], [0], "o", color=colour, markersize=5)
-        left.annotate(
-            f"{angle:.0f}°", (angle, 0), xytext=(3, 5), textcoords="offset points", color=colour
-        )
     left.axhline(0, color="#7b8794", linewidth=0.8)
     left.set(title="logit of the positive", xlabel="angle to the own center, degrees")
     right.set(

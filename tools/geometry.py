@@ -87,10 +87,11 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", type=Path, help="folder for the pictures")
-    parser.add_argument("--steps", type=int, default=1500, help="training steps of each (1500)")
+    parser.add_argument("--steps", type=int, default=800, help="training steps of each (800)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # a step is too small to share
     images, digits = load_digits()
     found: dict[int, dict[str, Trained]] = {2: {}, 3: {}}
     jobs = [(dim, label) for dim in found for label in MARGINS]
@@ -109,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
         ("angles.png", angles(found[3])),
         ("boundaries.png", boundaries()),
     ):
-        figure.savefig(options.out / name, dpi=120)
+        figure.savefig(options.out / name, dpi=90)
         pyplot.close(figure)
     show(numbers)
     return 0
