@@ -5,10 +5,50 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from partialfc.head import PartialFC
-    from partialfc.margins import ArcFace, CosFace, Margin
+    from partialfc.margins import (
+        AdaCos,
+        AdaFace,
+        ArcFace,
+        CombinedMargin,
+        CosFace,
+        CurricularFace,
+        ElasticFace,
+        FNormSphereFace,
+        LSoftmax,
+        MagFace,
+        Margin,
+        ModifiedSoftmax,
+        MVSoftmax,
+        NormalizedSoftmax,
+        Softmax,
+        SphereFace,
+        SubCenterArcFace,
+    )
     from partialfc.row_rules import RowAdagrad, RowAdamW, RowSGD
 
-__all__ = ["ArcFace", "CosFace", "Margin", "PartialFC", "RowAdagrad", "RowAdamW", "RowSGD"]
+__all__ = [
+    "AdaCos",
+    "AdaFace",
+    "ArcFace",
+    "CombinedMargin",
+    "CosFace",
+    "CurricularFace",
+    "ElasticFace",
+    "FNormSphereFace",
+    "LSoftmax",
+    "MVSoftmax",
+    "MagFace",
+    "Margin",
+    "ModifiedSoftmax",
+    "NormalizedSoftmax",
+    "PartialFC",
+    "RowAdagrad",
+    "RowAdamW",
+    "RowSGD",
+    "Softmax",
+    "SphereFace",
+    "SubCenterArcFace",
+]
 
 _HOME = {"PartialFC": "head"} | dict.fromkeys(("RowAdagrad", "RowAdamW", "RowSGD"), "row_rules")
 

@@ -106,18 +106,20 @@ def save(
     return final
 
 
-def newest(folder: Path, runtime: Runtime) -> Path | None:
+def newest(folder: Path, runtime: Runtime, *, tidy: bool = True) -> Path | None:
     """Return the newest checkpoint whose files are as its manifest says. Collective.
 
     Newer ones that are not are set aside as ``.step_….invalid``, with a message on rank 0. What a
-    kill left half-written or half-deleted is removed.
+    kill left half-written or half-deleted is removed. Without ``tidy`` nothing is touched: another
+    process may be writing.
 
     Raises:
         CheckpointError: If there are checkpoints and none is valid; nothing is touched then.
     """
     found = _NONE
     if runtime.leads:
-        for leftover in (*folder.glob(".step_*.partial"), *folder.glob(".step_*.deleted")):
+        leftovers = (*folder.glob(".step_*.partial"), *folder.glob(".step_*.deleted"))
+        for leftover in leftovers if tidy else ():
             shutil.rmtree(leftover, ignore_errors=True)
         problems: dict[Path, str] = {}
         for path in reversed(_steps(folder)):
@@ -129,7 +131,7 @@ def newest(folder: Path, runtime: Runtime) -> Path | None:
             print(f"{path}: not a valid checkpoint: {problem}", flush=True)
         if problems and found == _NONE:
             found = _ALL_INVALID
-        for path in problems if found >= 0 else ():
+        for path in problems if found >= 0 and tidy else ():
             path.rename(path.with_name(f".{path.name}.invalid"))
     found = from_leader(found, runtime.ranks)
     if found == _ALL_INVALID:

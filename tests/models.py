@@ -27,11 +27,11 @@ def settings(**sections) -> Config:
 
 
 def flat_model(
-    config: Config, *, identities=40, size=8, dim=16, rate=0.5, rule=None, **head
+    config: Config, *, identities=40, size=8, dim=16, rate=0.5, rule=None, margin=None, **head
 ) -> Model:
     torch.manual_seed(0)
-    rule = rule or RowSGD(lr=0.1)
-    head = PartialFC(identities, dim, ArcFace(scale=16), sample_rate=rate, optimizer=rule, **head)
+    rule, margin = rule or RowSGD(lr=0.1), margin or ArcFace(scale=16)
+    head = PartialFC(identities, dim, margin, sample_rate=rate, optimizer=rule, **head)
     return assemble(config, runtime(), Flat(size, dim), head)
 
 

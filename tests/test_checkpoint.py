@@ -83,6 +83,17 @@ def test_when_none_is_valid_nothing_is_touched(tmp_path):
     assert names(tmp_path) == ["step_00000001"]
 
 
+def test_a_look_from_outside_touches_nothing(tmp_path, capsys):
+    """Another process may be writing what looks like a leftover."""
+    for step in (1, 2):
+        save(tmp_path, step)
+    (tmp_path / "step_00000002" / "backbone.safetensors").write_bytes(b"short")
+    (tmp_path / ".step_00000003.partial").mkdir()
+    before = names(tmp_path)
+    assert checkpoint.newest(tmp_path, runtime(), tidy=False).name == "step_00000001"
+    assert names(tmp_path) == before
+
+
 def test_what_a_kill_left_is_removed(tmp_path):
     save(tmp_path, 1)
     for leftover in (".step_00000002.partial", ".step_00000000.deleted"):

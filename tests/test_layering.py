@@ -43,6 +43,7 @@ FLOORS = {
     "evaluation": 4,
     "recorder": 5,
     "train": 5,
+    "finished": 5,
 }
 
 MODULES = sorted((ROOT / "partialfc").rglob("*.py"))

@@ -33,7 +33,8 @@ def head_of(margin, **settings):
     """A head with centers of any length, as they are during a run."""
     settings = {"optimizer": PLAIN, **settings}
     head = PartialFC(IDENTITIES, DIM, margin, **settings)
-    torch.nn.init.normal_(head.centers, 0, 0.3, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator(head.centers.device).manual_seed(1)
+    torch.nn.init.normal_(head.centers, 0, 0.3, generator=generator)
     return head
 
 

@@ -23,4 +23,7 @@ head --classes 1000000 --batch 4096 --rate 1,0.1 --dtype bf16 --only ours \
     --centers fp16 --momentum int8 --json "$out/head_gpu_fp16_int8.json"
 head --classes 10000000 --batch 4096 --rate 0.1,0.01 --dtype bf16 --only ours \
     --json "$out/head_gpu_1e7.json"
+head --classes 1000000 --batch 4096 --rate 0.1 --dtype bf16 \
+    --margins arcface,cosface,adaface,magface,curricularface,mv_softmax,elasticface,adacos \
+    --json "$out/margins_gpu.json"
 exit $failed

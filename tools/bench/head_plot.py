@@ -14,7 +14,10 @@ Curve = tuple[str, float, int, int, int, str]
 
 
 def plot(records: list[dict[str, Any]], out: str | Path) -> None:
-    """Draw seconds a step and extra peak memory against C, one line for what else is the same."""
+    """Draw seconds a step and extra peak memory against C, one line for what else is the same.
+
+    Of a point in several records the last one counts.
+    """
     curves = _curves(records)
     figure, (time, memory) = pyplot.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
     rates = sorted({curve[1] for curve in curves}, reverse=True)
@@ -23,8 +26,9 @@ def plot(records: list[dict[str, Any]], out: str | Path) -> None:
     markers = dict(zip(worlds, "os^Dvx", strict=False))
     told = [index for index in range(1, 6) if len({curve[index] for curve in curves}) > 1]
     for curve, points in sorted(curves.items()):
-        classes, seconds, bytes_ = zip(*sorted(points), strict=True)
-        said = ("", "r = {}", "D = {}", "B = {}", "{} ranks", "{}")
+        classes = sorted(points)
+        seconds, bytes_ = zip(*(points[count] for count in classes), strict=True)
+        said = ("", "r = {}", "D = {}", "B = {}", "W = {}", "{}")
         values = [said[index].format(curve[index]) for index in told]
         label = ", ".join(["partialfc" if curve[0] == "ours" else curve[0], *values])
         style = {"color": colours[curve[1]], "marker": markers[curve[4]], "label": label}
@@ -41,11 +45,11 @@ def plot(records: list[dict[str, Any]], out: str | Path) -> None:
     pyplot.close(figure)
 
 
-def _curves(records: list[dict[str, Any]]) -> dict[Curve, list[tuple[int, float, float]]]:
-    curves: dict[Curve, list[tuple[int, float, float]]] = defaultdict(list)
+def _curves(records: list[dict[str, Any]]) -> dict[Curve, dict[int, tuple[float, float]]]:
+    curves: dict[Curve, dict[int, tuple[float, float]]] = defaultdict(dict)
     for row in (row for record in records for row in record["rows"]):
         for name, head in row["heads"].items():
-            point = row["classes"], head["step_seconds"]["median"], head["extra_peak_bytes"]
+            point = head["step_seconds"]["median"], head["extra_peak_bytes"]
             same = (row["rate"], row["dim"], row["batch"], row["world"], row["dtype"])
-            curves[(name, *same)].append(point)
+            curves[(name, *same)][row["classes"]] = point
     return curves

@@ -17,17 +17,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from partialfc import checkpoint
-from partialfc.build import build
-from partialfc.config import load
 from partialfc.data.records import Pack, open_pack
-from partialfc.evaluation import Evaluation
+from partialfc.finished import Finished, finished
 from partialfc.permutation import key, permute
 from partialfc.protocols.identification import first_of_each
 from partialfc.protocols.open_set import open_set
 from partialfc.row_format import decode
-from partialfc.runtime import running
-from partialfc.train import facts_of
 
 TRAINING_IMAGES = 4096
 BINS = np.arange(0, 182, 2)
@@ -37,33 +32,25 @@ BINS = np.arange(0, 182, 2)
 def main(arguments: list[str]) -> int:
     """Run the worker; return its exit status."""
     folder, out = Path(arguments[0]), Path(arguments[1])
-    config = load(folder / "config.toml")
-    with running(config) as runtime:
-        pack = open_pack(config.data.train)
-        model = build(config, runtime, pack.num_identities)
-        newest = checkpoint.newest(config.run.folder / "checkpoints", runtime)
-        if newest is None:
-            print(f"{folder}: no checkpoint", file=sys.stderr)
-            return 1
-        checkpoint.load(newest, model, facts_of(config, pack), runtime)
-        evaluation = Evaluation(config, runtime)
-        found = training_numbers(evaluation, model, pack)
-        for path in config.verification.identification[-1:]:
-            found["open_set"] = open_set_numbers(evaluation, model, open_pack(path))
+    with finished(folder) as run:
+        found = training_numbers(run)
+        for path in run.config.verification.identification[-1:]:
+            found["open_set"] = open_set_numbers(run, open_pack(path))
     out.write_text(json.dumps(found))
     return 0
 
 
-def training_numbers(evaluation: Evaluation, model: Any, pack: Pack) -> dict[str, Any]:
+def training_numbers(run: Finished) -> dict[str, Any]:
     """Return accuracy and angles of a keyed sample of the training images.
 
     An image is recognised if its own center, of all centers, gives the largest logit without
     margin.
     """
+    pack, model = run.pack, run.model
     count = min(TRAINING_IMAGES, len(pack))
     which = permute(np.arange(count), len(pack), key(0, "compare"))
     identities = torch.from_numpy(pack.identities(which))
-    embeddings = evaluation.embed(model, "train", count, lambda i: pack.jpeg(int(which[i])))
+    embeddings = run.evaluation.embed(model, "train", count, lambda i: pack.jpeg(int(which[i])))
     head, margin = model.head, model.head.margin
     scale = head.optimizer.states().get("centers_scale")
     centers = decode(head.centers.detach(), scale).double()
@@ -88,10 +75,10 @@ def training_numbers(evaluation: Evaluation, model: Any, pack: Pack) -> dict[str
     }
 
 
-def open_set_numbers(evaluation: Evaluation, model: Any, pack: Pack) -> dict[str, Any]:
+def open_set_numbers(run: Finished, pack: Pack) -> dict[str, Any]:
     """Return the identification rates with every second identity as distractors."""
     identities = pack.identities(np.arange(len(pack)))
-    embeddings = evaluation.embed(model, "heldout", len(pack), pack.jpeg)
+    embeddings = run.evaluation.embed(run.model, "heldout", len(pack), pack.jpeg)
     known = np.flatnonzero(identities % 2 == 0)
     gallery, probes = (known[part] for part in first_of_each(identities[known]))
     numbers = open_set(

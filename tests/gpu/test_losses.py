@@ -1,0 +1,33 @@
+"""Every margin on a CUDA device against the dense fp64 equations."""
+
+import pytest
+import torch
+
+from tests import loss_truth
+from tests.every_margin import EVERY_MARGIN
+from tests.reference import relative_error
+from tests.test_losses import head_of, problem, settings_of, step
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+@pytest.mark.parametrize("angles", ["random", "0", "pi/2", "pi"])
+@pytest.mark.parametrize("rate", [0.3, 1.0])
+@pytest.mark.parametrize("name", EVERY_MARGIN)
+def test_loss_and_gradients_equal_the_fp64_equations(name, rate, angles):
+    head = head_of(EVERY_MARGIN[name], sample_rate=rate)
+    embeddings, labels = problem(head, angles)
+    centers = head.centers.detach().clone()
+    truth = loss_truth.gradients_of(
+        head.margin, embeddings, centers, labels, **settings_of(head, labels)
+    )
+    there = head_of(EVERY_MARGIN[name], sample_rate=rate, device="cuda")
+    there.centers.data.copy_(centers)
+    weight = 1 / float(truth[2].norm())
+    found = step(there, embeddings.cuda(), labels.cuda(), weight)
+    limit = {"random": 1e-5, "pi/2": 1e-5, "0": 5e-3, "pi": 1e-3}[angles]
+    for value, expected in zip(found, truth, strict=True):
+        assert relative_error(value.cpu(), expected) < limit
