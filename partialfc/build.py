@@ -159,11 +159,12 @@ def margin_of(config: Config) -> Margin:
 def _head(config: Config, runtime: Runtime, num_identities: int) -> PartialFC:
     settings = config.head
     rule = settings.optimizer.model_dump(exclude={"name", "lr_factor"})
+    margin = margin_of(config)
     try:
         return PartialFC(
             num_identities,
             config.backbone.embedding_dim,
-            margin_of(config),
+            margin,
             sample_rate=settings.sample_rate,
             optimizer=_ROW_RULES[settings.optimizer.name](**rule),
             compute=head_compute(config, runtime.device),

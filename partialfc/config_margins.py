@@ -90,7 +90,8 @@ class CombinedMargin(_Cosines, _Exact):
     pi/2 only, ``none`` not at all."""
 
     allow_rising: bool = False
-    """Accept ``easy`` and ``none``, where the logit rises with the angle somewhere."""
+    """Accept ``easy``, ``none`` and ``drop`` with m0 > 1, where the logit rises with the angle
+    somewhere."""
 
 
 class Softmax(_Smoothed):

@@ -51,4 +51,5 @@ def finished(folder: Path) -> Iterator[Finished]:
         if newest is None:
             raise ConfigError(f"{folder}: it has no checkpoint.")
         checkpoint.load(newest, model, facts_of(config, pack), runtime)
+        model.head.optimizer.catch_up(None)  # rows that move unsampled
         yield Finished(config, pack, model, Evaluation(config, runtime))

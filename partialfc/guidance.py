@@ -13,6 +13,7 @@ from torch import Tensor
 
 from partialfc.margins import ElasticFace, Margin, Rows
 
+_LAST_STEP = 1 << 40
 WANTED_POSTERIOR = 0.9
 """A softmax that cannot reach it pushes at samples that are perfect already."""
 
@@ -60,19 +61,20 @@ def largest_additive(classes: int, embedding_dim: int) -> float:
     return classes / (classes - 1)
 
 
-def curve(margin: Margin, theta_N: Tensor, norm: float, *, step: int = 0) -> Curve:
+def curve(margin: Margin, theta_N: Tensor, norm: float, num_identities: int = 1000) -> Curve:
     """Return the positive's logit at some angles.
 
     Args:
-        margin: Any; moving averages stand as at the first step, what is drawn at its mean.
+        margin: Any; annealing is over, moving averages stand as at the first step, what is drawn is
+            at its mean.
         theta_N: Radians in [0, pi].
         norm: Length of the embedding, and of the class center where its length is kept; only some
             margins look at it.
-        step: Of the annealing.
+        num_identities: C, for a scale that follows from it.
     """
     if isinstance(margin, ElasticFace):
         margin = replace(margin, deviation=0.0, sort=False)
-    state = {name: torch.tensor(value) for name, value in margin.new_state(1000).items()}
+    state = {name: torch.tensor(value) for name, value in margin.new_state(num_identities).items()}
     norm_N = torch.full_like(theta_N, norm)
     gain_N = margin.gain(norm_N, state)
     gain = 1.0 if gain_N is None else float(gain_N.flatten()[0])
@@ -81,26 +83,26 @@ def curve(margin: Margin, theta_N: Tensor, norm: float, *, step: int = 0) -> Cur
         dot_B=theta_N.cos() * gain * length,
         norm_B=norm_N,
         length_B=None if margin.unit_centers else torch.full_like(theta_N, length),
-        step=step,
+        step=_LAST_STEP,
         key=0,
     )
     found = margin.positive(state, rows)
     return Curve(found.logit_B, found.slope_B * gain, margin.scale * gain)
 
 
-def boundary(margin: Margin, norm: float, *, step: int = 0) -> float:
-    """Return the angle in radians at which the positive's logit is that of a negative at 90°.
+def boundary(margin: Margin, norm: float, num_identities: int = 1000) -> float:
+    """Return the first angle in radians at which the positive's logit is that of a negative at 90°.
 
-    0 if it is smaller at every angle, pi if it is larger.
+    0 if it is smaller there already, pi if it is larger at every angle.
     """
     theta_N = torch.linspace(0, math.pi, 18001)
-    above_N = curve(margin, theta_N, norm, step=step).logit_N > 0
-    return float(theta_N[int(above_N.sum()) - 1]) if above_N[0] else 0.0
+    below = (curve(margin, theta_N, norm, num_identities).logit_N <= 0).nonzero()
+    return float(theta_N[below[0, 0]]) if len(below) else math.pi
 
 
-def posterior(margin: Margin, classes: int, norm: float, *, theta: float = 0.0) -> float:
-    """Return the probability of the own class with its margin, all others at cosine -1/(C-1)."""
-    found = curve(margin, torch.tensor([theta]), norm)
+def posterior(margin: Margin, classes: int, norm: float, num_identities: int = 1000) -> float:
+    """Return the probability of a perfect sample with its margin, all others at cosine -1/(C-1)."""
+    found = curve(margin, torch.zeros(1), norm, num_identities)
     negative = -found.scale / (classes - 1)
     odds = math.log(classes - 1) + negative - float(found.logit_N[0])
     return 1 / (1 + math.exp(min(odds, 700)))
@@ -117,7 +119,9 @@ def warnings(margin: Margin, classes: int, embedding_dim: int) -> list[str]:
     found: list[str] = []
     if classes < 2:
         return found
-    fixed_scale = margin.unit_embeddings and margin.unit_centers and not margin.new_state(2)
+    state = {name: torch.tensor(value) for name, value in margin.new_state(classes).items()}
+    unit = margin.unit_embeddings and margin.unit_centers
+    fixed_scale = unit and margin.gain(torch.ones(1), state) is None
     needed = smallest_scale(classes, WANTED_POSTERIOR)
     if fixed_scale and margin.scale < needed:
         reached = 1 / (1 + (classes - 1) * math.exp(-margin.scale * classes / (classes - 1)))
@@ -126,10 +130,11 @@ def warnings(margin: Margin, classes: int, embedding_dim: int) -> list[str]:
             f"perfect sample reaches a posterior of {reached:.2g} only; {WANTED_POSTERIOR:g} needs "
             f"a scale of {needed:.1f} (CosFace, eq. 6)."
         )
-    additive, bound = getattr(margin, "additive", 0.0), largest_additive(classes, embedding_dim)
+    name = "margin" if getattr(margin, "base", "") == "cosface" else "additive"
+    additive, bound = getattr(margin, name, 0.0), largest_additive(classes, embedding_dim)
     if additive > bound:
         found.append(
-            f"head.margin.additive = {additive:g}: {classes:,} class centers in {embedding_dim} "
+            f"head.margin.{name} = {additive:g}: {classes:,} class centers in {embedding_dim} "
             f"dimensions cannot be further apart than {bound:.3g} (CosFace, eq. 7)."
         )
     return found

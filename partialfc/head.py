@@ -88,6 +88,11 @@ class PartialFC(nn.Module):
             raise ValueError(f"embedding_dim must be >= 1, got {embedding_dim}.")
         if center_format not in ("fp32", "bf16", "fp16"):
             raise ValueError(f"center_format must be fp32, bf16 or fp16, got {center_format!r}.")
+        if center_format == "fp16" and not margin.unit_centers:
+            raise ValueError(
+                f"center_format = 'fp16' keeps directions, and {type(margin).__name__} looks at "
+                "the length of a center; use fp32 or bf16."
+            )
         if keep_bytes is not None and keep_bytes < 0:
             raise ValueError(f"keep_bytes must be >= 0, got {keep_bytes}.")
         self.ranks = Ranks.of(group)
@@ -166,6 +171,9 @@ class PartialFC(nn.Module):
 
         ``embeddings.grad`` is the world size times the exact gradient, so that the mean over
         ranks that DistributedDataParallel takes is exact.
+
+        A margin's moving averages move with every forward pass that wants a gradient and has a
+        finite loss, micro-batches included, even if a GradScaler then skips the step.
 
         Args:
             embeddings: [b, D] of this rank, any float dtype, any length; b equal on all ranks.

@@ -64,7 +64,10 @@ class MarginLoss(torch.autograd.Function):
         steps, part = head.optimizer.steps, head.optimizer.micro_batches
         rows = Rows(dot_B, norm_B, length_B, steps, key(head.seed, "margin", steps, part))
         moved = margin.advance(state, rows) if want_gradient else state
-        positive = margin.positive(moved, rows)
+        if want_gradient:
+            positive = margin.positive(moved, rows)
+        else:
+            positive = Positive(margin.logit(moved, rows), dot_B)
 
         # Pass 1, then one sum over ranks makes negatives and positives global.
         logits = Logits(
@@ -88,7 +91,7 @@ class MarginLoss(torch.autograd.Function):
         )
         local_B = target_B != NOT_LOCAL
         total = _sum(head, negatives, positive, rows, local_B, query_BD)
-        push = _push(margin, total, norm_B)
+        push = _push(margin, total, norm_B, want_gradient)
         loss = push.loss_B.mean()
         if not want_gradient:
             return loss
@@ -224,7 +227,7 @@ class _Push:
     norm_B: Tensor | None
 
 
-def _push(margin: Margin, total: _Total, norm_B: Tensor | None) -> _Push:
+def _push(margin: Margin, total: _Total, norm_B: Tensor | None, want_gradient: bool) -> _Push:
     """loss = log(sum + e^logit) - logit, written so that a tiny loss keeps its digits."""
     sum_B, logit_B, batch = total.sum_B, total.logit_B, len(total.sum_B)
     odds_B = sum_B.log() - logit_B
@@ -244,7 +247,10 @@ def _push(margin: Margin, total: _Total, norm_B: Tensor | None) -> _Push:
     norm_slope_B = None
     if total.norm_slope_B is not None:
         norm_slope_B = positive_B * total.norm_slope_B
-    if norm_B is not None:
+    if norm_B is not None and not want_gradient:
+        penalty_B = margin.penalty(norm_B)
+        loss_B = loss_B if penalty_B is None else loss_B + penalty_B
+    elif norm_B is not None:
         with torch.enable_grad():
             norm_B = norm_B.detach().requires_grad_()
             penalty_B = margin.penalty(norm_B)

@@ -37,8 +37,21 @@ def test_boundaries_in_degrees():
         (CosFace(additive=0.35), math.degrees(math.acos(0.35))),
         (NormalizedSoftmax(), 90),
         (CosFace(additive=1.5), 0),
+        (MARGINS["combined"](multiplicative=2, angular=0, additive=0, past_pi="fold"), 45),
     ):
         assert math.degrees(guidance.boundary(margin, 1.0)) == pytest.approx(degrees, abs=0.02)
+
+
+def test_a_margin_is_looked_at_after_its_annealing_and_at_its_own_number_of_identities():
+    """λ = 5 at the end: (5 cos + ψ) / 6 = 0 for m = 4 is at 66.9 degrees, not at 90."""
+    assert math.degrees(guidance.boundary(MARGINS["sphereface"](), 1.0)) == pytest.approx(
+        66.9, abs=0.1
+    )
+    adacos, theta_N = MARGINS["adacos"](), torch.zeros(1)
+    for identities in (1000, 10**6):
+        scale = math.sqrt(2) * math.log(identities - 1)
+        found = guidance.curve(adacos, theta_N, 1.0, identities)
+        assert float(found.logit_N) == pytest.approx(scale, rel=1e-5)
 
 
 def test_posterior_counts_the_margin():
@@ -64,6 +77,9 @@ def test_warnings_name_the_key_and_the_bound():
     (sentence,) = guidance.warnings(CosFace(additive=0.35), 10, 2)
     assert sentence.startswith("head.margin.additive = 0.35: 10 class centers in 2 dimensions")
     assert "than 0.191" in sentence
+    assert "scale = 2" in guidance.warnings(MARGINS["adaface"](scale=2), 10**5, 512)[0]
+    elastic = MARGINS["elasticface"](base="cosface", margin=1.5)
+    assert guidance.warnings(elastic, 10**5, 512)[0].startswith("head.margin.margin = 1.5")
     assert not guidance.warnings(ArcFace(), 10**8, 512)
     assert not guidance.warnings(ModifiedSoftmax(), 10**8, 512)
 

@@ -12,6 +12,7 @@ from pytorch_metric_learning import losses
 
 from partialfc import PartialFC, RowSGD
 from partialfc.margins import (
+    ArcFace,
     CombinedMargin,
     ElasticFace,
     LSoftmax,
@@ -275,3 +276,41 @@ def test_pytorch_metric_learning_has_the_same_loss_and_gradients(name):
     truth = expected.detach(), own.grad, other.W.grad.T
     for value, wanted in zip(found, truth, strict=True):
         assert relative_error(value, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("scale", [64, 128, 256])
+def test_a_filtered_negative_does_not_hide_the_others(scale):
+    """Its cosine is the largest and its logit is 0: the row maximum is that of the rest."""
+    head = PartialFC(8, 8, ArcFace(scale=scale, inter_class_filter=0.5), optimizer=PLAIN)
+    head.centers.data.copy_(torch.eye(8))
+    embeddings, labels = torch.tensor([[0.2, 0.98, 0, 0, 0, 0, 0, 0]]), torch.tensor([3])
+    truth = loss_truth.gradients_of(head.margin, embeddings, head.centers, labels)
+    for value, expected in zip(step(head, embeddings, labels), truth, strict=True):
+        assert relative_error(value, expected) < 1e-5
+    assert truth[0] > 1
+
+
+@pytest.mark.parametrize("name", EVERY_MARGIN)
+def test_a_loss_without_gradient_is_the_same_in_every_mode(name):
+    head = head_of(EVERY_MARGIN[name])
+    embeddings, labels = problem(head)
+    with torch.inference_mode():
+        inference = head(embeddings, labels)
+    with torch.no_grad():
+        assert torch.equal(head(embeddings, labels), inference)
+    if not head.margin_state():  # a training step moves it first
+        assert relative_error(step(head, embeddings, labels)[0], inference.double()) < 1e-6
+
+
+def test_fp16_centers_are_refused_where_their_length_matters():
+    """Their scale is kept apart, so that a tile of them is of any length."""
+    with pytest.raises(ValueError, match="Softmax looks at the length of a center"):
+        head_of(EVERY_MARGIN["softmax"], center_format="fp16")
+
+
+@pytest.mark.parametrize("name", ["softmax", "l-softmax", "sphereface", "sub-center arcface"])
+def test_bf16_centers_train(name):
+    head = head_of(EVERY_MARGIN[name], center_format="bf16", optimizer=RowSGD(lr=0.1))
+    embeddings, labels = problem(head)
+    losses = [float(step(head, embeddings, labels)[0]) for _ in range(5)]
+    assert losses[-1] < losses[0]

@@ -30,11 +30,12 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
+from partialfc.centers import stored_centers
 from partialfc.checkpoint import CheckpointError
 from partialfc.config import ConfigError
 from partialfc.data.records import Pack
 from partialfc.finished import Finished, finished
-from partialfc.row_format import decode
+from partialfc.runtime import DataError
 
 CHUNK = 8192
 
@@ -59,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
                 )
             degrees = angles_to_dominant(run)
             identities = run.pack.identities(np.arange(len(run.pack)))
-    except (ConfigError, CheckpointError) as error:
+    except (ConfigError, CheckpointError, DataError) as error:
         print(error, file=sys.stderr)
         return error.exit_code
     options.out.mkdir(parents=True, exist_ok=True)
@@ -75,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
 def angles_to_dominant(run: Finished) -> np.ndarray:
     """Return the angle in degrees of every image to the dominant center of its identity."""
     head, pack = run.model.head, run.pack
-    centers = decode(head.centers.detach(), head.optimizer.states().get("centers_scale"))
+    centers = stored_centers(head)
     unit = F.normalize(centers.double()).view(-1, head.centers_per_identity, centers.shape[1])
     identities = torch.from_numpy(pack.identities(np.arange(len(pack))))
     cosines = []

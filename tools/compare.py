@@ -22,13 +22,15 @@ import os
 import re
 import subprocess
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from partialfc.config import ConfigError, load
+from partialfc.build import margin_of
+from partialfc.config import ConfigError, config_hash, load
+from partialfc.config_margins import AnyMargin
 from partialfc.margins import MARGINS
 from partialfc.metrics import read_records
 from tools.comparing import page, table
@@ -51,10 +53,14 @@ def main(arguments: list[str] | None = None) -> int:
     configs = [Path(word) for word in options.words if not _OVERRIDE.match(word)]
     words = [word for word in options.words if _OVERRIDE.match(word)]
     try:
-        seeds = [int(seed) for seed in options.seeds.split(",")]
+        seeds = seeds_of(options.seeds)
         variants = variants_of(configs, words, options.margins, options.vary)
         for variant in variants:  # a mistake is told before the first run
-            load(variant.config, variant.overrides).check(options.ranks)
+            config = load(variant.config, variant.overrides)
+            config.check(options.ranks)
+            margin_of(config)
+            for seed in seeds:
+                refuse_other_settings(variant, seed, options.out)
     except (ConfigError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -81,6 +87,39 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if failed else 0
 
 
+def seeds_of(words: str) -> list[int]:
+    """Return the seeds.
+
+    Raises:
+        ValueError: If one is no number or comes twice.
+    """
+    seeds = words.split(",")
+    if len(set(seeds)) < len(seeds) or not all(seed.isdecimal() for seed in seeds):
+        raise ValueError(f"--seeds {words}: must be different numbers, separated by commas.")
+    return [int(seed) for seed in seeds]
+
+
+def folder_of(variant: Variant, seed: int, out: Path) -> Path:
+    """Return the folder of a run."""
+    return out / re.sub(r"[^\w.=-]+", "_", variant.label) / f"seed_{seed}"
+
+
+def refuse_other_settings(variant: Variant, seed: int, out: Path) -> None:
+    """Refuse a run of the same label that was made with other settings.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    made = folder_of(variant, seed, out) / "config.toml"
+    if made.exists():
+        wanted = load(variant.config, [*variant.overrides, f"run.seed={seed}"])
+        if config_hash(load(made)) != config_hash(wanted):
+            raise ValueError(
+                f"{made} is of a run with other settings than {variant.config} and the words have "
+                "now. Choose another --out, or remove that folder."
+            )
+
+
 def variants_of(
     configs: list[Path], overrides: list[str], margins: str | None, vary: str | None
 ) -> list[Variant]:
@@ -90,6 +129,8 @@ def variants_of(
         ValueError: If the request is not one of these, or a margin does not exist.
         ConfigError: If the base settings do not load.
     """
+    if owned := [word for word in overrides if word.startswith(("run.seed=", "run.folder="))]:
+        raise ValueError(f"{owned[0]}: seeds are --seeds, and folders are made inside --out.")
     if not configs or (len(configs) > 1 and (margins or vary)) or (margins and vary):
         raise ValueError(
             "give one settings file with --margins or --vary, or several settings files."
@@ -101,16 +142,16 @@ def variants_of(
                 f"--margins {', '.join(unknown)}: must be of {', '.join(MARGINS)}, or all."
             )
         base = load(configs[0], overrides).head.margin
-        scale = getattr(base, "scale", None)
+        others = [word for word in overrides if not word.startswith("head.margin")]
         return [
-            Variant(name, configs[0], (*overrides, f"head.margin={_margin(name, base, scale)}"))
-            for name in names
+            Variant(name, configs[0], (*others, f"head.margin={_margin(name, base)}"))
+            for name in dict.fromkeys(names)
         ]
     if vary:
         key, _, values = vary.partition("=")
         return [
             Variant(f"{key} = {value}", configs[0], (*overrides, f"{key}={value}"))
-            for value in values.split(",")
+            for value in dict.fromkeys(values.split(","))
         ]
     labels = [path.stem for path in configs]
     if len(set(labels)) < len(labels):
@@ -120,20 +161,36 @@ def variants_of(
     ]
 
 
-def _margin(name: str, base: Any, scale: float | None) -> str:
-    """The base's own margin as it is; another one with its defaults, and the base's scale."""
-    if name == base.name:
-        values = base.model_dump(exclude_none=True)
-        return (
-            "{" + ", ".join(f"{key} = {json.dumps(value)}" for key, value in values.items()) + "}"
-        )
-    has_scale = scale is not None and MARGINS[name]().scale == MARGINS["arcface"]().scale
-    return f'{{name = "{name}"' + (f", scale = {scale}" if has_scale else "") + "}"
+def _margin(name: str, base: Any) -> str:
+    """Settings of a margin: those of the base that all margins have a use for, else its defaults.
+
+    Another margin takes over ``scale``, ``label_smoothing`` and ``inter_class_filter`` where it has
+    them and its own default is that of the base's margin.
+    """
+    values = base.model_dump(exclude_none=True)
+    if name != base.name:
+        other, same = MARGINS[name](), MARGINS[base.name]()
+        values = {
+            key: value
+            for key, value in values.items()
+            if key in ("scale", "label_smoothing", "inter_class_filter")
+            and key in _fields(name)
+            and getattr(other, key) == getattr(same, key)
+        }
+        values = {"name": name, **values}
+    return "{" + ", ".join(f"{key} = {json.dumps(value)}" for key, value in values.items()) + "}"
+
+
+def _fields(name: str) -> set[str]:
+    sections = get_args(get_args(AnyMargin)[0])
+    return {
+        field for section in sections if section().name == name for field in section.model_fields
+    }
 
 
 def run(variant: Variant, seed: int, out: Path, ranks: int) -> dict[str, Any] | None:
     """Train and measure one variant with one seed, unless that is done; ``None`` if it fails."""
-    folder = out / re.sub(r"[^\w.=-]+", "_", variant.label) / f"seed_{seed}"
+    folder = folder_of(variant, seed, out)
     if not (folder / "summary.json").exists():
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command = [

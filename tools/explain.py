@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import inspect
 import math
 
 import matplotlib as mpl
@@ -23,6 +24,7 @@ mpl.use("Agg")
 import torch
 from matplotlib import pyplot
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from partialfc.build import margin_of
@@ -62,8 +64,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = load(options.config, options.overrides)
         margin = margin_of(config)
-        identities = options.identities or open_pack(config.data.train).num_identities
-    except (ConfigError, OSError, ValueError) as error:
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    identities = options.identities
+    try:
+        if identities is None:
+            identities = open_pack(config.data.train).num_identities
+    except (OSError, ValueError) as error:
         print(f"{error}\nWithout the pack, say --identities N.", file=sys.stderr)
         return 2
     if identities < 2:
@@ -71,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     explain(config, margin, identities)
     if options.png:
-        draw(config, margin, options.png)
+        draw(config, margin, identities, options.png)
         print(f"{options.png}: written")
     return 0
 
@@ -79,10 +87,9 @@ def main(arguments: list[str] | None = None) -> int:
 def explain(config: Config, margin: Margin, identities: int) -> None:
     """Print the equation, the bounds, the boundary and the curve."""
     console = Console()
-    console.print(
-        f"[bold]{config.head.margin.name}[/bold]  {type(margin).__doc__}\n", highlight=False
-    )
-    settings = Table("setting", "value", title="[head.margin]")
+    meaning = inspect.cleandoc(type(margin).__doc__ or "").split("\n\nAttributes:")[0]
+    console.print(f"[bold]{config.head.margin.name}[/bold]: {escape(meaning)}\n", highlight=False)
+    settings = Table("setting", "value", title="head.margin")
     for name, value in config.head.margin.model_dump(exclude={"name"}).items():
         settings.add_row(name, str(value))
     console.print(settings)
@@ -97,12 +104,12 @@ def explain(config: Config, margin: Margin, identities: int) -> None:
     console.print(f"  an additive margin stays below {largest_additive(classes, dim):.3g}")
     table = Table("norm", "boundary", "largest posterior", "slope at it", title="by norm")
     for norm in norms(margin):
-        angle = boundary(margin, norm)
-        slope = curve(margin, torch.tensor([angle]), norm).slope_N
+        angle = boundary(margin, norm, identities)
+        slope = curve(margin, torch.tensor([angle]), norm, identities).slope_N
         table.add_row(
             f"{norm:g}" if len(norms(margin)) > 1 else "any",
             f"{math.degrees(angle):.1f}°",
-            f"{posterior(margin, classes, norm):.6f}",
+            f"{posterior(margin, classes, norm, identities):.6f}",
             f"{float(slope):.3g}",
         )
     console.print(
@@ -114,12 +121,12 @@ def explain(config: Config, margin: Margin, identities: int) -> None:
     labels = [f"logit, norm {norm:g}" if several else "logit" for norm in norms(margin)]
     points = Table("angle", *labels)
     theta_N = torch.tensor([math.radians(degree) for degree in DEGREES])
-    columns = [curve(margin, theta_N, norm).logit_N.tolist() for norm in norms(margin)]
+    columns = [curve(margin, theta_N, norm, identities).logit_N.tolist() for norm in norms(margin)]
     for degree, *logits in zip(DEGREES, *columns, strict=True):
         points.add_row(f"{degree}°", *(f"{logit:.2f}" for logit in logits))
     console.print(points)
     for sentence in warnings(margin, classes, dim):
-        console.print(f"[yellow]warning:[/yellow] {sentence}", highlight=False)
+        console.print(f"[yellow]warning:[/yellow] {escape(sentence)}", highlight=False)
 
 
 def norms(margin: Margin) -> tuple[float, ...]:
@@ -128,15 +135,15 @@ def norms(margin: Margin) -> tuple[float, ...]:
     return NORMS if depends else NORMS[:1]
 
 
-def draw(config: Config, margin: Margin, path: Path) -> None:
+def draw(config: Config, margin: Margin, identities: int, path: Path) -> None:
     """Write the picture of the curve."""
     theta_N = torch.linspace(0, math.pi, 1801)
     degree_N = [math.degrees(value) for value in theta_N.tolist()]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     colours = pyplot.get_cmap("viridis")([0.1, 0.4, 0.65, 0.9])
     for norm, colour in zip(norms(margin), colours, strict=False):
-        found = curve(margin, theta_N, norm)
-        angle = math.degrees(boundary(margin, norm))
+        found = curve(margin, theta_N, norm, identities)
+        angle = math.degrees(boundary(margin, norm, identities))
         label = f"norm {norm:g}" if len(norms(margin)) > 1 else config.head.margin.name
         label = f"{label}, boundary {angle:.0f}°"
         left.plot(degree_N, found.logit_N, color=colour, label=label)

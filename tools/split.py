@@ -7,7 +7,7 @@ An identity goes whole into one part, chosen by the seed and its place among the
 gets train/, validation/ and test/ with links to the images, and two lists for the identification
 rate at a false-positive rate: test/query.txt, images of test identities that have several, and
 test/distractors.txt, images of the other test identities. A line is a path inside test/, a tab, and
-the identity.
+the identity. The lists are for your own protocol: nothing here reads them.
 """
 
 import sys
@@ -61,8 +61,9 @@ def main(arguments: list[str] | None = None) -> int:
         )
     if options.out.exists():
         parser.error(f"{options.out} exists already; choose a new folder.")
+    out = options.out.parent.resolve() / options.out.name  # relative links need the real folder
     try:
-        images = images_of(options.source)
+        images = images_of(options.source.resolve())
         shares = {"validation": options.validation, "test": options.test}
         parts = split(sorted(images), shares, options.seed)
         query, distractors = query_and_distractors(
@@ -71,19 +72,24 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
-    partial = options.out.with_name(f".{options.out.name}.partial")
+    partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    # Links are relative to where they lie, so the folder is made beside its final place.
-    for part, names in parts.items():
-        for name in track(names, f"{part}: {len(names)} identities", disable=not names):
-            folder = partial / part / name
-            folder.mkdir(parents=True)
-            for image in images[name]:
-                PUT[options.put](image, folder / image.name)
+    try:
+        # Links are relative to where they lie, so the folder is made beside its final place.
+        for part, names in parts.items():
+            for name in track(names, f"{part}: {len(names)} identities", disable=not names):
+                folder = partial / part / name
+                folder.mkdir(parents=True)
+                for image in images[name]:
+                    PUT[options.put](image, folder / image.name)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        print(f"{error}\nNothing was made; --put symlink or copy may work.", file=sys.stderr)
+        return 2
     (partial / "test").mkdir(parents=True, exist_ok=True)
     write_list(partial / "test" / "query.txt", query, images)
     write_list(partial / "test" / "distractors.txt", distractors, images)
-    partial.rename(options.out)
+    partial.rename(out)
     counts = {part: sum(len(images[name]) for name in names) for part, names in parts.items()}
     for part in PARTS:
         print(f"{part:<10} {len(parts[part]):>9,} identities {counts[part]:>11,} images")
@@ -151,7 +157,7 @@ def query_and_distractors(images: Images, share: float, seed: int) -> tuple[list
 def write_list(path: Path, names: Sequence[str], images: Images) -> None:
     """Write a line for every image of some identities."""
     lines = [f"{name}/{image.name}\t{name}\n" for name in names for image in images[name]]
-    path.write_text("".join(lines))
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

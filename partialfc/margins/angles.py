@@ -18,8 +18,9 @@ PastPi = Literal["linear", "fold", "drop", "easy", "none"]
 
 ``"linear"``: as cos(θ), shifted so that the curve is continuous. ``"fold"``: as
 (-1)^k cos(φ) - 2k, the ψ of SphereFace. ``"drop"``: as cos(θ) - m1·sin(m1), a step down, as in
-the first ArcFace code and in pytorch-metric-learning. ``"easy"``: the margin at θ < pi/2 only,
-cos(θ) beyond. ``"none"``: not at all. The last two are not monotone.
+the first ArcFace code and in pytorch-metric-learning; for m0 = 1. ``"easy"``: the margin at
+θ < pi/2 only, cos(θ) beyond. ``"none"``: not at all. The last two are not monotone, nor is
+``"drop"`` with m0 > 1.
 """
 
 
@@ -51,7 +52,7 @@ def cosine_with_margin(
 
     Args:
         cosine_B: cos(θ).
-        multiplicative: m0 >= 0.
+        multiplicative: m0 >= 1.
         angular: m1 in radians, a number or [B].
         past_pi: See :data:`PastPi`.
     """
@@ -62,14 +63,17 @@ def cosine_with_margin(
     if past_pi == "fold":
         fold_B = (phi_B.detach() / math.pi).floor()
         return (1 - 2 * fold_B.remainder(2)) * shifted_B - 2 * fold_B
-    margin_B = torch.as_tensor(angular, dtype=cosine_B.dtype, device=cosine_B.device)
     if past_pi == "easy":
         return torch.where(cosine_B > 0, shifted_B, cosine_B)
-    if past_pi == "drop":
-        beyond_B = cosine_B - margin_B * margin_B.sin()
+    # A number stays one: a tensor of it would have to be copied to a GPU.
+    shift: float | Tensor
+    if isinstance(angular, Tensor):
+        turn_B = (math.pi - angular) / multiplicative
+        shift = angular * angular.sin() if past_pi == "drop" else 1 + turn_B.cos()
     else:
-        turn_B = ((math.pi - margin_B) / max(multiplicative, 1e-12)).clamp(max=math.pi).cos()
-        beyond_B = cosine_B - (1 + turn_B)
+        turn = (math.pi - angular) / multiplicative
+        shift = angular * math.sin(angular) if past_pi == "drop" else 1 + math.cos(turn)
+    beyond_B = cosine_B - shift
     return torch.where(phi_B < math.pi, shifted_B, beyond_B)
 
 

@@ -36,7 +36,7 @@ class Rows:
         norm_B: Length of the embedding; ``None`` unless the margin asks with ``needs_norms``.
         length_B: Length of the own class center; ``None`` where keys have unit length.
         step: Optimizer steps taken so far.
-        key: Of random numbers, the same on all ranks, another one at each forward pass.
+        key: Of random numbers, the same on all ranks, another one for each micro-batch.
     """
 
     dot_B: Tensor
@@ -158,7 +158,8 @@ class Margin(ABC):
 
         Args:
             state: Of this one.
-            sum_B: Sum of exp(logit) over the sampled negatives of all ranks.
+            sum_B: Sum of exp(logit) over the sampled negatives of all ranks; of
+                exp(logit - row maximum) where ``largest_logit`` is above 64.
             logit_B: The positives' logits.
         """
         return dict(state)
@@ -212,6 +213,18 @@ def check_angular(angular: float, *, name: str = "angular") -> None:
             f"margin.{name} must be in [0, pi/2] radians, got {angular}"
             f"{degrees if 0 <= angular <= 90 else ''}."
         )
+
+
+def check_margin_of(base: str, margin: float) -> None:
+    """Refuse a margin that is in radians or in units of cosine, as its base has it.
+
+    Raises:
+        ValueError: If it is not in [0, pi/2].
+    """
+    if base == "arcface":
+        check_angular(margin, name="margin")
+    elif not 0 <= margin <= math.pi / 2:
+        refuse("margin", margin, "in [0, pi/2], in units of cosine for base = 'cosface'")
 
 
 def check_gradient(gradient: str) -> None:

@@ -129,6 +129,7 @@ class CombinedMargin(Margin):
             refuse("past_pi", self.past_pi, f"one of {', '.join(get_args(PastPi))}")
         check_gradient(self.gradient)
         rises = self.past_pi == "none" and (self.multiplicative > 1 or self.angular > 0)
+        rises |= self.past_pi == "drop" and self.multiplicative > 1
         if (rises or self.past_pi == "easy") and not self.allow_rising:
             raise ValueError(
                 f"margin.past_pi = {self.past_pi!r} makes the logit rise with the angle somewhere. "

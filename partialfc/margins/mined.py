@@ -20,6 +20,7 @@ from partialfc.margins.base import (
     State,
     check_angular,
     check_gradient,
+    check_margin_of,
     refuse,
     straight_through,
 )
@@ -103,8 +104,6 @@ class MVSoftmax(_Mined):
         gradient: Of the positive; as in :class:`partialfc.margins.ArcFace`.
     """
 
-    largest_bend: ClassVar[float] = 3.0
-
     base: Literal["arcface", "cosface"] = "arcface"
     margin: float = 0.5
     weighting: Literal["fixed", "adaptive"] = "adaptive"
@@ -115,7 +114,7 @@ class MVSoftmax(_Mined):
         _Mined.__post_init__(self)
         if self.base not in ("arcface", "cosface"):
             refuse("base", self.base, "arcface or cosface")
-        check_angular(self.margin, name="margin")
+        check_margin_of(self.base, self.margin)
         if self.weighting not in ("fixed", "adaptive"):
             refuse("weighting", self.weighting, "fixed or adaptive")
         if not 1 <= self.weight <= 2:
@@ -130,8 +129,9 @@ class MVSoftmax(_Mined):
     def bend(self, state: State, rows: Rows) -> Bend:
         """See :meth:`Margin.bend`."""
         linear = self.weight if self.weighting == "adaptive" else 1.0
-        values = [self.scale * (self.weight - 1), linear, 0.0]
-        coefficients = torch.tensor(values, device=rows.dot_B.device)
+        values = (self.scale * (self.weight - 1), linear, 0.0)
+        zero = rows.dot_B.new_zeros(())
+        coefficients = torch.stack([torch.full_like(zero, value) for value in values])
         return Bend(self.logit(state, rows), coefficients)
 
     def logit(self, state: State, rows: Rows) -> Tensor:

@@ -17,8 +17,8 @@ from partialfc.margins.base import (
     Margin,
     Rows,
     State,
-    check_angular,
     check_gradient,
+    check_margin_of,
     refuse,
     straight_through,
 )
@@ -53,7 +53,7 @@ class ElasticFace(Margin):
         Margin.__post_init__(self)
         if self.base not in ("arcface", "cosface"):
             refuse("base", self.base, "arcface or cosface")
-        check_angular(self.margin, name="margin")
+        check_margin_of(self.base, self.margin)
         if not 0 <= self.deviation <= self.margin:
             refuse("deviation", self.deviation, f"in [0, margin = {self.margin}]")
         check_gradient(self.gradient)
@@ -66,8 +66,10 @@ class ElasticFace(Margin):
     def logit(self, state: State, rows: Rows) -> Tensor:
         """See :meth:`Margin.logit`."""
         cosine_B = rows.dot_B.clamp(-1, 1)
-        drawn_B = torch.from_numpy(normal(np.arange(len(cosine_B)), rows.key))
-        margin_B = (self.margin + self.deviation * drawn_B.clamp(-1, 1)).to(cosine_B)
+        drawn_B = torch.from_numpy(normal(np.arange(len(cosine_B)), rows.key)).clamp(-1, 1)
+        margin_B = (self.margin + self.deviation * drawn_B).to(cosine_B.dtype)
+        if cosine_B.is_cuda:  # pinned, or the host would wait for the copy
+            margin_B = margin_B.pin_memory().to(cosine_B.device, non_blocking=True)
         if self.sort:
             order_B = cosine_B.detach().argsort(descending=True, stable=True)
             margin_B = torch.empty_like(margin_B).index_copy_(0, order_B, margin_B.sort().values)

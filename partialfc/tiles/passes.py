@@ -111,7 +111,7 @@ class Kept:
         maximum_B: Subtracted from the logits before exp, or ``None``.
         negative_B: Factor that makes exp(logit - maximum) the derivative of the loss by the
             product.
-        positive_B: Derivative of the loss by the positive's product.
+        positive_B: Derivative of the loss by the positive's product, times what follows.
         positive_BD: The derivative of the positive's product by its key: queries, unless the
             margin follows the length of a center.
         even_D: Subtracted from the gradient of every sampled key, or ``None``.
@@ -172,9 +172,11 @@ def first_pass(
             key_TD = _keys(centers_CD, rows, start, stop, query_BD.dtype, logits, workspace)
             if key_sum_D is not None:
                 key_sum_D.add_(key_TD.sum(0, dtype=torch.float32))
-            logit_TB = _logits(key_TD, query_BD, target_B - start, logits)
+            column_B = target_B - start
+            logit_TB = _logits(key_TD, query_BD, column_B, logits)
+            logit_TB, slope_TB, bend = _bent_first(logit_TB, column_B, logits, workspace)
             if maximum_B is not None:
-                larger_B = torch.maximum(maximum_B, _largest(logit_TB, target_B - start, logits))
+                larger_B = torch.maximum(maximum_B, _largest(logit_TB, column_B))
                 shrink_B = (maximum_B - larger_B).exp()
                 sum_B.mul_(shrink_B)
                 if pull_BD is not None:
@@ -182,13 +184,15 @@ def first_pass(
                 maximum_B = larger_B
             exp_TB = steps.exponentials(
                 logit_TB,
-                target_B - start,
-                bend=logits.bend,
+                column_B,
+                bend=bend,
                 shift_B=maximum_B,
                 sum_B=sum_B,
                 dtype=query_BD.dtype,
                 workspace=workspace,
             )
+            if slope_TB is not None:
+                exp_TB.mul_(slope_TB)
             if pull_BD is not None:
                 add_product_(pull_BD, exp_TB.T, key_TD)
             keep_bytes -= exp_TB.nbytes
@@ -232,15 +236,20 @@ def second_pass(
                     if key_TD is None:
                         dtype = query_BD.dtype
                         key_TD = _keys(centers_CD, rows, start, stop, dtype, logits, workspace)
+                    column_B = part.target_B - start
+                    logit_TB = _logits(key_TD, query_BD, column_B, logits)
+                    logit_TB, slope_TB, bend = _bent_first(logit_TB, column_B, logits, workspace)
                     exp_TB = steps.exponentials(
-                        _logits(key_TD, query_BD, part.target_B - start, logits),
-                        part.target_B - start,
-                        bend=logits.bend,
+                        logit_TB,
+                        column_B,
+                        bend=bend,
                         shift_B=maximum_B,
                         sum_B=None,
                         dtype=query_BD.dtype,
                         workspace=workspace,
                     )
+                    if slope_TB is not None:
+                        exp_TB.mul_(slope_TB)
                 if part.present_n is not None:
                     exp_TB.mul_(part.present_n[start:stop].unsqueeze(1))
                 add_product_(gradient_TD, exp_TB, weighted_BD, keep=part is not parts[0])
@@ -340,16 +349,25 @@ def _logits(key_TD: Tensor, query_BD: Tensor, column_B: Tensor, logits: Logits) 
     return logit_TB
 
 
-def _largest(logit_TB: Tensor, column_B: Tensor, logits: Logits) -> Tensor:
-    """Largest negative logit of each column of a tile, ``_NO_LOGIT`` where it has none.
+def _bent_first(
+    logit_TB: Tensor, column_B: Tensor, logits: Logits, workspace: Workspace
+) -> tuple[Tensor, Tensor | None, Bend | None]:
+    """Bend where a row maximum is needed, which is that of the bent logits.
 
-    Of bent logits it is the largest one bent, which is near enough: a smaller one may be bent above
-    it, but never by more than the scale.
+    Returns:
+        The logits, the slope of the bend or ``None``, and the bend that is still to do or ``None``.
     """
+    if logits.bend is None or not logits.needs_maximum:
+        return logit_TB, None, logits.bend
     torch_steps.leave_out_(logit_TB, column_B)
-    largest_B = logit_TB.amax(0).float().clamp(min=_NO_LOGIT)
-    if logits.bend is not None:
-        bent_B = largest_B.clone()
-        torch_steps.bend_(bent_B, logits.bend, Workspace())
-        largest_B = torch.maximum(largest_B, bent_B)
-    return largest_B
+    logit_TB = logit_TB.float()
+    slope_TB = torch_steps.bend_(logit_TB, logits.bend, workspace)
+    if logits.per_identity > 1:
+        logit_TB.masked_fill_(logit_TB <= torch_steps.LEFT_OUT, -torch.inf)
+    return logit_TB, slope_TB, None
+
+
+def _largest(logit_TB: Tensor, column_B: Tensor) -> Tensor:
+    """Largest negative logit of each column of a tile, ``_NO_LOGIT`` where it has none."""
+    torch_steps.leave_out_(logit_TB, column_B)
+    return logit_TB.amax(0).float().clamp(min=_NO_LOGIT)

@@ -22,8 +22,8 @@ class Positives:
     Attributes:
         target_P: int64 row of the sample, ascending.
         order_P: int64 place of each in the two below.
-        slope_P: fp32 derivative of the loss by the positive's cosine.
-        embedding_PD: Unit embeddings, fp32 or bf16.
+        slope_P: fp32 derivative of the loss by the positive's product.
+        embedding_PD: Derivative of that product by its key, fp32 or bf16: queries as a rule.
     """
 
     target_P: Tensor
@@ -45,7 +45,7 @@ class Positives:
         return torch.searchsorted(self.target_P, every)
 
     def add_(self, gradient_TD: Tensor, start: int) -> None:
-        """Add their share to the gradient by the unit centers of the tile at ``start``."""
+        """Add their share to the gradient by the keys of the tile at ``start``."""
         low, high = (self._before(row) for row in (start, start + len(gradient_TD)))
         if low == high:
             return

@@ -14,7 +14,7 @@ _SMALLEST_NORM = 1e-12
 """A shorter vector has no direction: its unit vector and its gradient are zero."""
 
 
-_LEFT_OUT = -1e6
+LEFT_OUT = -1e6
 """Bent logit of what is left out: exp of it, and of it less any shift above half of it, is 0."""
 
 
@@ -55,7 +55,7 @@ def exponentials(
     slope_TB: Tensor | None = None
     if bend is not None:
         slope_TB = bend_(logit_TB, bend, workspace)
-        shift_B = None if shift_B is None else shift_B.clamp(min=_LEFT_OUT / 2)
+        shift_B = None if shift_B is None else shift_B.clamp(min=LEFT_OUT / 2)
     if shift_B is not None:
         logit_TB.sub_(shift_B)
     exp_TB = logit_TB.exp_()
@@ -69,14 +69,14 @@ def exponentials(
 def bend_(logit: Tensor, bend: Bend, workspace: Workspace) -> Tensor:
     """Bend fp32 logits [..., B] in place; return the slope of the bend, 1 below it.
 
-    A logit of -inf becomes ``_LEFT_OUT``. By arithmetic: a choice between two tensors takes a CPU
+    A logit of -inf becomes ``LEFT_OUT``. By arithmetic: a choice between two tensors takes a CPU
     longer than all of this.
     """
     constant, linear, quadratic = bend.coefficient_3.unbind()
     above, slope = (
         workspace(name, (*logit.shape,), torch.float32, logit.device) for name in ("above", "slope")
     )
-    logit.clamp_(min=_LEFT_OUT)  # inf * 0 would be NaN
+    logit.clamp_(min=LEFT_OUT)  # inf * 0 would be NaN
     torch.sub(logit, bend.threshold_B, out=above).sign_().clamp_(min=0)
     torch.mul(logit, 2 * quadratic, out=slope).add_(linear - 1).mul_(above).add_(1)
     # z + above * (a + (b - 1) z + c z²)

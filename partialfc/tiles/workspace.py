@@ -23,6 +23,7 @@ class Workspace:
             count *= length
         buffer = self._buffers.get((name, dtype))
         if buffer is None or buffer.numel() < count or buffer.device != device:
-            buffer = torch.empty(count, dtype=dtype, device=device)
+            with torch.inference_mode(False):  # training may use it next
+                buffer = torch.empty(count, dtype=dtype, device=device)
             self._buffers[name, dtype] = buffer
         return buffer[:count].view(size)

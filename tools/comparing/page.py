@@ -35,7 +35,7 @@ p.note { color: #52606d; }
 """
 _MARK = ' class="best"'
 _SMALL_IS_BEST = ("angle to own", "peak GiB")
-_NOT_COMPARED = ("loss", "to nearest other")
+_NOT_COMPARED = ("loss", "to nearest other", "images/s")
 
 
 def write(path: Path, found: Found, *, title: str) -> None:
@@ -60,7 +60,7 @@ def write(path: Path, found: Found, *, title: str) -> None:
         f'<p class="note">Seeds {", ".join(map(str, seeds))}; a seed decides the order of the data '
         "for all settings. Mean over seeds ± half the distance from smallest to largest; the best "
         "mean of a column is green. IR@FPIR: rank-1 identification rate at a false-positive "
-        "identification rate, half of the held-out identities being distractors. Losses of "
+        "identification rate, half of the identities of the same set being distractors. Losses of "
         "different margins are not comparable.</p>"
         f'<div class="scroll">{_table(done)}</div>{body}</body></html>'
     )
