@@ -1,7 +1,7 @@
 """Train several settings with several seeds on the same data order, and compare them in one report.
 
     python tools/compare.py configs/omniglot.toml --margins all --seeds 1,2 --out runs/margins
-    python tools/compare.py configs/omniglot.toml --vary head.sample_rate=1,0.3,0.1 --out runs/rates
+    python tools/compare.py configs/omniglot.toml --vary=head.sample_rate=1,0.3,0.1 --out runs/rates
     python tools/compare.py a.toml b.toml --seeds 1,2,3 --ranks 2 --out runs/ab run.epochs=2
 
 A seed decides the order of the data, so every setting sees the same images with it. OUT gets
