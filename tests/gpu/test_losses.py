@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from partialfc import PartialFC, RowSGD
 from tests import loss_truth
 from tests.every_margin import EVERY_MARGIN
 from tests.reference import relative_error
@@ -31,3 +32,26 @@ def test_loss_and_gradients_equal_the_fp64_equations(name, rate, angles):
     limit = {"random": 1e-5, "pi/2": 1e-5, "0": 5e-3, "pi": 1e-3}[angles]
     for value, expected in zip(found, truth, strict=True):
         assert relative_error(value.cpu(), expected) < limit
+
+
+@pytest.mark.parametrize("name", EVERY_MARGIN)
+def test_no_margin_waits_for_the_device(name):
+    """All centers in use: any hidden synchronisation with the host raises here."""
+    head = PartialFC(1000, 64, EVERY_MARGIN[name], optimizer=RowSGD(lr=0.1), device="cuda")
+    embeddings = torch.randn(64, 64, device="cuda")
+    labels = torch.randint(0, 1000, (64,), device="cuda")
+
+    def one() -> torch.Tensor:
+        loss = head(embeddings.clone().requires_grad_(), labels)
+        loss.backward()
+        head.optimizer.step()
+        return loss.detach()
+
+    losses = [one()]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        losses += [one() for _ in range(5)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.stack(losses).isfinite().all()
