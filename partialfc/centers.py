@@ -3,18 +3,14 @@
 Shape suffixes: B = rows of the gathered batch, K = centers of an identity, D = embedding.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from partialfc.permutation import key
 from partialfc.row_format import decode
+from partialfc.row_rules import States
 from partialfc.sampling import NOT_LOCAL, Sample
 from partialfc.tiles import take_rows, unit
-
-if TYPE_CHECKING:
-    from partialfc.head import PartialFC
 
 _CENTER_STD = 0.01
 _INITIAL_BLOCK = 1024
@@ -46,10 +42,10 @@ def initial_centers(
     return centers
 
 
-def stored_centers(head: "PartialFC") -> Tensor:
-    """Return this rank's centers as fp32 rows on the CPU, whatever their format."""
-    scale = head.optimizer.states().get("centers_scale")
-    return decode(head.centers.detach(), scale).cpu()
+def stored_centers(centers_CD: Tensor, states: States) -> Tensor:
+    """Return a rank's centers as fp32 rows on the CPU, whatever their format; states as in
+    ``RowOptimizer.states()``."""
+    return decode(centers_CD.detach(), states.get("centers_scale")).cpu()
 
 
 def expand(sample: Sample, per_identity: int) -> Sample:

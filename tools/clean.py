@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
 def angles_to_dominant(run: Finished) -> np.ndarray:
     """Return the angle in degrees of every image to the dominant center of its identity."""
     head, pack = run.model.head, run.pack
-    centers = stored_centers(head)
+    centers = stored_centers(head.centers, head.optimizer.states())
     unit = F.normalize(centers.double()).view(-1, head.centers_per_identity, centers.shape[1])
     identities = torch.from_numpy(pack.identities(np.arange(len(pack))))
     cosines = []

@@ -57,7 +57,7 @@ def training_numbers(run: Finished) -> dict[str, Any]:
     embeddings = torch.from_numpy(
         run.evaluation.embed(run.model, "train", count, lambda i: pack.jpeg(int(which[i])))
     ).float()
-    centers = stored_centers(head)
+    centers = stored_centers(head.centers, head.optimizer.states())
     directions = F.normalize(centers[:, : head.embedding_dim])
     keys = directions if head.margin.unit_centers else centers
     recognised, own_degrees, other_degrees = [], [], []
