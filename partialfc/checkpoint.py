@@ -263,7 +263,7 @@ def _write_tensors(folder: Path, model: Model, runtime: Runtime) -> None:
             _write(folder / "head.safetensors", shared)
     if len(head.owned):
         _write(
-            folder / f"centers_{_owned_rows(head).start:010d}.safetensors",
+            folder / f"centers_{head.owned_rows.start:010d}.safetensors",
             {"centers": head.centers.detach(), **head.optimizer.state[head.centers]},
         )
 
@@ -294,7 +294,7 @@ def _commit(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
 def _read_centers(path: Path, manifest: dict[str, Any], head: PartialFC) -> dict[str, Tensor]:
     """Fill this rank's centers from the files that hold its rows; return its row states."""
     states: dict[str, Tensor] = {}
-    read, owned = 0, _owned_rows(head)
+    read, owned = 0, head.owned_rows
     for name in manifest["files"]:
         if not name.startswith("centers_"):
             continue
@@ -320,12 +320,6 @@ def _read_centers(path: Path, manifest: dict[str, Any], head: PartialFC) -> dict
     if read != len(owned):
         raise CheckpointError(f"{path}: it has {read} of the {len(owned)} rows of this rank.")
     return states
-
-
-def _owned_rows(head: PartialFC) -> range:
-    """Global rows of this rank's centers: those of its identities."""
-    per = head.centers_per_identity
-    return range(head.owned.start * per, head.owned.stop * per)
 
 
 def _restore(optimizer: torch.optim.Optimizer, states: Mapping[int, Mapping[str, Tensor]]) -> None:

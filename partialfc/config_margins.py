@@ -31,10 +31,14 @@ class _Scaled(Margin):
     """s, the factor of every cosine in the softmax: the radius of the hypersphere."""
 
 
-class _Cosines(_Scaled, _Smoothed):
+class _Filtered(_Scaled):
     inter_class_filter: Annotated[float | None, Field(gt=-1, lt=1), Unit("units of cosine")] = None
     """Cosine above which a negative is taken for the same person under another identity: its
     logit becomes 0 and it gets no gradient. Left out, there is no filter."""
+
+
+class _Cosines(_Filtered, _Smoothed):
+    """What margins on the positive's cosine have."""
 
 
 class _StraightThrough(Margin):
@@ -258,7 +262,7 @@ class AdaCos(_Smoothed):
     """Which margin."""
 
 
-class SubCenterArcFace(_Scaled, _StraightThrough):
+class SubCenterArcFace(_Filtered, _StraightThrough):
     """ArcFace on the nearest of several centers of an identity, for labels with noise."""
 
     name: Literal["subcenter_arcface"] = "subcenter_arcface"
@@ -266,10 +270,6 @@ class SubCenterArcFace(_Scaled, _StraightThrough):
 
     angular: Angle = 0.5
     """m, added to the positive's angle."""
-
-    inter_class_filter: Annotated[float | None, Field(gt=-1, lt=1), Unit("units of cosine")] = None
-    """Cosine above which a negative is taken for the same person under another identity: its
-    logit becomes 0 and it gets no gradient. Left out, there is no filter."""
 
     sub_centers: Annotated[int, Field(ge=1, le=10)] = 3
     """Centers of an identity; each costs what a center costs."""

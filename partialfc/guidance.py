@@ -68,8 +68,8 @@ def curve(margin: Margin, theta_N: Tensor, norm: float, num_identities: int = 10
         margin: Any; annealing is over, moving averages stand as at the first step, what is drawn is
             at its mean.
         theta_N: Radians in [0, pi].
-        norm: Length of the embedding, and of the class center where its length is kept; only some
-            margins look at it.
+        norm: Length of the embedding; only some margins look at it. Where the length of a class
+            center is kept, it is 1.
         num_identities: C, for a scale that follows from it.
     """
     if isinstance(margin, ElasticFace):
@@ -78,11 +78,10 @@ def curve(margin: Margin, theta_N: Tensor, norm: float, num_identities: int = 10
     norm_N = torch.full_like(theta_N, norm)
     gain_N = margin.gain(norm_N, state)
     gain = 1.0 if gain_N is None else float(gain_N.flatten()[0])
-    length = 1.0
     rows = Rows(
-        dot_B=theta_N.cos() * gain * length,
+        dot_B=theta_N.cos() * gain,
         norm_B=norm_N,
-        length_B=None if margin.unit_centers else torch.full_like(theta_N, length),
+        length_B=None if margin.unit_centers else torch.ones_like(theta_N),
         step=_LAST_STEP,
         key=0,
     )
@@ -128,13 +127,13 @@ def warnings(margin: Margin, classes: int, embedding_dim: int) -> list[str]:
         found.append(
             f"head.margin.scale = {margin.scale:g}: with {classes:,} classes in the softmax a "
             f"perfect sample reaches a posterior of {reached:.2g} only; {WANTED_POSTERIOR:g} needs "
-            f"a scale of {needed:.1f} (CosFace, eq. 6)."
+            f"a scale of {needed:.1f} (CosFace, section 3.3)."
         )
     name = "margin" if getattr(margin, "base", "") == "cosface" else "additive"
     additive, bound = getattr(margin, name, 0.0), largest_additive(classes, embedding_dim)
     if additive > bound:
         found.append(
             f"head.margin.{name} = {additive:g}: {classes:,} class centers in {embedding_dim} "
-            f"dimensions cannot be further apart than {bound:.3g} (CosFace, eq. 7)."
+            f"dimensions cannot be further apart than {bound:.3g} (CosFace, section 3.4)."
         )
     return found

@@ -112,12 +112,14 @@ class PartialFC(nn.Module):
         )
         self.embedding_dim, self.seed = embedding_dim, seed
         self.centers_per_identity = margin.centers_per_identity
-        rows = range(
+        self.owned_rows = range(
             self.owned.start * self.centers_per_identity,
             self.owned.stop * self.centers_per_identity,
         )
         dim = embedding_dim + margin.bias
-        centers = initial_centers(rows, dim, seed=seed, device=device, dtype=DTYPES[center_format])
+        centers = initial_centers(
+            self.owned_rows, dim, seed=seed, device=device, dtype=DTYPES[center_format]
+        )
         if margin.bias:
             centers[:, -1] = 0
         self.centers = nn.Parameter(centers, requires_grad=False)
@@ -130,7 +132,7 @@ class PartialFC(nn.Module):
         self.optimizer = RowOptimizer(
             self.centers,
             optimizer or RowSGD(),
-            first_row=rows.start,
+            first_row=self.owned_rows.start,
             seed=seed,
             overlap=overlap,
         )

@@ -77,7 +77,7 @@ def angles_to_dominant(run: Finished) -> np.ndarray:
     """Return the angle in degrees of every image to the dominant center of its identity."""
     head, pack = run.model.head, run.pack
     centers = stored_centers(head.centers, head.optimizer.states())
-    unit = F.normalize(centers.double()).view(-1, head.centers_per_identity, centers.shape[1])
+    unit = F.normalize(centers).view(-1, head.centers_per_identity, centers.shape[1])
     identities = torch.from_numpy(pack.identities(np.arange(len(pack))))
     cosines = []
     with Progress(console=Console(stderr=True)) as progress:
@@ -88,7 +88,7 @@ def angles_to_dominant(run: Finished) -> np.ndarray:
             embeddings = run.evaluation.embed(
                 run.model, "train", len(records), _jpeg(pack, records)
             )
-            unit_ND = F.normalize(torch.from_numpy(embeddings))
+            unit_ND = F.normalize(torch.from_numpy(embeddings).float())
             cosines.append((unit[identities[start:stop]] @ unit_ND.unsqueeze(2)).squeeze(2))
             progress.advance(task, stop - start)
     cosine_NK = torch.cat(cosines)

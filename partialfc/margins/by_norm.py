@@ -28,7 +28,7 @@ _SMALLEST_ANGLE = 1e-3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdaFace(Margin):
-    """``s * (cos(theta - m z) - (m + m z))``, z the image's quality in [-1, 1], eq. 10-13 of
+    """``s * (cos(theta - m z) - (m + m z))``, z the image's quality in [-1, 1],
     https://arxiv.org/abs/2204.00964.
 
     z = h (norm - mean) / std of the norms, clipped; mean and std are moving averages over batches.
@@ -87,7 +87,7 @@ class AdaFace(Margin):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MagFace(Margin):
-    """``s * cos(theta + m(a))``, a = ||x||, eq. 3-6 of https://arxiv.org/abs/2103.06627.
+    """``s * cos(theta + m(a))``, a = ||x||, https://arxiv.org/abs/2103.06627.
 
     m(a) rises in a straight line from ``smallest_angular`` at ``smallest_norm`` to
     ``largest_angular`` at ``largest_norm``, and the loss gains λ g(a), g(a) = a / u² + 1 / a with

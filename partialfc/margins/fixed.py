@@ -62,7 +62,7 @@ class ArcFace(Margin):
 
     def logit(self, state: State, rows: Rows) -> Tensor:
         """See :meth:`Margin.logit`."""
-        return self.scale * cosine_with_margin(rows.dot_B, 1.0, self.angular, "linear")
+        return self.positive(state, rows).logit_B
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

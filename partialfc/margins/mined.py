@@ -42,7 +42,7 @@ class _Mined(Margin):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CurricularFace(_Mined):
-    """ArcFace whose harder negatives gain weight: s cos(θj) (t + cos(θj)), eq. 5 and 9 of
+    """ArcFace whose harder negatives gain weight: s cos(θj) (t + cos(θj)),
     https://arxiv.org/abs/2004.00288.
 
     A negative is hard if cos(θj) > cos(θ + m); t is a moving average of the positive cosine, so
@@ -91,7 +91,7 @@ class CurricularFace(_Mined):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MVSoftmax(_Mined):
-    """Mis-classified negatives weighed up, eq. 6-8 of https://arxiv.org/abs/1912.00833.
+    """Mis-classified negatives weighed up, https://arxiv.org/abs/1912.00833.
 
     A negative is mis-classified if its cosine exceeds the positive's with its margin. Its logit
     becomes s (cos + t - 1) with ``weighting="fixed"`` and s (t cos + t - 1) with ``"adaptive"``.

@@ -73,48 +73,39 @@ class FNormSphereFace(_Multiplicative):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SphereFace(_Multiplicative):
+class _KeptNorm(_Multiplicative):
+    """The length of an embedding is its scale; there is no other."""
+
+    unit_embeddings: ClassVar[bool] = False
+    needs_norms: ClassVar[bool] = True
+
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        _Multiplicative.__post_init__(self)
+        refuse_scale_and_filter(self)
+
+    def logit(self, state: State, rows: Rows) -> Tensor:
+        """See :meth:`Margin.logit`."""
+        assert rows.norm_B is not None
+        length_B = rows.norm_B if rows.length_B is None else rows.norm_B * rows.length_B
+        length_B = length_B.clamp(min=_SMALLEST_LENGTH)
+        return length_B * self._annealed(rows.dot_B / length_B, rows.step)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SphereFace(_KeptNorm):
     """``||x|| ψ(theta)``: A-Softmax, eq. 7 of https://arxiv.org/abs/1704.08063.
 
     Centers have unit length; the length of an embedding is its scale.
     """
 
-    unit_embeddings: ClassVar[bool] = False
-    needs_norms: ClassVar[bool] = True
-
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        _Multiplicative.__post_init__(self)
-        refuse_scale_and_filter(self)
-
-    def logit(self, state: State, rows: Rows) -> Tensor:
-        """See :meth:`Margin.logit`."""
-        assert rows.norm_B is not None
-        length_B = rows.norm_B.clamp(min=_SMALLEST_LENGTH)
-        return length_B * self._annealed(rows.dot_B / length_B, rows.step)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LSoftmax(_Multiplicative):
+class LSoftmax(_KeptNorm):
     """``||w|| ||x|| ψ(theta)``: L-Softmax, eq. 4 of https://arxiv.org/abs/1612.02295.
 
     Both lengths are kept, for the negatives too, and there is no bias.
     """
 
-    unit_embeddings: ClassVar[bool] = False
     unit_centers: ClassVar[bool] = False
-    needs_norms: ClassVar[bool] = True
-
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        _Multiplicative.__post_init__(self)
-        refuse_scale_and_filter(self)
-
-    def logit(self, state: State, rows: Rows) -> Tensor:
-        """See :meth:`Margin.logit`."""
-        assert rows.norm_B is not None
-        assert rows.length_B is not None
-        length_B = (rows.norm_B * rows.length_B).clamp(min=_SMALLEST_LENGTH)
-        return length_B * self._annealed(rows.dot_B / length_B, rows.step)

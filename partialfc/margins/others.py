@@ -31,7 +31,7 @@ _LARGEST_SCALE = 64.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ElasticFace(Margin):
-    """A margin drawn anew for every sample: N(m, σ²) cut at m ± σ, eq. 5-7 of
+    """A margin drawn anew for every sample: N(m, σ²) cut at m ± σ,
     https://arxiv.org/abs/2109.09416.
 
     Attributes:
@@ -81,7 +81,7 @@ class ElasticFace(Margin):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdaCos(NormalizedSoftmax):
-    """``s * cos(theta)`` with a scale that follows the run, eq. 7-16 of
+    """``s * cos(theta)`` with a scale that follows the run,
     https://arxiv.org/abs/1905.00292.
 
     It starts at √2 ln(C - 1); after each step s = ln(mean of Σ exp(s cos(θj)) over negatives) /
@@ -121,7 +121,7 @@ class AdaCos(NormalizedSoftmax):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SubCenterArcFace(ArcFace):
-    """ArcFace on the nearest of K centers of each identity, for labels with noise; eq. 3 of
+    """ArcFace on the nearest of K centers of each identity, for labels with noise;
     https://www.ecva.net/papers/eccv_2020/papers_ECCV/papers/123560715.pdf.
 
     Clean images gather at one dominant center, wrongly labelled ones at the others. It costs K

@@ -49,7 +49,7 @@ class _KeptNorm(_Plain):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModifiedSoftmax(_KeptNorm):
-    """``||x|| cos(theta)``: unit centers, no bias, eq. 4 of https://arxiv.org/abs/1704.08063."""
+    """``||x|| cos(theta)``: unit centers, no bias, https://arxiv.org/abs/1704.08063."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

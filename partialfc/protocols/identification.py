@@ -10,10 +10,10 @@ import numpy as np
 
 from partialfc.protocols import unit_rows
 
-_TIE = 1e-12
+TIE = 1e-12
 """Cosines this close are equal: a matrix product rounds by position, some 1e-15 apart."""
 
-_TILE_COSINES = 1 << 22
+TILE_COSINES = 1 << 22
 """Cosines held at a time, 32 MiB of them."""
 
 
@@ -62,7 +62,7 @@ def rank_k(
     check_sets(unit_GD, identity_G, unit_PD, identity_P)
     if not all(k >= 1 for k in ks):
         raise ValueError(f"ks must be >= 1, got {tuple(ks)}.")
-    tile = max(1, _TILE_COSINES // len(unit_GD))
+    tile = max(1, TILE_COSINES // len(unit_GD))
     tiles = [slice(start, start + tile) for start in range(0, len(unit_PD), tile)]
     rank_P = np.concatenate(
         [_ranks(unit_GD, identity_G, unit_PD[rows], identity_P[rows]) for rows in tiles]
@@ -92,7 +92,7 @@ def _ranks(
     cosine_PG = unit_PD @ unit_GD.T
     own_PG = identity_P[:, None] == identity_G
     best_P1 = np.max(cosine_PG, axis=1, keepdims=True, where=own_PG, initial=-np.inf)
-    return np.asarray(1 + ((cosine_PG >= best_P1 - _TIE) & ~own_PG).sum(axis=1))
+    return np.asarray(1 + ((cosine_PG >= best_P1 - TIE) & ~own_PG).sum(axis=1))
 
 
 def check_sets(

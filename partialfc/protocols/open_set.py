@@ -13,12 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from partialfc.protocols import unit_rows
-from partialfc.protocols.identification import check_sets
-
-_TIE = 1e-12
-"""Cosines this close are equal: a matrix product rounds by position, some 1e-15 apart."""
-
-_TILE_COSINES = 1 << 22
+from partialfc.protocols.identification import TIE, TILE_COSINES, check_sets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +81,7 @@ def open_set(
             rates[target] = float("nan")
             continue
         threshold = falling_M[allowed] if allowed < len(falling_M) else -np.inf
-        found_P = (own_P > other_P + _TIE) & (own_P > threshold + _TIE)
+        found_P = (own_P > other_P + TIE) & (own_P > threshold + TIE)
         rates[target] = float(found_P.mean())
     return OpenSet(
         rate_at_fpir=rates,
@@ -100,7 +95,7 @@ def _best(
     unit_GD: np.ndarray, identity_G: np.ndarray, unit_ND: np.ndarray, identity_N: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Largest cosine to the own identity and to another one, -inf where there is none."""
-    tile = max(1, _TILE_COSINES // len(unit_GD))
+    tile = max(1, TILE_COSINES // len(unit_GD))
     own, other = [], []
     for start in range(0, len(unit_ND), tile):
         cosine_NG = unit_ND[start : start + tile] @ unit_GD.T
