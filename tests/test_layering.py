@@ -20,6 +20,7 @@ FLOORS = {
     "permutation": 0,
     "metrics": 0,
     "console": 0,
+    "ledger": 0,
     "data": 1,
     "backbones": 1,
     "margins": 1,

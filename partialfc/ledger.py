@@ -1,0 +1,212 @@
+"""Where the time of a run goes, over all its starts: ``ledger.jsonl`` in its folder.
+
+Rank 0 appends a JSON object per line; a line that a kill cut short is left out when it is read.
+``time`` is in Unix seconds, ``seconds`` are those of this start so far, by kind:
+
+    {"event": "start", "time": .., "step": 0, "seconds": {..}, "began": .., "ranks": 8, ..}
+    {"event": "spent", "time": .., "step": 120, "seconds": {"startup": 9.1, "train": 61.0, ..}}
+    {"event": "end", "time": .., "step": 200, "seconds": {..}, "cause": "done", "code": 0}
+
+:func:`goodput` turns them into seconds by kind that add up to the wall time of the run.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import IO, Any
+
+KINDS = {
+    "train": "Steps that count: forward, backward, update",
+    "startup": "From the start of the launcher to the first step",
+    "restore": "Finding, verifying and loading a checkpoint",
+    "data": "Steps that count, waiting for their batch",
+    "save": "Training stood still for a checkpoint",
+    "wasted": "Steps that were done again because a fault came before the next checkpoint",
+    "recovery": "From the last sign of life of a start to the next start",
+    "other": "Verification, pictures, reports",
+}
+"""What the wall time of a run is spent on; ``train`` over all of them is the goodput."""
+
+_SECONDS_BETWEEN_LINES = 5.0
+_STOPPED = (0, 130)
+"""Exit codes of a start that was done, or that somebody stopped: no fault to recover from."""
+_LAST = 2**63
+
+Entry = Mapping[str, Any]
+
+
+class Ledger:
+    """The time of one start, charged to one kind at a time; appended to the run's ledger.
+
+    Args:
+        path: ``ledger.jsonl``, or ``None`` on a rank that writes nothing.
+        ranks: World size.
+        settings: Hash of the settings that this start was given.
+    """
+
+    def __init__(self, path: Path | None, *, ranks: int = 1, settings: str = "") -> None:
+        self._began = process_began()
+        self._seconds = dict.fromkeys(KINDS, 0.0)
+        self._seconds["startup"] = time.time() - self._began
+        self._kind, self._since = "startup", time.monotonic()
+        self._step, self._written = 0, -_SECONDS_BETWEEN_LINES
+        self._file: IO[str] | None = None
+        self.before: list[dict[str, Any]] = []
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.before = read_ledger(path)
+            whole = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
+            self._file = path.open("a")
+            self._file.write("" if whole else "\n")
+            self._append("start", began=self._began, ranks=ranks, settings=settings)
+
+    def switch(self, kind: str) -> None:
+        """Charge the time from now on to another of :data:`KINDS`."""
+        now = time.monotonic()
+        self._seconds[self._kind] += now - self._since
+        self._kind, self._since = kind, now
+
+    @contextmanager
+    def spending(self, kind: str) -> Iterator[None]:
+        """Charge the time inside to ``kind``, and what follows to what was before."""
+        outer = self._kind
+        self.switch(kind)
+        try:
+            yield
+        finally:
+            self.switch(outer)
+
+    def at(self, step: int, *, now: bool = False) -> None:
+        """Note that ``step`` steps are done; written every few seconds, or ``now``.
+
+        A checkpoint's step is written ``now``: if a fault sends the run back to it, what came
+        after is known to have been in vain.
+        """
+        self._step = step
+        if now or time.monotonic() - self._written >= _SECONDS_BETWEEN_LINES:
+            self._append("spent")
+
+    def end(self, cause: str, code: int) -> None:
+        """Note why this start ended. A start without an end was killed."""
+        self._append("end", cause=cause, code=code)
+        if self._file is not None:
+            self._file.close()
+        self._file = None
+
+    def totals(self) -> dict[str, float]:
+        """Seconds by kind of the whole run until now, ``wall`` and ``goodput`` with them."""
+        self.switch(self._kind)
+        now = {"time": time.time(), "step": self._step, "seconds": self._seconds}
+        start = {**now, "event": "start", "step": 0, "began": self._began}
+        return goodput([*self.before, start, {**now, "event": "spent"}])
+
+    def _append(self, event: str, **more: Any) -> None:
+        self.switch(self._kind)
+        self._written = time.monotonic()
+        entry: dict[str, Any] = {"event": event, "time": time.time(), "step": self._step, **more}
+        entry["seconds"] = {kind: round(value, 4) for kind, value in self._seconds.items()}
+        if self._file is not None:
+            self._file.write(json.dumps(entry) + "\n")
+            self._file.flush()
+
+
+def read_ledger(path: Path) -> list[dict[str, Any]]:
+    """Return the entries of a ledger; lines that a kill cut short are left out."""
+    entries = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(entry, dict) and {"event", "time", "step", "seconds"} <= entry.keys():
+            entries.append(entry)
+    return entries
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """One start of a run, from its entries.
+
+    Attributes:
+        entries: All of them, the ``start`` first.
+        end: Its ``end``, or ``None`` if it was killed or still runs.
+    """
+
+    entries: list[Entry]
+    end: Entry | None
+
+    @property
+    def reached(self) -> int:
+        """The last step that it noted."""
+        return int(max(entry["step"] for entry in self.entries))
+
+    @property
+    def resumed_at(self) -> int | None:
+        """The step that it went on from; ``None`` if it never got that far."""
+        later = [entry["step"] for entry in self.entries if entry["event"] != "start"]
+        return int(later[0]) if later else None
+
+
+def starts(entries: Sequence[Entry]) -> list[Start]:
+    """Return the starts of a run, oldest first."""
+    groups: list[list[Entry]] = []
+    for entry in entries:
+        if entry["event"] == "start":
+            groups.append([])
+        if groups:
+            groups[-1].append(entry)
+    return [
+        Start(group, next((entry for entry in group if entry["event"] == "end"), None))
+        for group in groups
+    ]
+
+
+def goodput(entries: Sequence[Entry]) -> dict[str, float]:
+    """Return seconds by kind, their sum ``wall``, and ``goodput``, the share of ``train`` in it.
+
+    A start that goes on at an earlier step than those before had reached makes their time since
+    that step ``wasted``. Time between two starts is ``recovery``; where the first of them was done
+    or was stopped by somebody, it is not time of the run.
+    """
+    seconds = dict.fromkeys(KINDS, 0.0)
+    every = starts(entries)
+    for number, start in enumerate(every):
+        resumed = [at for later in every[number + 1 :] if (at := later.resumed_at) is not None]
+        counted = [entry for entry in start.entries if entry["step"] <= min(resumed, default=_LAST)]
+        kept = counted[-1]["seconds"]
+        for kind, value in kept.items():
+            seconds[kind] += value
+        seconds["wasted"] += sum(start.entries[-1]["seconds"].values()) - sum(kept.values())
+    for one, other in pairwise(every):
+        if one.end is None or one.end["code"] not in _STOPPED:
+            gap = other.entries[0]["began"] - one.entries[-1]["time"]
+            seconds["recovery"] += max(0.0, gap)
+    wall = sum(seconds.values())
+    return {**seconds, "wall": wall, "goodput": seconds["train"] / wall if wall else 0.0}
+
+
+def process_began() -> float:
+    """Return when this process, or the torchrun that first started it, began; Unix seconds."""
+    own = os.getpid()
+    first = "TORCHELASTIC_RUN_ID" in os.environ and _restarts() == 0
+    return _began(os.getppid() if first else own) or _began(own) or time.time()
+
+
+def _restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def _began(process: int) -> float | None:
+    """Linux tells when a process began, in clock ticks since the machine did."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+        age = uptime - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return None
+    return time.time() - max(0.0, age)
