@@ -25,7 +25,7 @@ from partialfc.config_optimizers import (
     SgdOfBackbone,
     SgdOfCenters,
 )
-from partialfc.settings import Section, Unit, UserPath
+from partialfc.settings import OneOrMore, Section, Unit, UserPath
 from partialfc.settings_file import ConfigError, load_settings
 
 __all__ = ["Config", "ConfigError", "config_hash", "help_text", "load", "to_toml"]
@@ -84,8 +84,12 @@ class Run(Section):
 class Data(Section):
     """The training images and how they reach the backbone."""
 
-    train: UserPath
-    """The pack to train on: a .rec file with its .idx beside it."""
+    train: Annotated[tuple[UserPath, ...], OneOrMore, Field(strict=False, min_length=1)]
+    """The pack to train on, a .rec file with its .idx beside it; or several, one after the other:
+    the identities of each follow those of the packs before it."""
+
+    skip: tuple[UserPath, ...] = Field(default=(), strict=False)
+    """Lists of images to leave out, as ``tools/validate.py --bad`` and training write them."""
 
     loader: Literal["auto", "dali", "torch"] = "auto"
     """What decodes and augments. ``auto`` is DALI where it is installed, otherwise torch; both
@@ -345,7 +349,7 @@ class Config(Section):
 
 _CHANGES_NO_RESULT: dict[str, Any] = {
     "run": {"folder", "threads", "resume"},
-    "data": {"train", "threads", "prefetch"},  # the pack's fingerprint stands for its path
+    "data": {"train", "skip", "threads", "prefetch"},  # the fingerprint stands for the paths
     "verification": True,
     "checkpoint": True,
     "log": True,

@@ -8,7 +8,7 @@ from pathlib import Path
 from partialfc import checkpoint
 from partialfc.build import Model, build
 from partialfc.config import Config, ConfigError, load
-from partialfc.data.records import Pack, open_pack
+from partialfc.data.dataset import DataSet, open_dataset
 from partialfc.evaluation import Evaluation
 from partialfc.runtime import running
 from partialfc.train import facts_of
@@ -20,13 +20,13 @@ class Finished:
 
     Attributes:
         config: Its settings.
-        pack: Its training images.
+        dataset: Its training images.
         model: Of its newest valid checkpoint.
         evaluation: Of its held-out sets.
     """
 
     config: Config
-    pack: Pack
+    dataset: DataSet
     model: Model
     evaluation: Evaluation
 
@@ -43,13 +43,13 @@ def finished(folder: Path) -> Iterator[Finished]:
     config = load(folder / "config.toml")
     with running(config) as runtime:
         try:
-            pack = open_pack(config.data.train)
+            dataset = open_dataset(config.data.train, config.data.skip)
         except (OSError, ValueError) as error:
             raise ConfigError(f"data.train of {folder}: {error}") from error
-        model = build(config, runtime, pack.num_identities)
+        model = build(config, runtime, dataset.num_identities)
         newest = checkpoint.newest(folder / "checkpoints", runtime, tidy=False)
         if newest is None:
             raise ConfigError(f"{folder}: it has no checkpoint.")
-        checkpoint.load(newest, model, facts_of(config, pack), runtime)
+        checkpoint.load(newest, model, facts_of(config, dataset), runtime)
         model.head.optimizer.catch_up(None)  # rows that move unsampled
-        yield Finished(config, pack, model, Evaluation(config, runtime))
+        yield Finished(config, dataset, model, Evaluation(config, runtime))

@@ -52,6 +52,9 @@ def _absolute(value: object) -> Path:
 UserPath = Annotated[Path, BeforeValidator(_absolute)]
 """A path as a user writes it, made absolute: relative to the current directory, ``~`` expanded."""
 
+OneOrMore = BeforeValidator(lambda value: (value,) if isinstance(value, str | Path) else value)
+"""A list that may be written as its only entry: ``Annotated[tuple[UserPath, ...], OneOrMore]``."""
+
 
 # The schema
 
@@ -93,7 +96,10 @@ def _options(annotation: Any) -> tuple[Any, ...]:
 def rule(field: FieldInfo) -> str:
     """What a setting takes, e.g. ``integer >= 1, in images``."""
     in_unit = f", in {unit(field)}" if unit(field) else ""
-    return _kind(field.annotation, field.metadata, plural=False) + in_unit
+    kind = _kind(field.annotation, field.metadata, plural=False)
+    if OneOrMore in field.metadata:
+        kind = f"{_kind(typing.get_args(field.annotation)[0], (), plural=False)} or {kind}"
+    return kind + in_unit
 
 
 def unit(field: FieldInfo) -> str | None:

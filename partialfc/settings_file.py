@@ -116,7 +116,7 @@ _HOW_TO_WRITE = (
 def _apply(settings: Mapping[str, Any], override: str) -> dict[str, Any]:
     key, equals, text = override.partition("=")
     keys = [part.strip() for part in key.split(".")]
-    if not equals or not all(keys):
+    if not equals or not all(keys) or not key.isprintable():
         raise ValueError("an override is written key=value, e.g. run.seed=1.")
     return _with(settings, keys, text.strip())
 

@@ -13,9 +13,9 @@ from partialfc import checkpoint, guidance
 from partialfc.build import Model, build
 from partialfc.config import Config, ConfigError, config_hash, to_toml
 from partialfc.data.augment import Augmentation
+from partialfc.data.dataset import DataSet, open_dataset
 from partialfc.data.loader import open_batches
 from partialfc.data.order import Order
-from partialfc.data.records import Pack, open_pack
 from partialfc.data.stream import Batches, Stream
 from partialfc.evaluation import Evaluation
 from partialfc.metrics import write_text
@@ -35,16 +35,16 @@ def train(config: Config, runtime: Runtime) -> None:
         DataError: If an image cannot be decoded.
     """
     started = time.monotonic()
-    pack, order, total_steps = _data(config)
+    dataset, order, total_steps = _data(config)
     evaluation = Evaluation(config, runtime)
-    model = build(config, runtime, pack.num_identities)
+    model = build(config, runtime, dataset.num_identities)
     if runtime.leads:
-        sampled = max(2, math.ceil(pack.num_identities * config.head.sample_rate))
+        sampled = max(2, math.ceil(dataset.num_identities * config.head.sample_rate))
         for sentence in guidance.warnings(
             model.head.margin, sampled, config.backbone.embedding_dim
         ):
             print(f"warning: {sentence}", flush=True)
-    folder, facts = config.run.folder / "checkpoints", facts_of(config, pack)
+    folder, facts = config.run.folder / "checkpoints", facts_of(config, dataset)
     if not config.run.resume and checkpoint.exist(folder):
         raise ConfigError(
             f"run.resume = false with run.folder = {str(config.run.folder)!r}, which holds "
@@ -62,7 +62,7 @@ def train(config: Config, runtime: Runtime) -> None:
         write_text(config.run.folder / "config.toml", to_toml(config))
     with (
         Recorder(config, runtime, step, total_steps, order.steps_per_epoch) as recorder,
-        closing(_batches(config, runtime, pack, order, step)) as batches,
+        closing(_batches(config, runtime, dataset, order, step)) as batches,
     ):
         if step == 0 or step >= total_steps:
             recorder.validated(step, evaluation.measure(model))
@@ -163,12 +163,12 @@ def _gradients_stay_local(model: Model, stay: bool) -> AbstractContextManager[No
     return nullcontext()
 
 
-def _data(config: Config) -> tuple[Pack, Order, int]:
-    """The training pack, its order and the steps of the run."""
+def _data(config: Config) -> tuple[DataSet, Order, int]:
+    """The training images, their order and the steps of the run."""
     try:
-        pack = open_pack(config.data.train)
         data = config.data
-        order = Order(len(pack), data.global_batch, config.run.seed, data.last_batch)
+        dataset = open_dataset(data.train, data.skip)
+        order = Order(len(dataset), data.global_batch, config.run.seed, data.last_batch)
     except (OSError, ValueError) as error:
         raise ConfigError(f"data.train: {error}") from error
     steps = config.run.steps
@@ -180,12 +180,14 @@ def _data(config: Config) -> tuple[Pack, Order, int]:
             f"schedule.warmup_steps = {config.schedule.warmup_steps}: must be fewer than the "
             f"{steps} steps of the run ({order.steps_per_epoch} steps an epoch)."
         )
-    return pack, order, steps
+    return dataset, order, steps
 
 
-def _batches(config: Config, runtime: Runtime, pack: Pack, order: Order, step: int) -> Batches:
+def _batches(
+    config: Config, runtime: Runtime, dataset: DataSet, order: Order, step: int
+) -> Batches:
     stream = Stream(
-        pack=pack,
+        dataset=dataset,
         order=order,
         augmentation=Augmentation(shift=config.data.shift, flip=config.data.flip),
         image_size=config.data.image_size,
@@ -212,11 +214,11 @@ def _next(batches: Batches) -> tuple[Tensor, Tensor]:
         raise DataError(str(error)) from error
 
 
-def facts_of(config: Config, pack: Pack) -> dict[str, object]:
+def facts_of(config: Config, dataset: DataSet) -> dict[str, object]:
     """Return what must be the same for a run to go on from a checkpoint; all else may change."""
     return {
         checkpoint.CONFIG_HASH: config_hash(config),
-        "pack": pack.fingerprint,
+        "pack": dataset.fingerprint,
         "run.seed": config.run.seed,
         "data.global_batch": config.data.global_batch,
         "data.last_batch": config.data.last_batch,

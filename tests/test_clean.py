@@ -1,6 +1,7 @@
 """tools/clean.py: dominant centers by hand, and a real run with sub-centers from outside."""
 
 import csv
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,8 @@ def test_a_run_with_sub_centers_gives_suspects(runs, tmp_path, capsys):
     assert degrees == sorted(degrees, reverse=True)
     assert min(degrees) > 88
     assert {int(row["record"]) for row in rows} <= set(range(800))
+    listed = [json.loads(line)["image"] for line in (out / "suspects.jsonl").open()]
+    assert sorted(listed) == sorted(int(row["record"]) for row in rows)
     assert (out / "angles.png").read_bytes().startswith(b"\x89PNG")
     assert f"{len(rows)} of 800 images" in capsys.readouterr().out
     assert sorted(runs.rglob("*")) == before, "the run was changed"

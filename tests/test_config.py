@@ -81,7 +81,7 @@ def test_paths_are_relative_to_the_current_directory(monkeypatch: pytest.MonkeyP
     Path("configs").mkdir()
     Path("configs/run.toml").write_text('[data]\ntrain = "packs/train.rec"\n')
     settings = load("configs/run.toml", ["run.folder=~/runs"])
-    assert settings.data.train == Path.cwd() / "packs/train.rec"
+    assert settings.data.train == (Path.cwd() / "packs/train.rec",)
     assert settings.run.folder == Path("/home/me/runs")
 
 
@@ -160,9 +160,10 @@ def test_what_the_hash_leaves_out_exists() -> None:
         (  # required
             "",
             [],
-            "data.train: required, and not set. It takes a path. The pack to train on: a .rec file "
-            "with its .idx beside it. Add train = ... below [data], or data.train=... on the "
-            "command line.",
+            "data.train: required, and not set. It takes a path or list of paths. The pack to "
+            "train on, a .rec file with its .idx beside it; or several, one after the other: the "
+            "identities of each follow those of the packs before it. Add train = ... below [data], "
+            "or data.train=... on the command line.",
         ),
         (  # unknown setting
             MINIMAL + "[checkpoint]\nkep = 3\n",

@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 
 from partialfc.data.augment import Augmentation, draw
+from partialfc.data.dataset import open_dataset
 from partialfc.data.jpeg import decode
 from partialfc.data.loader import open_batches
 from partialfc.data.order import Order
 from partialfc.data.record_writer import PackWriter
-from partialfc.data.records import open_pack
 from partialfc.data.stream import Stream
 from partialfc.data.torch_loader import torch_batches
 
@@ -32,10 +32,10 @@ if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"
 
 
 def golden_stream(image_size=112, *, batch=12, last_batch="drop", shift=3, rank=0, world_size=1):
-    pack = open_pack(GOLDEN)
+    dataset = open_dataset([GOLDEN])
     return Stream(
-        pack=pack,
-        order=Order(len(pack), batch, seed=5, last_batch=last_batch),
+        dataset=dataset,
+        order=Order(len(dataset), batch, seed=5, last_batch=last_batch),
         augmentation=Augmentation(shift=shift),
         image_size=image_size,
         rank=rank,
@@ -89,7 +89,7 @@ def expected_images(stream: Stream, samples_seen: int) -> np.ndarray:
     draws = draw(stream.augmentation, stream.order.seed, epoch, ids)
     size, images = stream.image_size, []
     for sample_id, shift_x, shift_y, flip in zip(ids, *draws, strict=True):
-        pixels = decode(stream.pack.jpeg_view(int(sample_id))).astype(float)
+        pixels = decode(stream.dataset.jpeg_view(int(sample_id))).astype(float)
         rows, columns = triangle(pixels.shape[0], size), triangle(pixels.shape[1], size)
         image = rows @ pixels.transpose(2, 0, 1) @ columns.T
         margin = stream.augmentation.shift
@@ -107,7 +107,7 @@ def test_batches_are_the_images_of_the_order(loader, last_batch):
     stream = golden_stream(batch=14, last_batch=last_batch)
     for step, (images, identities) in enumerate(take(9, stream, loader=loader)):
         ids = stream.order.sample_ids(14 * step)
-        assert identities.tolist() == [stream.pack.identity(int(i)) for i in ids]
+        assert identities.tolist() == stream.dataset.identities(ids).tolist()
         np.testing.assert_allclose(images, expected_images(stream, 14 * step), atol=1e-4)
 
 
@@ -119,7 +119,7 @@ def test_a_shift_to_the_right_and_down_moves_a_spot_there(tmp_path, loader, flip
     pixels[16:32, 40:56] = 255  # its middle is row 24, column 48
     path = written(tmp_path, [encoded(pixels)] * 40)
     stream = Stream(
-        pack=open_pack(path),
+        dataset=open_dataset([path]),
         order=Order(40, 40, seed=5),
         augmentation=Augmentation(shift=8, flip=flip),
         image_size=112,
@@ -150,7 +150,7 @@ def test_images_of_any_size_and_kind_are_resized_without_aliasing(tmp_path, load
     exif[274] = 6  # turned by 90 degrees: the pixels are taken as they are stored
     jpegs.append(encoded(lopsided(112, 112, 10), exif=exif))
     stream = Stream(
-        pack=open_pack(written(tmp_path, jpegs)),
+        dataset=open_dataset([written(tmp_path, jpegs)]),
         order=Order(6, 6, seed=5),
         augmentation=Augmentation(shift=2),
         image_size=image_size,
@@ -229,9 +229,11 @@ def test_a_bad_image_is_named_and_nothing_hangs(tmp_path, loader, kind, capfd):
     path = written(tmp_path, jpegs)
     offset = int((tmp_path / "images.idx").read_text().split()[13])
     order = Order(8, 2, seed=5)
-    stream = Stream(pack=open_pack(path), order=order, augmentation=Augmentation(), image_size=32)
+    stream = Stream(
+        dataset=open_dataset([path]), order=order, augmentation=Augmentation(), image_size=32
+    )
     before = threading.active_count()
-    with pytest.raises(ValueError, match=re.escape(f"{path}: image 6 at offset {offset}: ")):
+    with pytest.raises(ValueError, match=re.escape(f"{path}: image 6, key 6, offset {offset}: ")):
         take(4, stream, loader=loader)
     assert threading.active_count() == before
     capfd.readouterr()  # DALI's own report
@@ -296,8 +298,8 @@ def test_impossible_settings_are_refused_before_the_first_batch(setting, message
 
 
 def test_a_stream_checks_its_order_against_the_pack_and_the_ranks():
-    pack = open_pack(GOLDEN)
-    some = {"pack": pack, "augmentation": Augmentation(), "image_size": 112}
+    dataset = open_dataset([GOLDEN])
+    some = {"dataset": dataset, "augmentation": Augmentation(), "image_size": 112}
     with pytest.raises(ValueError, match="order is of 59 images, must be of the 60"):
         Stream(order=Order(59, 12, seed=5), **some)
     with pytest.raises(ValueError, match=r"data.global_batch must be a multiple of the 5 ranks"):

@@ -5,8 +5,9 @@
 The run must have head.margin.name = "subcenter_arcface". Most images of an identity gather at one
 of its centers, the dominant one; an image further than --degrees from it is a suspect (75 in
 https://www.ecva.net/papers/eccv_2020/papers_ECCV/papers/123560715.pdf). OUT gets suspects.csv with
-the record's place in the pack, its identity and the angle, largest angle first, and angles.png. The
-pack is not changed.
+the sample's place in the run's data, its identity and the angle, largest angle first; the same as
+suspects.jsonl, a list that training leaves out (data.skip); and angles.png. The packs are not
+changed.
 """
 
 import sys
@@ -33,7 +34,8 @@ from torch import Tensor
 from partialfc.centers import stored_centers
 from partialfc.checkpoint import CheckpointError
 from partialfc.config import ConfigError
-from partialfc.data.records import Pack
+from partialfc.data.dataset import DataSet
+from partialfc.data.skip_list import write_skip_list
 from partialfc.finished import Finished, finished
 from partialfc.runtime import DataError
 
@@ -59,12 +61,20 @@ def main(arguments: list[str] | None = None) -> int:
                     'identity; train with head.margin.name = "subcenter_arcface".'
                 )
             degrees = angles_to_dominant(run)
-            identities = run.pack.identities(np.arange(len(run.pack)))
+            dataset = run.dataset
+            identities = dataset.identities(np.arange(len(dataset)))
     except (ConfigError, CheckpointError, DataError) as error:
         print(error, file=sys.stderr)
         return error.exit_code
     options.out.mkdir(parents=True, exist_ok=True)
     suspects = write(options.out / "suspects.csv", degrees, identities, options.degrees)
+    write_skip_list(
+        options.out / "suspects.jsonl",
+        (
+            dataset.bad(i, f"{degrees[i]:.2f} degrees from identity {identities[i]}")
+            for i in np.flatnonzero(degrees > options.degrees).tolist()
+        ),
+    )
     draw(options.out / "angles.png", degrees, options.degrees)
     print(
         f"{suspects:,} of {len(degrees):,} images are further than {options.degrees:g} degrees "
@@ -75,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def angles_to_dominant(run: Finished) -> np.ndarray:
     """Return the angle in degrees of every image to the dominant center of its identity."""
-    head, pack = run.model.head, run.pack
+    head, pack = run.model.head, run.dataset
     centers = stored_centers(head.centers, head.optimizer.states())
     unit = F.normalize(centers).view(-1, head.centers_per_identity, centers.shape[1])
     identities = torch.from_numpy(pack.identities(np.arange(len(pack))))
@@ -98,7 +108,7 @@ def angles_to_dominant(run: Finished) -> np.ndarray:
     return degrees
 
 
-def _jpeg(pack: Pack, records: range) -> Callable[[int], bytes]:
+def _jpeg(pack: DataSet, records: range) -> Callable[[int], bytes]:
     return lambda i: pack.jpeg(records[i])
 
 

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from partialfc.config import Config, ConfigError, load
-from partialfc.data.records import open_pack
+from partialfc.data.dataset import open_dataset
 from tools.estimating.backbone import (
     GIB,
     MOMENTS,
@@ -118,7 +118,7 @@ def data_parts(config: Config, world_size: int, device: Device) -> list[Part]:
         )
     ]
     if device == "cpu":
-        files = [data.train, *sets.pairs, *sets.identification]
+        files = [*data.train, *sets.pairs, *sets.identification]
         mapped = sum(path.stat().st_size for path in files if path.exists())
         parts.append(Part.always("packs and sets", mapped, "those of their files that are here"))
     return parts
@@ -211,7 +211,7 @@ def identities_of(config: Config, given: int | None) -> int:
     if given is not None:
         return given
     try:
-        return open_pack(config.data.train).num_identities
+        return open_dataset(config.data.train, config.data.skip).num_identities
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"data.train: {error}. The number of identities is the pack's: point data.train at a "

@@ -29,7 +29,7 @@ from rich.table import Table
 
 from partialfc.build import margin_of
 from partialfc.config import Config, ConfigError, load
-from partialfc.data.records import open_pack
+from partialfc.data.dataset import open_dataset
 from partialfc.guidance import (
     WANTED_POSTERIOR,
     boundary,
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     identities = options.identities
     try:
         if identities is None:
-            identities = open_pack(config.data.train).num_identities
+            identities = open_dataset(config.data.train, config.data.skip).num_identities
     except (OSError, ValueError) as error:
         print(f"{error}\nWithout the pack, say --identities N.", file=sys.stderr)
         return 2

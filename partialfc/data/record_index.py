@@ -1,12 +1,19 @@
-"""The ``.idx`` of a pack: lines of ``key<TAB>offset``, one per record, in any order.
+"""Where the records of a pack are: read from its ``.idx``, or found in the ``.rec``.
 
-Shape suffix: M = records of the pack, images and others.
+An ``.idx`` has lines of ``key<TAB>offset``, one per record, in any order. Without one the ``.rec``
+itself tells: a writer leaves no magic at an aligned place but where a part begins.
+
+Shape suffixes: M = records of the pack, images and others; P = parts of records.
 """
 
+import hashlib
+import os
 import re
 import warnings
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +26,33 @@ _REMEDY = "Copy it again, or remove it: the pack is then scanned for its records
 _LARGEST = np.iinfo(np.int64).max
 
 
-def read_index(file: RecordFile) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the keys and offsets [M] of a pack's records, sorted by key.
+@dataclass(frozen=True, slots=True, eq=False)
+class RecordIndex:
+    """The records of a pack, sorted by key.
 
-    Both come from the ``.idx`` beside the ``.rec``. Without one, the whole ``.rec`` is scanned and
-    the keys are 0...M-1 in the order of the file, with a warning because a large pack takes long.
+    Attributes:
+        key_M: Their keys; a ``range`` where they are consecutive, which costs nothing.
+        offset_M: int64, where each begins in the ``.rec``; may be mapped from a file.
+    """
+
+    key_M: Sequence[int] | NDArray[np.int64]
+    offset_M: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.offset_M)
+
+    def fingerprint(self, size: int) -> str:
+        """Return 16 hexadecimal digits, a function of the offsets and the size of the file."""
+        digest = hashlib.blake2b(str(size).encode(), digest_size=8)
+        digest.update(np.ascontiguousarray(self.offset_M, "<i8").data)
+        return digest.hexdigest()
+
+
+def read_index(file: RecordFile) -> RecordIndex:
+    """Return the records of a pack, from the ``.idx`` beside the ``.rec``.
+
+    Without one, the whole ``.rec`` is read by all cores and the keys are 0...M-1 in the order of
+    the file, with a warning because a large pack takes long.
 
     Raises:
         RecordError: If a line is not two integers, an offset is not a multiple of 4 or lies outside
@@ -34,10 +63,10 @@ def read_index(file: RecordFile) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         warnings.warn(
             f"{path} does not exist, so all of {file.path} is read to find its records. "
             f"Put the pack's .idx there to open it at once.",
-            stacklevel=3,
+            stacklevel=4,
         )
-        offset_M = _scan(file)
-        return np.arange(len(offset_M)), offset_M
+        offset_M = scan(file)
+        return RecordIndex(range(len(offset_M)), offset_M)
     keys, offsets = [], []
     line = 1
     for block in _blocks(path):
@@ -54,14 +83,41 @@ def read_index(file: RecordFile) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     offset_M = np.concatenate(offsets)
     del offsets
     _check_unique(offset_M, "offset", path)
-    if (key_M[1:] > key_M[:-1]).all():
-        return key_M, offset_M
-    _check_unique(key_M, "key", path)
-    order_M = np.argsort(key_M)
-    return key_M[order_M], offset_M[order_M]
+    if not (key_M[1:] > key_M[:-1]).all():
+        _check_unique(key_M, "key", path)
+        order_M = np.argsort(key_M)
+        key_M, offset_M = key_M[order_M], offset_M[order_M]
+    first, last = int(key_M[0]), int(key_M[-1])
+    consecutive = last - first + 1 == len(key_M)
+    return RecordIndex(range(first, last + 1) if consecutive else key_M, offset_M)
 
 
-def _scan(file: RecordFile) -> NDArray[np.int64]:
+def scan(file: RecordFile) -> NDArray[np.int64]:
+    """Return the offsets [M] of all records, found without an index.
+
+    Every magic at an aligned place is looked for by all cores. Where the parts that they begin do
+    not follow one another without a gap to the end of the file, somebody wrote a magic into an
+    image, or damaged the file: then it is walked from record to record.
+
+    Raises:
+        RecordError: If a record breaks the format.
+    """
+    starts = range(0, max(file.num_words, 1), _BLOCK // 4)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(lambda start: file.magics(start, start + _BLOCK // 4), starts)
+        offset_P = np.concatenate(list(found))
+    kind_P, end_P = file.parts(offset_P)
+    goes_on_P = np.isin(kind_P, (1, 2))
+    follows_P = np.isin(kind_P, (2, 3))
+    if (
+        len(offset_P)
+        and offset_P[0] == 0
+        and (end_P[:-1] == offset_P[1:]).all()
+        and end_P[-1] == file.size
+        and not (follows_P[0] or goes_on_P[-1])
+        and (goes_on_P[:-1] == follows_P[1:]).all()
+    ):
+        return offset_P[~follows_P]
     offsets = array("q")
     offset = 0
     while offset < file.size:

@@ -32,7 +32,13 @@ _CHUNK = 1 << 16
 
 
 class RecordError(ValueError):
-    """A pack or its index breaks a rule; the message names the file and the offset or line."""
+    """A pack or its index breaks a rule; the message names the file and the offset or line.
+
+    Attributes:
+        problem: The rule and the value, without the file and the offset; "" of an index.
+    """
+
+    problem = ""
 
 
 class Record(NamedTuple):
@@ -70,7 +76,9 @@ class RecordFile:
 
     def error(self, offset: int, problem: str) -> RecordError:
         """Return the error that says ``problem`` of what is at ``offset``."""
-        return RecordError(f"{self.path}: offset {offset}: {problem}. {_DAMAGED}")
+        error = RecordError(f"{self.path}: offset {offset}: {problem}. {_DAMAGED}")
+        error.problem = problem
+        return error
 
     def read(self, offset: int) -> Record:
         """Return the record at ``offset``; its image is a view of the file unless it was cut."""
@@ -100,6 +108,42 @@ class RecordFile:
         """Return where the record after the one at ``offset`` begins; ``size`` after the last."""
         stop: int = self._parts(offset)[-1].stop
         return min(self.size, stop + -stop % 4)
+
+    @property
+    def num_words(self) -> int:
+        """Places in the file where a part may begin."""
+        return len(self._words)
+
+    def magics(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Return the offsets of the magics among the words [start, stop) of the file."""
+        offsets: NDArray[np.int64] = 4 * (np.flatnonzero(self._words[start:stop] == MAGIC) + start)
+        return offsets
+
+    def parts(self, offset_P: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the kinds [P] of parts and where they end with their padding, unchecked.
+
+        One that has no length any more ends at -1.
+        """
+        word_P = offset_P // 4 + 1
+        head_P = self._words[np.minimum(word_P, self.num_words - 1)].astype(np.int64)
+        end_P = offset_P + PART_HEADER.size + (head_P & MAX_LENGTH)
+        end_P += -end_P % 4
+        return head_P >> 29, np.where(word_P < self.num_words, end_P, -1)
+
+    def whole(self, offset_N: NDArray[np.int64], end_N: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return which records [N] are one whole part, labels and all, from offset to end.
+
+        Any other is cut into parts, or damaged: :meth:`read` tells.
+        """
+        room = PART_HEADER.size + RECORD_HEADER.size
+        near_N = (offset_N >= 0) & (offset_N <= self.size - room) & (offset_N % 4 == 0)
+        word_N = np.where(near_N, offset_N, 0) // 4
+        kind_N, part_end_N = self.parts(4 * word_N)
+        flag_N = self._words[word_N + 2].astype(np.int64)
+        length_N = (self._words[word_N + 1] & MAX_LENGTH).astype(np.int64)
+        fits_N = length_N >= RECORD_HEADER.size + 4 * flag_N
+        is_whole_N = (self._words[word_N] == MAGIC) & (kind_N == _WHOLE) & fits_N
+        return np.asarray(near_N & is_whole_N & (part_end_N == end_N))
 
     def _headers(self, offset_N: NDArray[np.int64]) -> Headers:
         # Four words tell almost every record; one that is cut, damaged or short is read alone.

@@ -8,7 +8,6 @@ inexact above 2^24: the records themselves say where the images end.
 Shape suffixes: M = records of the pack, N = its images, B = images asked for.
 """
 
-import hashlib
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -17,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from partialfc.data.record_index import read_index
+from partialfc.data.index_cache import open_index
+from partialfc.data.record_index import RecordIndex
 from partialfc.data.recordio import LABEL_LIMIT, Headers, Record, RecordError, RecordFile
 
 _CHUNK = 1 << 20
@@ -31,37 +31,43 @@ def open_pack(path: str | Path) -> "Pack":
         FileNotFoundError: If there is no such file.
     """
     file = RecordFile(Path(path))
-    key_M, offset_M = read_index(file)
-    if key_M[0] == 0:
-        header = file.read(int(offset_M[0]))
+    index = open_index(file)
+    if index.key_M[0] == 0:
+        header = file.read(int(index.offset_M[0]))
         if header.flag > 0:
-            end = _check_layout(file, header, key_M, offset_M)
-            return Pack(
-                file, offset_M, slice(1, end), _declared_identities(header, len(key_M) - end)
-            )
-    return Pack(file, offset_M, slice(0, len(offset_M)), None)
+            end = _check_layout(file, header, index)
+            identities = _declared_identities(header, len(index) - end)
+            return Pack(file, index, range(1, end), identities)
+    return Pack(file, index, range(len(index)), None)
 
 
 class Pack:
     """The images of a pack by image index, 0...N-1 in the order of the keys; see :func:`open_pack`.
 
-    It holds 8 bytes per record. A copy for another process is opened again by path.
+    It holds 8 bytes per record, 16 if the keys are not consecutive; those of a large pack are
+    mapped from a file and shared with other processes. A copy for another process is opened again
+    by path.
 
     Every method that takes an image index raises IndexError if it is not in [0, N) and RecordError
     if the record at that image breaks a rule.
+
+    Attributes:
+        file: The ``.rec``.
+        index: All its records.
+        images: Which of them are images.
+        declared_identities: C as the pack says, or ``None`` of a plain pack.
     """
 
     def __init__(
         self,
         file: RecordFile,
-        offset_M: NDArray[np.int64],
-        images: slice,
+        index: RecordIndex,
+        images: range,
         declared_identities: int | None,
     ) -> None:
-        self._file = file
-        self._offset_M = offset_M
-        self._offset_N = offset_M[images]
-        self._declared_identities = declared_identities
+        self.file, self.index, self.images = file, index, images
+        self.declared_identities = declared_identities
+        self._offset_N = index.offset_M[images.start : images.stop]
 
     def __len__(self) -> int:
         return len(self._offset_N)
@@ -72,7 +78,7 @@ class Pack:
     @property
     def path(self) -> Path:
         """Path of the ``.rec`` file."""
-        return self._file.path
+        return self.file.path
 
     @cached_property
     def num_identities(self) -> int:
@@ -81,8 +87,8 @@ class Pack:
         What the pack declares. A plain pack declares none: C is then its largest label + 1, and the
         first use reads the header of every image.
         """
-        if self._declared_identities is not None:
-            return self._declared_identities
+        if self.declared_identities is not None:
+            return self.declared_identities
         chunks = (
             np.arange(start, min(start + _CHUNK, len(self)))
             for start in range(0, len(self), _CHUNK)
@@ -92,9 +98,7 @@ class Pack:
     @cached_property
     def fingerprint(self) -> str:
         """16 hexadecimal digits, a function of the file's size and its index, not of the images."""
-        digest = hashlib.blake2b(str(self._file.size).encode(), digest_size=8)
-        digest.update(np.ascontiguousarray(self._offset_M, "<i8").data)
-        return digest.hexdigest()
+        return self.index.fingerprint(self.file.size)
 
     def jpeg(self, index: int) -> bytes:
         """Return a copy of the JPEG bytes of one image."""
@@ -103,15 +107,15 @@ class Pack:
     def jpeg_view(self, index: int) -> NDArray[np.uint8]:
         """Return the JPEG bytes of one image as uint8 [bytes], without a copy unless it was cut."""
         offset = self.offset(index)
-        image = self._file.read(offset).image
+        image = self.file.read(offset).image
         if not len(image):
-            raise self._file.error(offset, f"image {index} has 0 bytes, must have some")
+            raise self.file.error(offset, f"image {index} has 0 bytes, must have some")
         return image
 
     def identity(self, index: int) -> int:
         """Return the identity of one image, in [0, num_identities)."""
         offset = self.offset(index)
-        label = float(self._file.read(offset).label_L[0])
+        label = float(self.file.read(offset).label_L[0])
         if not (0 <= label < self._label_limit and label.is_integer()):
             raise self._label_error(offset, label)
         return int(label)
@@ -136,6 +140,11 @@ class Pack:
             raise IndexError(f"{self.path}: image {index} must be in [0, {len(self)}).")
         return int(self._offset_N[index])
 
+    def key(self, index: int) -> int:
+        """Return the key of one image in the ``.idx``."""
+        self.offset(index)
+        return int(self.index.key_M[self.images[index]])
+
     def _headers(
         self, indices: Sequence[int] | NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], Headers]:
@@ -144,23 +153,22 @@ class Pack:
         if len(wrong):
             self.offset(int(index_B[wrong[0]]))
         offset_B = self._offset_N[index_B]
-        return offset_B, self._file.headers(offset_B)
+        return offset_B, self.file.headers(offset_B)
 
     def _label_error(self, offset: int, label: float) -> RecordError:
-        which = "the pack's identities" if self._declared_identities else "exact in float32"
-        return self._file.error(
+        which = "the pack's identities" if self.declared_identities else "exact in float32"
+        return self.file.error(
             offset, f"label {label:.9g} must be a whole number in [0, {self._label_limit}), {which}"
         )
 
     @property
     def _label_limit(self) -> int:
-        return min(self._declared_identities or LABEL_LIMIT, LABEL_LIMIT)
+        return min(self.declared_identities or LABEL_LIMIT, LABEL_LIMIT)
 
 
-def _check_layout(
-    file: RecordFile, header: Record, key_M: NDArray[np.int64], offset_M: NDArray[np.int64]
-) -> int:
+def _check_layout(file: RecordFile, header: Record, index: RecordIndex) -> int:
     """Return where the images of an InsightFace pack end in [M]; the header must agree."""
+    key_M, offset_M = index.key_M, index.offset_M
     start = int(offset_M[0])
     if len(header.image):
         raise file.error(
@@ -168,7 +176,7 @@ def _check_layout(
         )
     # Identity records come last, so the first of them is found in log2(M) steps.
     end = bisect_left(
-        range(len(key_M)), True, lo=1, key=lambda i: not _has_image(file, offset_M[i : i + 1])[0]
+        range(len(index)), True, lo=1, key=lambda i: not _has_image(file, offset_M[i : i + 1])[0]
     )
     if end == 1:
         raise file.error(start, "a header and no image, must be at least one")
@@ -181,7 +189,7 @@ def _check_layout(
         )
     # An index may lack its last lines. Both sides are rounded to float32, so any count compares.
     ends = [("images", int(key_M[end - 1]) + 1), ("identities", int(key_M[-1]) + 1)]
-    for (name, key), label in zip(ends[: 1 + (end < len(key_M))], header.label_L, strict=False):
+    for (name, key), label in zip(ends[: 1 + (end < len(index))], header.label_L, strict=False):
         if np.float32(key) != label:
             raise file.error(
                 start, f"the header says that {name} end before key {label:.9g}, the index {key}"

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from partialfc.data.augment import Augmentation, Draw, draw
+from partialfc.data.dataset import DataSet
 from partialfc.data.jpeg import check_jpeg
 from partialfc.data.order import Order
-from partialfc.data.records import Pack
 
 Batches: TypeAlias = Generator[tuple[Tensor, Tensor], None, None]
 """(images, identities) without end, epoch after epoch, both on the device: images are float32
@@ -26,8 +26,8 @@ class Encoded(NamedTuple):
     """A batch before it is decoded.
 
     Attributes:
-        sample_id_B: Image indices in the pack.
-        jpegs: B views of the pack's bytes.
+        sample_id_B: Samples of the data set.
+        jpegs: B views of the packs' bytes.
         resize_B: Which images are not S x S yet.
         identity_B: int64, in [0, num_identities).
         draw: What happens to each image.
@@ -45,7 +45,7 @@ class Stream:
     """One rank's batches, as a pure function of the samples seen.
 
     Attributes:
-        pack: Where the images are.
+        dataset: Where the images are.
         order: Which of them are in which batch; its seed is the augmentation's too.
         augmentation: What happens to them.
         image_size: S; an image of another size is resized, with a filter against aliasing.
@@ -53,10 +53,10 @@ class Stream:
         world_size: Ranks that share the global batch.
 
     Raises:
-        ValueError: If the order cannot be divided among the ranks, or is not of this pack.
+        ValueError: If the order cannot be divided among the ranks, or is not of this data set.
     """
 
-    pack: Pack
+    dataset: DataSet
     order: Order
     augmentation: Augmentation
     image_size: int
@@ -64,10 +64,10 @@ class Stream:
     world_size: int = 1
 
     def __post_init__(self) -> None:
-        if self.order.num_samples != len(self.pack):
+        if self.order.num_samples != len(self.dataset):
             raise ValueError(
-                f"{self.pack.path}: the order is of {self.order.num_samples} images, must be of "
-                f"the {len(self.pack)} that the pack has."
+                f"{self.dataset.name}: the order is of {self.order.num_samples} images, must be of "
+                f"the {len(self.dataset)} that the data set has."
             )
         self.order.sample_ids(0, self.rank, self.world_size)
 
@@ -84,7 +84,7 @@ class Stream:
                 record one of the pack; the message names the pack, the image and its offset.
         """
         sample_id_B = self.order.sample_ids(samples_seen, self.rank, self.world_size)
-        jpegs = [self.pack.jpeg_view(i) for i in sample_id_B.tolist()]
+        jpegs = [self.dataset.jpeg_view(i) for i in sample_id_B.tolist()]
         resize_B = np.empty(len(jpegs), bool)
         for i, jpeg in enumerate(jpegs):
             try:
@@ -97,11 +97,11 @@ class Stream:
             sample_id_B=sample_id_B,
             jpegs=jpegs,
             resize_B=resize_B,
-            identity_B=self.pack.identities(sample_id_B),
+            identity_B=self.dataset.identities(sample_id_B),
             draw=draw(self.augmentation, self.order.seed, epoch, sample_id_B),
         )
 
     def error(self, sample_id: int, problem: str) -> ValueError:
-        """Return the error that says ``problem`` of one image of the pack."""
-        offset = self.pack.offset(sample_id)
-        return ValueError(f"{self.pack.path}: image {sample_id} at offset {offset}: {problem}")
+        """Return the error that says ``problem`` of one sample."""
+        pack, bad = self.dataset.bad(sample_id, problem)
+        return ValueError(f"{pack.path}: {bad}")

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from partialfc.data.augment import Augmentation
+from partialfc.data.dataset import open_dataset
 from partialfc.data.loader import open_batches
 from partialfc.data.order import Order
-from partialfc.data.records import open_pack
 from partialfc.data.stream import Stream
 
 pytest.importorskip("nvidia.dali")
@@ -25,10 +25,10 @@ GOLDEN = Path(__file__).parents[1] / "data" / "records" / "insightface.rec"
 @pytest.mark.parametrize("image_size", [112, 64])
 def test_batches_on_the_gpu_are_those_of_the_cpu(image_size):
     """While later batches are made and the GPU is busy, so a buffer used twice would be seen."""
-    pack = open_pack(GOLDEN)
+    dataset = open_dataset([GOLDEN])
     stream = Stream(
-        pack=pack,
-        order=Order(len(pack), 12, seed=5),
+        dataset=dataset,
+        order=Order(len(dataset), 12, seed=5),
         augmentation=Augmentation(shift=3),
         image_size=image_size,
     )

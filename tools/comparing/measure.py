@@ -50,7 +50,7 @@ def training_numbers(run: Finished) -> dict[str, Any]:
     An image is recognised if its own center, of all centers, gives the largest logit without
     margin.
     """
-    pack, head = run.pack, run.model.head
+    pack, head = run.dataset, run.model.head
     count = min(TRAINING_IMAGES, len(pack))
     which = permute(np.arange(count), len(pack), key(0, "compare"))
     identities = torch.from_numpy(pack.identities(which))

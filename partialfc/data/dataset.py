@@ -1,0 +1,150 @@
+"""The images that a run trains on: those of one or several packs, without the skipped ones.
+
+Shape suffixes: B = images asked for, P = packs, S = skipped images.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from partialfc.data.records import Pack, open_pack
+from partialfc.data.skip_list import BadRecord, read_skip_lists
+
+_CHUNK = 1 << 20
+
+
+def open_dataset(packs: Sequence[Path], skip: Sequence[Path] = ()) -> "DataSet":
+    """Open packs as one data set.
+
+    Args:
+        packs: ``.rec`` files, in the order of their identities.
+        skip: Lists of images that are left out; see :mod:`partialfc.data.skip_list`.
+
+    Raises:
+        ValueError: If a pack or a list breaks a rule, or no image is left.
+        OSError: If a file cannot be read.
+    """
+    opened = [open_pack(path) for path in packs]
+    return DataSet(opened, read_skip_lists(skip, opened) if skip else None)
+
+
+class DataSet:
+    """The samples 0...N-1 of several packs, one pack after the other.
+
+    Identities of a pack follow those of the packs before it. Memory is that of the packs, and 16
+    bytes for each skipped image.
+
+    Args:
+        packs: At least one.
+        skipped: Sorted image indices of each pack that are no samples.
+
+    Raises:
+        ValueError: If a pack comes twice, or no image is left.
+    """
+
+    def __init__(
+        self, packs: Sequence[Pack], skipped: Sequence[NDArray[np.int64]] | None = None
+    ) -> None:
+        self.packs = tuple(packs)
+        prints = [pack.fingerprint for pack in self.packs]
+        for pack, print_ in zip(self.packs, prints, strict=True):
+            if prints.count(print_) > 1:
+                raise ValueError(
+                    f"{pack.path}: it is among the packs twice (fingerprint {print_}), so its "
+                    f"identities would be two each. Name it once."
+                )
+        self._start_P = np.cumsum([0, *map(len, self.packs)])
+        skipped = skipped or [np.empty(0, np.int64)] * len(self.packs)
+        pairs = zip(skipped, self._start_P, strict=False)
+        self._skipped_S = np.concatenate([images + start for images, start in pairs])
+        # Samples up to skipped[s] - s stand before s skipped images, all later ones after them.
+        self._before_S = self._skipped_S - np.arange(len(self._skipped_S))
+        if not len(self):
+            raise ValueError(f"{self.name}: all {self._start_P[-1]} images are skipped.")
+
+    def __len__(self) -> int:
+        return int(self._start_P[-1]) - len(self._skipped_S)
+
+    @property
+    def name(self) -> str:
+        """Of the packs, for messages."""
+        return ", ".join(str(pack.path) for pack in self.packs)
+
+    @property
+    def num_skipped(self) -> int:
+        """Images of the packs that are no samples."""
+        return len(self._skipped_S)
+
+    @cached_property
+    def _identity_start_P(self) -> NDArray[np.int64]:
+        return np.cumsum([0, *(self._identities_of(i) for i in range(len(self.packs)))])
+
+    @property
+    def num_identities(self) -> int:
+        """Number of identities C of all packs; those without a sample count."""
+        return int(self._identity_start_P[-1])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits, a function of the packs' and of the skipped images."""
+        prints = [pack.fingerprint for pack in self.packs]
+        if len(prints) == 1 and not self.num_skipped:
+            return prints[0]
+        digest = hashlib.blake2b(" ".join(prints).encode(), digest_size=8)
+        digest.update(self._skipped_S.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def locate(self, sample: int) -> tuple[Pack, int]:
+        """Return the pack of a sample and its image index there."""
+        pack_B, image_B = self._locate(np.asarray([sample], np.int64))
+        return self.packs[int(pack_B[0])], int(image_B[0])
+
+    def bad(self, sample: int, problem: str) -> tuple[Pack, BadRecord]:
+        """Return the pack of a sample, and that its record has a problem."""
+        pack, image = self.locate(sample)
+        return pack, BadRecord.of(pack, image, problem)
+
+    def jpeg(self, sample: int) -> bytes:
+        """Return a copy of the JPEG bytes of one sample."""
+        return self.jpeg_view(sample).tobytes()
+
+    def jpeg_view(self, sample: int) -> NDArray[np.uint8]:
+        """Return the JPEG bytes of one sample as :meth:`~partialfc.data.records.Pack.jpeg_view`."""
+        pack, image = self.locate(sample)
+        return pack.jpeg_view(image)
+
+    def identities(self, samples: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the identities [B] of samples [B], in [0, num_identities)."""
+        pack_B, image_B = self._locate(np.asarray(samples, np.int64))
+        identity_B = np.empty(len(image_B), np.int64)
+        for number in np.unique(pack_B).tolist():
+            of_pack_B = pack_B == number
+            identity_B[of_pack_B] = self.packs[number].identities(image_B[of_pack_B])
+        return identity_B + self._identity_start_P[pack_B]
+
+    def _locate(self, sample_B: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Numbers of the packs, and image indices there."""
+        wrong = np.flatnonzero((sample_B < 0) | (sample_B >= len(self)))
+        if len(wrong):
+            raise IndexError(f"{self.name}: sample {sample_B[wrong[0]]} not in [0, {len(self)}).")
+        image_B = sample_B + np.searchsorted(self._before_S, sample_B, side="right")
+        pack_B = np.searchsorted(self._start_P, image_B, side="right") - 1
+        return pack_B, image_B - self._start_P[pack_B]
+
+    def _identities_of(self, number: int) -> int:
+        """Of one pack. Of a plain one all samples are read, the skipped images may be damaged."""
+        pack = self.packs[number]
+        if pack.declared_identities is not None:
+            return pack.declared_identities
+        start, stop = self._start_P[number : number + 2]
+        skipped = self._skipped_S[(self._skipped_S >= start) & (self._skipped_S < stop)] - start
+        largest = -1
+        for first in range(0, len(pack), _CHUNK):
+            chunk = np.arange(first, min(first + _CHUNK, len(pack)))
+            chunk = chunk[~np.isin(chunk, skipped)]
+            largest = max(largest, int(pack.identities(chunk).max(initial=-1)))
+        return largest + 1

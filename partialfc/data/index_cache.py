@@ -1,0 +1,141 @@
+"""The index of a large pack, kept in a file that all processes of a machine share.
+
+Reading the ``.idx`` of 42 million records takes a while and 340 MB of memory in every process; the
+kept one is mapped. It is beside the pack (``train.rec.index``), or in the user's cache folder where
+that place is read-only, and is made again when the pack changes. Its first 4096 bytes are JSON; the
+offsets follow as int64, then the keys unless they are consecutive.
+
+Shape suffix: M = records of the pack.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from partialfc.data.record_index import RecordIndex, read_index
+from partialfc.data.recordio import RecordFile
+
+KEPT_FROM = 1 << 17
+"""Records of the smallest pack whose index is kept; smaller ones are read in a moment."""
+
+_FORMAT = "partialfc index 1"
+_HEADER = 4096
+
+
+def open_index(file: RecordFile) -> RecordIndex:
+    """Return the records of a pack, from the kept index if it is of this very pack.
+
+    Raises:
+        RecordError: As :func:`~partialfc.data.record_index.read_index`.
+    """
+    stamp = _stamp(file)
+    index = _kept(file, stamp)
+    if index is not None:
+        return index
+    with _alone(file.path):  # of several ranks one reads the .idx, the others what it kept
+        index = _kept(file, stamp)
+        if index is not None:
+            return index
+        index = read_index(file)
+        if len(index) >= KEPT_FROM and _keep(file, stamp, index):
+            return _kept(file, stamp) or index
+        return index
+
+
+def cache_places(path: Path, name: str) -> list[Path]:
+    """Return where something about a pack may be kept, the best place first.
+
+    Args:
+        path: Of the ``.rec``.
+        name: What is kept; the end of the file's name.
+    """
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+    place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    return [
+        path.with_name(f"{path.name}.{name}"),
+        folder / "partialfc" / f"{path.stem}.{place}.{name}",
+    ]
+
+
+def _stamp(file: RecordFile) -> dict[str, Any]:
+    """What a kept index must be of: sizes and times of both files."""
+    stamp: dict[str, Any] = {"format": _FORMAT}
+    for path in (file.path, file.path.with_suffix(".idx")):
+        with suppress(FileNotFoundError):
+            status = path.stat()
+            stamp[path.suffix] = [status.st_size, status.st_mtime_ns]
+    return stamp
+
+
+def _kept(file: RecordFile, stamp: dict[str, Any]) -> RecordIndex | None:
+    for path in cache_places(file.path, "index"):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            return _load(path, file, stamp)
+    return None
+
+
+def _load(path: Path, file: RecordFile, stamp: dict[str, Any]) -> RecordIndex:
+    """The index that is kept at ``path``; ValueError and the like if it is not what it should be.
+
+    It is hashed, so damage is found; every offset is checked again when its record is read.
+    """
+    with path.open("rb") as stream:
+        header = json.loads(stream.read(_HEADER))
+        size = os.fstat(stream.fileno()).st_size
+    if {name: header.get(name) for name in stamp} != stamp:
+        raise ValueError("of another pack")
+    count, first = header["records"], header["first_key"]
+    columns = 1 if first is not None else 2
+    if not isinstance(count, int) or count < 1 or size != _HEADER + 8 * columns * count:
+        raise ValueError("not whole")
+    values: NDArray[np.int64] = np.memmap(path, "<i8", "r", _HEADER).view(np.ndarray)
+    if first is not None and not (isinstance(first, int) and 0 <= first < 1 << 62):
+        raise ValueError("no key")
+    keys = range(first, first + count) if first is not None else values[count:]
+    index = RecordIndex(keys, values[:count])
+    if index.fingerprint(file.size) != header["fingerprint"]:
+        raise ValueError("damaged")
+    return index
+
+
+def _keep(file: RecordFile, stamp: dict[str, Any], index: RecordIndex) -> bool:
+    """Whether the index could be written somewhere."""
+    consecutive = isinstance(index.key_M, range)
+    header = stamp | {
+        "records": len(index),
+        "first_key": index.key_M[0] if consecutive else None,
+        "fingerprint": index.fingerprint(file.size),
+    }
+    columns = [index.offset_M] if consecutive else [index.offset_M, np.asarray(index.key_M)]
+    for path in cache_places(file.path, "index"):
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as stream:
+                stream.write(json.dumps(header).encode().ljust(_HEADER))
+                for column in columns:
+                    stream.write(np.ascontiguousarray(column, "<i8").data)
+            temporary.replace(path)
+        except OSError:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            continue
+        return True
+    return False
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold the lock of a file, where its file system has locks."""
+    with path.open("rb") as stream:
+        with suppress(OSError):
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
