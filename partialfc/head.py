@@ -9,6 +9,7 @@ Shape suffixes: b = rows of this rank's batch, B = rows of the gathered batch, D
 n = sampled rows of this rank.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -52,6 +53,9 @@ class PartialFC(nn.Module):
         overlap: On a GPU, update the centers beside the backbone's backward; a loss scale or a
             verdict (``found_inf``) on that backward cannot be had then.
         seed: Initial centers, negatives and rounding are functions of it and of global ids.
+        center_weight: Of the mean of 1 - cos(theta) to the own center, added to the loss; >= 0.
+        inter_class_weight: Of the mean cosine of the batch's centers and the nearest other sampled
+            one of each, added to the loss; >= 0.
         canonical_shards: V, at least the largest world size that the run will ever have;
             ``None`` for a number that depends on ``num_identities`` alone.
         group: Process group; ``None`` for the default one.
@@ -78,6 +82,8 @@ class PartialFC(nn.Module):
         center_format: Literal["fp32", "bf16", "fp16"] = "fp32",
         keep_bytes: int | None = None,
         overlap: bool = False,
+        center_weight: float = 0.0,
+        inter_class_weight: float = 0.0,
         seed: int = 2048,
         canonical_shards: int | None = None,
         group: dist.ProcessGroup | None = None,
@@ -92,6 +98,17 @@ class PartialFC(nn.Module):
             raise ValueError(
                 f"center_format = 'fp16' keeps directions, and {type(margin).__name__} looks at "
                 "the length of a center; use fp32 or bf16."
+            )
+        for name, weight in (
+            ("center_weight", center_weight),
+            ("inter_class_weight", inter_class_weight),
+        ):
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"{name} must be >= 0 and finite, got {weight}.")
+        if inter_class_weight and not margin.unit_centers:
+            raise ValueError(
+                f"inter_class_weight = {inter_class_weight} turns unit centers, and "
+                f"{type(margin).__name__} keeps their lengths; set it to 0 or use another margin."
             )
         if keep_bytes is not None and keep_bytes < 0:
             raise ValueError(f"keep_bytes must be >= 0, got {keep_bytes}.")
@@ -138,6 +155,9 @@ class PartialFC(nn.Module):
         )
         for name, value in margin.new_state(num_identities).items():
             self.register_buffer(f"margin_{name}", torch.tensor(value, device=centers.device))
+        self.center_weight, self.inter_class_weight = center_weight, inter_class_weight
+        self.terms: dict[str, Tensor] = {}
+        """Losses beside the softmax in the last forward pass, without their weights."""
         self._step_sample: _StepSample | None = None
 
     def extra_repr(self) -> str:
@@ -169,7 +189,8 @@ class PartialFC(nn.Module):
         Collective: one all-gather, one all-reduce of [2B], and one reduce-scatter where gradients
         are wanted; backward has none. One all-reduce of [B] more for logits above 64, and one for a
         margin that needs the positives first; a margin that follows the norm and label smoothing
-        make the all-reduce of [2B] longer by [B] and [2B].
+        make the all-reduce of [2B] longer by [B] and [2B]. The losses beside the softmax have their
+        own; see :mod:`partialfc.center_losses`.
 
         ``embeddings.grad`` is the world size times the exact gradient, so that the mean over
         ranks that DistributedDataParallel takes is exact.

@@ -3,18 +3,19 @@
 Shape suffixes: b = rows of this rank's batch, B = rows of the gathered batch, D = embedding.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from partialfc.center_losses import CenterTerm, center_loss, inter_class_loss
 from partialfc.centers import own_centers
 from partialfc.collectives import gather_batch, max_over_ranks, sum_over_ranks, sum_to_owner
 from partialfc.margins import Margin, Positive, Rows
 from partialfc.permutation import key
-from partialfc.sampling import NOT_LOCAL
+from partialfc.sampling import NOT_LOCAL, Sample
 from partialfc.tiles import FirstPass, Kept, Logits, first_pass, operand_dtype, unit
 
 if TYPE_CHECKING:
@@ -93,6 +94,10 @@ class MarginLoss(torch.autograd.Function):
         total = _sum(head, negatives, positive, rows, local_B, query_BD)
         push = _push(margin, total, norm_B, want_gradient)
         loss = push.loss_B.mean()
+        beside = _beside(head, query_BD, own_BD, target_B, sample, logits)
+        for weight, term in beside.values():
+            loss = loss + weight * term.loss
+        head.terms = {name: term.loss for name, (_, term) in beside.items()}
         if not want_gradient:
             return loss
 
@@ -121,6 +126,11 @@ class MarginLoss(torch.autograd.Function):
             positive_BD=positive_BD,
             even_D=push.even_B @ query_BD.float() if margin.label_smoothing else None,
             exponentials=negatives.exponentials,
+            pulls=[
+                replace(pull, slope_P=pull.slope_P * weight)
+                for weight, term in beside.values()
+                for pull in term.pulls
+            ],
         )
         if ctx.needs_input_grad[0]:
             pull_BD = negatives.pull_BD
@@ -128,6 +138,9 @@ class MarginLoss(torch.autograd.Function):
             pull_BD.mul_(push.negative_B.unsqueeze(1)).addcmul_(own_BD, slope_B.unsqueeze(1))
             if negatives.key_sum_D is not None:
                 pull_BD.addcmul_(push.even_B.unsqueeze(1), negatives.key_sum_D, value=-1)
+            for weight, term in beside.values():
+                if term.by_query_BD is not None:
+                    pull_BD.add_(term.by_query_BD, alpha=weight)
             pull_bD = sum_to_owner(pull_BD, ranks)[:, : unit_bD.shape[1]]
             if margin.unit_embeddings:
                 along_b1 = (pull_bD * unit_bD).sum(1, keepdim=True)
@@ -149,6 +162,26 @@ class MarginLoss(torch.autograd.Function):
             return None, None, None, None
         (gradient_bD,) = ctx.saved_tensors
         return (gradient_bD * weight).to(ctx.dtype), None, None, None
+
+
+def _beside(
+    head: "PartialFC",
+    query_BD: Tensor,
+    own_BD: Tensor,
+    target_B: Tensor,
+    sample: Sample,
+    logits: Logits,
+) -> dict[str, tuple[float, CenterTerm]]:
+    """The losses beside the softmax that the head asks for, with their weights."""
+    terms = {}
+    if head.center_weight:
+        term = center_loss(query_BD, own_BD, target_B, head.embedding_dim, head.ranks)
+        terms["center"] = head.center_weight, term
+    if head.inter_class_weight:
+        centers_CD, workspace = head.centers.detach(), head.optimizer.workspace
+        term = inter_class_loss(own_BD, target_B, centers_CD, sample, logits, workspace, head.ranks)
+        terms["inter_class"] = head.inter_class_weight, term
+    return terms
 
 
 @dataclass(frozen=True, slots=True)

@@ -281,6 +281,7 @@ def _times(kept: Kept, weight: Tensor) -> Kept:
         negative_B=kept.negative_B * weight,
         positive_B=kept.positive_B * weight,
         even_D=None if kept.even_D is None else kept.even_D * weight,
+        pulls=[replace(pull, slope_P=pull.slope_P * weight) for pull in kept.pulls],
     )
 
 

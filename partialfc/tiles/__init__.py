@@ -1,13 +1,14 @@
 """The two passes of the head over tiles of class centers.
 
-``passes`` is the loop over tiles, ``products`` its matrix products, ``positives`` what is left out
-of them. The other steps of a tile are in ``torch`` for any device and in ``kernels`` and
-``row_kernels`` for GPUs; ``dispatch`` chooses.
+``passes`` is the loop over tiles, ``parts`` what goes into it and between the passes, ``products``
+its matrix products, ``positives`` what is left out of them. The other steps of a tile are in
+``torch`` for any device and in ``kernels`` and ``row_kernels`` for GPUs; ``dispatch`` chooses.
 """
 
-from partialfc.tiles.passes import FirstPass, Kept, Logits, first_pass, positives, second_pass
-from partialfc.tiles.products import Compute, operand_dtype
-from partialfc.tiles.torch import project_, take_rows, unit
+from partialfc.tiles.parts import FirstPass, Kept, Logits, Pull
+from partialfc.tiles.passes import first_pass, positives, sampled_keys, second_pass
+from partialfc.tiles.products import Compute, operand_dtype, precision, scaled_products
+from partialfc.tiles.torch import leave_out_, project_, take_rows, unit
 from partialfc.tiles.workspace import Workspace
 
 __all__ = [
@@ -15,11 +16,16 @@ __all__ = [
     "FirstPass",
     "Kept",
     "Logits",
+    "Pull",
     "Workspace",
     "first_pass",
+    "leave_out_",
     "operand_dtype",
     "positives",
+    "precision",
     "project_",
+    "sampled_keys",
+    "scaled_products",
     "second_pass",
     "take_rows",
     "unit",

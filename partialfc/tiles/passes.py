@@ -19,17 +19,14 @@ from torch import Tensor
 from partialfc.margins.base import Bend
 from partialfc.tiles import torch as torch_steps
 from partialfc.tiles.dispatch import steps_for
+from partialfc.tiles.parts import FirstPass, Kept, KeptTile, Logits
 from partialfc.tiles.positives import Positives
 from partialfc.tiles.products import (
-    Compute,
     add_product_,
     precision,
     scaled_products,
 )
 from partialfc.tiles.workspace import Workspace
-
-_LARGEST_PLAIN_LOGIT = 64.0
-"""exp(±z) of a larger logit, summed over 1e8 classes, leaves fp32's range: keep a row maximum."""
 
 _NO_LOGIT = -1e30
 """Row maximum of a tile without negatives: finite, so that no difference of two is NaN."""
@@ -41,98 +38,6 @@ tile of logits: half of the L2 cache."""
 
 _TILE_ROWS = 128
 """A tile is a multiple of it, as tensor cores like it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Logits:
-    """How the product of a query and a center becomes the logit of a negative.
-
-    Attributes:
-        scale: Factor of the product.
-        unit: Whether a key is the center's unit vector, or the center as it is.
-        largest: Bound of every |logit|; inf if there is none.
-        compute: Precision of the products.
-        per_identity: K; the logit of an identity is the largest of those of its K rows.
-        bend: Another logit above a threshold, or ``None``.
-    """
-
-    scale: float
-    unit: bool
-    largest: float
-    compute: Compute
-    per_identity: int = 1
-    bend: Bend | None = None
-
-    @property
-    def needs_maximum(self) -> bool:
-        """Whether the exponentials need a row maximum to stay inside fp32's range."""
-        return self.largest > _LARGEST_PLAIN_LOGIT
-
-
-@dataclass(frozen=True, slots=True)
-class KeptTile:
-    """E of one tile, [T, B], and the row maximum that it is relative to, if there is one."""
-
-    exp_TB: Tensor
-    maximum_B: Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class FirstPass:
-    """What pass 1 knows of this rank's negatives.
-
-    Attributes:
-        sum_B: Sum of exp(logit - maximum) over the sampled negatives.
-        maximum_B: Largest negative logit, or ``None`` where the logits need no maximum (then 0).
-        pull_BD: Sum over negatives of exp(logit - maximum) * the bend's slope * key; ``None`` if
-            not wanted.
-        key_sum_D: Sum of all keys, positives included; ``None`` if not wanted.
-        rows: Their number.
-        exponentials: Of the first tiles, as many as the budget allows.
-    """
-
-    sum_B: Tensor
-    maximum_B: Tensor | None
-    pull_BD: Tensor | None
-    key_sum_D: Tensor | None
-    rows: int
-    exponentials: list[KeptTile]
-
-
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """What pass 2 needs of one micro-batch.
-
-    Attributes:
-        query_BD: Gathered queries in the operand dtype.
-        rows: int64 [n] sampled rows, or ``None`` for all rows of the shard.
-        target_B: Place of each row's own class center among the sampled ones, or ``NOT_LOCAL``.
-        logits: What the products become.
-        maximum_B: Subtracted from the logits before exp, or ``None``.
-        negative_B: Factor that makes exp(logit - maximum) the derivative of the loss by the
-            product.
-        positive_B: Derivative of the loss by the positive's product, times what follows.
-        positive_BD: The derivative of the positive's product by its key: queries, unless the
-            margin follows the length of a center.
-        even_D: Subtracted from the gradient of every sampled key, or ``None``.
-        exponentials: E of the first tiles, 0 at the positives.
-    """
-
-    query_BD: Tensor
-    rows: Tensor | None
-    target_B: Tensor
-    logits: Logits
-    maximum_B: Tensor | None
-    negative_B: Tensor
-    positive_B: Tensor
-    positive_BD: Tensor
-    even_D: Tensor | None
-    exponentials: list[KeptTile]
-
-    @property
-    def bytes(self) -> int:
-        """Memory of the exponentials."""
-        return sum(tile.exp_TB.nbytes for tile in self.exponentials)
 
 
 def first_pass(
@@ -168,8 +73,7 @@ def first_pass(
     maximum_B = torch.full_like(sum_B, _NO_LOGIT) if logits.needs_maximum else None
     exponentials: list[KeptTile] = []
     with precision(logits.compute, query_BD.device):
-        for start, stop in tiles(query_BD, centers_CD, rows, logits.per_identity):
-            key_TD = _keys(centers_CD, rows, start, stop, query_BD.dtype, logits, workspace)
+        for start, key_TD in sampled_keys(query_BD, centers_CD, rows, logits, workspace):
             if key_sum_D is not None:
                 key_sum_D.add_(key_TD.sum(0, dtype=torch.float32))
             column_B = target_B - start
@@ -263,11 +167,31 @@ def second_pass(
 
 def positives(rows: Tensor | None, kept: Sequence[Kept]) -> Positives:
     """Return the positives' share of the same gradient; arguments as in :func:`second_pass`."""
-    return Positives.of(
-        [_align(one, rows)[0] for one in kept],
-        [one.positive_B for one in kept],
-        [one.positive_BD for one in kept],
-    )
+    every = [
+        (_align(target_P, one.rows, rows), slope_P, direction_PD)
+        for one in kept
+        for target_P, slope_P, direction_PD in (
+            (one.target_B, one.positive_B, one.positive_BD),
+            *((pull.target_P, pull.slope_P, pull.direction_PD) for pull in one.pulls),
+        )
+    ]
+    targets, slopes, directions = zip(*every, strict=True)
+    return Positives.of(targets, slopes, directions)
+
+
+def sampled_keys(
+    query_BD: Tensor,
+    centers_CD: Tensor,
+    rows: Tensor | None,
+    logits: Logits,
+    workspace: Workspace,
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield (start, keys [T, D]) of every tile; arguments as in :func:`first_pass`.
+
+    The keys are in the dtype of the queries, valid until the next tile is asked for.
+    """
+    for start, stop in tiles(query_BD, centers_CD, rows, logits.per_identity):
+        yield start, _keys(centers_CD, rows, start, stop, query_BD.dtype, logits, workspace)
 
 
 def tiles(
@@ -300,7 +224,7 @@ class _Part:
 
     @classmethod
     def of(cls, kept: Kept, rows: Tensor | None, *, like: Tensor) -> "_Part":
-        target_B, present_n = _align(kept, rows)
+        target_B, present_n = _align(kept.target_B, kept.rows, rows), _present(kept.rows, rows)
         factor_B1 = kept.negative_B.unsqueeze(1)
         same_tiles = kept.rows is rows and kept.query_BD.shape == like.shape
         return cls(
@@ -312,16 +236,19 @@ class _Part:
         )
 
 
-def _align(one: Kept, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Targets as columns of ``rows``, and which of ``rows`` the micro-batch had sampled."""
-    if one.rows is rows or rows is None or one.rows is None:
-        return one.target_B, None
-    local_B = one.target_B >= 0
-    if not len(one.rows):
-        return one.target_B, torch.zeros_like(rows, dtype=torch.bool)
-    row_B = one.rows[one.target_B.clamp(min=0)]
-    target_B = torch.where(local_B, torch.searchsorted(rows, row_B), one.target_B)
-    return target_B, torch.isin(rows, one.rows)
+def _align(target_P: Tensor, sampled: Tensor | None, rows: Tensor | None) -> Tensor:
+    """Places among ``sampled`` as places among its superset ``rows``."""
+    if sampled is rows or rows is None or sampled is None or not len(sampled):
+        return target_P
+    row_P = sampled[target_P.clamp(min=0)]
+    return torch.where(target_P >= 0, torch.searchsorted(rows, row_P), target_P)
+
+
+def _present(sampled: Tensor | None, rows: Tensor | None) -> Tensor | None:
+    """Which of ``rows`` are among ``sampled``; ``None`` for all."""
+    if sampled is rows or rows is None or sampled is None:
+        return None
+    return torch.isin(rows, sampled)
 
 
 def _keys(
