@@ -10,7 +10,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from partialfc.backbones import build_backbone
 from partialfc.config import Config, ConfigError
+from partialfc.embedding_losses import EmbeddingLosses, Weighted
 from partialfc.head import PartialFC
+from partialfc.losses import LOSSES
 from partialfc.margins import MARGINS, Margin
 from partialfc.row_rules import RowAdagrad, RowAdamW, RowRule, RowSGD
 from partialfc.runtime import Runtime
@@ -41,6 +43,7 @@ class Model:
         replica: The backbone as the ranks share it: its backward averages gradients over ranks.
         optimizer: Of the backbone.
         head: With its own optimizer.
+        losses: On the embeddings, beside the head's.
         scaler: Loss scale of fp16; disabled otherwise.
         autocast: Compute dtype of the backbone, or ``None`` for fp32.
         channels_last: Memory format of the images.
@@ -50,6 +53,7 @@ class Model:
     replica: nn.Module
     optimizer: torch.optim.Optimizer
     head: PartialFC
+    losses: EmbeddingLosses
     scaler: torch.amp.GradScaler
     autocast: torch.dtype | None
     channels_last: bool
@@ -110,6 +114,7 @@ def assemble(config: Config, runtime: Runtime, backbone: nn.Module, head: Partia
         replica=replica,
         optimizer=_optimizer(config, backbone),
         head=head,
+        losses=_embedding_losses(config),
         scaler=torch.amp.GradScaler(
             runtime.device.type,
             init_scale=getattr(config.precision, "initial_loss_scale", 1.0),
@@ -156,6 +161,16 @@ def margin_of(config: Config) -> Margin:
         raise ConfigError(f"head.{error}") from error
 
 
+def _embedding_losses(config: Config) -> EmbeddingLosses:
+    """Return those with a weight."""
+    losses = {}
+    for name, kind in LOSSES.items():
+        settings = getattr(config.losses, name).model_dump()
+        if weight := settings.pop("weight"):
+            losses[name] = Weighted(kind(**settings), weight)
+    return EmbeddingLosses(losses)
+
+
 def _head(config: Config, runtime: Runtime, num_identities: int) -> PartialFC:
     settings = config.head
     rule = settings.optimizer.model_dump(exclude={"name", "lr_factor"})
@@ -171,6 +186,8 @@ def _head(config: Config, runtime: Runtime, num_identities: int) -> PartialFC:
             center_format=settings.center_format,
             keep_bytes=None if settings.keep_mib is None else settings.keep_mib << 20,
             overlap=settings.overlap,
+            center_weight=config.losses.center.weight,
+            inter_class_weight=config.losses.inter_class.weight,
             seed=config.run.seed,
             canonical_shards=settings.canonical_shards,
             device=runtime.device,

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from partialfc import settings
+from partialfc.config_losses import Losses
 from partialfc.config_margins import AnyMargin, ArcFace
 from partialfc.config_optimizers import (
     AdagradOfCenters,
@@ -292,6 +293,7 @@ class Config(Section):
     backbone: Backbone = Field(default_factory=Backbone)
     precision: AnyPrecision = Field(default_factory=Bf16)
     head: Head = Field(default_factory=Head)
+    losses: Losses = Field(default_factory=Losses)
     optimizer: Annotated[SgdOfBackbone | AdamWOfBackbone, Field(discriminator="name")] = Field(
         default_factory=SgdOfBackbone
     )

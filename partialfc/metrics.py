@@ -31,6 +31,11 @@ class Metric:
 
 TABLE = (
     Metric("loss", "", "Mean loss over the global batch and the steps since the last record"),
+    Metric("loss_triplet", "", "Triplet loss of this step, without its weight"),
+    Metric("loss_contrastive", "", "Contrastive loss of this step, without its weight"),
+    Metric("loss_uniformity", "", "Uniformity loss of this step, without its weight"),
+    Metric("loss_center", "", "Mean of 1 - cos to the own center at this step"),
+    Metric("loss_inter_class", "", "Mean cosine of a center and its nearest one at this step"),
     Metric("learning_rate", "", "Learning rate of the backbone at this step"),
     Metric("gradient_norm", "", "Norm of the backbone's gradient at this step, before clipping"),
     Metric("epoch", "epochs", "Passes over the data so far"),

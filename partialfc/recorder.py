@@ -2,9 +2,9 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -31,12 +31,14 @@ class Step:
         gradient_norm: Of the backbone, before clipping.
         skipped: 1.0 where loss or gradient is not finite and nothing was changed, else 0.0.
         loss_scale: Of fp16; 1 without it.
+        terms: Losses beside the softmax, without their weights, of the last micro-batch.
     """
 
     loss: Tensor
     gradient_norm: Tensor
     skipped: Tensor
     loss_scale: Tensor
+    terms: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Recorder:
@@ -120,8 +122,8 @@ class Recorder:
         if step % self._config.log.every_steps and step != self._total:
             return
         # Host sync: one read of all numbers.
-        loss, norm, skipped, scale = torch.stack(
-            [self._loss, done.gradient_norm, self._skipped, done.loss_scale]
+        loss, norm, skipped, scale, *terms = torch.stack(
+            [self._loss, done.gradient_norm, self._skipped, done.loss_scale, *done.terms.values()]
         ).tolist()
         self.refuse_non_finite()
         now, count = time.monotonic(), step - self._recorded
@@ -139,6 +141,7 @@ class Recorder:
             "loss_scale": scale,
             "skipped_steps": skipped,
             "peak_memory_bytes": peak_memory(self._runtime.device),
+            **{f"loss_{name}": term for name, term in zip(done.terms, terms, strict=True)},
         }
         self._write(step, {name: value for name, value in values.items() if math.isfinite(value)})
         self._loss.zero_()

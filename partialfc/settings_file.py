@@ -118,6 +118,8 @@ def _apply(settings: Mapping[str, Any], override: str) -> dict[str, Any]:
     keys = [part.strip() for part in key.split(".")]
     if not equals or not all(keys) or not key.isprintable():
         raise ValueError("an override is written key=value, e.g. run.seed=1.")
+    if any("\ud800" <= letter <= "\udfff" for letter in override):
+        raise ValueError("an override is UTF-8 text, and a byte of this one is not.")
     return _with(settings, keys, text.strip())
 
 

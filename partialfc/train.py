@@ -128,7 +128,7 @@ def train_step(
     for number, (part, own) in enumerate(pieces, 1):
         with _gradients_stay_local(model, number < parts):
             embeddings = model.embed(part)
-            part_loss = head(embeddings, own) / parts
+            part_loss = (head(embeddings, own) + model.losses(embeddings, own)) / parts
             scaler.scale(part_loss).backward()
         loss += part_loss.detach()
 
@@ -147,7 +147,7 @@ def train_step(
     optimizer.zero_grad()
     for buffer, old in zip(statistics, before, strict=True):  # they saw the bad batch already
         buffer.copy_(torch.where(skipped > 0, old, buffer))
-    return Step(loss, norm, skipped, loss_scale)
+    return Step(loss, norm, skipped, loss_scale, {**head.terms, **model.losses.terms})
 
 
 def _tell(optimizer: Any, *, grad_scale: Tensor | None, found_inf: Tensor) -> None:
@@ -234,6 +234,7 @@ def facts_of(config: Config, dataset: DataSet) -> dict[str, object]:
         "head.compute": config.head.compute,
         "head.center_format": config.head.center_format,
         "head.margin": config.head.margin.model_dump(mode="json"),
+        "losses": config.losses.model_dump(mode="json"),
     }
 
 

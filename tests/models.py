@@ -31,8 +31,10 @@ def flat_model(
 ) -> Model:
     torch.manual_seed(0)
     rule, margin = rule or RowSGD(lr=0.1), margin or ArcFace(scale=16)
-    head = PartialFC(identities, dim, margin, sample_rate=rate, optimizer=rule, **head)
-    return assemble(config, runtime(), Flat(size, dim), head)
+    head.setdefault("center_weight", config.losses.center.weight)
+    head.setdefault("inter_class_weight", config.losses.inter_class.weight)
+    partial_fc = PartialFC(identities, dim, margin, sample_rate=rate, optimizer=rule, **head)
+    return assemble(config, runtime(), Flat(size, dim), partial_fc)
 
 
 def weights(model: Model):

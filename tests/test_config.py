@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from partialfc import config, margins
+from partialfc import config, losses, margins
 from partialfc.config import Config, ConfigError, config_hash, help_text, load, to_toml
+from partialfc.config_losses import Losses
 from partialfc.config_margins import AnyMargin, Margin
 from partialfc.settings import Section, rule, settings_of, to_value, unit, variants
 
@@ -182,7 +183,7 @@ def test_what_the_hash_leaves_out_exists() -> None:
             MINIMAL + "[sched]\nname = 'linear'\n",
             [],
             'sched = {name = "linear"}: unknown section. Did you mean schedule? The file takes '
-            "[run], [data], [backbone], [precision], [head], [optimizer], [schedule], "
+            "[run], [data], [backbone], [precision], [head], [losses], [optimizer], [schedule], "
             "[verification], [checkpoint], [log].",
         ),
         (  # out of range
@@ -388,6 +389,7 @@ def test_file_problems() -> None:
         assert str(error.value) == message
 
 
+@example(key="\ud800", value="false")  # a byte of the command line that is not UTF-8
 @given(
     key=st.sampled_from([key for key, _ in settings_of(Config)])
     | st.text(st.characters(exclude_characters="="), max_size=8),
@@ -533,3 +535,19 @@ def test_first_variant_is_the_default() -> None:
     """Config() in Python and an empty file agree."""
     assert Config(data=config.Data(train=Path("train.rec"))) == loaded()
     assert all(variants(field) for field in Config.model_fields.values())
+
+
+def test_losses_have_these_settings_and_defaults() -> None:
+    """A loss and its section cannot drift apart."""
+    for name, kind in losses.LOSSES.items():
+        section: Any = Losses.model_fields[name].annotation
+        chosen = {key: field.default for key, field in section.model_fields.items()}
+        assert chosen.pop("weight") == 0.0
+        assert chosen == {field.name: field.default for field in dataclasses.fields(kind)}
+
+
+def test_a_setting_of_a_loss_without_a_weight_is_refused() -> None:
+    """It would be ignored silently."""
+    with pytest.raises(ConfigError, match=r"losses\.triplet.*margin = 0\.3: has no effect"):
+        loaded(MINIMAL, "losses.triplet.margin=0.3")
+    assert loaded(MINIMAL, "losses.triplet.margin=0.3", "losses.triplet.weight=1").losses

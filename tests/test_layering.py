@@ -13,6 +13,7 @@ FLOORS = {
     "settings": 0,
     "settings_file": 0,
     "config": 0,
+    "config_losses": 0,
     "config_margins": 0,
     "config_optimizers": 0,
     "schedule": 0,

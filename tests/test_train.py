@@ -99,3 +99,17 @@ def test_a_bad_batch_leaves_batch_norms_statistics_alone():
     assert torch.equal(model.backbone[1].running_var, before)
     train_step(model, config, *batch(2, 24), 0.05)
     assert not torch.equal(model.backbone[1].running_var, before)
+
+
+def test_losses_beside_the_softmax_are_added_and_recorded():
+    """By their weights, on the same embeddings; the record has them without."""
+    losses = {"triplet": {"weight": 0.5, "margin": 0.4}, "center": {"weight": 2.0}}
+    config = settings(losses=losses)
+    model, plain = flat_model(config), flat_model(settings())
+    images, identities = batch(0, 24)
+    done = train_step(model, config, images, identities, 0.05)
+    softmax = train_step(plain, settings(), images, identities, 0.05).loss
+    assert set(done.terms) == {"triplet", "center"}
+    expected = softmax + 0.5 * done.terms["triplet"] + 2.0 * done.terms["center"]
+    assert float(done.loss) == pytest.approx(float(expected), rel=1e-6)
+    assert done.terms["triplet"] > 0

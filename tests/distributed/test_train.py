@@ -16,10 +16,11 @@ pytestmark = pytest.mark.distributed
 FACTS = {"seed": 2048, "pack": "abc"}
 
 
-def steps_on_rank(rank, world_size, accumulation=1, poisoned=None):
-    config = settings(optimizer={"name": "sgd", "accumulation": accumulation})
+def steps_on_rank(rank, world_size, accumulation=1, poisoned=None, losses=None):
+    optimizer = {"name": "sgd", "accumulation": accumulation}
+    config = settings(optimizer=optimizer, losses=losses or {})
     model = flat_model(config)
-    losses, before = [], None
+    values, before = [], None
     for step in range(4):
         images, identities = (share(part, rank, world_size) for part in batch(step, 24))
         if step == 3 and poisoned is not None:
@@ -27,15 +28,26 @@ def steps_on_rank(rank, world_size, accumulation=1, poisoned=None):
             if rank == poisoned:
                 images[0] = torch.inf
         done = train_step(model, config, images, identities, 0.05)
-        losses.append(done.loss.item())
+        values.append(done.loss.item())
     unchanged = before is not None and all(map(torch.equal, before, weights(model)))
-    return losses, unchanged, model.backbone.project.weight.detach().numpy(), done.skipped.item()
+    return values, unchanged, model.backbone.project.weight.detach().numpy(), done.skipped.item()
 
 
 @pytest.mark.parametrize(("world_size", "accumulation"), [(2, 1), (2, 3), (3, 2), (4, 1)])
 def test_ranks_and_micro_batches_do_not_change_the_training(world_size, accumulation):
     alone = steps_on_rank(0, 1)
     for result in run_on_ranks(world_size, steps_on_rank, accumulation):
+        assert result[0] == pytest.approx(alone[0], rel=1e-5)
+        np.testing.assert_allclose(result[2], alone[2], rtol=1e-4, atol=1e-6)
+
+
+def test_ranks_do_not_change_the_training_with_every_loss():
+    """The pairs, the nearest centers and the means are those of all ranks."""
+    every = ("triplet", "contrastive", "uniformity", "center", "inter_class")
+    losses = {name: {"weight": 1.0} for name in every}
+    alone = steps_on_rank(0, 1, losses=losses)
+    assert alone[0] != pytest.approx(steps_on_rank(0, 1)[0], rel=1e-3)
+    for result in run_on_ranks(2, steps_on_rank, 1, None, losses):
         assert result[0] == pytest.approx(alone[0], rel=1e-5)
         np.testing.assert_allclose(result[2], alone[2], rtol=1e-4, atol=1e-6)
 
