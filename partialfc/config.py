@@ -89,7 +89,7 @@ class Data(Section):
     """The pack to train on, a .rec file with its .idx beside it; or several, one after the other:
     the identities of each follow those of the packs before it."""
 
-    skip: tuple[UserPath, ...] = Field(default=(), strict=False)
+    skip: Annotated[tuple[UserPath, ...], OneOrMore] = Field(default=(), strict=False)
     """Lists of images to leave out, as ``tools/validate.py --bad`` and training write them."""
 
     loader: Literal["auto", "dali", "torch"] = "auto"
@@ -113,6 +113,11 @@ class Data(Section):
     last_batch: Literal["drop", "pad"] = "drop"
     """What happens to the images left over after an epoch's last full global batch: ``drop``
     leaves them out of this epoch, ``pad`` fills the batch with the epoch's first images."""
+
+    images_per_identity: Annotated[int | None, Field(ge=1), Unit("images")] = None
+    """Make every batch of identities drawn alike, with this many images of each (P x K), for losses
+    that compare images. Must divide ``data.global_batch``. An epoch is then every identity once.
+    Left out, all images are shuffled."""
 
     threads: Annotated[int, Field(ge=1), Unit("threads")] = 4
     """Decoding threads per rank."""

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from partialfc import checkpoint, guidance
 from partialfc.build import Model, build
 from partialfc.config import Config, ConfigError, config_hash, to_toml
+from partialfc.data.arrangements import arrangement
 from partialfc.data.augment import Augmentation
 from partialfc.data.dataset import DataSet, open_dataset
 from partialfc.data.loader import open_batches
@@ -168,7 +169,13 @@ def _data(config: Config) -> tuple[DataSet, Order, int]:
     try:
         data = config.data
         dataset = open_dataset(data.train, data.skip)
-        order = Order(len(dataset), data.global_batch, config.run.seed, data.last_batch)
+        order = Order(
+            len(dataset),
+            data.global_batch,
+            config.run.seed,
+            data.last_batch,
+            arrangement(dataset, images_per_identity=data.images_per_identity),
+        )
     except (OSError, ValueError) as error:
         raise ConfigError(f"data.train: {error}") from error
     steps = config.run.steps
@@ -222,6 +229,7 @@ def facts_of(config: Config, dataset: DataSet) -> dict[str, object]:
         "run.seed": config.run.seed,
         "data.global_batch": config.data.global_batch,
         "data.last_batch": config.data.last_batch,
+        "data.images_per_identity": config.data.images_per_identity,
         "data.image_size": config.data.image_size,
         "backbone.name": config.backbone.name,
         "backbone.embedding_dim": config.backbone.embedding_dim,

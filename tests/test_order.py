@@ -90,7 +90,7 @@ def test_the_order_of_a_seed_is_the_same_in_every_version():
         ((0, 4, 1), "num_samples must be >= 1, got 0"),
         ((10, 0, 1), "data.global_batch must be >= 1, got 0"),
         ((10, 4, 1, "keep"), 'data.last_batch must be "drop" or "pad", got \'keep\''),
-        ((10, 11, 1), 'data.global_batch must be at most the 10 images .* got 11.*"pad"'),
+        ((10, 11, 1), 'data.global_batch must be at most the 10 images of an epoch, got 11.*"pad"'),
     ],
 )
 def test_impossible_orders_are_refused_by_key(arguments, message):

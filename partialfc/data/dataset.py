@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from partialfc.data.labels import BAD, labels
 from partialfc.data.records import Pack, open_pack
 from partialfc.data.skip_list import BadRecord, read_skip_lists
-
-_CHUNK = 1 << 20
 
 
 def open_dataset(packs: Sequence[Path], skip: Sequence[Path] = ()) -> "DataSet":
@@ -126,6 +125,22 @@ class DataSet:
             identity_B[of_pack_B] = self.packs[number].identities(image_B[of_pack_B])
         return identity_B + self._identity_start_P[pack_B]
 
+    def labels(self) -> NDArray[np.int64]:
+        """Return the identities [N] of all samples; see :func:`~partialfc.data.labels.labels`.
+
+        Raises:
+            RecordError: If the record of a sample breaks a rule.
+        """
+        of_packs = [labels(pack) for pack in self.packs]
+        image_N = np.arange(len(self))
+        image_N += np.searchsorted(self._before_S, image_N, side="right")
+        label_N = np.concatenate(of_packs)[image_N].astype(np.int64)
+        wrong = np.flatnonzero(label_N == BAD)
+        if len(wrong):
+            self.identities(wrong[:1])  # says what is wrong
+        pack_N = np.searchsorted(self._start_P, image_N, side="right") - 1
+        return label_N + self._identity_start_P[pack_N]
+
     def _locate(self, sample_B: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Numbers of the packs, and image indices there."""
         wrong = np.flatnonzero((sample_B < 0) | (sample_B >= len(self)))
@@ -136,15 +151,13 @@ class DataSet:
         return pack_B, image_B - self._start_P[pack_B]
 
     def _identities_of(self, number: int) -> int:
-        """Of one pack. Of a plain one all samples are read, the skipped images may be damaged."""
+        """Of one pack; a plain one has those of its samples, as skipped images may be damaged."""
         pack = self.packs[number]
         if pack.declared_identities is not None:
             return pack.declared_identities
         start, stop = self._start_P[number : number + 2]
         skipped = self._skipped_S[(self._skipped_S >= start) & (self._skipped_S < stop)] - start
-        largest = -1
-        for first in range(0, len(pack), _CHUNK):
-            chunk = np.arange(first, min(first + _CHUNK, len(pack)))
-            chunk = chunk[~np.isin(chunk, skipped)]
-            largest = max(largest, int(pack.identities(chunk).max(initial=-1)))
-        return largest + 1
+        label_N = np.delete(labels(pack), skipped)
+        if BAD in label_N:
+            pack.identities(np.delete(np.arange(len(pack)), skipped)[label_N == BAD])  # says why
+        return int(label_N.max(initial=-1)) + 1

@@ -65,6 +65,32 @@ def cache_places(path: Path, name: str) -> list[Path]:
     ]
 
 
+def kept_column(file: RecordFile, name: str, count: int) -> NDArray[np.int32] | None:
+    """Return ``count`` numbers that are kept of a pack, mapped, if they are whole and of it."""
+    stamp = _stamp(file)
+    for place in cache_places(file.path, name):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            with place.open("rb") as stream:
+                header = json.loads(stream.read(_HEADER))
+                size = os.fstat(stream.fileno()).st_size
+            if header["stamp"] != stamp or size != _HEADER + 4 * count:
+                continue
+            values: NDArray[np.int32] = np.memmap(place, "<i4", "r", _HEADER).view(np.ndarray)
+            if header["digest"] == _digest(values):
+                return values
+    return None
+
+
+def keep_column(file: RecordFile, name: str, values: NDArray[np.int32]) -> None:
+    """Keep numbers of a pack, if there is a place for them."""
+    header = {"stamp": _stamp(file), "digest": _digest(values)}
+    _write(cache_places(file.path, name), header, [np.ascontiguousarray(values, "<i4")])
+
+
+def _digest(values: NDArray[np.int32]) -> str:
+    return hashlib.blake2b(np.ascontiguousarray(values, "<i4").data, digest_size=8).hexdigest()
+
+
 def _stamp(file: RecordFile) -> dict[str, Any]:
     """What a kept index must be of: sizes and times of both files."""
     stamp: dict[str, Any] = {"format": _FORMAT}
@@ -115,14 +141,20 @@ def _keep(file: RecordFile, stamp: dict[str, Any], index: RecordIndex) -> bool:
         "fingerprint": index.fingerprint(file.size),
     }
     columns = [index.offset_M] if consecutive else [index.offset_M, np.asarray(index.key_M)]
-    for path in cache_places(file.path, "index"):
+    columns = [np.ascontiguousarray(column, "<i8") for column in columns]
+    return _write(cache_places(file.path, "index"), header, columns)
+
+
+def _write(places: list[Path], header: dict[str, Any], columns: list[NDArray[Any]]) -> bool:
+    """Whether header and columns could be written to one of the places, whole."""
+    for path in places:
         temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as stream:
                 stream.write(json.dumps(header).encode().ljust(_HEADER))
                 for column in columns:
-                    stream.write(np.ascontiguousarray(column, "<i8").data)
+                    stream.write(column.data)
             temporary.replace(path)
         except OSError:
             with suppress(OSError):

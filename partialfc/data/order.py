@@ -1,12 +1,15 @@
 """Which images are in which batch: (samples seen, rank, world size, seed) -> sample ids.
 
-An epoch is one keyed permutation of the images, evaluated only where it is asked for. Global batch
-k of an epoch is positions [kB, (k+1)B) of it and a rank takes a contiguous slice, so any number of
-ranks sees the same global batches and a run resumes from one integer.
+An epoch is an arrangement of the images, by default one keyed permutation, evaluated only where it
+is asked for; :mod:`partialfc.data.arrangements` has others. Global batch k of an epoch is positions
+[kB, (k+1)B) of it and a rank takes a contiguous slice, so any number of ranks sees the same global
+batches and a run resumes from one integer.
+
+Shape suffix: B = positions asked for.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +17,52 @@ from numpy.typing import NDArray
 from partialfc.permutation import key, permute
 
 LastBatch = Literal["drop", "pad"]
+
+
+class Samples(NamedTuple):
+    """What is at some positions of an epoch.
+
+    Attributes:
+        sample_id_B: int64, in [0, N).
+        repeat_B: int64, how often the arrangement has put the same image there before in this
+            epoch; 0 unless it repeats images. It changes the augmentation, not the image.
+    """
+
+    sample_id_B: NDArray[np.int64]
+    repeat_B: NDArray[np.int64]
+
+
+class Arrangement(Protocol):
+    """The positions of an epoch, and which image is at each."""
+
+    @property
+    def size(self) -> int:
+        """Positions of an epoch, >= 1; the same in every epoch."""
+
+    def at(self, seed: int, epoch: int, position_B: NDArray[np.int64]) -> Samples:
+        """Return the images at positions in [0, size) of an epoch: a pure function."""
+
+    def check(self, global_batch: int) -> None:
+        """Raise ValueError if a batch of that size cannot be made."""
+
+
+@dataclass(frozen=True)
+class Shuffled:
+    """One keyed permutation of all images: each is at one position of an epoch.
+
+    Attributes:
+        size: N, images in the data; >= 1.
+    """
+
+    size: int
+
+    def at(self, seed: int, epoch: int, position_B: NDArray[np.int64]) -> Samples:
+        """Return the images at positions in [0, N) of an epoch."""
+        ids = permute(position_B, self.size, key(seed, "order", epoch))
+        return Samples(ids, np.zeros_like(ids))
+
+    def check(self, global_batch: int) -> None:
+        """Any batch can be made."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +79,11 @@ class Order:
         num_samples: N, images in the data; >= 1.
         global_batch: B, images of one step over all ranks; >= 1.
         seed: The run's seed.
-        last_batch: What happens to the last N % B positions of an epoch. ``"drop"``: they are not
-            seen, and are other images in every epoch. ``"pad"``: they are seen, and their batch is
-            filled with the first images of the same epoch, several times over if N < B.
+        last_batch: What happens to the last positions of an epoch that fill no batch. ``"drop"``:
+            they are not seen, and are other images in every epoch. ``"pad"``: they are seen, and
+            their batch is filled with the first images of the same epoch, several times over if
+            the epoch is shorter than a batch.
+        arrangement: Of the N images in an epoch; a :class:`Shuffled` if it is left out.
 
     Raises:
         ValueError: If a value is outside its range, or an epoch would have no batch.
@@ -42,6 +93,7 @@ class Order:
     global_batch: int
     seed: int
     last_batch: LastBatch = "drop"
+    arrangement: Arrangement | None = None
 
     def __post_init__(self) -> None:
         if self.num_samples < 1:
@@ -52,9 +104,10 @@ class Order:
             raise ValueError(f"data.global_batch must be >= 1, got {self.global_batch}.")
         if self.last_batch not in ("drop", "pad"):
             raise ValueError(f'data.last_batch must be "drop" or "pad", got {self.last_batch!r}.')
+        self._arranged.check(self.global_batch)
         if self.steps_per_epoch == 0:
             raise ValueError(
-                f"data.global_batch must be at most the {self.num_samples} images of the data, "
+                f"data.global_batch must be at most the {self.epoch_size} images of an epoch, "
                 f'got {self.global_batch}: with data.last_batch="drop" no batch is ever full. '
                 f'Lower it, or set data.last_batch="pad".'
             )
@@ -62,8 +115,17 @@ class Order:
     @property
     def steps_per_epoch(self) -> int:
         """Steps of one epoch, the same on every rank; >= 1."""
-        fills_up = self.last_batch == "pad" and self.num_samples % self.global_batch > 0
-        return self.num_samples // self.global_batch + fills_up
+        fills_up = self.last_batch == "pad" and self.epoch_size % self.global_batch > 0
+        return self.epoch_size // self.global_batch + fills_up
+
+    @property
+    def epoch_size(self) -> int:
+        """Positions of an epoch: N, unless the arrangement has another number."""
+        return self._arranged.size
+
+    @property
+    def _arranged(self) -> Arrangement:
+        return self.arrangement or Shuffled(self.num_samples)
 
     def epoch(self, samples_seen: int) -> int:
         """Return the epoch, from 0, of the batch that follows ``samples_seen`` images."""
@@ -73,6 +135,18 @@ class Order:
         self, samples_seen: int, rank: int = 0, world_size: int = 1
     ) -> NDArray[np.int64]:
         """Return the image indices [B / world_size] of a rank's next batch, each in [0, N).
+
+        Arguments and errors as of :meth:`positions`.
+        """
+        positions = self.positions(samples_seen, rank, world_size)
+        return self.at(self.epoch(samples_seen), positions).sample_id_B
+
+    def at(self, epoch: int, position_B: NDArray[np.int64]) -> Samples:
+        """Return the images at positions [B] of an epoch; those past its end start it again."""
+        return self._arranged.at(self.seed, epoch, position_B % self.epoch_size)
+
+    def positions(self, samples_seen: int, rank: int = 0, world_size: int = 1) -> NDArray[np.int64]:
+        """Return the positions [B / world_size] of a rank's next batch in its epoch.
 
         Args:
             samples_seen: Images that all ranks together have seen; >= 0.
@@ -91,11 +165,9 @@ class Order:
                 f"data.global_batch must be a multiple of the {world_size} ranks, got "
                 f"{self.global_batch}: the nearest is {nearest}."
             )
-        epoch, batch = self._batch(samples_seen)
         per_rank = self.global_batch // world_size
-        start = batch * self.global_batch + rank * per_rank
-        positions = np.arange(start, start + per_rank) % self.num_samples
-        return permute(positions, self.num_samples, key(self.seed, "order", epoch))
+        start = self._batch(samples_seen)[1] * self.global_batch + rank * per_rank
+        return np.arange(start, start + per_rank)
 
     def _batch(self, samples_seen: int) -> tuple[int, int]:
         """Epoch, and batch of that epoch."""

@@ -83,7 +83,9 @@ class Stream:
             ValueError: If an image breaks a rule of :func:`~partialfc.data.jpeg.check_jpeg`, or its
                 record one of the pack; the message names the pack, the image and its offset.
         """
-        sample_id_B = self.order.sample_ids(samples_seen, self.rank, self.world_size)
+        epoch = self.order.epoch(samples_seen)
+        positions = self.order.positions(samples_seen, self.rank, self.world_size)
+        sample_id_B, repeat_B = self.order.at(epoch, positions)
         jpegs = [self.dataset.jpeg_view(i) for i in sample_id_B.tolist()]
         resize_B = np.empty(len(jpegs), bool)
         for i, jpeg in enumerate(jpegs):
@@ -92,13 +94,13 @@ class Stream:
             except ValueError as error:
                 raise self.error(int(sample_id_B[i]), str(error)) from None
             resize_B[i] = (frame.height, frame.width) != (self.image_size, self.image_size)
-        epoch = self.order.epoch(samples_seen)
+        draw_id_B = sample_id_B + len(self.dataset) * repeat_B
         return Encoded(
             sample_id_B=sample_id_B,
             jpegs=jpegs,
             resize_B=resize_B,
             identity_B=self.dataset.identities(sample_id_B),
-            draw=draw(self.augmentation, self.order.seed, epoch, sample_id_B),
+            draw=draw(self.augmentation, self.order.seed, epoch, draw_id_B),
         )
 
     def error(self, sample_id: int, problem: str) -> ValueError:
