@@ -1,167 +1,113 @@
-"""Checkpoints: safetensors files and a JSON manifest, valid as a whole or not at all.
+"""Checkpoints of a run: find the newest valid one, load it on any number of ranks, save.
 
-    checkpoints/step_00002000/
-        backbone.safetensors          parameters and buffers, named as in the backbone
-        optimizer.safetensors         its optimizer's states, "<parameter number>.<state>"
-        centers_0000000000.safetensors  "centers" and row states of one rank, named by first row
-        head.safetensors              state of the head that all ranks share, if any
-        manifest.json                 step, sizes and SHA-256 of the files, all that is not a tensor
-
-Centers are stored by global row, so any number of ranks reads them. Everything is written to a
-temporary folder, synced, and renamed when all ranks agree that their part is complete.
+:mod:`partialfc.checkpoint_folder` says what is in one, :mod:`partialfc.saver` writes them. Centers
+are stored by global row, so any number of ranks reads them; no rank reads more than its own rows,
+and those in pieces. No pickle anywhere.
 """
 
-import hashlib
 import json
-import os
-import re
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from partialfc.build import Model
+from partialfc.checkpoint_folder import (
+    CheckpointError,
+    leftovers,
+    path_of,
+    read_manifest,
+    set_aside,
+    step_of,
+    steps,
+    verify,
+)
+from partialfc.disk import Disk
 from partialfc.head import PartialFC
-from partialfc.metrics import write_json
 from partialfc.runtime import Runtime, all_agree, from_leader
+from partialfc.saver import Saver
 
-FORMAT = 1
-_MANIFEST = "manifest.json"
-_NONE, _ALL_INVALID = -1, -2
+__all__ = [
+    "CONFIG_HASH",
+    "CheckpointError",
+    "Saver",
+    "exist",
+    "load",
+    "named",
+    "newest",
+    "save",
+    "verify",
+]
+
+_NONE = -1
+_PIECE_BYTES = 64 << 20
 
 CONFIG_HASH = "config_hash"
 """The one fact that may differ when a run goes on; rank 0 then says so."""
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, or is not what this run can go on from."""
-
-    exit_code = 4
-
-
 def save(
-    folder: Path,
-    step: int,
-    model: Model,
-    facts: Mapping[str, Any],
-    runtime: Runtime,
-    *,
-    keep: int,
+    folder: Path, step: int, model: Model, facts: Mapping[str, Any], runtime: Runtime, *, keep: int
 ) -> Path:
-    """Write the checkpoint of ``step``, then delete all but the newest ``keep``. Collective.
-
-    Args:
-        folder: The run's ``checkpoints`` folder, on a file system that all ranks share.
-        step: Optimizer steps taken.
-        model: What to save.
-        facts: JSON values that :func:`load` compares: seed, data, settings.
-        runtime: This rank.
-        keep: Checkpoints to keep, >= 1.
-
-    Raises:
-        CheckpointError: On every rank, if any rank's part failed; no earlier checkpoint is touched.
-    """
-    final = folder / f"step_{step:08d}"
-    temporary = folder / f".{final.name}.partial"
-
-    def begin() -> None:
-        if final.exists():
-            raise FileExistsError("it exists already, and no checkpoint is ever overwritten")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-
-    manifest = {
-        "format": FORMAT,
-        "step": step,
-        "world_size": runtime.ranks.size,
-        "num_identities": model.head.sharding.num_identities,
-        "canonical_shards": model.head.sharding.canonical_shards,
-        "facts": dict(facts),
-        "scaler": model.scaler.state_dict(),  # host sync
-        "torch": torch.__version__,
-    }
-    try:
-        _together(begin if runtime.leads else _nothing, runtime, final)
-        _together(lambda: _write_tensors(temporary, model, runtime), runtime, final)
-        _together(
-            (lambda: _commit(temporary, final, manifest)) if runtime.leads else _nothing,
-            runtime,
-            final,
-        )
-    except CheckpointError:
-        if runtime.leads:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    if runtime.leads:
-        for path in _steps(folder)[:-keep]:
-            doomed = path.with_name(f".{path.name}.deleted")
-            shutil.rmtree(doomed, ignore_errors=True)
-            path.rename(doomed)  # so that a half-deleted folder is never taken for a checkpoint
-            shutil.rmtree(doomed, ignore_errors=True)
-    return final
+    """Write one checkpoint and return when it is complete; see :class:`Saver`. Collective."""
+    with Saver(folder, facts, runtime, keep=keep) as saver:
+        saver.save(step, model)
+    return path_of(folder, step)
 
 
 def newest(folder: Path, runtime: Runtime, *, tidy: bool = True) -> Path | None:
     """Return the newest checkpoint whose files are as its manifest says. Collective.
 
-    Newer ones that are not are set aside as ``.step_….invalid``, with a message on rank 0. What a
-    kill left half-written or half-deleted is removed. Without ``tidy`` nothing is touched: another
-    process may be writing.
+    Every rank verifies a share of the files. Newer ones that are not valid are set aside as
+    ``.step_….invalid``, with a message. What a kill left half-written or half-deleted is removed.
+    Without ``tidy`` nothing is touched: another process may be writing.
 
     Raises:
         CheckpointError: If there are checkpoints and none is valid; nothing is touched then.
     """
-    found = _NONE
-    if runtime.leads:
-        leftovers = (*folder.glob(".step_*.partial"), *folder.glob(".step_*.deleted"))
-        for leftover in leftovers if tidy else ():
-            shutil.rmtree(leftover, ignore_errors=True)
-        problems: dict[Path, str] = {}
-        for path in reversed(_steps(folder)):
-            problem = verify(path)
-            if problem is None:
-                found = _step_of(path)
-                break
-            problems[path] = problem
-            print(f"{path}: not a valid checkpoint: {problem}", flush=True)
-        if problems and found == _NONE:
-            found = _ALL_INVALID
-        for path in problems if found >= 0 and tidy else ():
-            path.rename(path.with_name(f".{path.name}.invalid"))
-    found = from_leader(found, runtime.ranks)
-    if found == _ALL_INVALID:
+    disk, found = Disk(), steps(folder) if runtime.leads else []
+    if runtime.leads and tidy:
+        for leftover in leftovers(folder):
+            disk.remove(leftover)
+    invalid: list[Path] = []
+    while True:
+        step = from_leader(step_of(found.pop()) if found else _NONE, runtime.ranks)
+        if step == _NONE:
+            break
+        path = path_of(folder, step)
+        if _all_valid(path, runtime):
+            if runtime.leads and tidy:
+                set_aside(invalid)
+            return path
+        invalid.append(path)
+    if invalid:
         raise CheckpointError(
-            f"{folder}: no checkpoint in it is valid, see the messages of rank 0. Copy a good one "
+            f"{folder}: no checkpoint in it is valid, see the messages above. Copy a good one "
             "back, or start again in another run.folder."
         )
-    return None if found == _NONE else folder / f"step_{found:08d}"
-
-
-def verify(path: Path) -> str | None:
-    """Return what is wrong with a checkpoint, or ``None`` if every file is as it was written."""
-    try:
-        manifest = json.loads((path / _MANIFEST).read_text())
-        digest = manifest.pop("sha256")
-        if digest != _digest_of(manifest):
-            return f"{_MANIFEST} is corrupt: its checksum is not that of its content"
-        if manifest["format"] != FORMAT:
-            return f"its format is {manifest['format']}, this version reads {FORMAT}"
-        if manifest["step"] != _step_of(path):
-            return f"{_MANIFEST} is of step {manifest['step']}"
-        for name, (size, digest) in manifest["files"].items():
-            file = path / Path(name).name
-            if file.stat().st_size != size:
-                return f"{name} has {file.stat().st_size} bytes, its manifest says {size}"
-            if _digest(file) != digest:
-                return f"{name} is corrupt: its checksum is not that of the manifest"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
     return None
+
+
+def named(path: Path, runtime: Runtime) -> Path:
+    """Return a checkpoint that somebody chose, verified by all ranks. Collective.
+
+    Raises:
+        CheckpointError: If it is none, or corrupt.
+    """
+    if not _all_valid(path, runtime):
+        raise CheckpointError(
+            f"{path}: it is not a valid checkpoint, see the messages above. Name a folder such as "
+            "runs/mine/checkpoints/step_00002000, or another checkpoint."
+        )
+    return path
+
+
+def exist(folder: Path) -> bool:
+    """Whether a folder holds any checkpoint, valid or not."""
+    return bool(steps(folder))
 
 
 def load(path: Path, model: Model, facts: Mapping[str, Any], runtime: Runtime) -> int:
@@ -171,10 +117,116 @@ def load(path: Path, model: Model, facts: Mapping[str, Any], runtime: Runtime) -
     momentum, weight decay) stay those of the run.
 
     Raises:
-        CheckpointError: If the checkpoint is of another run: the message names what differs.
+        CheckpointError: If the checkpoint is of another run, or something is not in it: the message
+            names what.
     """
-    manifest = json.loads((path / _MANIFEST).read_text())
-    head = model.head
+    manifest, head = read_manifest(path), model.head
+    _same_run(path, manifest, head, facts, runtime)
+    device = str(runtime.device)
+    states: dict[int, dict[str, Tensor]] = {}
+    try:
+        model.backbone.load_state_dict(read_tensors(path, "backbone", manifest, device))
+        for name, value in read_tensors(path, "optimizer", manifest, device).items():
+            number, _, state = name.partition(".")
+            states.setdefault(int(number), {})[state] = value
+        _restore(model.optimizer, states)
+        center_states = read_centers(path, manifest, head, head.optimizer.states())
+        _restore(head.optimizer, {0: center_states} if center_states else {})
+        head.optimizer.param_groups[0]["steps"] = manifest["step"]
+        if shared := head.shared_state():
+            head.load_shared_state(_complete(shared, read_tensors(path, "head", manifest, device)))
+        if model.scaler.is_enabled():
+            model.scaler.load_state_dict(manifest["scaler"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    _say_what_differs(path, manifest, model, runtime)
+    return int(manifest["step"])
+
+
+def read_tensors(
+    path: Path, name: str, manifest: Mapping[str, Any], device: str
+) -> dict[str, Tensor]:
+    """Return the tensors of one of a checkpoint's files.
+
+    Raises:
+        CheckpointError: If the file, or a tensor that the manifest lists, is missing.
+    """
+    file = f"{name}.safetensors"
+    if file not in manifest["files"]:
+        raise CheckpointError(f"it lacks {file}")
+    with safe_open(path / file, framework="pt", device=device) as opened:
+        return {key: opened.get_tensor(key) for key in _listed(file, opened.keys(), manifest)}
+
+
+def read_centers(
+    path: Path, manifest: Mapping[str, Any], head: PartialFC, expected: Collection[str]
+) -> dict[str, Tensor]:
+    """Fill this rank's centers from the files that hold its rows; return its row states.
+
+    Nothing is read twice, and in memory there is one piece of a file beside what is filled.
+
+    Args:
+        path: Of the checkpoint.
+        manifest: Of it.
+        head: Whose centers are filled.
+        expected: Names of the row states that must be there; others are not read.
+
+    Raises:
+        CheckpointError: If rows or states are missing.
+    """
+    states: dict[str, Tensor] = {}
+    done, owned, device = 0, head.owned_rows, head.centers.device
+    for name in sorted(manifest["files"]):
+        if not name.startswith("centers_"):
+            continue
+        first = int(name.removeprefix("centers_").removesuffix(".safetensors"))
+        with safe_open(path / name, framework="pt", device="cpu") as file:
+            _complete(
+                {"centers": None, **dict.fromkeys(expected)}, _listed(name, file.keys(), manifest)
+            )
+            slices = {tensor: file.get_slice(tensor) for tensor in ("centers", *expected)}
+            rows = slices["centers"].get_shape()[0]
+            low, high = max(first, owned.start), min(first + rows, owned.stop)
+            for tensor, part in slices.items():
+                for start, stop in _pieces(low, high, part, rows):
+                    piece = part[start - first : stop - first]
+                    if tensor == "centers":
+                        into = head.centers.data
+                    elif tensor in states:
+                        into = states[tensor]
+                    else:
+                        shape = (len(owned), *piece.shape[1:])
+                        into = states[tensor] = torch.zeros(shape, dtype=piece.dtype, device=device)
+                    into[start - owned.start : stop - owned.start] = piece.to(device)
+            done += max(0, high - low)
+    if done != len(owned):
+        raise CheckpointError(f"it has {done} of the {len(owned)} rows of this rank")
+    return states
+
+
+def _pieces(low: int, high: int, part: Any, rows: int) -> list[tuple[int, int]]:
+    """Cut rows [low, high) into pieces of a bounded size; no dtype is wider than 8 bytes."""
+    width = 1
+    for size in part.get_shape()[1:]:
+        width *= size
+    step = max(1, _PIECE_BYTES // (8 * width))
+    return [(start, min(start + step, high)) for start in range(low, high, step)]
+
+
+def _all_valid(path: Path, runtime: Runtime) -> bool:
+    problem = verify(path, part=runtime.ranks.rank, of=runtime.ranks.size)
+    if problem:
+        print(f"{path}: not a valid checkpoint: {problem}", flush=True)
+    return all_agree(problem is None, runtime.ranks)
+
+
+def _same_run(
+    path: Path,
+    manifest: Mapping[str, Any],
+    head: PartialFC,
+    facts: Mapping[str, Any],
+    runtime: Runtime,
+) -> None:
     expected = {
         "num_identities": head.sharding.num_identities,
         "canonical_shards": head.sharding.canonical_shards,
@@ -193,162 +245,54 @@ def load(path: Path, model: Model, facts: Mapping[str, Any], runtime: Runtime) -
             f"{path}: it was written with {'; with '.join(differ)}. Go on with the same settings, "
             "or start a new run in another run.folder."
         )
-    device = str(runtime.device)
-    with _open(path / "backbone.safetensors", device) as file:
-        model.backbone.load_state_dict(
-            {name: file.get_tensor(name) for name in sorted(file.keys())}
+
+
+def _say_what_differs(
+    path: Path, manifest: Mapping[str, Any], model: Model, runtime: Runtime
+) -> None:
+    """What cannot be equal on another number of ranks is said, once."""
+    before, now = manifest["world_size"], runtime.ranks.size
+    if before == now or not runtime.leads:
+        return
+    differs = "sums over ranks are rounded in another order"
+    layers = [m for m in model.backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if layers and not all(isinstance(layer, nn.SyncBatchNorm) for layer in layers):
+        differs += (
+            f", and the batch statistics of {len(layers)} BatchNorm layers are now those of a "
+            "rank's share of the batch on this number of ranks"
         )
-    states: dict[int, dict[str, Tensor]] = {}
-    with _open(path / "optimizer.safetensors", device) as file:
-        for name in sorted(file.keys()):
-            number, _, state = name.partition(".")
-            states.setdefault(int(number), {})[state] = file.get_tensor(name)
-    _restore(model.optimizer, states)
-    center_states = _read_centers(path, manifest, head)
-    _restore(head.optimizer, {0: center_states} if center_states else {})
-    head.optimizer.param_groups[0]["steps"] = manifest["step"]
-    if shared := head.shared_state():
-        with _open(path / "head.safetensors", device) as file:
-            head.load_shared_state({name: file.get_tensor(name) for name in shared})
-    if manifest["scaler"]:
-        model.scaler.load_state_dict(manifest["scaler"])
-    return int(manifest["step"])
+    print(
+        f"{path}: written by {before} ranks, going on with {now}: the same images, samples and "
+        f"schedule; {differs}.",
+        flush=True,
+    )
 
 
-def exist(folder: Path) -> bool:
-    """Whether a folder holds any checkpoint, valid or not."""
-    return bool(_steps(folder))
+def _listed(file: str, found: Collection[str], manifest: Mapping[str, Any]) -> list[str]:
+    """The tensors of a file, which are those that the manifest lists."""
+    listed = manifest["files"][file]["tensors"]
+    return sorted(_complete(dict.fromkeys(listed), dict.fromkeys(found)))
 
 
-def _steps(folder: Path) -> list[Path]:
-    """The checkpoints of a folder, oldest first; a copy under another name is not one."""
-    named = (path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name))
-    return sorted(named, key=_step_of)
-
-
-def _step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step_"))
-
-
-def _nothing() -> None:
-    """The part of a rank that has none."""
-
-
-def _together(action: Callable[[], None], runtime: Runtime, path: Path) -> None:
-    """Do this rank's part; raise on all ranks if any rank's part failed."""
-    problem: Exception | None = None
-    try:
-        action()
-    except Exception as error:  # whatever it is, the other ranks wait for the verdict
-        problem = error
-    if not all_agree(problem is None, runtime.ranks):
-        reason = problem or "another rank failed, see its message"
-        raise CheckpointError(f"{path} was not written: {reason}") from problem
-
-
-def _write_tensors(folder: Path, model: Model, runtime: Runtime) -> None:
-    head = model.head
-    if runtime.leads:
-        _write(folder / "backbone.safetensors", model.backbone.state_dict())
-        states = model.optimizer.state_dict()["state"]
-        _write(
-            folder / "optimizer.safetensors",
-            {
-                f"{number}.{name}": value
-                for number, state in states.items()
-                for name, value in state.items()
-            },
-        )
-        if shared := head.shared_state():
-            _write(folder / "head.safetensors", shared)
-    if len(head.owned):
-        _write(
-            folder / f"centers_{head.owned_rows.start:010d}.safetensors",
-            {"centers": head.centers.detach(), **head.optimizer.state[head.centers]},
-        )
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write and sync one file, and its size and checksum beside it for the manifest."""
-    save_file({name: value.detach().contiguous() for name, value in tensors.items()}, path)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    write_json(path.with_suffix(".json"), [path.stat().st_size, _digest(path)])
-
-
-def _commit(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
-    files = {}
-    for path in sorted(temporary.glob("*.safetensors")):
-        note = path.with_suffix(".json")
-        files[path.name] = json.loads(note.read_text())
-        note.unlink()
-    manifest = {**manifest, "files": files}
-    write_json(temporary / _MANIFEST, {**manifest, "sha256": _digest_of(manifest)})
-    with (temporary / _MANIFEST).open("rb") as file:
-        os.fsync(file.fileno())
-    _sync_folder(temporary)
-    temporary.rename(final)
-    _sync_folder(final.parent)
-
-
-def _read_centers(path: Path, manifest: dict[str, Any], head: PartialFC) -> dict[str, Tensor]:
-    """Fill this rank's centers from the files that hold its rows; return its row states."""
-    states: dict[str, Tensor] = {}
-    read, owned = 0, head.owned_rows
-    for name in manifest["files"]:
-        if not name.startswith("centers_"):
-            continue
-        first = int(name.removeprefix("centers_").removesuffix(".safetensors"))
-        with _open(path / name, "cpu") as file:
-            rows = file.get_slice("centers").get_shape()[0]
-            low, high = max(first, owned.start), min(first + rows, owned.stop)
-            if low >= high:
-                continue
-            read += high - low
-            into = slice(low - owned.start, high - owned.start)
-            for tensor in sorted(file.keys()):
-                part = file.get_slice(tensor)[low - first : high - first]
-                if tensor == "centers":
-                    head.centers.data[into] = part.to(head.centers.device)
-                    continue
-                if tensor not in states:
-                    shape = (len(owned), *part.shape[1:])
-                    states[tensor] = torch.zeros(
-                        shape, dtype=part.dtype, device=head.centers.device
-                    )
-                states[tensor][into] = part.to(head.centers.device)
-    if read != len(owned):
-        raise CheckpointError(f"{path}: it has {read} of the {len(owned)} rows of this rank.")
-    return states
+def _complete(expected: Mapping[str, Any], found: Any) -> Any:
+    if missing := sorted(expected.keys() - set(found)):
+        raise CheckpointError(f"it lacks the tensor {', '.join(missing)}")
+    return found
 
 
 def _restore(optimizer: torch.optim.Optimizer, states: Mapping[int, Mapping[str, Tensor]]) -> None:
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": states, "param_groups": groups})
+    held = optimizer.state_dict()
+    parameters = [number for group in held["param_groups"] for number in group["params"]]
+    names = {name for state in (*states.values(), *held["state"].values()) for name in state}
+    for number in parameters:
+        _complete(
+            {f"{number}.{name}": None for name in names},
+            {f"{number}.{name}" for name in states.get(number, ())},
+        )
+    optimizer.load_state_dict({"state": states, "param_groups": held["param_groups"]})
     # torch's fused kernels go through memory in order: a state must lie as its parameter does, and
     # a file keeps no strides (channels_last).
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if value.shape == parameter.shape and value.stride() != parameter.stride():
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-
-
-def _open(path: Path, device: str) -> Any:
-    return safe_open(path, framework="pt", device=device)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _digest_of(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -26,60 +26,11 @@ from partialfc.config_optimizers import (
     SgdOfBackbone,
     SgdOfCenters,
 )
+from partialfc.config_run import Checkpoint, EverySteps, Log, Run
 from partialfc.settings import OneOrMore, Section, Unit, UserPath
 from partialfc.settings_file import ConfigError, load_settings
 
 __all__ = ["Config", "ConfigError", "config_hash", "help_text", "load", "to_toml"]
-
-EverySteps = Annotated[int, Field(ge=0), Unit("steps")]
-
-
-class Run(Section):
-    """The run as a whole."""
-
-    folder: UserPath = Path("runs/default")
-    """Where checkpoints, logs and the resolved settings go. Made if it does not exist."""
-
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 2048
-    """Key of every random choice. Any number of ranks with the same seed makes the same choices."""
-
-    epochs: Annotated[float | None, Field(gt=0), Unit("epochs")] = 20.0
-    """Length of the run in passes over the data, fractions allowed. Left out when ``steps`` is
-    set."""
-
-    steps: Annotated[int | None, Field(ge=1), Unit("steps")] = None
-    """Length of the run in optimizer steps, instead of ``epochs``."""
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train. ``auto`` is a GPU per rank if there are GPUs, otherwise the CPU."""
-
-    threads: Annotated[int | None, Field(ge=1), Unit("threads")] = None
-    """CPU threads per rank for torch's operators. Left out, the host's cores are divided among its
-    ranks."""
-
-    resume: bool = True
-    """Go on from the newest valid checkpoint in ``folder``, if there is one."""
-
-    deterministic: bool = False
-    """Use deterministic kernels only, for a run that repeats bit for bit on the same hardware.
-    Slower."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _steps_replace_epochs(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("steps") is not None:
-            return {"epochs": None, **values}
-        return values
-
-    @model_validator(mode="after")
-    def _one_length(self) -> "Run":
-        if (self.epochs is None) == (self.steps is None):
-            raise ValueError(
-                f"epochs = {self.epochs} with run.steps = {self.steps}: only one of the two may "
-                "set the length of the run. Remove one (on the command line: run.epochs= or "
-                "run.steps=)."
-            )
-        return self
 
 
 class Data(Section):
@@ -250,46 +201,6 @@ class Verification(Section):
         return self
 
 
-class Checkpoint(Section):
-    """What is saved, for resuming and for use."""
-
-    every_steps: EverySteps = 2000
-    """Steps between checkpoints. 0 saves at the end only."""
-
-    keep: Annotated[int, Field(ge=1)] = 2
-    """Newest checkpoints kept. One is deleted only after its successor is complete."""
-
-
-class Log(Section):
-    """What is recorded of a run, and where."""
-
-    every_steps: Annotated[int, Field(ge=1), Unit("steps")] = 10
-    """Steps between records of the metrics."""
-
-    tensorboard: bool = True
-    """Write TensorBoard events into the run's folder."""
-
-    progress: bool = True
-    """Show progress on the terminal."""
-
-    prometheus_port: Annotated[int | None, Field(ge=1, le=65535)] = None
-    """Port on which Prometheus can read the metrics. Left out, nothing is served."""
-
-    prometheus_host: str = "127.0.0.1"
-    """Address that the port is opened on. The default is reachable from this machine only;
-    0.0.0.0 is reachable from everywhere, without a password."""
-
-    @model_validator(mode="after")
-    def _host_has_port(self) -> "Log":
-        default = type(self).model_fields["prometheus_host"].default
-        if self.prometheus_port is None and self.prometheus_host != default:
-            raise ValueError(
-                f'prometheus_host = "{self.prometheus_host}": nothing is served without a port. '
-                "Set log.prometheus_port, or remove prometheus_host."
-            )
-        return self
-
-
 class Config(Section):
     """All settings of a run."""
 
@@ -355,7 +266,7 @@ class Config(Section):
 
 
 _CHANGES_NO_RESULT: dict[str, Any] = {
-    "run": {"folder", "threads", "resume"},
+    "run": {"folder", "threads", "resume", "resume_from", "fruitless_starts"},
     "data": {"train", "skip", "threads", "prefetch"},  # the fingerprint stands for the paths
     "verification": True,
     "checkpoint": True,

@@ -37,6 +37,13 @@ _STOPPED = (0, 130)
 """Exit codes of a start that was done, or that somebody stopped: no fault to recover from."""
 _LAST = 2**63
 
+
+class CrashLoopError(RuntimeError):
+    """The run was started again and again, and came no further."""
+
+    exit_code = 8
+
+
 Entry = Mapping[str, Any]
 
 
@@ -57,6 +64,7 @@ class Ledger:
         self._step, self._written = 0, -_SECONDS_BETWEEN_LINES
         self._file: IO[str] | None = None
         self.before: list[dict[str, Any]] = []
+        self._past: dict[str, float] | None = None
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.before = read_ledger(path)
@@ -99,11 +107,17 @@ class Ledger:
         self._file = None
 
     def totals(self) -> dict[str, float]:
-        """Seconds by kind of the whole run until now, ``wall`` and ``goodput`` with them."""
+        """Seconds by kind of the whole run until now, ``wall`` and ``goodput`` with them.
+
+        It is known after the first :meth:`at` what earlier starts did in vain.
+        """
         self.switch(self._kind)
-        now = {"time": time.time(), "step": self._step, "seconds": self._seconds}
-        start = {**now, "event": "start", "step": 0, "began": self._began}
-        return goodput([*self.before, start, {**now, "event": "spent"}])
+        if self._past is None:
+            now = {"time": time.time(), "step": self._step, "seconds": dict(self._seconds)}
+            start = {**now, "event": "start", "step": 0, "began": self._began}
+            sums = goodput([*self.before, start, {**now, "event": "spent"}])
+            self._past = {kind: sums[kind] - self._seconds[kind] for kind in KINDS}
+        return _with_sums({kind: self._past[kind] + self._seconds[kind] for kind in KINDS})
 
     def _append(self, event: str, **more: Any) -> None:
         self.switch(self._kind)
@@ -113,6 +127,22 @@ class Ledger:
         if self._file is not None:
             self._file.write(json.dumps(entry) + "\n")
             self._file.flush()
+
+
+@contextmanager
+def keeping(path: Path | None, *, ranks: int, settings: str) -> Iterator[Ledger]:
+    """Keep the ledger of one start, and note at its end what ended it."""
+    ledger = Ledger(path, ranks=ranks, settings=settings)
+    try:
+        yield ledger
+    except KeyboardInterrupt:
+        ledger.end("stopped", 130)
+        raise
+    except BaseException as error:
+        ledger.end(f"{type(error).__name__}: {error}", getattr(error, "exit_code", 1))
+        raise
+    else:
+        ledger.end("done", 0)
 
 
 def read_ledger(path: Path) -> list[dict[str, Any]]:
@@ -186,8 +216,30 @@ def goodput(entries: Sequence[Entry]) -> dict[str, float]:
         if one.end is None or one.end["code"] not in _STOPPED:
             gap = other.entries[0]["began"] - one.entries[-1]["time"]
             seconds["recovery"] += max(0.0, gap)
+    return _with_sums(seconds)
+
+
+def _with_sums(seconds: Mapping[str, float]) -> dict[str, float]:
     wall = sum(seconds.values())
     return {**seconds, "wall": wall, "goodput": seconds["train"] / wall if wall else 0.0}
+
+
+def fruitless(entries: Sequence[Entry], settings: str) -> list[Start]:
+    """Return the last starts in a row that ended in a fault before they came to a new step.
+
+    A new step is one that no start before had come to. Starts with other settings do not count,
+    and neither does what was before one that somebody stopped.
+    """
+    in_a_row: list[Start] = []
+    furthest = 0
+    for start in starts(entries):
+        stopped = start.end is not None and start.end["code"] in _STOPPED
+        if stopped or start.reached > furthest or start.entries[0].get("settings") != settings:
+            in_a_row = []
+        else:
+            in_a_row.append(start)
+        furthest = max(furthest, start.reached)
+    return in_a_row
 
 
 def process_began() -> float:

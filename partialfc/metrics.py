@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
 
+from partialfc.ledger import KINDS
+
 Values = Mapping[str, float]
 
 
@@ -46,6 +48,9 @@ TABLE = (
     Metric("loss_scale", "", "Loss scale of fp16; 1 without it"),
     Metric("skipped_steps", "steps", "Steps without an update since the start of this process"),
     Metric("peak_memory_bytes", "bytes", "Peak memory of rank 0"),
+    Metric("goodput", "", "Share of the run's wall time, over all its starts, in steps that count"),
+    Metric("spent_wall_seconds", "seconds", "Wall time of the run over all its starts"),
+    *(Metric(f"spent_{kind}_seconds", "seconds", text) for kind, text in KINDS.items()),
     Metric("verification_accuracy", "", "Ten-fold accuracy on the first verification set"),
     Metric("verification_tar", "", "TAR at FAR 1e-3 on the first verification set"),
     Metric("identification_rank_1", "", "Rank-1 rate on the first identification set"),

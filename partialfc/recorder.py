@@ -15,6 +15,7 @@ from partialfc.config import Config
 from partialfc.console import ProgressBar, show_table
 from partialfc.evaluation import Results, Verified
 from partialfc.figures import training_figure
+from partialfc.ledger import Ledger
 from partialfc.metrics import JsonLines, Prometheus, Sink, TensorBoard, read_records, write_json
 from partialfc.runtime import NonFiniteError, Runtime, largest, peak_memory
 
@@ -52,11 +53,19 @@ class Recorder:
         step: Steps taken before this process.
         total_steps: Steps of the run.
         steps_per_epoch: Steps of one pass over the data.
+        ledger: Where the time goes.
     """
 
     def __init__(
-        self, config: Config, runtime: Runtime, step: int, total_steps: int, steps_per_epoch: int
+        self,
+        config: Config,
+        runtime: Runtime,
+        step: int,
+        total_steps: int,
+        steps_per_epoch: int,
+        ledger: Ledger,
     ) -> None:
+        self.ledger = ledger
         self._config, self._runtime = config, runtime
         self._total, self._steps_per_epoch = total_steps, steps_per_epoch
         self._step = self._first = self._recorded = step
@@ -95,7 +104,8 @@ class Recorder:
     def waiting(self) -> Iterator[None]:
         """Count the time inside as waiting for data."""
         start = time.monotonic()
-        yield
+        with self.ledger.spending("data"):
+            yield
         self._waited += time.monotonic() - start
 
     @contextmanager
@@ -143,6 +153,10 @@ class Recorder:
             "peak_memory_bytes": peak_memory(self._runtime.device),
             **{f"loss_{name}": term for name, term in zip(done.terms, terms, strict=True)},
         }
+        if self._runtime.leads:
+            totals = self.ledger.totals()
+            values["goodput"] = totals.pop("goodput")
+            values |= {f"spent_{kind}_seconds": value for kind, value in totals.items()}
         self._write(step, {name: value for name, value in values.items() if math.isfinite(value)})
         self._loss.zero_()
         self._recorded, self._clock, self._waited = step, time.monotonic(), 0.0
@@ -179,7 +193,7 @@ class Recorder:
         if headline:
             self._write(step, headline)
 
-    def finish(self, seconds: float) -> None:
+    def finish(self) -> None:
         """Write ``summary.json`` and ``training.png`` and show where everything is. Collective."""
         peak = largest(peak_memory(self._runtime.device), self._runtime.ranks)
         if not self._runtime.leads:
@@ -189,7 +203,7 @@ class Recorder:
         self._sinks = []
         folder = self._config.run.folder
         records = read_records(folder / "metrics.jsonl")
-        summary = self._summary(seconds, peak, records)
+        summary = self._summary(peak, records)
         write_json(folder / "summary.json", summary)
         first = next(iter(self._results.verified.values()), None) if self._results else None
         self._draw(first, records)
@@ -209,13 +223,12 @@ class Recorder:
         for sink in self._sinks:
             sink.write(step, values)
 
-    def _summary(
-        self, seconds: float, peak: int, records: list[dict[str, float]]
-    ) -> dict[str, Any]:
+    def _summary(self, peak: int, records: list[dict[str, float]]) -> dict[str, Any]:
         steps = self._recorded - self._first
         losses = [record["loss"] for record in records if "loss" in record]
         summary: dict[str, Any] = {
-            "seconds": seconds,
+            "seconds": self.ledger.totals()["wall"],
+            "spent": {name: round(value, 3) for name, value in self.ledger.totals().items()},
             "images_per_second": steps * self._config.data.global_batch / max(self._trained, 1e-9),
             "peak_memory_bytes": peak,
             "world_size": self._runtime.ranks.size,

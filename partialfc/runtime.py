@@ -117,7 +117,7 @@ def all_agree(fine: bool, ranks: Ranks) -> bool:
     """Whether every rank is fine. Collective: one all-reduce; a host synchronisation."""
     if ranks.size == 1:
         return fine
-    flag = torch.tensor(int(fine), device=_collective_device())
+    flag = torch.tensor(int(fine), device=_collective_device(ranks))
     dist.all_reduce(flag, dist.ReduceOp.MIN, group=ranks.group)
     return bool(flag.item())
 
@@ -126,7 +126,7 @@ def from_leader(value: int, ranks: Ranks) -> int:
     """Return rank 0's integer on every rank. Collective: one broadcast; a host synchronisation."""
     if ranks.size == 1:
         return value
-    shared: Tensor = torch.tensor(value, dtype=torch.int64, device=_collective_device())
+    shared: Tensor = torch.tensor(value, dtype=torch.int64, device=_collective_device(ranks))
     dist.broadcast(shared, 0, group=ranks.group)
     return int(shared.item())
 
@@ -135,13 +135,13 @@ def largest(value: int, ranks: Ranks) -> int:
     """Return the largest integer of all ranks. Collective: one all-reduce."""
     if ranks.size == 1:
         return value
-    shared = torch.tensor(value, dtype=torch.int64, device=_collective_device())
+    shared = torch.tensor(value, dtype=torch.int64, device=_collective_device(ranks))
     dist.all_reduce(shared, dist.ReduceOp.MAX, group=ranks.group)
     return int(shared.item())
 
 
-def _collective_device() -> torch.device:
-    if dist.get_backend() == "nccl":
+def _collective_device(ranks: Ranks) -> torch.device:
+    if dist.get_backend(ranks.group) == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 

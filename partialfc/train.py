@@ -1,7 +1,7 @@
 """The training loop, in the order the data flows."""
 
+import hashlib
 import math
-import time
 from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any
 
@@ -19,10 +19,12 @@ from partialfc.data.loader import open_batches
 from partialfc.data.order import Order
 from partialfc.data.stream import Batches, Stream
 from partialfc.evaluation import Evaluation
+from partialfc.ledger import CrashLoopError, fruitless, keeping
 from partialfc.metrics import write_text
 from partialfc.permutation import key
 from partialfc.recorder import Recorder, Step
-from partialfc.runtime import DataError, Runtime, average_buffers
+from partialfc.runtime import DataError, Runtime, average_buffers, from_leader
+from partialfc.saver import Saver
 from partialfc.schedule import learning_rate
 
 
@@ -34,8 +36,8 @@ def train(config: Config, runtime: Runtime) -> None:
         NonFiniteError: If the loss or the gradient is not finite.
         CheckpointError: If a checkpoint cannot be written, or is of another run.
         DataError: If an image cannot be decoded.
+        CrashLoopError: If the last starts came to no new step.
     """
-    started = time.monotonic()
     dataset, order, total_steps = _data(config)
     evaluation = Evaluation(config, runtime)
     model = build(config, runtime, dataset.num_identities)
@@ -51,48 +53,101 @@ def train(config: Config, runtime: Runtime) -> None:
             f"run.resume = false with run.folder = {str(config.run.folder)!r}, which holds "
             "checkpoints of a run. Choose another folder, or set run.resume = true to go on."
         )
-    newest = checkpoint.newest(folder, runtime)
-    step = checkpoint.load(newest, model, facts, runtime) if newest else 0
-    summary = config.run.folder / "summary.json"
-    if step >= total_steps and summary.exists():
+    written = config.run.folder / "ledger.jsonl" if runtime.leads else None
+    digest = hashlib.sha256(to_toml(config).encode()).hexdigest()[:16]
+    with keeping(written, ranks=runtime.ranks.size, settings=digest) as ledger:
+        _refuse_crash_loop(config, runtime, ledger.before, digest)
+        with ledger.spending("restore"):
+            found = checkpoint.newest(folder, runtime)
+            if found is None and config.run.resume_from is not None:
+                found = checkpoint.named(config.run.resume_from, runtime)
+            step = checkpoint.load(found, model, facts, runtime) if found else 0
+        ledger.at(step, now=True)
+        summary = config.run.folder / "summary.json"
+        if step >= total_steps and summary.exists():
+            if runtime.leads:
+                print(f"{summary}: the run ended at step {step}, and {total_steps} are asked for.")
+            return
         if runtime.leads:
-            print(f"{summary}: the run ended at step {step}, and {total_steps} are asked for.")
+            write_text(config.run.folder / "config.toml", to_toml(config))
+        with (
+            Recorder(config, runtime, step, total_steps, order.steps_per_epoch, ledger) as recorder,
+            Saver(
+                folder,
+                facts,
+                runtime,
+                keep=config.checkpoint.keep,
+                keep_every_steps=config.checkpoint.keep_every_steps,
+                settings=to_toml(config),
+            ) as saver,
+            closing(_batches(config, runtime, dataset, order, step)) as batches,
+        ):
+            _loop(config, runtime, model, batches, evaluation, recorder, saver, step, total_steps)
+
+
+def _refuse_crash_loop(
+    config: Config, runtime: Runtime, before: list[dict[str, Any]], settings: str
+) -> None:
+    allowed = config.run.fruitless_starts
+    failed = fruitless(before, settings)
+    if not from_leader(int(0 < allowed <= len(failed)), runtime.ranks):
         return
-    if runtime.leads:
-        config.run.folder.mkdir(parents=True, exist_ok=True)
-        write_text(config.run.folder / "config.toml", to_toml(config))
-    with (
-        Recorder(config, runtime, step, total_steps, order.steps_per_epoch) as recorder,
-        closing(_batches(config, runtime, dataset, order, step)) as batches,
-    ):
-        if step == 0 or step >= total_steps:
+    causes = [
+        f"at step {start.reached}: {start.end['cause'] if start.end else 'killed'}"
+        for start in failed[-allowed:]
+    ]
+    raise CrashLoopError(
+        f"run.fruitless_starts = {allowed}: so many starts in a row came to no new step"
+        + (f" ({'; '.join(causes)})" if causes else "")
+        + ". Repair the cause and start once with run.fruitless_starts=0, or with other settings."
+    )
+
+
+def _loop(
+    config: Config,
+    runtime: Runtime,
+    model: Model,
+    batches: Batches,
+    evaluation: Evaluation,
+    recorder: Recorder,
+    saver: Saver,
+    step: int,
+    total_steps: int,
+) -> None:
+    """From ``step`` on to the end of the run."""
+    ledger = recorder.ledger
+    if step == 0 or step >= total_steps:
+        with ledger.spending("other"):
             recorder.validated(step, evaluation.measure(model))
-        while step < total_steps:
-            with recorder.waiting():
-                images, identities = _next(batches)
-            rate = learning_rate(
-                step,
-                peak=config.optimizer.lr,
-                total_steps=total_steps,
-                **config.schedule.model_dump(),
-            )
-            done = train_step(model, config, images, identities, rate)
-            step += 1
-            recorder.stepped(step, done, rate)
-            verify = _due(step, config.verification.every_steps, total_steps)
-            save = _due(step, config.checkpoint.every_steps, total_steps)
-            if not (verify or save):
-                continue
-            recorder.refuse_non_finite()
-            with recorder.pausing():
-                average_buffers(model.backbone, runtime.ranks)
-                if verify:  # before the checkpoint, so that no kill leaves a step without it
+    ledger.switch("train")
+    while step < total_steps:
+        with recorder.waiting():
+            images, identities = _next(batches)
+        rate = learning_rate(
+            step, peak=config.optimizer.lr, total_steps=total_steps, **config.schedule.model_dump()
+        )
+        saver.check()
+        done = train_step(model, config, images, identities, rate)
+        step += 1
+        ledger.at(step)
+        recorder.stepped(step, done, rate)
+        verify = _due(step, config.verification.every_steps, total_steps)
+        save = _due(step, config.checkpoint.every_steps, total_steps)
+        if not (verify or save):
+            continue
+        recorder.refuse_non_finite()
+        with recorder.pausing():
+            average_buffers(model.backbone, runtime.ranks)
+            if verify:  # before the checkpoint, so that no kill leaves a step without it
+                with ledger.spending("other"):
                     recorder.validated(step, evaluation.measure(model))
-                if save:
-                    checkpoint.save(
-                        folder, step, model, facts, runtime, keep=config.checkpoint.keep
-                    )
-        recorder.finish(seconds=time.monotonic() - started)
+            if save:
+                with ledger.spending("save"):
+                    saver.save(step, model)
+                ledger.at(step, now=True)
+    with ledger.spending("save"):
+        saver.wait()
+    recorder.finish()
 
 
 def train_step(

@@ -170,7 +170,7 @@ def test_what_the_hash_leaves_out_exists() -> None:
             MINIMAL + "[checkpoint]\nkep = 3\n",
             [],
             "checkpoint.kep = 3: unknown setting. Did you mean checkpoint.keep? [checkpoint] takes "
-            "every_steps, keep.",
+            "every_steps, keep, keep_every_steps.",
         ),
         (  # a known setting in the wrong section
             MINIMAL + "[head]\nembedding_dim = 256\n",

@@ -1,11 +1,14 @@
 """What several ranks of the trainer must agree on."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from partialfc import CurricularFace, RowAdagrad, RowSGD, Softmax, SubCenterArcFace, checkpoint
+from partialfc.disk import Disk
 from partialfc.runtime import all_agree, average_buffers, from_leader, largest
 from partialfc.train import train_step
 from tests.models import batch, flat_model, runtime, settings, share, weights
@@ -159,28 +162,34 @@ def test_a_checkpoint_moves_between_world_sizes(tmp_path, saved_at, loaded_at, h
     )
 
 
+class Full(Disk):
+    """A disk that takes a header and nothing more."""
+
+    def write(self, file, data):
+        if len(data) > 200 and not bytes(data[:9]).endswith(b"{"):
+            raise OSError(28, "No space left on device")
+        super().write(file, data)
+
+
 def fail_on_rank(rank, world_size, folder):
     model = flat_model(settings())
-    if rank == 1:
-        checkpoint._write = refuse
+    checkpoint.save(folder, 1, model, FACTS, runtime(), keep=1)
+    disk = Full() if rank == 1 else None
     try:
-        checkpoint.save(folder, 1, model, FACTS, runtime(), keep=1)
+        with checkpoint.Saver(folder, FACTS, runtime(), keep=1, disk=disk) as saver:
+            saver.save(2, model)
+            while saver._pending is not None:
+                saver.check()
     except checkpoint.CheckpointError as error:
-        return str(error)
-    finally:
-        checkpoint._write = WRITE
-    return ""
+        return str(error), checkpoint.newest(folder, runtime()).name
+    return "", ""
 
 
-def refuse(path, tensors):
-    raise OSError(28, "No space left on device")
-
-
-WRITE = checkpoint._write
-
-
-def test_all_ranks_learn_that_one_could_not_write(tmp_path):
-    messages = run_on_ranks(2, fail_on_rank, tmp_path)
+def test_all_ranks_learn_that_one_disk_is_full(tmp_path):
+    """R7: one verdict, what was needed and is free, nothing left, and the one before loads."""
+    messages, found = zip(*run_on_ranks(2, fail_on_rank, tmp_path), strict=True)
     assert "another rank failed" in messages[0]
     assert "No space left" in messages[1]
-    assert not list(tmp_path.iterdir()), "and nothing half-written is left"
+    assert re.search(r"[1-9][\d,]* bytes needed by rank 1, [1-9][\d,]* free", messages[1])
+    assert found == ("step_00000001",) * 2
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]

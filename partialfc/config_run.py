@@ -1,0 +1,120 @@
+"""Settings of the run as a whole, of what it saves and of what it records."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from partialfc.settings import Section, Unit, UserPath
+
+EverySteps = Annotated[int, Field(ge=0), Unit("steps")]
+
+
+class Run(Section):
+    """The run as a whole."""
+
+    folder: UserPath = Path("runs/default")
+    """Where checkpoints, logs and the resolved settings go. Made if it does not exist."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 2048
+    """Key of every random choice. Any number of ranks with the same seed makes the same choices."""
+
+    epochs: Annotated[float | None, Field(gt=0), Unit("epochs")] = 20.0
+    """Length of the run in passes over the data, fractions allowed. Left out when ``steps`` is
+    set."""
+
+    steps: Annotated[int | None, Field(ge=1), Unit("steps")] = None
+    """Length of the run in optimizer steps, instead of ``epochs``."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train. ``auto`` is a GPU per rank if there are GPUs, otherwise the CPU."""
+
+    threads: Annotated[int | None, Field(ge=1), Unit("threads")] = None
+    """CPU threads per rank for torch's operators. Left out, the host's cores are divided among its
+    ranks."""
+
+    resume: bool = True
+    """Go on from the newest valid checkpoint in ``folder``, if there is one."""
+
+    resume_from: UserPath | None = None
+    """A checkpoint to go on from where ``folder`` has none yet, such as
+    runs/a/checkpoints/step_00002000; the run that wrote it is left as it is."""
+
+    fruitless_starts: Annotated[int, Field(ge=0)] = 3
+    """Starts in a row that may fail before they come to a new step; the next one is refused with
+    their causes. Other settings begin a new count, and 0 refuses none."""
+
+    deterministic: bool = False
+    """Use deterministic kernels only, for a run that repeats bit for bit on the same hardware.
+    Slower."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_replace_epochs(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("steps") is not None:
+            return {"epochs": None, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "Run":
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError(
+                f"epochs = {self.epochs} with run.steps = {self.steps}: only one of the two may "
+                "set the length of the run. Remove one (on the command line: run.epochs= or "
+                "run.steps=)."
+            )
+        return self
+
+
+class Checkpoint(Section):
+    """What is saved, for resuming and for use."""
+
+    every_steps: EverySteps = 2000
+    """Steps between checkpoints. 0 saves at the end only."""
+
+    keep: Annotated[int, Field(ge=1)] = 2
+    """Newest checkpoints kept. One is deleted only after its successor is complete."""
+
+    keep_every_steps: EverySteps = 0
+    """Checkpoints of multiples of this number of steps are never deleted; it is a multiple of
+    ``every_steps``. 0 keeps no more than ``keep``."""
+
+    @model_validator(mode="after")
+    def _keeps_what_is_saved(self) -> "Checkpoint":
+        every = self.every_steps
+        if self.keep_every_steps and (not every or self.keep_every_steps % every):
+            raise ValueError(
+                f"keep_every_steps = {self.keep_every_steps}: must be a multiple of "
+                f"checkpoint.every_steps = {every}, or no checkpoint is ever of such a step."
+            )
+        return self
+
+
+class Log(Section):
+    """What is recorded of a run, and where."""
+
+    every_steps: Annotated[int, Field(ge=1), Unit("steps")] = 10
+    """Steps between records of the metrics."""
+
+    tensorboard: bool = True
+    """Write TensorBoard events into the run's folder."""
+
+    progress: bool = True
+    """Show progress on the terminal."""
+
+    prometheus_port: Annotated[int | None, Field(ge=1, le=65535)] = None
+    """Port on which Prometheus can read the metrics. Left out, nothing is served."""
+
+    prometheus_host: str = "127.0.0.1"
+    """Address that the port is opened on. The default is reachable from this machine only;
+    0.0.0.0 is reachable from everywhere, without a password."""
+
+    @model_validator(mode="after")
+    def _host_has_port(self) -> "Log":
+        default = type(self).model_fields["prometheus_host"].default
+        if self.prometheus_port is None and self.prometheus_host != default:
+            raise ValueError(
+                f'prometheus_host = "{self.prometheus_host}": nothing is served without a port. '
+                "Set log.prometheus_port, or remove prometheus_host."
+            )
+        return self
