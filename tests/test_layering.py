@@ -37,6 +37,7 @@ FLOORS = {
     "row_optimizer": 1,
     "protocols": 1,
     "figures": 1,
+    "foreign": 1,
     "guidance": 1,
     "centers": 1,
     "tensor_file": 1,
@@ -51,6 +52,7 @@ FLOORS = {
     "saver": 4,
     "checkpoint": 4,
     "evaluation": 4,
+    "trained": 4,
     "recorder": 5,
     "train": 5,
     "finished": 5,
@@ -113,9 +115,13 @@ def test_modules_are_small():
 
 
 def test_nothing_that_was_written_is_trusted():
-    """No unpickling, no torch.load that could run a program."""
+    """No unpickling; a torch.load that makes data only, in the one module that reads strangers."""
     for folder in ("partialfc", "launch", "tools"):
         for path in (ROOT / folder).rglob("*.py"):
             text = path.read_text()
-            for banned in ("pickle.load", "allow_pickle=True", "torch.load("):
+            for banned in ("pickle.load", "allow_pickle=True", "weights_only=False"):
                 assert banned not in text, f"{path}: {banned}"
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                    assert path.name == "foreign.py", f"{path}: torch.load"
+                    assert "weights_only=True" in ast.unparse(node), f"{path}: {ast.unparse(node)}"
