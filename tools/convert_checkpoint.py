@@ -30,7 +30,7 @@ from partialfc import checkpoint, foreign
 from partialfc.build import Model, build
 from partialfc.checkpoint import CheckpointError
 from partialfc.config import Config, ConfigError, load, to_toml
-from partialfc.data.records import open_pack
+from partialfc.data.dataset import open_dataset
 from partialfc.foreign import ForeignError
 from partialfc.metrics import write_text
 from partialfc.runtime import Runtime, running
@@ -84,14 +84,14 @@ def bring_in(options: argparse.Namespace) -> int:
     step = (layout.step or 0) if options.step is None else options.step
     with running(config) as runtime:
         try:
-            pack = open_pack(config.data.train)
+            dataset = open_dataset(config.data.train, config.data.skip)
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"data.train: {error} A checkpoint belongs to the pack that it goes on with."
             ) from error
-        model = build(config, runtime, pack.num_identities)
+        model = build(config, runtime, dataset.num_identities)
         fill(model, layout, step)
-        path = checkpoint.save(folder, step, model, facts_of(config, pack), runtime, keep=1)
+        path = checkpoint.save(folder, step, model, facts_of(config, dataset), runtime, keep=1)
         _finish(config, layout, model, path, notes, runtime)
     return 0
 
