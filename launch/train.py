@@ -10,7 +10,9 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not th
 
 import os
 
+from partialfc import preemption
 from partialfc.config import ConfigError, help_text, load
+from partialfc.preemption import Preempted
 
 _USAGE = "usage: torchrun --nproc-per-node=N launch/train.py CONFIG.toml [key.sub=value ...]"
 
@@ -20,6 +22,7 @@ def main(arguments: list[str]) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(f"{_USAGE}\n\n{help_text()}")
         return 0 if arguments else 2
+    preemption.listen()
     try:
         config = load(arguments[0], arguments[1:])
         from partialfc.runtime import running
@@ -27,6 +30,7 @@ def main(arguments: list[str]) -> int:
 
         with running(config) as runtime:
             train(config, runtime)
+        preemption.ignore()
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
@@ -40,9 +44,9 @@ def main(arguments: list[str]) -> int:
 
 
 def _say(error: Exception) -> None:
-    """A mistake in the settings is found by every rank and said by one; all else by its rank."""
+    """What every rank finds, as a mistake in the settings, one says; all else its own rank."""
     rank = os.environ.get("RANK", "0")
-    if not isinstance(error, ConfigError):
+    if not isinstance(error, ConfigError | Preempted):
         print(f"rank {rank}: {error}", file=sys.stderr, flush=True)
     elif os.environ.get("LOCAL_RANK", "0") == "0":
         print(error, file=sys.stderr, flush=True)

@@ -33,8 +33,8 @@ KINDS = {
 """What the wall time of a run is spent on; ``train`` over all of them is the goodput."""
 
 _SECONDS_BETWEEN_LINES = 5.0
-_STOPPED = (0, 130)
-"""Exit codes of a start that was done, or that somebody stopped: no fault to recover from."""
+_STOPPED = (0, 75, 130)
+"""Exit codes of a start that was done, preempted or stopped by somebody: no fault."""
 _LAST = 2**63
 
 

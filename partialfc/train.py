@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from partialfc import checkpoint, guidance
+from partialfc import checkpoint, guidance, preemption
+from partialfc.agreement import any_rank
 from partialfc.build import Model, build
 from partialfc.config import Config, ConfigError, config_hash, to_toml
 from partialfc.data.arrangements import arrangement
@@ -22,6 +24,7 @@ from partialfc.evaluation import Evaluation
 from partialfc.ledger import CrashLoopError, fruitless, keeping
 from partialfc.metrics import write_text
 from partialfc.permutation import key
+from partialfc.preemption import Preempted
 from partialfc.recorder import Recorder, Step
 from partialfc.runtime import DataError, Runtime, average_buffers, from_leader
 from partialfc.saver import Saver
@@ -37,6 +40,7 @@ def train(config: Config, runtime: Runtime) -> None:
         CheckpointError: If a checkpoint cannot be written, or is of another run.
         DataError: If an image cannot be decoded.
         CrashLoopError: If the last starts came to no new step.
+        Preempted: On every rank, after a checkpoint, if SIGUSR2 reached any of them.
     """
     dataset, order, total_steps = _data(config)
     evaluation = Evaluation(config, runtime)
@@ -81,8 +85,22 @@ def train(config: Config, runtime: Runtime) -> None:
                 settings=to_toml(config),
             ) as saver,
             closing(_batches(config, runtime, dataset, order, step)) as batches,
+            any_rank(preemption.asked, runtime.ranks) as asked_to_stop,
         ):
-            _loop(config, runtime, model, batches, evaluation, recorder, saver, step, total_steps)
+            reached = _loop(
+                config,
+                runtime,
+                model,
+                batches,
+                evaluation,
+                recorder,
+                saver,
+                asked_to_stop,
+                step,
+                total_steps,
+            )
+            if reached < total_steps:
+                raise Preempted(f"stopped as asked, after the checkpoint of step {reached}.")
 
 
 def _refuse_crash_loop(
@@ -111,16 +129,18 @@ def _loop(
     evaluation: Evaluation,
     recorder: Recorder,
     saver: Saver,
+    asked_to_stop: Callable[[], bool],
     step: int,
     total_steps: int,
-) -> None:
-    """From ``step`` on to the end of the run."""
+) -> int:
+    """From ``step`` on to the end of the run, or to where it is asked to stop; return the step."""
     ledger = recorder.ledger
     if step == 0 or step >= total_steps:
         with ledger.spending("other"):
             recorder.validated(step, evaluation.measure(model))
     ledger.switch("train")
-    while step < total_steps:
+    stop = False
+    while step < total_steps and not stop:
         with recorder.waiting():
             images, identities = _next(batches)
         rate = learning_rate(
@@ -132,7 +152,8 @@ def _loop(
         ledger.at(step)
         recorder.stepped(step, done, rate)
         verify = _due(step, config.verification.every_steps, total_steps)
-        save = _due(step, config.checkpoint.every_steps, total_steps)
+        stop = asked_to_stop()
+        save = stop or _due(step, config.checkpoint.every_steps, total_steps)
         if not (verify or save):
             continue
         recorder.refuse_non_finite()
@@ -147,7 +168,9 @@ def _loop(
                 ledger.at(step, now=True)
     with ledger.spending("save"):
         saver.wait()
-    recorder.finish()
+    if step == total_steps:
+        recorder.finish()
+    return step
 
 
 def train_step(

@@ -1,0 +1,200 @@
+"""launch/slurm.py against a real Slurm: submit, preempt, requeue, limits, cancel."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from partialfc.config import load, to_toml
+from partialfc.preemption import Preempted
+from tests.cluster.slurm import wait_for
+from tests.cluster.training import (
+    ROOT,
+    arguments,
+    assert_equal_runs,
+    last_step,
+    losses,
+    torchrun,
+)
+
+pytestmark = pytest.mark.cluster
+
+TWO_BY_TWO = ["--nodes=2", "--tasks-per-node=2", "--partition=low", "--time=00:30:00", "--lead=20"]
+PREEMPTIONS = int(os.environ.get("PREEMPTIONS", "10"))
+STEPS = 30 * PREEMPTIONS
+
+
+def launch(slurm, *words, check=True, cwd=ROOT):
+    environment = {**slurm.environment, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launch" / "slurm.py"), *words],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture
+def submit(slurm, packs, tmp_path):
+    """Submit a training of this test; its id and its folder."""
+
+    def submit(*words, run="run"):
+        folder, jobs = tmp_path / run, tmp_path / "jobs"
+        done = launch(slurm, *arguments(packs, folder), *TWO_BY_TWO, f"--jobs={jobs}", *words)
+        return done.stdout.partition(":")[0], folder, jobs
+
+    return submit
+
+
+def test_preempted_at_random_moments_it_ends_as_if_it_never_was(slurm, submit, packs, tmp_path):
+    """No step is repeated or lost; losses, weights, centers and momentum are bit for bit equal."""
+    straight = tmp_path / "straight"
+    done = torchrun(4, arguments(packs, straight, f"run.steps={STEPS}"))
+    assert done.returncode == 0, done.stderr
+    draw = random.Random(7)
+    job, folder, jobs = submit(f"run.steps={STEPS}", "checkpoint.every_steps=0")
+    seconds = []
+    for number in range(PREEMPTIONS):
+        wait_for(lambda: slurm.job(job)["JobState"] == "RUNNING")
+        at = last_step(folder) + draw.randrange(1, 25)
+        wait_for(lambda: last_step(folder) >= at, every=0.02)  # noqa: B023
+        time.sleep(draw.uniform(0, 0.2))
+        if number % 3 == 0:
+            slurm.preempt()
+        else:  # what Slurm sends before the time limit
+            slurm.run("scancel", "--signal=USR2", job)
+        asked = time.monotonic()
+        wait_for(lambda: slurm.job(job)["Restarts"] == str(number + 1), every=0.05)  # noqa: B023
+        seconds.append(time.monotonic() - asked)
+        before = last_step(folder)
+        saved = sorted(path.name for path in (folder / "checkpoints").glob("step_*"))
+        assert saved[-1:] == [f"step_{before:08d}"], "the last step is in the checkpoint"
+    wait_for(lambda: slurm.job(job)["JobState"] == "COMPLETED", 180)
+    assert slurm.job(job)["Restarts"] == str(PREEMPTIONS)
+    assert_equal_runs(straight, folder, STEPS)
+    assert max(seconds) < 20, "within the lead time"
+    log = launch(slurm, "logs", job, f"--jobs={jobs}").stdout
+    assert log.count("stopped as asked, after the checkpoint of step") == PREEMPTIONS
+    assert f"queued again for start {PREEMPTIONS + 1} of at most 101" in log
+    print(f"{PREEMPTIONS} preemptions, signal to requeue {max(seconds):.1f} s at most")
+
+
+def test_the_time_limit_saves_and_goes_on_and_requeues_are_bounded(slurm, submit):
+    """A minute is Slurm's shortest limit; with a lead of a minute the signal comes early in it."""
+    job, folder, jobs = submit("run.steps=1000000", "--time=1", "--lead=50", "--max-requeues=1")
+    wait_for(lambda: slurm.job(job)["Restarts"] == "1", 120)
+    first = last_step(folder)
+    assert first > 0
+    wait_for(lambda: slurm.job(job)["JobState"] == "FAILED", 120)
+    assert slurm.job(job)["ExitCode"] == f"{Preempted.exit_code}:0"
+    assert last_step(folder) > first
+    log = launch(slurm, "logs", job, f"--jobs={jobs}").stdout
+    assert "not queued again: --max-requeues is 1" in log
+
+
+def test_status_logs_attach_and_cancel(slurm, submit):
+    """Without an accounting database; a cancelled job saves, and is not queued again."""
+    job, folder, jobs = submit("run.steps=1000000", "checkpoint.every_steps=0")
+    assert jobs.stat().st_mode & 0o777 == 0o700
+    wait_for(lambda: last_step(folder) >= 3)
+    status = launch(slurm, "status", f"--jobs={jobs}").stdout
+    assert re.search(rf"{job} .*RUNNING.* 1 .*{folder.name}", status)
+    assert "step 1/1000000" in launch(slurm, "logs", job, "--rank=0", f"--jobs={jobs}").stdout
+    follow = [sys.executable, "launch/slurm.py", "attach", job, f"--jobs={jobs}"]
+    attached = subprocess.Popen(
+        follow, cwd=ROOT, env=slurm.environment, stdout=subprocess.PIPE, text=True
+    )
+    launch(slurm, "cancel", job, f"--jobs={jobs}")
+    wait_for(lambda: slurm.job(job)["JobState"] == "CANCELLED")
+    output, _ = attached.communicate(timeout=30)
+    assert attached.returncode == 1
+    assert "step 1/1000000" in output
+    assert f"job {job}: CANCELLED" in output
+    assert (folder / "checkpoints" / f"step_{last_step(folder):08d}").exists()
+    assert slurm.job(job)["Restarts"] == "0"
+    unknown = launch(slurm, "cancel", "999999", f"--jobs={jobs}", check=False)
+    assert unknown.returncode == 2
+    assert "job 999999: not submitted from" in unknown.stderr
+
+
+def test_a_killed_rank_ends_the_job(slurm, submit):
+    """--kill-on-bad-exit: no rank is left waiting for one that is gone."""
+    job, folder, _ = submit("run.steps=1000000")
+    wait_for(lambda: last_step(folder) >= 3)
+    killed = time.monotonic()
+    os.kill(rank_process(folder, 3), signal.SIGKILL)
+    wait_for(lambda: slurm.job(job)["JobState"] == "FAILED", 30)
+    assert not processes(folder)
+    print(f"killed rank to last process gone: {time.monotonic() - killed:.1f} s")
+
+
+def processes(folder):
+    """Ranks of the job of a test: process id -> rank."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            command, environment = (entry / "cmdline").read_text(), (entry / "environ").read_text()
+        except OSError:
+            continue
+        if "submitit.core._submit" in command and str(folder.parent) in command:
+            rank = re.search(r"(SLURM_PROCID|SUBMITIT_LOCAL_GLOBALID)=(\d+)", environment)
+            if rank:
+                found[int(entry.name)] = int(rank[2])
+    return found
+
+
+def rank_process(folder, rank):
+    return next(process for process, found in processes(folder).items() if found == rank)
+
+
+def test_an_array_of_configs(slurm, packs, tmp_path):
+    """One submission, two runs in two folders."""
+    for number in (0, 1):
+        words = arguments(packs, tmp_path / f"run{number}", "run.steps=4")
+        (tmp_path / f"{number}.toml").write_text(to_toml(load(ROOT / words[0], words[1:])))
+    configs = [str(tmp_path / f"{number}.toml") for number in (0, 1)]
+    jobs = f"--jobs={tmp_path / 'jobs'}"
+    one_rank = ["--nodes=1", "--tasks-per-node=1", "--partition=low", "--name=pair", jobs]
+    done = launch(slurm, *configs, *one_rank, cwd=tmp_path)
+    job = done.stdout.partition(":")[0]
+    for number in (0, 1):
+        wait_for(lambda: slurm.job(f"{job}_{number}")["JobState"] == "COMPLETED")  # noqa: B023
+        assert sorted(losses(tmp_path / f"run{number}")) == [1, 2, 3, 4]
+    status = launch(slurm, "status", job, jobs).stdout
+    assert f"{job}_0" in status
+    assert f"{job}_1" in status
+    same = launch(slurm, configs[0], configs[0], *one_rank, check=False)
+    assert same.returncode == 2
+    assert "run.folder" in same.stderr
+
+
+def test_local_runs_the_same_job_and_starts_it_again(slurm, packs, tmp_path):
+    """SIGUSR2 to its ranks: saved, started again by submitit's local executor, done."""
+    folder, jobs = tmp_path / "run", tmp_path / "jobs"
+    words = arguments(packs, folder, "run.steps=150")
+    command = [sys.executable, "launch/slurm.py", *words, "--local", "--tasks-per-node=2"]
+    running = subprocess.Popen(
+        [*command, f"--jobs={jobs}"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(lambda: last_step(folder) >= 3, every=0.02)
+    for process in processes(folder):
+        os.kill(process, signal.SIGUSR2)
+    output, _ = running.communicate(timeout=120)
+    assert running.returncode == 0, output
+    assert output.count("stopped as asked") == 1
+    assert sorted(losses(folder)) == list(range(1, 151))
