@@ -3,6 +3,10 @@
 Shape suffixes: b = rows of this rank's batch, B = rows of the gathered batch, D = embedding.
 """
 
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -71,21 +75,24 @@ def gather_rows(rows: Tensor, ranks: Ranks) -> Tensor:
     if ranks.size == 1:
         return rows
     gathered = rows.new_empty(ranks.size * len(rows), *rows.shape[1:])
-    _all_gather(gathered, rows.contiguous(), group=ranks.group)
+    with _timed("all_gather", rows):
+        _all_gather(gathered, rows.contiguous(), group=ranks.group)
     return gathered
 
 
 def sum_over_ranks(value: Tensor, ranks: Ranks) -> Tensor:
     """Return the sum over ranks: one all-reduce, which may reuse the memory of ``value``."""
     if ranks.size > 1:
-        dist.all_reduce(value, dist.ReduceOp.SUM, group=ranks.group)
+        with _timed("all_reduce", value):
+            dist.all_reduce(value, dist.ReduceOp.SUM, group=ranks.group)
     return value
 
 
 def max_over_ranks(value: Tensor, ranks: Ranks) -> Tensor:
     """Return the maximum over ranks: one all-reduce, which may reuse the memory of ``value``."""
     if ranks.size > 1:
-        dist.all_reduce(value, dist.ReduceOp.MAX, group=ranks.group)
+        with _timed("all_reduce", value):
+            dist.all_reduce(value, dist.ReduceOp.MAX, group=ranks.group)
     return value
 
 
@@ -94,5 +101,42 @@ def sum_to_owner(gradient_BD: Tensor, ranks: Ranks) -> Tensor:
     if ranks.size == 1:
         return gradient_BD
     owned_bD = gradient_BD.new_empty(len(gradient_BD) // ranks.size, gradient_BD.shape[1])
-    _reduce_scatter(owned_bD, gradient_BD, group=ranks.group)
+    with _timed("reduce_scatter", gradient_BD):
+        _reduce_scatter(owned_bD, gradient_BD, group=ranks.group)
     return owned_bD
+
+
+_seconds: dict[str, float] = {}
+_on_device: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=4096)
+
+
+@contextmanager
+def _timed(kind: str, tensor: Tensor) -> Iterator[None]:
+    """Add the time inside to :func:`wait_seconds`: the host's on a CPU, the stream's on a GPU."""
+    if tensor.is_cuda:
+        began, ended = (_event() for _ in range(2))
+        began.record()
+        yield
+        ended.record()
+        _on_device.append((kind, began, ended))
+        return
+    start = time.monotonic()
+    yield
+    _seconds[kind] = _seconds.get(kind, 0.0) + time.monotonic() - start
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def wait_seconds() -> dict[str, float]:
+    """Return the seconds that this rank spent in collectives so far, by kind.
+
+    Waiting for other ranks and moving bytes are one number here; a rank that the others wait for
+    has the smallest. No host synchronisation: what a GPU has not come to yet is left for the next
+    call.
+    """
+    while _on_device and _on_device[0][2].query():  # type: ignore[no-untyped-call]
+        kind, began, ended = _on_device.popleft()
+        _seconds[kind] = _seconds.get(kind, 0.0) + began.elapsed_time(ended) / 1e3
+    return dict(_seconds)

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from partialfc import settings
 from partialfc.config_losses import Losses
 from partialfc.config_margins import AnyMargin, ArcFace
+from partialfc.config_monitor import Monitor
 from partialfc.config_optimizers import (
     AdagradOfCenters,
     AdamWOfBackbone,
@@ -219,6 +220,7 @@ class Config(Section):
     verification: Verification = Field(default_factory=Verification)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     log: Log = Field(default_factory=Log)
+    monitor: Monitor = Field(default_factory=Monitor)
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> "Config":
@@ -271,6 +273,7 @@ _CHANGES_NO_RESULT: dict[str, Any] = {
     "verification": True,
     "checkpoint": True,
     "log": True,
+    "monitor": True,
     "head": {"keep_mib", "overlap"},
 }
 

@@ -101,20 +101,3 @@ class Log(Section):
 
     progress: bool = True
     """Show progress on the terminal."""
-
-    prometheus_port: Annotated[int | None, Field(ge=1, le=65535)] = None
-    """Port on which Prometheus can read the metrics. Left out, nothing is served."""
-
-    prometheus_host: str = "127.0.0.1"
-    """Address that the port is opened on. The default is reachable from this machine only;
-    0.0.0.0 is reachable from everywhere, without a password."""
-
-    @model_validator(mode="after")
-    def _host_has_port(self) -> "Log":
-        default = type(self).model_fields["prometheus_host"].default
-        if self.prometheus_port is None and self.prometheus_host != default:
-            raise ValueError(
-                f'prometheus_host = "{self.prometheus_host}": nothing is served without a port. '
-                "Set log.prometheus_port, or remove prometheus_host."
-            )
-        return self

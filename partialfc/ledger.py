@@ -89,6 +89,11 @@ class Ledger:
         finally:
             self.switch(outer)
 
+    def spent(self) -> dict[str, float]:
+        """Seconds of this start by kind until now."""
+        self.switch(self._kind)
+        return dict(self._seconds)
+
     def at(self, step: int, *, now: bool = False) -> None:
         """Note that ``step`` steps are done; written every few seconds, or ``now``.
 
@@ -193,6 +198,19 @@ def starts(entries: Sequence[Entry]) -> list[Start]:
     return [
         Start(group, next((entry for entry in group if entry["event"] == "end"), None))
         for group in groups
+    ]
+
+
+def fault_codes(entries: Sequence[Entry]) -> list[str]:
+    """Return the exit codes of the starts that ended in a fault; "killed" for one without an end.
+
+    The last start counts as one of them if it has no end: it must be known to be over.
+    """
+    ends = [start.end for start in starts(entries)]
+    return [
+        "killed" if end is None else str(end["code"])
+        for end in ends
+        if end is None or end["code"] not in _STOPPED
     ]
 
 

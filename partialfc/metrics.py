@@ -21,14 +21,18 @@ class Metric:
     """A number that a run records.
 
     Attributes:
-        name: In metrics.jsonl and TensorBoard; ``partialfc_<name>`` in Prometheus.
+        name: In metrics.jsonl and TensorBoard.
         unit: What one is, or "" for a plain number.
         help: What it means.
+        exported: In Prometheus ``partialfc_<exported>``, where that is not the name.
+        labels: In Prometheus.
     """
 
     name: str
     unit: str
     help: str
+    exported: str = ""
+    labels: tuple[tuple[str, str], ...] = ()
 
 
 TABLE = (
@@ -42,15 +46,33 @@ TABLE = (
     Metric("gradient_norm", "", "Norm of the backbone's gradient at this step, before clipping"),
     Metric("epoch", "epochs", "Passes over the data so far"),
     Metric("samples_seen", "images", "Images seen so far by all ranks"),
-    Metric("throughput", "images/s", "Images per second over all ranks since the last record"),
+    Metric(
+        "throughput",
+        "images/s",
+        "Images per second over all ranks since the last record",
+        "throughput_images_per_second",
+    ),
     Metric("step_seconds", "seconds", "Mean time of a step since the last record"),
     Metric("data_wait_seconds", "seconds", "Mean time that a step waited for its batch"),
     Metric("loss_scale", "", "Loss scale of fp16; 1 without it"),
-    Metric("skipped_steps", "steps", "Steps without an update since the start of this process"),
+    Metric(
+        "skipped_steps",
+        "steps",
+        "Steps without an update since the start of this process",
+        "skipped_steps_total",
+    ),
     Metric("peak_memory_bytes", "bytes", "Peak memory of rank 0"),
-    Metric("goodput", "", "Share of the run's wall time, over all its starts, in steps that count"),
+    Metric(
+        "goodput",
+        "",
+        "Share of the run's wall time, over all its starts, in steps that count",
+        "goodput_ratio",
+    ),
     Metric("spent_wall_seconds", "seconds", "Wall time of the run over all its starts"),
-    *(Metric(f"spent_{kind}_seconds", "seconds", text) for kind, text in KINDS.items()),
+    *(
+        Metric(f"spent_{kind}_seconds", "seconds", text, "spent_seconds", (("kind", kind),))
+        for kind, text in KINDS.items()
+    ),
     Metric("verification_accuracy", "", "Ten-fold accuracy on the first verification set"),
     Metric("verification_tar", "", "TAR at FAR 1e-3 on the first verification set"),
     Metric("identification_rank_1", "", "Rank-1 rate on the first identification set"),
@@ -131,33 +153,6 @@ def _tag(name: str) -> str:
     """TensorBoard groups by what stands before the slash."""
     group, _, rest = name.partition("_")
     return f"{group}/{rest}" if group in ("verification", "identification") else f"train/{name}"
-
-
-class Prometheus:
-    """A gauge per metric, served over HTTP; ``TABLE`` names and explains them."""
-
-    def __init__(self, port: int, host: str) -> None:
-        from prometheus_client import CollectorRegistry, Gauge, start_http_server
-
-        registry = CollectorRegistry()
-        self._step = Gauge("partialfc_step", "Optimizer steps taken", registry=registry)
-        self._gauges = {
-            metric.name: Gauge(f"partialfc_{metric.name}", metric.help, registry=registry)
-            for metric in TABLE
-        }
-        self._server, self._thread = start_http_server(port, addr=host, registry=registry)
-
-    def write(self, step: int, values: Values) -> None:
-        """Set the gauges."""
-        self._step.set(step)
-        for name, value in values.items():
-            self._gauges[name].set(value)
-
-    def close(self) -> None:
-        """Stop serving."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
 
 
 def write_json(path: Path, value: object) -> None:

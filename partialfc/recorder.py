@@ -16,7 +16,8 @@ from partialfc.console import ProgressBar, show_table
 from partialfc.evaluation import Results, Verified
 from partialfc.figures import training_figure
 from partialfc.ledger import Ledger
-from partialfc.metrics import JsonLines, Prometheus, Sink, TensorBoard, read_records, write_json
+from partialfc.metrics import JsonLines, Sink, TensorBoard, read_records, write_json
+from partialfc.monitor import Monitor
 from partialfc.runtime import NonFiniteError, Runtime, largest, peak_memory
 
 _SKIPS_IN_A_ROW = 20
@@ -77,15 +78,17 @@ class Recorder:
         self._untrained: Results | None = None
         self._results: Results | None = None
         self._sinks: list[Sink] = []
+        self._monitor: Monitor | None = None
 
     def __enter__(self) -> "Recorder":
+        if self._config.monitor.port is not None:
+            self._monitor = Monitor(self._config, self._runtime, self.ledger, self._total)
+            self._sinks.append(self._monitor)
         if self._runtime.leads:
             log, folder = self._config.log, self._config.run.folder
             self._sinks.append(JsonLines(folder / "metrics.jsonl", self._step))
             if log.tensorboard:
                 self._sinks.append(TensorBoard(folder / "tensorboard"))
-            if log.prometheus_port is not None:
-                self._serve(log.prometheus_port, log.prometheus_host)
             if log.progress:
                 self._sinks.append(ProgressBar(self._step, self._total))
         self._clock = time.monotonic()
@@ -124,6 +127,8 @@ class Recorder:
             NonFiniteError: On every rank, at the record after it happened.
         """
         self._step = step
+        if self._monitor is not None:
+            self._monitor.stepped(step)
         self._loss += done.loss
         self._skipped += done.skipped
         self._bad_losses += ~done.loss.isfinite()
@@ -208,16 +213,6 @@ class Recorder:
         first = next(iter(self._results.verified.values()), None) if self._results else None
         self._draw(first, records)
         self._show(summary)
-
-    def _serve(self, port: int, host: str) -> None:
-        try:
-            self._sinks.append(Prometheus(port, host))
-        except OSError as error:
-            print(
-                f"log.prometheus_port = {port}: metrics are not served on {host}: {error}. "
-                "Training goes on.",
-                flush=True,
-            )
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         for sink in self._sinks:

@@ -52,10 +52,9 @@ def running(config: Config) -> Iterator[Runtime]:
         ConfigError: If the settings do not fit this machine or the number of ranks.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     config.check(world_size)
-    device = _device(config.run.device, local_rank, ranks_here)
+    device = _device(config.run.device, local_rank(), ranks_here)
     torch.set_num_threads(config.run.threads or max(1, (os.cpu_count() or 1) // ranks_here))
     torch.manual_seed(key(config.run.seed, "weights"))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision.tf32
@@ -76,6 +75,11 @@ def running(config: Config) -> Iterator[Runtime]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def local_rank() -> int:
+    """This rank among those of its host."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def _device(wanted: str, local_rank: int, ranks_here: int) -> torch.device:
@@ -117,7 +121,7 @@ def all_agree(fine: bool, ranks: Ranks) -> bool:
     """Whether every rank is fine. Collective: one all-reduce; a host synchronisation."""
     if ranks.size == 1:
         return fine
-    flag = torch.tensor(int(fine), device=_collective_device(ranks))
+    flag = torch.tensor(int(fine), device=collective_device(ranks))
     dist.all_reduce(flag, dist.ReduceOp.MIN, group=ranks.group)
     return bool(flag.item())
 
@@ -126,7 +130,7 @@ def from_leader(value: int, ranks: Ranks) -> int:
     """Return rank 0's integer on every rank. Collective: one broadcast; a host synchronisation."""
     if ranks.size == 1:
         return value
-    shared: Tensor = torch.tensor(value, dtype=torch.int64, device=_collective_device(ranks))
+    shared: Tensor = torch.tensor(value, dtype=torch.int64, device=collective_device(ranks))
     dist.broadcast(shared, 0, group=ranks.group)
     return int(shared.item())
 
@@ -135,12 +139,13 @@ def largest(value: int, ranks: Ranks) -> int:
     """Return the largest integer of all ranks. Collective: one all-reduce."""
     if ranks.size == 1:
         return value
-    shared = torch.tensor(value, dtype=torch.int64, device=_collective_device(ranks))
+    shared = torch.tensor(value, dtype=torch.int64, device=collective_device(ranks))
     dist.all_reduce(shared, dist.ReduceOp.MAX, group=ranks.group)
     return int(shared.item())
 
 
-def _collective_device(ranks: Ranks) -> torch.device:
+def collective_device(ranks: Ranks) -> torch.device:
+    """Where a tensor must be for a collective of these ranks."""
     if dist.get_backend(ranks.group) == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")

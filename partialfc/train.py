@@ -168,7 +168,7 @@ def _loop(
                 ledger.at(step, now=True)
     with ledger.spending("save"):
         saver.wait()
-    if step == total_steps:
+    if step >= total_steps:
         recorder.finish()
     return step
 

@@ -101,7 +101,7 @@ def test_nothing_can_be_changed() -> None:
     "overrides",
     [
         [],
-        ["run.steps=7", "head.canonical_shards=8", "log.prometheus_port=9400"],
+        ["run.steps=7", "head.canonical_shards=8", "monitor.port=9400"],
         ["head.margin.name=cosface", "head.margin.inter_class_filter=0.4"],
         ["optimizer.name=adamw", "head.optimizer.name=adamw", "optimizer.betas=[0.8, 0.99]"],
         ["schedule.name=polynomial", "precision.compute=fp16", "optimizer.lr=1e-30"],
@@ -303,9 +303,9 @@ def test_what_the_hash_leaves_out_exists() -> None:
         ),
         (  # nothing to serve
             MINIMAL,
-            ["log.prometheus_host=0.0.0.0"],
-            'log.prometheus_host = "0.0.0.0": nothing is served without a port. Set '
-            "log.prometheus_port, or remove prometheus_host.",
+            ["monitor.host=0.0.0.0"],
+            'monitor.host = "0.0.0.0": nothing is served without a port. Set monitor.port, or '
+            "remove host.",
         ),
         (  # no end of warm-up
             MINIMAL,

@@ -1,10 +1,9 @@
 import json
 import re
-import urllib.request
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from partialfc.metrics import TABLE, JsonLines, Prometheus, TensorBoard, read_records, write_json
+from partialfc.metrics import TABLE, JsonLines, TensorBoard, read_records, write_json
 
 
 def test_table_names_follow_prometheus_and_are_explained():
@@ -39,18 +38,6 @@ def test_tensorboard_reads_what_is_written(tmp_path):
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(10, 2.5), (20, 1.5)]
     assert [e.value for e in events.Scalars("verification/accuracy")] == [0.75]
-
-
-def test_prometheus_serves_the_last_record_on_this_machine_only():
-    sink = Prometheus(0, "127.0.0.1")
-    sink.write(7, {"loss": 2.5, "throughput": 1000.0})
-    host, port = sink._server.server_address[:2]
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as reply:
-        text = reply.read().decode()
-    sink.close()
-    assert host == "127.0.0.1"
-    assert "partialfc_step 7.0" in text
-    assert "partialfc_loss 2.5" in text
 
 
 def test_json_is_written_whole(tmp_path):

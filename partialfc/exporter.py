@@ -1,0 +1,133 @@
+"""What Prometheus reads: the numbers of one rank, served over HTTP by a thread of their own.
+
+A scrape reads numbers that lie in the host's memory; it takes no lock of the training and waits
+for no GPU. A rank whose training hangs still answers: watch ``last_step_timestamp_seconds``, not
+``up``. No path and no user's name is among the labels.
+"""
+
+import errno
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.samples import Sample
+
+Labels = tuple[tuple[str, str], ...]
+PREFIX = "partialfc_"
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """A metric in Prometheus: base units, and ``_total`` on what only grows in a process.
+
+    Attributes:
+        name: Without :data:`PREFIX`.
+        help: What it means.
+    """
+
+    name: str
+    help: str
+
+
+OF_EVERY_RANK = (
+    Exported("build_info", "Versions of this process; always 1"),
+    Exported("run_info", "What is trained; always 1"),
+    Exported("step", "Optimizer steps of the run"),
+    Exported("last_step_timestamp_seconds", "When this rank ended its last step, Unix time"),
+    Exported("steps_total", "Optimizer steps that this process took"),
+    Exported("images_total", "Images that this rank trained on in this process"),
+    Exported("phase_seconds_total", "Time of this process, by what it was spent on"),
+    Exported("collective_wait_seconds_total", "Time of this rank in the head's collectives"),
+    Exported("peak_memory_bytes", "Peak memory of this rank"),
+)
+OF_RANK_0 = (
+    Exported("planned_steps", "Steps at the end of the run"),
+    Exported("ranks", "World size"),
+    Exported("starts", "How often the run was started, this time included"),
+    Exported("failed_starts", "Earlier starts that ended in a fault, by exit code"),
+    Exported("checkpoint_last_step", "Step of the newest complete checkpoint"),
+    Exported("checkpoint_last_timestamp_seconds", "When the newest checkpoint was complete"),
+    Exported("checkpoint_size_bytes", "Size of the newest checkpoint"),
+    Exported("checkpoint_interval_steps", "Steps between checkpoints; 0 saves at the end only"),
+    Exported("folder_free_bytes", "Free space where the run's folder is"),
+    Exported("folder_size_bytes", "Space of the file system where the run's folder is"),
+)
+
+
+class Exporter:
+    """Serves numbers until it is closed.
+
+    Args:
+        table: The metrics that may be set.
+        host: Address to open the port on.
+        port: Port, or 0 for any. One that is taken is replaced by any.
+        certificate: With ``key``: serve HTTPS.
+        key: Of the certificate.
+        client_ca: Answer only who shows a certificate signed by one of these.
+
+    Raises:
+        OSError: If nothing can be served; the message says why.
+    """
+
+    def __init__(
+        self,
+        table: tuple[Exported, ...],
+        host: str,
+        port: int,
+        *,
+        certificate: Path | None = None,
+        key: Path | None = None,
+        client_ca: Path | None = None,
+    ) -> None:
+        self._table = {entry.name: entry for entry in table}
+        self._values: dict[str, dict[Labels, float]] = {name: {} for name in self._table}
+        self._looks: list[Callable[[], Mapping[str, float]]] = []
+        registry = CollectorRegistry()
+        registry.register(self)
+        ProcessCollector(registry=registry)
+        secure: dict[str, Any] = {
+            "certfile": certificate and str(certificate),
+            "keyfile": key and str(key),
+            "client_cafile": client_ca and str(client_ca),
+            "client_auth_required": client_ca is not None,
+        }
+        try:
+            served = start_http_server(port, addr=host, registry=registry, **secure)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            served = start_http_server(0, addr=host, registry=registry, **secure)
+        self._server, self._thread = served
+        self.port = int(self._server.server_port)
+
+    def set(self, name: str, value: float, **labels: str) -> None:
+        """Set a number."""
+        self._values[name][tuple(sorted(labels.items()))] = value
+
+    def look(self, at: Callable[[], Mapping[str, float]]) -> None:
+        """Call ``at`` at every scrape for numbers that are cheaper to look up than to keep."""
+        self._looks.append(at)
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield all numbers, in the words of prometheus_client."""
+        for look in self._looks:
+            for name, value in look().items():
+                self.set(name, value)
+        for name, samples in self._values.items():
+            entry = self._table[name]
+            family = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+            metric = family(PREFIX + name, entry.help)
+            metric.samples = [
+                Sample(PREFIX + name, dict(labels), value) for labels, value in [*samples.items()]
+            ]
+            if metric.samples:
+                yield metric
+
+    def close(self) -> None:
+        """Stop serving."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
