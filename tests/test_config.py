@@ -184,7 +184,7 @@ def test_what_the_hash_leaves_out_exists() -> None:
             [],
             'sched = {name = "linear"}: unknown section. Did you mean schedule? The file takes '
             "[run], [data], [backbone], [precision], [head], [losses], [optimizer], [schedule], "
-            "[verification], [checkpoint], [log].",
+            "[verification], [checkpoint], [log], [monitor].",
         ),
         (  # out of range
             MINIMAL + "[head]\nsample_rate = 1.5\n",
