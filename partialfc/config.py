@@ -71,6 +71,10 @@ class Data(Section):
     that compare images. Must divide ``data.global_batch``. An epoch is then every identity once.
     Left out, all images are shuffled."""
 
+    bad_share: Annotated[float, Field(ge=0, lt=1)] = 0.001
+    """Largest share of the images that may be replaced because they cannot be decoded. Each is
+    reported, and the next image of the epoch stands for it. Above 0, one always may be."""
+
     threads: Annotated[int, Field(ge=1), Unit("threads")] = 4
     """Decoding threads per rank."""
 
@@ -269,7 +273,8 @@ class Config(Section):
 
 _CHANGES_NO_RESULT: dict[str, Any] = {
     "run": {"folder", "threads", "resume", "resume_from", "fruitless_starts"},
-    "data": {"train", "skip", "threads", "prefetch"},  # the fingerprint stands for the paths
+    # The data's fingerprint stands for its paths.
+    "data": {"train", "skip", "bad_share", "threads", "prefetch"},
     "verification": True,
     "checkpoint": True,
     "log": True,

@@ -61,6 +61,12 @@ TABLE = (
         "Steps without an update since the start of this process",
         "skipped_steps_total",
     ),
+    Metric(
+        "replaced_images",
+        "images",
+        "Images replaced on all ranks because their record is bad, in this process",
+        "replaced_images_total",
+    ),
     Metric("peak_memory_bytes", "bytes", "Peak memory of rank 0"),
     Metric(
         "goodput",

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from partialfc.bad_images import BadImages
 from partialfc.config import Config
 from partialfc.console import ProgressBar, show_table
 from partialfc.evaluation import Results, Verified
@@ -75,6 +76,7 @@ class Recorder:
         zero = torch.zeros((), device=device)
         self._loss, self._skipped = zero.clone(), zero.clone()
         self._bad_losses, self._in_a_row, self._longest = zero.clone(), zero.clone(), zero.clone()
+        self.bad_images = BadImages(config.run.folder, config.data.bad_share, runtime.ranks)
         self._untrained: Results | None = None
         self._results: Results | None = None
         self._sinks: list[Sink] = []
@@ -140,7 +142,7 @@ class Recorder:
         loss, norm, skipped, scale, *terms = torch.stack(
             [self._loss, done.gradient_norm, self._skipped, done.loss_scale, *done.terms.values()]
         ).tolist()
-        self.refuse_non_finite()
+        replaced = self.refuse_unsound()
         now, count = time.monotonic(), step - self._recorded
         seconds = now - self._clock
         self._trained += seconds
@@ -155,6 +157,7 @@ class Recorder:
             "data_wait_seconds": self._waited / count,
             "loss_scale": scale,
             "skipped_steps": skipped,
+            "replaced_images": replaced,
             "peak_memory_bytes": peak_memory(self._runtime.device),
             **{f"loss_{name}": term for name, term in zip(done.terms, terms, strict=True)},
         }
@@ -166,20 +169,24 @@ class Recorder:
         self._loss.zero_()
         self._recorded, self._clock, self._waited = step, time.monotonic(), 0.0
 
-    def refuse_non_finite(self) -> None:
-        """Raise if a loss was not finite, or fp16 skips more steps than its scale needs.
+    def refuse_unsound(self) -> int:
+        """Return the images that were replaced; raise if they, or steps that fail, are too many.
 
-        Host sync. The numbers are the same on all ranks, so all raise together.
+        Steps fail whose loss is not finite, or that fp16 skips without need. Host sync, and one
+        all-reduce. The numbers are the same on all ranks, so all raise together.
 
         Raises:
             NonFiniteError: Before anything of such a step is recorded or saved.
+            DataError: The same for the images.
         """
         skipped, bad, longest = torch.stack(
             [self._skipped, self._bad_losses, self._longest]
         ).tolist()
         allowed = _SKIPS_IN_A_ROW if self._config.precision.compute == "fp16" else 1
         if not bad and longest < allowed:
-            return
+            return self.bad_images.check(
+                (self._step - self._first) * self._config.data.global_batch
+            )
         raise NonFiniteError(
             f"the loss was not finite in {bad:.0f} steps, and {skipped:.0f} steps changed nothing "
             f"because the loss or the gradient was not, {longest:.0f} of them in a row, up to step "

@@ -21,7 +21,7 @@ class NonFiniteError(RuntimeError):
 
 
 class DataError(RuntimeError):
-    """An image cannot be used; the message names it."""
+    """Too many images cannot be used; the message names one."""
 
     exit_code = 5
 
@@ -141,6 +141,15 @@ def largest(value: int, ranks: Ranks) -> int:
         return value
     shared = torch.tensor(value, dtype=torch.int64, device=collective_device(ranks))
     dist.all_reduce(shared, dist.ReduceOp.MAX, group=ranks.group)
+    return int(shared.item())
+
+
+def total(value: int, ranks: Ranks) -> int:
+    """Return the sum of an integer over all ranks. Collective: one all-reduce."""
+    if ranks.size == 1:
+        return value
+    shared = torch.tensor(value, dtype=torch.int64, device=collective_device(ranks))
+    dist.all_reduce(shared, group=ranks.group)
     return int(shared.item())
 
 

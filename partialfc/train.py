@@ -19,7 +19,7 @@ from partialfc.data.augment import Augmentation
 from partialfc.data.dataset import DataSet, open_dataset
 from partialfc.data.loader import open_batches
 from partialfc.data.order import Order
-from partialfc.data.stream import Batches, Stream
+from partialfc.data.stream import Batch, Batches, Stream
 from partialfc.evaluation import Evaluation
 from partialfc.ledger import CrashLoopError, fruitless, keeping
 from partialfc.metrics import write_text
@@ -38,7 +38,7 @@ def train(config: Config, runtime: Runtime) -> None:
         ConfigError: If the settings do not fit the data, the sets or the backbone.
         NonFiniteError: If the loss or the gradient is not finite.
         CheckpointError: If a checkpoint cannot be written, or is of another run.
-        DataError: If an image cannot be decoded.
+        DataError: If too many images cannot be decoded.
         CrashLoopError: If the last starts came to no new step.
         Preempted: On every rank, after a checkpoint, if SIGUSR2 reached any of them.
     """
@@ -142,7 +142,8 @@ def _loop(
     stop = False
     while step < total_steps and not stop:
         with recorder.waiting():
-            images, identities = _next(batches)
+            images, identities, replaced = _next(batches)
+        recorder.bad_images.note(replaced)
         rate = learning_rate(
             step, peak=config.optimizer.lr, total_steps=total_steps, **config.schedule.model_dump()
         )
@@ -156,7 +157,7 @@ def _loop(
         save = stop or _due(step, config.checkpoint.every_steps, total_steps)
         if not (verify or save):
             continue
-        recorder.refuse_non_finite()
+        recorder.refuse_unsound()
         with recorder.pausing():
             average_buffers(model.backbone, runtime.ranks)
             if verify:  # before the checkpoint, so that no kill leaves a step without it
@@ -292,7 +293,7 @@ def _batches(
         raise ConfigError(str(error)) from error
 
 
-def _next(batches: Batches) -> tuple[Tensor, Tensor]:
+def _next(batches: Batches) -> Batch:
     try:
         return next(batches)
     except ValueError as error:

@@ -51,6 +51,7 @@ FLOORS = {
     "agreement": 2,
     "center_losses": 3,
     "embedding_losses": 3,
+    "bad_images": 3,
     "margin_loss": 3,
     "head": 3,
     "build": 4,

@@ -49,7 +49,7 @@ def take(number, stream, samples_seen=0, *, loader="torch"):
     with contextlib.closing(batches):
         return [
             (images.numpy() * 127.5 + 127.5, identities.numpy())
-            for images, identities in itertools.islice(batches, number)
+            for images, identities, _ in itertools.islice(batches, number)
         ]
 
 
@@ -205,7 +205,7 @@ def test_threads_do_not_change_the_order(threads, prefetch):
     batches = torch_batches(stream, 0, device=CPU, threads=threads, prefetch=prefetch)
     with contextlib.closing(batches):
         for images, identities in take(12, stream):
-            ours, our_identities = next(batches)
+            ours, our_identities, _ = next(batches)
             np.testing.assert_array_equal(ours.numpy() * 127.5 + 127.5, images)
             np.testing.assert_array_equal(our_identities, identities)
 
@@ -221,22 +221,106 @@ def damage(data: bytes, kind: str) -> bytes:
     }[kind]
 
 
-@pytest.mark.parametrize("loader", LOADERS)
-@pytest.mark.parametrize("kind", ["truncated", "bomb", "table", "png"])
-def test_a_bad_image_is_named_and_nothing_hangs(tmp_path, loader, kind, capfd):
-    jpegs = [encoded(lopsided(32, 32, seed)) for seed in range(8)]
-    jpegs[6] = damage(jpegs[6], kind)
-    path = written(tmp_path, jpegs)
-    offset = int((tmp_path / "images.idx").read_text().split()[13])
-    order = Order(8, 2, seed=5)
-    stream = Stream(
-        dataset=open_dataset([path]), order=order, augmentation=Augmentation(), image_size=32
+RECORD_DAMAGE = {"magic": (0, b"\0\0\0\0"), "label": (12, np.float32(np.nan).tobytes())}
+KINDS = ["truncated", "bomb", "table", "png", *RECORD_DAMAGE]
+
+
+def broken(folder: Path, damages: dict[int, str], count=24) -> Path:
+    """A pack with some images that cannot be used."""
+    jpegs = [encoded(lopsided(32, 32, seed)) for seed in range(count)]
+    for image, kind in damages.items():
+        if kind not in RECORD_DAMAGE:
+            jpegs[image] = damage(jpegs[image], kind)
+    path = written(folder, jpegs)
+    offsets = [int(line.split()[1]) for line in path.with_suffix(".idx").read_text().splitlines()]
+    data = bytearray(path.read_bytes())
+    for image, kind in damages.items():
+        if kind in RECORD_DAMAGE:
+            at, value = RECORD_DAMAGE[kind]
+            data[offsets[image] + at : offsets[image] + at + 4] = value
+    path.write_bytes(data)
+    return path
+
+
+def broken_stream(path: Path, batch=4, rank=0, world_size=1) -> Stream:
+    dataset = open_dataset([path])
+    dataset.packs[0].declared_identities = 3  # a plain pack with a bad label has no number
+    return Stream(
+        dataset=dataset,
+        order=Order(len(dataset), batch, seed=5),
+        augmentation=Augmentation(shift=2),
+        image_size=32,
+        rank=rank,
+        world_size=world_size,
     )
+
+
+def with_replacements(loader: str, stream: Stream, number: int, samples_seen=0):
+    """Batches, images in levels, and the samples that were replaced in each."""
+    batches = open_batches(stream, samples_seen, device=CPU, loader=loader, threads=1)
+    with contextlib.closing(batches):
+        return [
+            (images.numpy() * 127.5 + 127.5, identities.numpy(), [r.sample_id for r in replaced])
+            for images, identities, replaced in itertools.islice(batches, number)
+        ]
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bad_image_is_replaced_by_the_next_of_the_epoch(tmp_path, loader, kind, capfd):
+    """With the augmentation of the one that it replaces, to the end of two epochs."""
+    stream, bad = broken_stream(broken(tmp_path, {6: kind, 17: "table"})), {6, 17}
     before = threading.active_count()
-    with pytest.raises(ValueError, match=re.escape(f"{path}: image 6, key 6, offset {offset}: ")):
-        take(4, stream, loader=loader)
+    for step, (images, identities, replaced) in enumerate(with_replacements(loader, stream, 12)):
+        epoch = step // 6
+        order = stream.order.at(epoch, np.arange(48)).sample_id_B  # a second time past its end
+        wanted = stream.order.sample_ids(4 * step)
+        assert replaced == [i for i in wanted.tolist() if i in bad]
+        draws = draw(stream.augmentation, 5, epoch, wanted)
+        for i, sample in enumerate(wanted.tolist()):
+            place = int(np.flatnonzero(order == sample)[0])
+            stands = next(other for other in order[place:].tolist() if other not in bad)
+            assert identities[i] == stands % 3
+            pixels = decode(stream.dataset.jpeg_view(stands))
+            padded = np.pad(pixels, ((2, 2), (2, 2), (0, 0)), mode="edge")
+            top, left = 2 - draws.shift_y_B[i], 2 - draws.shift_x_B[i]
+            expected = padded[top : top + 32, left : left + 32]
+            expected = expected[:, ::-1] if draws.flip_B[i] else expected
+            np.testing.assert_allclose(images[i], expected.transpose(2, 0, 1), atol=1e-4)
     assert threading.active_count() == before
     capfd.readouterr()  # DALI's own report
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_replacements_are_the_same_on_any_number_of_ranks_and_after_a_resume(tmp_path, loader):
+    """Half of the images are bad, several in a row, across the ends of batches and ranks."""
+    damages = {image: KINDS[image % len(KINDS)] for image in range(0, 24, 2)}
+    path = broken(tmp_path, damages)
+    whole = with_replacements("torch", broken_stream(path), 8)
+    assert sum(len(replaced) for _, _, replaced in whole) > 8
+    for world_size in (2, 4):
+        ranks = [
+            with_replacements(loader, broken_stream(path, 4, rank, world_size), 8)
+            for rank in range(world_size)
+        ]
+        for step, (images, identities, replaced) in enumerate(whole):
+            parts = [rank[step] for rank in ranks]
+            np.testing.assert_allclose(np.concatenate([p[0] for p in parts]), images, atol=1e-4)
+            assert np.concatenate([p[1] for p in parts]).tolist() == identities.tolist()
+            assert [sample for part in parts for sample in part[2]] == replaced
+    for start in (1, 4, 7):
+        again = with_replacements(loader, broken_stream(path), 8 - start, 4 * start)
+        for (images, identities, replaced), ours in zip(whole[start:], again, strict=True):
+            np.testing.assert_allclose(ours[0], images, atol=1e-4)
+            assert (ours[1].tolist(), ours[2]) == (identities.tolist(), replaced)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_pack_without_a_good_image_is_an_error_that_names_one(tmp_path, loader):
+    """Not an endless search."""
+    path = broken(tmp_path, dict.fromkeys(range(24), "png"))
+    with pytest.raises(ValueError, match=rf"256 images in a row .*{re.escape(str(path))}: image "):
+        take(1, broken_stream(path), loader=loader)
 
 
 def threads() -> int:
@@ -267,7 +351,7 @@ def test_closing_leaves_no_thread_and_no_process(loader, number):
 def test_a_batch_stays_as_it_is(loader):
     """Through later batches and the end of the loader, although its memory may be the loader's."""
     batches = open_batches(golden_stream(), 0, device=CPU, loader=loader, threads=1)
-    first, identities = next(batches)
+    first, identities, _ = next(batches)
     copies = first.clone(), identities.clone()
     for _ in range(6):
         next(batches)

@@ -8,6 +8,7 @@ Shape suffix: B = images of one rank's batch.
 # DALI makes many of its names at import, and its types do not know conditionals:
 # mypy: disable-error-code="attr-defined, assignment, no-untyped-call"
 
+from collections.abc import Iterable
 from itertools import count
 from typing import Any
 
@@ -16,8 +17,7 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 from torch.utils.dlpack import from_dlpack
 
-from partialfc.data.jpeg import decode
-from partialfc.data.stream import Batches, Stream
+from partialfc.data.stream import Batch, Batches, Encoded, Replaced, Stream
 
 
 def dali_batches(
@@ -34,43 +34,59 @@ def dali_batches(
         threads: DALI's CPU threads, >= 1.
         prefetch: Batches that are prepared ahead, >= 1.
 
+    DALI gives up on a batch with an image that it cannot decode, and on all batches under way. Then
+    the images of these batches are tried one by one, the bad ones are replaced, and a new pipeline
+    goes on where the old one stopped.
+
     Raises:
-        ValueError: If an image cannot be decoded, up to ``prefetch`` batches before it is due; the
-            message names it.
+        ValueError: If a batch cannot be filled; see :meth:`~partialfc.data.stream.Stream.batch`.
     """
     on_gpu = device.type == "cuda"
     device_id = None
     if on_gpu:
         device_id = torch.cuda.current_device() if device.index is None else device.index
     step = stream.order.global_batch
-    pipeline = _pipeline(
-        source=lambda k: _inputs(stream, samples_seen + k * step),
-        image_size=stream.image_size,
-        shifts=stream.augmentation.shift > 0,
-        on_gpu=on_gpu,
-        batch_size=stream.batch_per_rank,
-        num_threads=threads,
-        device_id=device_id,
-        prefetch_queue_depth=prefetch,
-    )
-    pipeline.build()
+    replaced: dict[int, tuple[Replaced, ...]] = {}  # of the batches under way
+
+    def inputs(start: int) -> list[Any]:
+        batch = stream.batch(start)
+        replaced[start] = batch.replaced
+        return _inputs(stream, batch)
+
+    def started(start: int) -> Any:
+        pipeline = _pipeline(
+            source=lambda k: inputs(start + k * step),
+            image_size=stream.image_size,
+            shifts=stream.augmentation.shift > 0,
+            on_gpu=on_gpu,
+            batch_size=stream.batch_per_rank,
+            num_threads=threads,
+            device_id=device_id,
+            prefetch_queue_depth=prefetch,
+        )
+        pipeline.build()
+        return pipeline
+
+    pipeline = started(samples_seen)
     try:
         for start in count(samples_seen, step):
-            try:
-                outputs = pipeline.run(torch.cuda.current_stream(device_id) if on_gpu else None)
-            except RuntimeError:
-                _name_bad_image(stream, start, prefetch)
-                raise
+            outputs = None
+            while outputs is None:
+                try:
+                    outputs = pipeline.run(torch.cuda.current_stream(device_id) if on_gpu else None)
+                except RuntimeError:
+                    if not _replace_bad_images(stream, replaced, on_gpu, device_id):
+                        raise
+                    pipeline = started(start)
             # No copy: DALI's default executor never writes to an output again.
             images, identities = (from_dlpack(output.as_tensor()) for output in outputs)
-            yield images, identities
+            yield Batch(images, identities, replaced.pop(start))
     finally:
         del pipeline  # the only reference: this ends its threads
 
 
-def _inputs(stream: Stream, samples_seen: int) -> list[Any]:
+def _inputs(stream: Stream, batch: Encoded) -> list[Any]:
     """One batch of ``stream`` as the outputs of DALI's external source."""
-    batch = stream.batch(samples_seen)
     inputs = [batch.jpegs, batch.identity_B, batch.resize_B, batch.draw.flip_B.astype(np.int32)]
     if stream.augmentation.shift:
         # A pixel of the shifted image comes from (x - shift_x, y - shift_y).
@@ -88,13 +104,7 @@ def _pipeline(source: Any, image_size: int, shifts: bool, on_gpu: bool) -> Any:
     jpeg, identity, resize, flip, *matrix = fn.external_source(
         source=source, batch=True, num_outputs=len(dtypes), dtype=dtypes
     )
-    image = fn.decoders.image(
-        jpeg,
-        device="mixed" if on_gpu else "cpu",
-        output_type=types.RGB,
-        adjust_orientation=False,
-        jpeg_fancy_upsampling=True,  # as libjpeg-turbo does; the other way is another image
-    )
+    image = _decoded(jpeg, on_gpu)
     if resize:  # true of some images of a batch: DALI splits the batch and joins it again
         image = fn.resize(image, size=(image_size, image_size))
     if shifts:
@@ -105,12 +115,41 @@ def _pipeline(source: Any, image_size: int, shifts: bool, on_gpu: bool) -> Any:
     return image, identity.gpu() if on_gpu else identity
 
 
-def _name_bad_image(stream: Stream, samples_seen: int, prefetch: int) -> None:
-    """Raise the error of the first image of the batches under way that cannot be decoded."""
-    for k in range(prefetch + 1):
-        batch = stream.batch(samples_seen + k * stream.order.global_batch)
-        for sample_id, jpeg in zip(batch.sample_id_B, batch.jpegs, strict=True):
+def _decoded(jpeg: Any, on_gpu: bool) -> Any:
+    return fn.decoders.image(
+        jpeg,
+        device="mixed" if on_gpu else "cpu",
+        output_type=types.RGB,
+        adjust_orientation=False,
+        jpeg_fancy_upsampling=True,  # as libjpeg-turbo does; the other way is another image
+    )
+
+
+@pipeline_def
+def _decoder(on_gpu: bool) -> Any:
+    jpeg = fn.external_source(name="jpeg", dtype=types.UINT8, batch=True)
+    return _decoded(jpeg, on_gpu)
+
+
+def _replace_bad_images(
+    stream: Stream, starts: Iterable[int], on_gpu: bool, device_id: int | None
+) -> bool:
+    """Whether there were images in the batches at ``starts`` that DALI cannot decode."""
+    options = {"batch_size": 1, "num_threads": 1, "device_id": device_id}
+    pipeline = None
+    found = False
+    for start in starts:
+        batch = stream.batch(start)
+        for sample_id, jpeg in zip(batch.sample_id_B.tolist(), batch.jpegs, strict=True):
+            if pipeline is None:
+                pipeline = _decoder(on_gpu, prefetch_queue_depth=1, **options)
+                pipeline.build()
+            pipeline.feed_input("jpeg", [jpeg])
             try:
-                decode(jpeg)
-            except ValueError as error:
-                raise stream.error(int(sample_id), str(error)) from None
+                for output in pipeline.run():
+                    output.as_cpu()  # of a GPU: wait for it
+            except RuntimeError as error:
+                problem = str(error).strip().splitlines()[-1]
+                stream.cannot_decode(sample_id, f"DALI cannot decode it: {problem}")
+                pipeline, found = None, True
+    return found

@@ -4,7 +4,7 @@ Shape suffixes: B = images asked for, P = packs, S = skipped images.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from partialfc.data.labels import BAD, labels
+from partialfc.data.recordio import RecordError
 from partialfc.data.records import Pack, open_pack
 from partialfc.data.skip_list import BadRecord, read_skip_lists
 
@@ -115,6 +116,18 @@ class DataSet:
         """Return the JPEG bytes of one sample as :meth:`~partialfc.data.records.Pack.jpeg_view`."""
         pack, image = self.locate(sample)
         return pack.jpeg_view(image)
+
+    def records(self, samples: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.uint8]] | str]:
+        """Yield identity and JPEG bytes of each sample [B], or what is wrong with its record."""
+        pack_B, image_B = self._locate(samples)
+        starts = self._identity_start_P.tolist()
+        for number, image in zip(pack_B.tolist(), image_B.tolist(), strict=True):
+            try:
+                identity, jpeg = self.packs[number].record(image)
+            except RecordError as error:
+                yield error.problem
+            else:
+                yield starts[number] + identity, jpeg
 
     def identities(self, samples: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the identities [B] of samples [B], in [0, num_identities)."""

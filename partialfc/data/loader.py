@@ -32,7 +32,7 @@ def open_batches(
 
     Raises:
         ValueError: If a number is outside its range or DALI is asked for where it is not installed;
-            from the batches, if an image cannot be decoded: the message names it.
+            from the batches, if one cannot be filled because too many images in a row are bad.
     """
     for name, value in (("threads", threads), ("prefetch", prefetch)):
         if value < 1:

@@ -114,11 +114,18 @@ class Pack:
 
     def identity(self, index: int) -> int:
         """Return the identity of one image, in [0, num_identities)."""
+        return self.record(index)[0]
+
+    def record(self, index: int) -> tuple[int, NDArray[np.uint8]]:
+        """Return the identity and the JPEG bytes of one image, as the methods for either do."""
         offset = self.offset(index)
-        label = float(self.file.read(offset).label_L[0])
+        _, label_L, image = self.file.read(offset)
+        label = float(label_L[0])
         if not (0 <= label < self._label_limit and label.is_integer()):
             raise self._label_error(offset, label)
-        return int(label)
+        if not len(image):
+            raise self.file.error(offset, f"image {index} has 0 bytes, must have some")
+        return int(label), image
 
     def identities(self, indices: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the identities [B] of images ``indices`` [B]."""

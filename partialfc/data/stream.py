@@ -1,10 +1,14 @@
 """The stream of batches of one rank: what every loader decodes, and what it does to it.
 
+An image whose record cannot be used is replaced by the one at the next position of the epoch that
+can, and takes on the augmentation of the one it replaces. So what a batch is depends on the data
+alone: not on ranks, on a resume, or on which batches were decoded before.
+
 Shape suffixes: B = images of one rank's batch, S = side of the final image in pixels.
 """
 
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -15,22 +19,50 @@ from partialfc.data.augment import Augmentation, Draw, draw
 from partialfc.data.dataset import DataSet
 from partialfc.data.jpeg import check_jpeg
 from partialfc.data.order import Order
+from partialfc.data.records import Pack
+from partialfc.data.skip_list import BadRecord
 
-Batches: TypeAlias = Generator[tuple[Tensor, Tensor], None, None]
-"""(images, identities) without end, epoch after epoch, both on the device: images are float32
-[B, 3, S, S], RGB, (value - 127.5) / 127.5; identities are int64 [B]. ``close()``, or the end of a
-``with contextlib.closing(batches)``, ends the loader's threads."""
+MOST_IN_A_ROW = 256
+"""Positions that are tried for a replacement."""
+
+
+class Replaced(NamedTuple):
+    """A sample that could not be used: its pack, and what is wrong with its record there."""
+
+    sample_id: int
+    pack: Pack
+    bad: BadRecord
+
+
+class Batch(NamedTuple):
+    """A decoded batch, on the device.
+
+    Attributes:
+        images: float32 [B, 3, S, S], RGB, (value - 127.5) / 127.5.
+        identities: int64 [B].
+        replaced: The samples that others stand for.
+    """
+
+    images: Tensor
+    identities: Tensor
+    replaced: tuple[Replaced, ...]
+
+
+Batches: TypeAlias = Generator[Batch, None, None]
+"""Batches without end, epoch after epoch. ``close()``, or the end of a ``with
+contextlib.closing(batches)``, ends the loader's threads."""
 
 
 class Encoded(NamedTuple):
     """A batch before it is decoded.
 
     Attributes:
-        sample_id_B: Samples of the data set.
+        sample_id_B: Samples of the data set; of a replaced one that which stands for it.
         jpegs: B views of the packs' bytes.
         resize_B: Which images are not S x S yet.
         identity_B: int64, in [0, num_identities).
         draw: What happens to each image.
+        replaced: The samples that others stand for.
     """
 
     sample_id_B: NDArray[np.int64]
@@ -38,6 +70,13 @@ class Encoded(NamedTuple):
     resize_B: NDArray[np.bool_]
     identity_B: NDArray[np.int64]
     draw: Draw
+    replaced: tuple[Replaced, ...]
+
+
+class _Usable(NamedTuple):
+    identity: int
+    jpeg: NDArray[np.uint8]
+    resize: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +101,7 @@ class Stream:
     image_size: int
     rank: int = 0
     world_size: int = 1
+    _undecodable: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.order.num_samples != len(self.dataset):
@@ -79,31 +119,66 @@ class Stream:
     def batch(self, samples_seen: int) -> Encoded:
         """Return the batch that follows ``samples_seen`` images of all ranks.
 
+        An image is usable if its record keeps the rules of the pack, its headers those of
+        :func:`~partialfc.data.jpeg.check_jpeg`, and no loader has said that it is not.
+
         Raises:
-            ValueError: If an image breaks a rule of :func:`~partialfc.data.jpeg.check_jpeg`, or its
-                record one of the pack; the message names the pack, the image and its offset.
+            ValueError: If ``MOST_IN_A_ROW`` images are not usable; the message names the last.
         """
         epoch = self.order.epoch(samples_seen)
         positions = self.order.positions(samples_seen, self.rank, self.world_size)
-        sample_id_B, repeat_B = self.order.at(epoch, positions)
-        jpegs = [self.dataset.jpeg_view(i) for i in sample_id_B.tolist()]
-        resize_B = np.empty(len(jpegs), bool)
-        for i, jpeg in enumerate(jpegs):
+        wanted_B, repeat_B = self.order.at(epoch, positions)
+        sample_id_B, usable, replaced = wanted_B.copy(), [], []
+        for i, found in enumerate(self._look(wanted_B)):
+            if isinstance(found, str):
+                sample = int(wanted_B[i])
+                replaced.append(Replaced(sample, *self.dataset.bad(sample, found)))
+                sample_id_B[i], found = self._replacement(epoch, int(positions[i]))
+            usable.append(found)
+        return Encoded(
+            sample_id_B=sample_id_B,
+            jpegs=[one.jpeg for one in usable],
+            resize_B=np.array([one.resize for one in usable]),
+            identity_B=np.array([one.identity for one in usable], np.int64),
+            draw=draw(
+                self.augmentation,
+                self.order.seed,
+                epoch,
+                wanted_B + len(self.dataset) * repeat_B,
+            ),
+            replaced=tuple(replaced),
+        )
+
+    def cannot_decode(self, sample_id: int, problem: str) -> None:
+        """Replace a sample from now on, in every batch that is asked for, again or anew."""
+        self._undecodable[sample_id] = problem
+
+    def _look(self, sample_id_B: NDArray[np.int64]) -> list[_Usable | str]:
+        """What each sample is, or why it cannot be used."""
+        found: list[_Usable | str] = []
+        records = self.dataset.records(sample_id_B)
+        for sample, record in zip(sample_id_B.tolist(), records, strict=True):
+            if isinstance(record, str) or sample in self._undecodable:
+                found.append(record if isinstance(record, str) else self._undecodable[sample])
+                continue
+            identity, jpeg = record
             try:
                 frame = check_jpeg(jpeg)
             except ValueError as error:
-                raise self.error(int(sample_id_B[i]), str(error)) from None
-            resize_B[i] = (frame.height, frame.width) != (self.image_size, self.image_size)
-        draw_id_B = sample_id_B + len(self.dataset) * repeat_B
-        return Encoded(
-            sample_id_B=sample_id_B,
-            jpegs=jpegs,
-            resize_B=resize_B,
-            identity_B=self.dataset.identities(sample_id_B),
-            draw=draw(self.augmentation, self.order.seed, epoch, draw_id_B),
-        )
+                found.append(str(error))
+            else:
+                resize = (frame.height, frame.width) != (self.image_size, self.image_size)
+                found.append(_Usable(identity, jpeg, resize))
+        return found
 
-    def error(self, sample_id: int, problem: str) -> ValueError:
-        """Return the error that says ``problem`` of one sample."""
-        pack, bad = self.dataset.bad(sample_id, problem)
-        return ValueError(f"{pack.path}: {bad}")
+    def _replacement(self, epoch: int, position: int) -> tuple[int, _Usable]:
+        """The sample at the next position of the epoch that has a usable one."""
+        for following in range(position + 1, position + 1 + MOST_IN_A_ROW):
+            sample_id_B = self.order.at(epoch, np.array([following])).sample_id_B
+            (found,) = self._look(sample_id_B)
+            if isinstance(found, _Usable):
+                return int(sample_id_B[0]), found
+            pack, bad = self.dataset.bad(int(sample_id_B[0]), found)
+        raise ValueError(
+            f"{MOST_IN_A_ROW} images in a row cannot be used, the last of them {pack.path}: {bad}"
+        )

@@ -13,11 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from partialfc.data.augment import Draw
 from partialfc.data.jpeg import decode
-from partialfc.data.stream import Batches, Stream
+from partialfc.data.stream import Batch, Batches, Stream
 
 
 def torch_batches(
@@ -33,7 +32,7 @@ def torch_batches(
         prefetch: Batches that are kept ready beyond those being decoded; >= 1.
 
     Raises:
-        ValueError: If an image cannot be decoded, when its batch is due; the message names it.
+        ValueError: If a batch cannot be filled; see :meth:`~partialfc.data.stream.Stream.batch`.
     """
     starts = count(samples_seen, stream.order.global_batch)
     pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
@@ -42,27 +41,28 @@ def torch_batches(
             pool.submit(decoded_batch, stream, next(starts)) for _ in range(threads + prefetch)
         )
         while True:
-            batch = pending.popleft().result()
+            images, identities, replaced = pending.popleft().result()
             pending.append(pool.submit(decoded_batch, stream, next(starts)))
-            yield _to(device, batch)
+            yield Batch(images.to(device), identities.to(device), replaced)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def decoded_batch(stream: Stream, samples_seen: int) -> tuple[Tensor, Tensor]:
-    """Return one batch of :data:`~partialfc.data.stream.Batches`, on the CPU."""
+def decoded_batch(stream: Stream, samples_seen: int) -> Batch:
+    """Return one batch of ``stream``, on the CPU."""
     batch, size = stream.batch(samples_seen), stream.image_size
     images = np.empty((len(batch.jpegs), 3, size, size), np.float32)
     for i, jpeg in enumerate(batch.jpegs):
         try:
             pixels = decode(jpeg)
         except ValueError as error:
-            raise stream.error(int(batch.sample_id_B[i]), str(error)) from None
+            stream.cannot_decode(int(batch.sample_id_B[i]), str(error))
+            return decoded_batch(stream, samples_seen)
         if batch.resize_B[i]:
             pixels = resize(pixels, size)
         pixels = _augment(pixels, batch.draw, i)
         normalise(pixels, images[i])
-    return torch.from_numpy(images), torch.from_numpy(batch.identity_B)
+    return Batch(torch.from_numpy(images), torch.from_numpy(batch.identity_B), batch.replaced)
 
 
 def resize(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
@@ -93,8 +93,3 @@ def _augment(pixels: NDArray[np.uint8], draw: Draw, i: int) -> NDArray[np.uint8]
         at = np.arange(len(pixels))
         pixels = pixels.take(at - shift_y, 0, mode="clip").take(at - shift_x, 1, mode="clip")
     return pixels[:, ::-1] if draw.flip_B[i] else pixels
-
-
-def _to(device: torch.device, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    images, identities = batch
-    return images.to(device), identities.to(device)

@@ -11,6 +11,8 @@ from partialfc.data.augment import Augmentation
 from partialfc.data.dataset import open_dataset
 from partialfc.data.loader import open_batches
 from partialfc.data.order import Order
+from partialfc.data.record_writer import write_insightface_pack
+from partialfc.data.records import open_pack
 from partialfc.data.stream import Stream
 
 pytest.importorskip("nvidia.dali")
@@ -38,9 +40,30 @@ def test_batches_on_the_gpu_are_those_of_the_cpu(image_size):
         contextlib.closing(open_batches(stream, 0, device=cpu, loader="torch")) as expected,
     ):
         ours = list(itertools.islice(batches, 20))
-        for (images, identities), (cpu_images, cpu_identities) in zip(ours, expected, strict=False):
+        for (images, identities, _), (cpu_images, cpu_identities, _) in zip(
+            ours, expected, strict=False
+        ):
             assert images.device == identities.device == device
             assert torch.equal(identities.cpu(), cpu_identities)
             levels = (images.cpu() - cpu_images).abs() * 127.5
             assert levels.mean() < 1
             assert levels.max() < 12
+
+
+def test_an_image_that_the_gpu_cannot_decode_is_replaced(tmp_path):
+    """The pipeline that gave up is followed by another, which goes on at the same batch."""
+    pack = open_pack(GOLDEN)
+    jpegs = [pack.jpeg(image) for image in range(24)]
+    table = jpegs[6].index(b"\xff\xc4") + 5
+    jpegs[6] = jpegs[6][:table] + b"\xff" * 16 + jpegs[6][table + 16 :]
+    write_insightface_pack(tmp_path / "a.rec", [(0, jpeg) for jpeg in jpegs], 1)
+    dataset = open_dataset([tmp_path / "a.rec"])
+    stream = Stream(
+        dataset=dataset, order=Order(24, 4, seed=5), augmentation=Augmentation(), image_size=112
+    )
+    device = torch.device("cuda", 0)
+    with contextlib.closing(open_batches(stream, 0, device=device, loader="dali")) as batches:
+        found = list(itertools.islice(batches, 12))
+    replaced = [one.sample_id for batch in found for one in batch.replaced]
+    assert replaced == [6, 6]
+    assert all(batch.images.isfinite().all() for batch in found)
