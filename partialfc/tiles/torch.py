@@ -5,6 +5,7 @@ Tiles lie class by class, [T, B], so that a tile of centers is contiguous in eve
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from partialfc.margins.base import Bend
@@ -141,5 +142,5 @@ def project_(gradient_TD: Tensor, row_TD: Tensor, scratch_TD: Tensor) -> None:
 
 def _reciprocal_norms(row_TD: Tensor) -> Tensor:
     norm_T1 = torch.linalg.vector_norm(row_TD, dim=1, keepdim=True)
-    reciprocal_T1 = torch.where(norm_T1 > _SMALLEST_NORM, norm_T1.reciprocal(), 0.0)
-    return torch.where(norm_T1.isfinite(), reciprocal_T1, torch.nan)
+    nothing_T1 = norm_T1 - norm_T1  # 0, or NaN where the norm is not finite
+    return F.threshold(norm_T1, _SMALLEST_NORM, torch.inf).reciprocal_().add_(nothing_T1)
