@@ -6,6 +6,7 @@ Shape suffix: N = angles.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -137,3 +138,20 @@ def warnings(margin: Margin, classes: int, embedding_dim: int) -> list[str]:
             f"dimensions cannot be further apart than {bound:.3g} (CosFace, section 3.4)."
         )
     return found
+
+
+def pair_warnings(losses: Iterable[str], images_per_identity: int | None) -> list[str]:
+    """Return a sentence for every loss whose pairs of one identity batches hardly have.
+
+    Args:
+        losses: Names of those with a weight.
+        images_per_identity: K of the batches; ``None`` where they are drawn image by image.
+    """
+    if images_per_identity is not None and images_per_identity > 1:
+        return []
+    return [
+        f"losses.{name}.weight: a batch hardly has two images of one identity, so this loss sees "
+        "few pairs or none; set data.images_per_identity, e.g. to 4."
+        for name in losses
+        if name in ("triplet", "contrastive")
+    ]

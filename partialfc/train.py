@@ -47,8 +47,10 @@ def train(config: Config, runtime: Runtime) -> None:
     model = build(config, runtime, dataset.num_identities)
     if runtime.leads:
         sampled = max(2, math.ceil(dataset.num_identities * config.head.sample_rate))
-        for sentence in guidance.warnings(
-            model.head.margin, sampled, config.backbone.embedding_dim
+        margin, dim = model.head.margin, config.backbone.embedding_dim
+        for sentence in (
+            *guidance.warnings(margin, sampled, dim),
+            *guidance.pair_warnings(model.losses.losses, config.data.images_per_identity),
         ):
             print(f"warning: {sentence}", flush=True)
     folder, facts = config.run.folder / "checkpoints", facts_of(config, dataset)

@@ -120,3 +120,12 @@ def test_explain_says_what_a_margin_means(name, tmp_path, capsys):
 def test_explain_refuses_by_name(arguments, message, capsys):
     assert explain.main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_losses_on_pairs_want_batches_that_have_them():
+    """A run that mines no triplet would learn nothing of it and say nothing."""
+    (sentence,) = guidance.pair_warnings(["triplet", "uniformity"], None)
+    assert sentence.startswith("losses.triplet.weight: ")
+    assert "data.images_per_identity" in sentence
+    assert guidance.pair_warnings(["contrastive"], 1)
+    assert not guidance.pair_warnings(["triplet", "contrastive"], 2)
