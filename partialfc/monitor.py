@@ -135,8 +135,10 @@ class Monitor:
         exporter.set("planned_steps", total_steps)
         exporter.set("ranks", self._runtime.ranks.size)
         exporter.set("starts", len(starts(before)) + 1)
-        for code in sorted(set(codes := fault_codes(before))):
-            exporter.set("failed_starts", codes.count(code), code=code)
+        failures = fault_codes(before)
+        exporter.set("failed_starts", len(failures))
+        if failures:
+            exporter.set("last_failure_info", 1, code=failures[-1])
         exporter.set("checkpoint_interval_steps", config.checkpoint.every_steps)
         exporter.look(lambda: _look_at(config.run.folder))
 

@@ -1,0 +1,278 @@
+"""A real Prometheus reads real runs; the shipped rules, alerts and dashboard are queried."""
+
+import json
+import os
+import re
+import signal
+import ssl
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+
+from partialfc.exporter import Exported, Exporter
+from partialfc.targets import targets_path, write_targets
+from tests.cluster.conftest import need
+from tests.cluster.prometheus import MONITORING, Prometheus
+from tests.cluster.slurm import free_port, wait_for
+from tests.cluster.training import ENVIRONMENT, ROOT, arguments, last_step
+
+pytestmark = pytest.mark.cluster
+
+DASHBOARD = json.loads((MONITORING / "dashboard.json").read_text())
+QUERIES = [
+    (panel["title"], target["expr"])
+    for panel in DASHBOARD["panels"]
+    for target in panel.get("targets", ())
+]
+
+
+def start(ranks, words, **environment):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return subprocess.Popen(
+        [*command, f"--nproc-per-node={ranks}", "launch/train.py", *words],
+        cwd=ROOT,
+        env={**ENVIRONMENT, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def stop(process):
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    return output
+
+
+@pytest.fixture(scope="module")
+def scraped(packs, tmp_path_factory):
+    """Prometheus and a run of two ranks that it has read for a while."""
+    need("prometheus")
+    folder = tmp_path_factory.mktemp("prometheus")
+    run = folder / "run"
+    verified = [
+        f"verification.pairs=['{packs / 'heldout_pairs.bin'}']",
+        f"verification.identification=['{packs / 'heldout.rec'}']",
+    ]
+    words = arguments(packs, run, "run.steps=1000000", "checkpoint.every_steps=100", *verified)
+    words += ["monitor.port=0", f"monitor.targets={folder / 'targets'}"]
+    with Prometheus(folder) as prometheus:
+        process = start(2, words)
+        # 2m windows need two samples, and rules a moment more.
+        wait_for(lambda: prometheus.value("partialfc:lateness:ratio") is not None, 120)
+        wait_for(lambda: prometheus.value("partialfc_checkpoint_last_step") is not None, 60)
+        yield prometheus, run, process
+        if process.poll() is None:
+            stop(process)
+
+
+@pytest.mark.parametrize(("title", "query"), QUERIES, ids=[f"{t}: {q}"[:60] for t, q in QUERIES])
+def test_every_query_of_the_dashboard_has_an_answer(scraped, title, query):
+    prometheus, run, _ = scraped
+    samples = prometheus.query(query.replace("$run", run.name))
+    assert samples, f"{title}: {query}"
+    assert all(sample["value"][1] not in ("NaN", "+Inf", "-Inf") for sample in samples)
+
+
+def test_what_a_rank_exports_is_small_quick_and_tells_nothing_private(scraped):
+    """At most 100 series a rank, promtool's conventions, no path, no user."""
+    prometheus, run, _ = scraped
+    series = prometheus.query(
+        'count by (rank) ({job="partialfc", __name__!~"scrape_.*|up|ALERTS.*"})'
+    )
+    counts = {sample["metric"]["rank"]: int(sample["value"][1]) for sample in series}
+    assert sorted(counts) == ["0", "1"]
+    assert max(counts.values()) <= 100, counts
+    seconds = prometheus.value('max(scrape_duration_seconds{job="partialfc"})')
+    assert seconds < 0.5
+    print(f"series {counts}, a scrape {1e3 * seconds:.0f} ms")
+    address = prometheus.query("up")[0]["metric"]["instance"]
+    with urllib.request.urlopen(f"http://{address}/metrics") as reply:
+        text = reply.read().decode()
+    check = subprocess.run(
+        ["promtool", "check", "metrics"], input=text, capture_output=True, text=True
+    )
+    assert check.returncode == 0, check.stdout + check.stderr
+    assert str(run.parent) not in text
+    assert address.startswith("127.0.0.1:")
+
+
+def test_the_steps_that_prometheus_sees_are_those_of_the_run(scraped):
+    prometheus, run, _ = scraped
+    before, now = last_step(run), prometheus.value('partialfc_step{rank="0"}')
+    wait_for(lambda: prometheus.value('partialfc_step{rank="0"}') > now, 20)
+    assert prometheus.value("partialfc_planned_steps") == 1000000
+    assert prometheus.value("partialfc_ranks") == 2
+    assert before <= prometheus.value('partialfc_step{rank="1"}') <= last_step(run) + 1
+    rate = prometheus.value("partialfc:images:rate")
+    assert rate == pytest.approx(48 * prometheus.value("partialfc:steps:rate"), rel=0.3)
+
+
+def test_a_stopped_rank_answers_and_its_last_step_grows_old(scraped):
+    """The alert looks at the last step, because a process that hangs is still `up`."""
+    prometheus, run, process = scraped
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    victim = int(ranks.stdout.split()[-1])
+    os.kill(victim, signal.SIGSTOP)
+    try:
+        wait_for(
+            lambda: (
+                min(
+                    float(sample["value"][1])
+                    for sample in prometheus.query("partialfc:seconds_since_step")
+                )
+                > 3
+            ),
+            30,
+        )
+        assert len(prometheus.query("up == 1")) >= 1
+    finally:
+        os.kill(victim, signal.SIGCONT)
+    now = last_step(run)
+    wait_for(lambda: last_step(run) > now, 30)
+
+
+def test_targets_are_gone_when_the_run_ends(scraped):
+    """This is the last test of this run."""
+    prometheus, run, process = scraped
+    path = targets_path(prometheus.targets, run)
+    assert [entry["labels"]["rank"] for entry in json.loads(path.read_text())] == ["0", "1"]
+    stop(process)
+    assert not path.exists()
+    wait_for(lambda: not prometheus.query('up{job="partialfc"}'), 30)
+
+
+def test_a_taken_port_and_a_folder_that_cannot_be_written_do_not_stop_training(packs, tmp_path):
+    port = free_port()
+    held = Exporter((Exported("step", "x"),), "127.0.0.1", port)
+    (tmp_path / "file").write_text("")
+    words = arguments(packs, tmp_path / "run", "run.steps=3", f"monitor.port={port}")
+    process = start(2, [*words, f"monitor.targets={tmp_path / 'file'}"])
+    output, _ = process.communicate(timeout=120)
+    held.close()
+    assert process.returncode == 0, output
+    assert f"port {port} is taken; metrics are on port" in output
+    assert "Prometheus is not told of this run" in output
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory):
+    """An authority, and what it signed for a server and a client."""
+    need("openssl")
+    folder = tmp_path_factory.mktemp("certificates")
+
+    def openssl(*words):
+        subprocess.run(["openssl", *words], cwd=folder, check=True, capture_output=True)
+
+    new = ["req", "-newkey", "rsa:2048", "-nodes"]
+    openssl(*new, "-x509", "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=ca", "-days", "2")
+    for name in ("server", "client"):
+        openssl(*new, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
+        (folder / "extra").write_text("subjectAltName=IP:127.0.0.1\n")
+        sign = [
+            "x509",
+            "-req",
+            "-CA",
+            "ca.pem",
+            "-CAkey",
+            "ca.key",
+            "-CAcreateserial",
+            "-days",
+            "2",
+        ]
+        openssl(*sign, "-in", f"{name}.csr", "-out", f"{name}.pem", "-extfile", "extra")
+    return folder
+
+
+def test_tls_with_client_certificates(packs, certificates, tmp_path):
+    """Prometheus reads with a certificate; without one nobody does."""
+    need("prometheus")
+    files = {name: str(certificates / name) for name in ("ca.pem", "client.pem", "client.key")}
+    tls = {"ca_file": files["ca.pem"], "cert_file": files["client.pem"]}
+    words = arguments(packs, tmp_path / "run", "run.steps=1000000", "monitor.port=0")
+    words += [
+        f"monitor.targets={tmp_path / 'targets'}",
+        f"monitor.certificate={certificates / 'server.pem'}",
+        f"monitor.key={certificates / 'server.key'}",
+        f"monitor.client_ca={certificates / 'ca.pem'}",
+    ]
+    with Prometheus(tmp_path, tls_config={**tls, "key_file": files["client.key"]}) as prometheus:
+        process = start(1, words)
+        try:
+            wait_for(lambda: prometheus.value("partialfc_step") is not None, 90)
+            address = prometheus.query("up")[0]["metric"]["instance"]
+            context = ssl.create_default_context(cafile=files["ca.pem"])
+            with pytest.raises(OSError):
+                urllib.request.urlopen(f"https://{address}/metrics", context=context, timeout=10)
+            with pytest.raises(OSError):
+                urllib.request.urlopen(f"http://{address}/metrics", timeout=10)
+        finally:
+            stop(process)
+    wrong = [*words[:-2], f"monitor.key={certificates / 'client.key'}"]
+    process = start(1, wrong)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "monitor.certificate" in output
+
+
+@pytest.mark.parametrize("ranks", [64, 512])
+def test_prometheus_reads_many_ranks(tmp_path, ranks):
+    """Simulated ranks: one process with that many exporters, found through one targets file."""
+    need("prometheus")
+    table = tuple(
+        Exported(name, "x")
+        for name in (
+            "step",
+            "steps_total",
+            "last_step_timestamp_seconds",
+            "collective_wait_seconds_total",
+        )
+    )
+    exporters = [Exporter(table, "127.0.0.1", 0) for _ in range(ranks)]
+    began = time.monotonic()
+
+    def advance():
+        for rank, exporter in enumerate(exporters):
+            steps = int(10 * (time.monotonic() - began))
+            exporter.set("step", steps)
+            exporter.set("steps_total", steps)
+            exporter.set("last_step_timestamp_seconds", time.time())
+            late = rank == ranks - 7
+            exporter.set("collective_wait_seconds_total", steps * (0.0 if late else 0.05))
+        return True
+
+    advance()
+    with Prometheus(tmp_path, scrape_interval="3s") as prometheus:
+        addresses = [f"127.0.0.1:{exporter.port}" for exporter in exporters]
+        write_targets(
+            targets_path(prometheus.targets, tmp_path / "big"), addresses, run="big", scheme="http"
+        )
+        wait_for(lambda: advance() and prometheus.value('sum(up{run="big"})') == ranks, 60)
+        wait_for(lambda: advance() and prometheus.query("partialfc:lateness:ratio"), 60)
+        panels = dict(QUERIES)
+        for title in ("Oldest last steps", "Whom the others wait for"):
+            samples = prometheus.query(panels[title].replace("$run", "big"))
+            assert len(samples) == 8, title
+        latest = max(samples, key=lambda sample: float(sample["value"][1]))
+        assert latest["metric"]["rank"] == str(ranks - 7)
+        seconds = prometheus.value('quantile(0.99, scrape_duration_seconds{run="big"})')
+        print(f"{ranks} ranks: 99 of 100 scrapes within {1e3 * seconds:.0f} ms")
+    for exporter in exporters:
+        exporter.close()
+
+
+def test_promtool_accepts_rules_and_alerts_and_every_alert_is_tested_both_ways():
+    need("promtool")
+    for command in (["check", "config", "prometheus.yml"], ["test", "rules", "alerts_test.yml"]):
+        done = subprocess.run(
+            ["promtool", *command], cwd=MONITORING, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    alerts = set(re.findall(r"alert: (\w+)", (MONITORING / "alerts.yml").read_text()))
+    tested = (MONITORING / "alerts_test.yml").read_text()
+    cases = re.findall(r"alertname: (\w+)\n +exp_alerts:( \[\])?", tested)
+    assert {name for name, silent in cases if silent} == alerts
+    assert {name for name, silent in cases if not silent} == alerts
