@@ -15,8 +15,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
 
-from launch import jobs
-from launch.submission import Job, submission_text, submit, train_here
+from launch.submitting import jobs
+from launch.submitting.submission import Job, submission_text, submit, train_here
 from partialfc.config import ConfigError
 
 ACTIONS: dict[str, Callable[..., int]] = {

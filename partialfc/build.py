@@ -84,7 +84,28 @@ def build(config: Config, runtime: Runtime, num_identities: int) -> Model:
         )
     except ValueError as error:
         raise ConfigError(f"backbone.name = {name!r}: {error}") from error
-    return assemble(config, runtime, backbone, _head(config, runtime, num_identities))
+    model = assemble(config, runtime, backbone, _head(config, runtime, num_identities))
+    if isinstance(model.replica, DistributedDataParallel):
+        _settle_buckets(model, config, runtime)
+    return model
+
+
+def _settle_buckets(model: Model, config: Config, runtime: Runtime) -> None:
+    """Take one backward of nothing, after which DDP arranges its buckets once and for all.
+
+    Where a gradient lies in a bucket decides in which order more than two ranks sum it. Without
+    this the first step of every start would sum in another order than all others, and a run that
+    was interrupted would differ from one that was not in the last bits.
+    """
+    buffers = [*model.backbone.buffers()]
+    before = [buffer.clone() for buffer in buffers]
+    batch = config.data.global_batch // runtime.ranks.size // config.optimizer.accumulation
+    size = config.data.image_size
+    images = torch.zeros(batch, 3, size, size, device=runtime.device)
+    torch.autograd.backward(0.0 * model.embed(images).float().sum())
+    model.optimizer.zero_grad()
+    for buffer, old in zip(buffers, before, strict=True):
+        buffer.copy_(old)
 
 
 def assemble(config: Config, runtime: Runtime, backbone: nn.Module, head: PartialFC) -> Model:

@@ -22,7 +22,7 @@ def packs(tmp_path_factory):
     """40 identities of real handwriting."""
     folder = tmp_path_factory.mktemp("packs")
     archive = ROOT / "tests" / "data" / "omniglot" / "omniglot_background.npz"
-    size = ["--characters", "16", "--held-out", "6", "--pairs", "200", "--size", "32"]
+    size = ["--characters", "16", "--held-out", "6", "--pairs", "2400", "--size", "32"]
     assert omniglot.main([str(archive), str(folder), *size]) == 0
     return folder
 

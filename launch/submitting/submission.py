@@ -12,11 +12,11 @@ from typing import Any
 
 from submitit import LocalExecutor, SlurmExecutor
 
-from launch.job import Training
-from launch.jobs import JobError, Record, follow
+from launch.submitting.job import Training
+from launch.submitting.jobs import JobError, Record, follow
 from partialfc.config import ConfigError, load
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 # Until Python installs a handler, SIGUSR2 would end a task; ignored, nothing is lost: no step yet.
 PYTHON = f"env --ignore-signal=USR2 {shlex.quote(sys.executable)}"

@@ -1,7 +1,7 @@
 """One task of a job: one rank. submitit starts it on every node; see launch/slurm.py.
 
-submitit hands this class over as a pickle, by the name ``launch.job.Training``: it holds the words
-of a command line and nothing else, and its folder is its owner's alone.
+submitit hands over a :class:`Training` as a pickle: it holds the words of a command line and
+nothing else, and its folder is its owner's alone.
 """
 
 import os

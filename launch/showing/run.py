@@ -1,0 +1,219 @@
+"""What a run's folder says of the run at this moment; nothing in it is changed.
+
+metrics.jsonl and ledger.jsonl grow; they are read on from where the last look ended.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from partialfc import checkpoint_folder, ledger
+from partialfc.config import Config, ConfigError, load
+from partialfc.targets import targets_path
+
+_THREADS = 32
+_SECONDS_TO_ANSWER = 2.0
+_SECONDS_BETWEEN_LOOKS_AT_RANKS = 5.0
+
+
+class Lines:
+    """The JSON objects of a file that grows, or is written anew when a run goes on."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._position, self._file = path, 0, -1
+        self.entries: list[dict[str, Any]] = []
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return all entries so far; a line that is not complete yet is left for the next call."""
+        try:
+            status = self._path.stat()
+            if status.st_ino != self._file or status.st_size < self._position:
+                self._position, self._file, self.entries = 0, status.st_ino, []
+            with self._path.open("rb") as file:
+                file.seek(self._position)
+                text = file.read()
+        except OSError:
+            return self.entries
+        whole = text[: text.rfind(b"\n") + 1]
+        self._position += len(whole)
+        for line in whole.splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(entry, dict) and "time" in entry and "step" in entry:
+                self.entries.append(entry)
+        return self.entries
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """What one rank answered to a scrape.
+
+    Attributes:
+        rank: Which one.
+        address: Where it was asked.
+        step: Its last step; ``None`` if it gives no answer.
+        age: Seconds since it ended that step.
+        wait: Seconds of this process in the head's collectives, for each of its steps.
+    """
+
+    rank: int
+    address: str
+    step: int | None = None
+    age: float = 0.0
+    wait: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """One complete checkpoint."""
+
+    step: int
+    bytes: int
+    time: float
+
+
+@dataclass(slots=True)
+class Seen:
+    """All that a page shows.
+
+    Attributes:
+        name: Of the run.
+        now: When this was, Unix time.
+        config: Its settings, or ``None`` where the folder has none yet.
+        records: Of metrics.jsonl.
+        starts: Of the ledger.
+        spent: Seconds by kind over all starts, ``wall`` and ``goodput`` with them.
+        ranks: What each answered, by rank; empty where none serves metrics.
+        checkpoints: Newest first.
+        free, size: Bytes of the file system.
+        summary: Whether the run has come to its end.
+    """
+
+    name: str
+    now: float
+    config: Config | None
+    records: list[dict[str, Any]]
+    starts: list[ledger.Start]
+    spent: Mapping[str, float]
+    ranks: list[Rank] = field(default_factory=list)
+    checkpoints: list[Checkpoint] = field(default_factory=list)
+    free: int = 0
+    size: int = 0
+    ended: bool = False
+
+    def last(self, name: str) -> float | None:
+        """The newest value of a metric."""
+        found = (record[name] for record in reversed(self.records) if name in record)
+        return next(found, None)
+
+    @property
+    def step(self) -> int:
+        """The last step that was recorded."""
+        return int(self.records[-1]["step"]) if self.records else 0
+
+    @property
+    def silence(self) -> float:
+        """Seconds since the run wrote its last line."""
+        times = [entries[-1]["time"] for entries in (self.records,) if entries]
+        times += [start.entries[-1]["time"] for start in self.starts[-1:]]
+        return self.now - max(times, default=self.now)
+
+
+class RunFolder:
+    """A run's folder, looked at again and again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._records, self._ledger = (
+            Lines(folder / "metrics.jsonl"),
+            Lines(folder / "ledger.jsonl"),
+        )
+        self._ranks: tuple[float, list[Rank]] = (0.0, [])
+
+    def look(self) -> Seen:
+        """Return what is to be seen now."""
+        try:
+            config = load(self.folder / "config.toml")
+        except ConfigError:
+            config = None
+        entries = [entry for entry in self._ledger.read() if {"event", "seconds"} <= entry.keys()]
+        seen = Seen(
+            name=self.folder.name,
+            now=time.time(),
+            config=config,
+            records=list(self._records.read()),
+            starts=ledger.starts(entries),
+            spent=ledger.goodput(entries) if entries else {},
+            ended=(self.folder / "summary.json").exists(),
+        )
+        seen.checkpoints = sorted(_checkpoints(self.folder), key=lambda one: -one.step)
+        disk = shutil.disk_usage(self.folder)
+        seen.free, seen.size = disk.free, disk.total
+        if config is not None and config.monitor.targets is not None:
+            seen.ranks = self._ask(targets_path(config.monitor.targets, config.run.folder))
+        return seen
+
+    def _ask(self, path: Path) -> list[Rank]:
+        """Ask every rank of a targets file, at most every few seconds."""
+        when, ranks = self._ranks
+        if time.monotonic() - when < _SECONDS_BETWEEN_LOOKS_AT_RANKS:
+            return ranks
+        try:
+            entries = json.loads(path.read_text())
+        except (OSError, ValueError):
+            return []
+        with ThreadPoolExecutor(_THREADS) as pool:
+            ranks = list(pool.map(_answer, entries))
+        self._ranks = (time.monotonic(), ranks)
+        return ranks
+
+
+def _answer(entry: Mapping[str, Any]) -> Rank:
+    labels, address = entry["labels"], entry["targets"][0]
+    rank = Rank(int(labels["rank"]), address)
+    try:
+        with urlopen(
+            f"{labels['__scheme__']}://{address}/metrics", timeout=_SECONDS_TO_ANSWER
+        ) as reply:
+            text = reply.read().decode()
+    except OSError:
+        return rank
+    samples = [
+        sample for family in text_string_to_metric_families(text) for sample in family.samples
+    ]
+    values: dict[str, float] = {}
+    for sample in samples:
+        values[sample.name] = values.get(sample.name, 0.0) + sample.value
+    if "partialfc_step" not in values:
+        return rank
+    return Rank(
+        rank.rank,
+        address,
+        int(values["partialfc_step"]),
+        time.time() - values["partialfc_last_step_timestamp_seconds"],
+        values.get("partialfc_collective_wait_seconds_total", 0.0)
+        / max(1.0, values["partialfc_steps_total"]),
+    )
+
+
+def _checkpoints(folder: Path) -> Iterator[Checkpoint]:
+    for path in checkpoint_folder.steps(folder / "checkpoints"):
+        try:
+            files = [file.stat() for file in path.iterdir()]
+        except OSError:  # deleted while it was looked at
+            continue
+        if files:
+            newest = max(file.st_mtime for file in files)
+            yield Checkpoint(
+                checkpoint_folder.step_of(path), sum(file.st_size for file in files), newest
+            )
