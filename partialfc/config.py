@@ -194,7 +194,7 @@ class Verification(Section):
     """Add to every embedding that of the mirrored image, as the field does for faces."""
 
     batch: Annotated[int, Field(ge=1), Unit("images")] = 256
-    """Images per rank in one forward pass. Does not change the result."""
+    """Images that each rank decodes ahead. Does not change the result."""
 
     @model_validator(mode="after")
     def _has_sets(self) -> "Verification":

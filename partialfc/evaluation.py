@@ -4,25 +4,21 @@ Shape suffixes: N = images of a set, D = embedding.
 """
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import torch
 
 from partialfc.build import Model
-from partialfc.collectives import gather_rows
 from partialfc.config import Config, ConfigError
-from partialfc.data.jpeg import check_jpeg, decode
 from partialfc.data.pairs import Image, Pairs, read_pairs
 from partialfc.data.records import Pack, open_pack
-from partialfc.data.torch_loader import normalise, resize
+from partialfc.embedding import embed_images
 from partialfc.protocols import unit_rows
 from partialfc.protocols.identification import Identification, first_of_each, rank_k
 from partialfc.protocols.verification import Verification, verify
-from partialfc.runtime import DataError, Runtime
+from partialfc.runtime import Runtime
 
 Opened = TypeVar("Opened")
 
@@ -98,13 +94,10 @@ class Evaluation:
             )
         return Results(verified, identified)
 
-    @torch.inference_mode()
     def embed(
         self, model: Model, name: str, count: int, image: Callable[[int], Image]
     ) -> np.ndarray:
         """Return fp64 embeddings [count, D] in order, on every rank. Collective: one all-gather.
-
-        Each rank embeds a contiguous share.
 
         Args:
             model: Its backbone is in training mode afterwards.
@@ -115,36 +108,20 @@ class Evaluation:
         Raises:
             DataError: If an image cannot be decoded.
         """
-        ranks, size = self._runtime.ranks, self._config.data.image_size
-
-        def prepare(index: int) -> np.ndarray:
-            try:
-                pixels = _pixels(image(index))
-            except ValueError as error:
-                raise DataError(f"{name}: image {index}: {error}") from error
-            if pixels.shape[:2] != (size, size):
-                pixels = resize(pixels, size)
-            normal = np.empty((3, size, size), np.float32)
-            normalise(pixels, normal)
-            return normal
-
-        share = -(-count // ranks.size)
-        # The last rank repeats the last image, so that all ranks gather the same number.
-        mine = [min(ranks.rank * share + i, count - 1) for i in range(share)]
-        parts = []
         model.backbone.eval()
-        with ThreadPoolExecutor(self._config.data.threads) as pool:
-            for start in range(0, share, self._config.verification.batch):
-                chunk = mine[start : start + self._config.verification.batch]
-                images = torch.from_numpy(np.stack(list(pool.map(prepare, chunk))))
-                images = images.to(self._runtime.device)
-                embeddings_nD = model.embed(images, model.backbone).float()
-                if self._config.verification.flip:
-                    embeddings_nD += model.embed(images.flip(3), model.backbone).float()
-                parts.append(embeddings_nD)
+        embeddings_ND = embed_images(
+            lambda images: model.embed(images, model.backbone),
+            name,
+            count,
+            image,
+            self._runtime,
+            size=self._config.data.image_size,
+            flip=self._config.verification.flip,
+            batch=self._config.verification.batch,
+            threads=self._config.data.threads,
+        )
         model.backbone.train()
-        embeddings_ND: np.ndarray = gather_rows(torch.cat(parts), ranks).double().cpu().numpy()
-        return embeddings_ND[:count]
+        return embeddings_ND
 
 
 def _enough_pairs(path: Path) -> Pairs:
@@ -163,15 +140,6 @@ def _with_probes(path: Path) -> Pack:
     if not len(probes):
         raise ValueError("no identity has a second image, so nothing can be searched for")
     return pack
-
-
-def _pixels(image: Image) -> np.ndarray:
-    """RGB uint8 [H, W, 3]."""
-    if isinstance(image, np.ndarray):
-        return image
-    view = np.frombuffer(image, np.uint8)
-    check_jpeg(view)
-    return decode(view)
 
 
 def _open(key: str, paths: tuple[Path, ...], opener: Callable[[Path], Opened]) -> dict[str, Opened]:

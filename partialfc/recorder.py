@@ -245,7 +245,7 @@ class Recorder:
             return summary
         start = next((record for record in records if record["step"] == 0), {})
         sets = {
-            name: _finite(asdict(verified.numbers))
+            name: finite(asdict(verified.numbers))
             for name, verified in self._results.verified.items()
         }
         if sets:
@@ -257,7 +257,7 @@ class Recorder:
                 "sets": sets,
             }
         ranked = {
-            name: _finite(asdict(numbers)) for name, numbers in self._results.identified.items()
+            name: finite(asdict(numbers)) for name, numbers in self._results.identified.items()
         }
         if ranked:
             name, numbers = next(iter(ranked.items()))
@@ -308,11 +308,11 @@ class Recorder:
         show_table("Done", rows)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no NaN and only text for keys: ``None`` and ``str``."""
     if isinstance(value, dict):
         return {
-            f"{name:g}" if isinstance(name, float) else str(name): _finite(item)
+            f"{name:g}" if isinstance(name, float) else str(name): finite(item)
             for name, item in value.items()
         }
     return None if isinstance(value, float) and not math.isfinite(value) else value

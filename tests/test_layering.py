@@ -49,6 +49,7 @@ FLOORS = {
     "collectives": 2,
     "runtime": 2,
     "agreement": 2,
+    "embedding": 2,
     "center_losses": 3,
     "embedding_losses": 3,
     "bad_images": 3,

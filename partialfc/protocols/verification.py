@@ -7,8 +7,9 @@ Shape suffixes: N = pairs, D = embedding, F = folds, T = thresholds, V = vertice
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from partialfc.protocols import unit_rows
 _THRESHOLD_T = np.arange(0, 4, 0.01)
 """Squared L2 distances of unit embeddings, as in arcface_torch; a pair is "same" below."""
 
-_FAR_TARGETS = (1e-1, 1e-2, 1e-3, 1e-4)
+FAR_TARGETS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,12 +27,14 @@ class Verification:
 
     Attributes:
         accuracy: Mean accuracy over the folds, in [0, 1].
-        accuracy_std: Its population standard deviation over the folds.
+        accuracy_std: Its population standard deviation over the folds, which the field reports.
+        accuracy_stderr: Standard error of the mean, as LFW asks for: the sample standard deviation
+            over the root of the folds.
         threshold: Squared L2 distance, in [0, 4): the first that is best over all pairs. The
             folds choose their own. The cosine there is ``1 - threshold / 2``.
-        tar_at_far: TAR by target FAR 1e-1, 1e-2, 1e-3, 1e-4: the largest TAR of any threshold
-            whose FAR is at most the target; NaN where one false accept among the impostor pairs
-            already exceeds it.
+        tar_at_far: TAR by target FAR, 1e-1 to 1e-6: the largest TAR of any threshold whose FAR is
+            at most the target; NaN where one false accept among the impostor pairs already exceeds
+            it.
         eer: Equal error rate, in [0, 1]: where FAR = 1 - TAR on the ROC, linear between vertices.
         auc: Area under the ROC: the chance that a genuine pair scores above an impostor pair, a
             tie counting one half.
@@ -40,6 +43,7 @@ class Verification:
 
     accuracy: float
     accuracy_std: float
+    accuracy_stderr: float
     threshold: float
     tar_at_far: Mapping[float, float]
     eer: float
@@ -78,14 +82,44 @@ def verify(embeddings: np.ndarray, same: np.ndarray, folds: int = 10) -> Verific
     return Verification(
         accuracy=float(accuracy_F.mean()),
         accuracy_std=float(accuracy_F.std()),
+        accuracy_stderr=float(accuracy_F.std(ddof=1) / math.sqrt(folds)),
         threshold=float(_THRESHOLD_T[correct_T.argmax()]),
-        tar_at_far={
-            target: _tar_at(far_V, tar_V, target, int((~same_N).sum())) for target in _FAR_TARGETS
-        },
+        tar_at_far=_exact(far_V, tar_V, int((~same_N).sum()), FAR_TARGETS),
         eer=_equal_error_rate(far_V, tar_V),
         auc=float((np.diff(far_V) * (tar_V[1:] + tar_V[:-1]) / 2).sum()),
         num_pairs=len(same_N),
     )
+
+
+def tar_at_far(
+    scores: np.ndarray,
+    same: np.ndarray,
+    targets: Sequence[float] = FAR_TARGETS,
+    *,
+    compat: Literal["insightface"] | None = None,
+) -> dict[float, float]:
+    """Return TAR by target FAR.
+
+    Args:
+        scores: Higher means more alike; finite, [N].
+        same: Whether pair i shows one identity; bool [N], with pairs of both kinds.
+        targets: Each in (0, 1].
+        compat: ``None``: the largest TAR of any threshold whose FAR is at most the target, NaN
+            where the impostor pairs are too few. ``"insightface"``: the TAR at the vertex of
+            scikit-learn's ROC whose FAR is nearest to the target, and so may exceed it.
+
+    Raises:
+        ValueError: As :func:`roc`.
+    """
+    far_V, tar_V, _ = roc(scores, same)
+    if compat is None:
+        return _exact(far_V, tar_V, int((~np.asarray(same)).sum()), targets)
+    # scikit-learn leaves out vertices on a straight line; the first of two equally near counts,
+    # from the end.
+    bent_V = np.abs(np.diff(far_V, 2)) + np.abs(np.diff(tar_V, 2)) > 1e-15
+    kept_V = np.r_[True, bent_V, True]
+    far_V, tar_V = far_V[kept_V][::-1], tar_V[kept_V][::-1]
+    return {target: float(tar_V[np.abs(far_V - target).argmin()]) for target in targets}
 
 
 def roc(scores: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -147,6 +181,12 @@ def _correct_by_fold(
     np.add.at(correct_FT, (fold_N, first_N), np.where(same_N, 1, -1))
     correct_FT[:, 0] += np.bincount(fold_N[~same_N], minlength=folds)
     return correct_FT.cumsum(axis=1)[:, :num_thresholds], size_F
+
+
+def _exact(
+    far_V: np.ndarray, tar_V: np.ndarray, num_impostors: int, targets: Sequence[float]
+) -> dict[float, float]:
+    return {target: _tar_at(far_V, tar_V, target, num_impostors) for target in targets}
 
 
 def _tar_at(far_V: np.ndarray, tar_V: np.ndarray, target: float, num_impostors: int) -> float:
