@@ -35,12 +35,21 @@ def main(arguments: list[str]) -> int:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     except Exception as error:
+        _record(error)
         code = getattr(error, "exit_code", None)
         if code is None:
             raise
         _say(error)
         return int(code)
     return 0
+
+
+def _record(error: Exception) -> None:
+    """Torchrun's summary then shows the first error of all ranks, whatever its exit code."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from partialfc.watchdog import record_for_torchrun
+
+        record_for_torchrun(error)
 
 
 def _say(error: Exception) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from partialfc.collectives import Ranks
 from partialfc.data.stream import Replaced
-from partialfc.runtime import DataError, total
+from partialfc.errors import DataError
+from partialfc.runtime import total
 
 _PRINTED = 20
 """Images that a rank prints; the list has all of them."""

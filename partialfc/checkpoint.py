@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from partialfc.build import Model
 from partialfc.checkpoint_folder import (
-    CheckpointError,
     leftovers,
     path_of,
     read_manifest,
@@ -26,6 +25,7 @@ from partialfc.checkpoint_folder import (
     verify,
 )
 from partialfc.disk import Disk
+from partialfc.errors import CheckpointError
 from partialfc.head import PartialFC
 from partialfc.runtime import Runtime, all_agree, from_leader
 from partialfc.saver import Saver

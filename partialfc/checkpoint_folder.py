@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from partialfc.disk import Disk
+from partialfc.errors import CheckpointError
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -38,12 +39,6 @@ KEYS = {
     "files",
 }
 _THREADS = 4
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, or is not what this run can go on from."""
-
-    exit_code = 4
 
 
 def path_of(folder: Path, step: int) -> Path:

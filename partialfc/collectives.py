@@ -17,6 +17,18 @@ from torch import Tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
+_entered = 0
+
+
+def entered() -> int:
+    """How many of these collectives this rank has entered; those that wait are one ahead."""
+    return _entered
+
+
+def _enter() -> None:
+    global _entered
+    _entered += 1
+
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
@@ -74,6 +86,7 @@ def gather_rows(rows: Tensor, ranks: Ranks) -> Tensor:
     """
     if ranks.size == 1:
         return rows
+    _enter()
     gathered = rows.new_empty(ranks.size * len(rows), *rows.shape[1:])
     with _timed("all_gather", rows):
         _all_gather(gathered, rows.contiguous(), group=ranks.group)
@@ -83,6 +96,7 @@ def gather_rows(rows: Tensor, ranks: Ranks) -> Tensor:
 def sum_over_ranks(value: Tensor, ranks: Ranks) -> Tensor:
     """Return the sum over ranks: one all-reduce, which may reuse the memory of ``value``."""
     if ranks.size > 1:
+        _enter()
         with _timed("all_reduce", value):
             dist.all_reduce(value, dist.ReduceOp.SUM, group=ranks.group)
     return value
@@ -91,6 +105,7 @@ def sum_over_ranks(value: Tensor, ranks: Ranks) -> Tensor:
 def max_over_ranks(value: Tensor, ranks: Ranks) -> Tensor:
     """Return the maximum over ranks: one all-reduce, which may reuse the memory of ``value``."""
     if ranks.size > 1:
+        _enter()
         with _timed("all_reduce", value):
             dist.all_reduce(value, dist.ReduceOp.MAX, group=ranks.group)
     return value
@@ -100,6 +115,7 @@ def sum_to_owner(gradient_BD: Tensor, ranks: Ranks) -> Tensor:
     """Return this rank's rows [b, D] of the sum over ranks: one reduce-scatter."""
     if ranks.size == 1:
         return gradient_BD
+    _enter()
     owned_bD = gradient_BD.new_empty(len(gradient_BD) // ranks.size, gradient_BD.shape[1])
     with _timed("reduce_scatter", gradient_BD):
         _reduce_scatter(owned_bD, gradient_BD, group=ranks.group)

@@ -44,6 +44,11 @@ class Run(Section):
     """Starts in a row that may fail before they come to a new step; the next one is refused with
     their causes. Other settings begin a new count, and 0 refuses none."""
 
+    hang_seconds: Annotated[float, Field(ge=0), Unit("seconds")] = 60.0
+    """How long a rank may give no sign of life before the run names it and ends; a step may take
+    ten times as long, and the first one, a verification or a save sixty times. 0 never ends a
+    run."""
+
     deterministic: bool = False
     """Use deterministic kernels only, for a run that repeats bit for bit on the same hardware.
     Slower."""

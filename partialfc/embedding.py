@@ -17,7 +17,8 @@ from partialfc.collectives import gather_rows
 from partialfc.data.jpeg import check_jpeg, decode
 from partialfc.data.pairs import Image
 from partialfc.data.torch_loader import normalise, resize
-from partialfc.runtime import DataError, Runtime
+from partialfc.errors import DataError
+from partialfc.runtime import Runtime
 
 BLOCK = 32
 """Images in one forward pass."""

@@ -20,6 +20,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
+from partialfc.errors import exit_code_of
+
 KINDS = {
     "train": "Steps that count: forward, backward, update",
     "startup": "From the start of the launcher to the first step",
@@ -38,12 +40,6 @@ _STOPPED = (0, 75, 130)
 _LAST = 2**63
 
 
-class CrashLoopError(RuntimeError):
-    """The run was started again and again, and came no further."""
-
-    exit_code = 8
-
-
 Entry = Mapping[str, Any]
 
 
@@ -54,14 +50,21 @@ class Ledger:
         path: ``ledger.jsonl``, or ``None`` on a rank that writes nothing.
         ranks: World size.
         settings: Hash of the settings that this start was given.
+
+    Attributes:
+        kind: What time is charged to now.
+        step: Steps that are done.
+        first: The step that this start went on from, once it is known.
+        before: Entries of earlier starts, on the rank that writes.
     """
 
     def __init__(self, path: Path | None, *, ranks: int = 1, settings: str = "") -> None:
         self._began = process_began()
         self._seconds = dict.fromkeys(KINDS, 0.0)
         self._seconds["startup"] = time.time() - self._began
-        self._kind, self._since = "startup", time.monotonic()
-        self._step, self._written = 0, -_SECONDS_BETWEEN_LINES
+        self.kind, self._since = "startup", time.monotonic()
+        self.step, self._written = 0, -_SECONDS_BETWEEN_LINES
+        self.first: int | None = None
         self._file: IO[str] | None = None
         self.before: list[dict[str, Any]] = []
         self._past: dict[str, float] | None = None
@@ -76,13 +79,13 @@ class Ledger:
     def switch(self, kind: str) -> None:
         """Charge the time from now on to another of :data:`KINDS`."""
         now = time.monotonic()
-        self._seconds[self._kind] += now - self._since
-        self._kind, self._since = kind, now
+        self._seconds[self.kind] += now - self._since
+        self.kind, self._since = kind, now
 
     @contextmanager
     def spending(self, kind: str) -> Iterator[None]:
         """Charge the time inside to ``kind``, and what follows to what was before."""
-        outer = self._kind
+        outer = self.kind
         self.switch(kind)
         try:
             yield
@@ -91,7 +94,7 @@ class Ledger:
 
     def spent(self) -> dict[str, float]:
         """Seconds of this start by kind until now."""
-        self.switch(self._kind)
+        self.switch(self.kind)
         return dict(self._seconds)
 
     def at(self, step: int, *, now: bool = False) -> None:
@@ -100,7 +103,8 @@ class Ledger:
         A checkpoint's step is written ``now``: if a fault sends the run back to it, what came
         after is known to have been in vain.
         """
-        self._step = step
+        self.step = step
+        self.first = step if self.first is None else self.first
         if now or time.monotonic() - self._written >= _SECONDS_BETWEEN_LINES:
             self._append("spent")
 
@@ -116,18 +120,18 @@ class Ledger:
 
         It is known after the first :meth:`at` what earlier starts did in vain.
         """
-        self.switch(self._kind)
+        self.switch(self.kind)
         if self._past is None:
-            now = {"time": time.time(), "step": self._step, "seconds": dict(self._seconds)}
+            now = {"time": time.time(), "step": self.step, "seconds": dict(self._seconds)}
             start = {**now, "event": "start", "step": 0, "began": self._began}
             sums = goodput([*self.before, start, {**now, "event": "spent"}])
             self._past = {kind: sums[kind] - self._seconds[kind] for kind in KINDS}
         return _with_sums({kind: self._past[kind] + self._seconds[kind] for kind in KINDS})
 
     def _append(self, event: str, **more: Any) -> None:
-        self.switch(self._kind)
+        self.switch(self.kind)
         self._written = time.monotonic()
-        entry: dict[str, Any] = {"event": event, "time": time.time(), "step": self._step, **more}
+        entry: dict[str, Any] = {"event": event, "time": time.time(), "step": self.step, **more}
         entry["seconds"] = {kind: round(value, 4) for kind, value in self._seconds.items()}
         if self._file is not None:
             self._file.write(json.dumps(entry) + "\n")
@@ -140,11 +144,11 @@ def keeping(path: Path | None, *, ranks: int, settings: str) -> Iterator[Ledger]
     ledger = Ledger(path, ranks=ranks, settings=settings)
     try:
         yield ledger
-    except KeyboardInterrupt:
-        ledger.end("stopped", 130)
+    except KeyboardInterrupt as error:
+        ledger.end("stopped", exit_code_of(error))
         raise
     except BaseException as error:
-        ledger.end(f"{type(error).__name__}: {error}", getattr(error, "exit_code", 1))
+        ledger.end(f"{type(error).__name__}: {error}", exit_code_of(error))
         raise
     else:
         ledger.end("done", 0)

@@ -14,12 +14,13 @@ from torch import Tensor
 from partialfc.bad_images import BadImages
 from partialfc.config import Config
 from partialfc.console import ProgressBar, show_table
+from partialfc.errors import NonFiniteError
 from partialfc.evaluation import Results, Verified
 from partialfc.figures import training_figure
 from partialfc.ledger import Ledger
 from partialfc.metrics import JsonLines, Sink, TensorBoard, read_records, write_json
 from partialfc.monitor import Monitor
-from partialfc.runtime import NonFiniteError, Runtime, largest, peak_memory
+from partialfc.runtime import Runtime, largest, peak_memory
 
 _SKIPS_IN_A_ROW = 20
 """Steps that fp16 may skip one after the other while it looks for its loss scale."""

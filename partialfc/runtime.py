@@ -1,29 +1,25 @@
 """One rank's process: its place among the ranks, its device, threads and seeds."""
 
 import os
+import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import PrefixStore, TCPStore
 
 from partialfc.collectives import Ranks
 from partialfc.config import Config, ConfigError
 from partialfc.permutation import key
+from partialfc.watchdog import Watchdog
 
-
-class NonFiniteError(RuntimeError):
-    """The loss or the gradient is not finite; no weights were changed by it."""
-
-    exit_code = 3
-
-
-class DataError(RuntimeError):
-    """Too many images cannot be used; the message names one."""
-
-    exit_code = 5
+_interrupted = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +29,12 @@ class Runtime:
     Attributes:
         ranks: This rank among all.
         device: The one device of this rank.
+        watchdog: Of the ranks, if one watches.
     """
 
     ranks: Ranks
     device: torch.device
+    watchdog: Watchdog | None = None
 
     @property
     def leads(self) -> bool:
@@ -67,11 +65,25 @@ def running(config: Config) -> Iterator[Runtime]:
         torch.cuda.set_device(device)
     if world_size > 1:
         if device.type == "cuda":
+            _record_flights(config.run.folder)
             dist.init_process_group("nccl", device_id=device)
         else:
             dist.init_process_group("gloo")
+    ranks = Ranks.of()
+    watchdog = _watchdog(config, ranks)
+    signal.signal(signal.SIGINT, _interrupt)
     try:
-        yield Runtime(Ranks.of(), device)
+        yield Runtime(ranks, device, watchdog)
+    except BaseException as error:
+        if watchdog is None:
+            raise
+        explained = watchdog.explain(error)
+        if explained is error:
+            raise
+        raise explained from error
+    else:
+        if watchdog is not None:
+            watchdog.close()
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -80,6 +92,47 @@ def running(config: Config) -> Iterator[Runtime]:
 def local_rank() -> int:
     """This rank among those of its host."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """Python drops an exception that is raised in a callback or a destructor: remember it."""
+    global _interrupted
+    _interrupted = True
+    raise KeyboardInterrupt
+
+
+def refuse_interrupted() -> None:
+    """Raise the ``KeyboardInterrupt`` of a Ctrl-C that was lost on its way."""
+    if _interrupted:
+        raise KeyboardInterrupt
+
+
+def _watchdog(config: Config, ranks: Ranks) -> Watchdog | None:
+    """The watchdog has a connection of its own to the store by which the ranks found each other."""
+    if not config.run.hang_seconds:
+        return None
+    store = None
+    if ranks.size > 1:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        patience = timedelta(seconds=config.run.hang_seconds)
+        server = TCPStore(address, port, is_master=False, timeout=patience)
+        # Of this start alone: torchrun keeps the store when it starts the ranks again.
+        store = PrefixStore(str(from_leader(time.time_ns(), ranks)), server)
+    return Watchdog(ranks, config.run.folder, config.run.hang_seconds, store)
+
+
+def _record_flights(folder: Path) -> None:
+    """NCCL keeps its last collectives, and writes them when one does not return."""
+    folder = folder / "nccl"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in (
+        ("TORCH_FR_BUFFER_SIZE", "2000"),
+        ("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000"),  # its name before torch 2.9
+        ("TORCH_NCCL_DUMP_ON_TIMEOUT", "1"),
+        ("TORCH_FR_DUMP_TEMP_FILE", str(folder / "rank_")),
+        ("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(folder / "rank_")),
+    ):
+        os.environ.setdefault(name, value)
 
 
 def _device(wanted: str, local_rank: int, ranks_here: int) -> torch.device:

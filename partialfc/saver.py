@@ -27,9 +27,10 @@ from torch import Tensor
 
 from partialfc import checkpoint_folder
 from partialfc.build import Model
-from partialfc.checkpoint_folder import CheckpointError, free_bytes, path_of
+from partialfc.checkpoint_folder import free_bytes, path_of
 from partialfc.collectives import Ranks
 from partialfc.disk import Disk
+from partialfc.errors import CheckpointError
 from partialfc.runtime import Runtime, all_agree
 from partialfc.tensor_file import size_of, write_tensors
 
@@ -141,6 +142,11 @@ class Saver:
             },
         }
         self._pending = self._pool.submit(self._write, step, staged, manifest, began)
+
+    @property
+    def pending(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._pending is not None and not self._pending.done()
 
     def check(self) -> None:
         """Raise what went wrong in the background, as soon as it is known; never waits."""

@@ -20,13 +20,14 @@ from partialfc.data.dataset import DataSet, open_dataset
 from partialfc.data.loader import open_batches
 from partialfc.data.order import Order
 from partialfc.data.stream import Batch, Batches, Stream
+from partialfc.errors import CrashLoopError, DataError
 from partialfc.evaluation import Evaluation
-from partialfc.ledger import CrashLoopError, fruitless, keeping
+from partialfc.ledger import fruitless, keeping
 from partialfc.metrics import write_text
 from partialfc.permutation import key
 from partialfc.preemption import Preempted
 from partialfc.recorder import Recorder, Step
-from partialfc.runtime import DataError, Runtime, average_buffers, from_leader
+from partialfc.runtime import Runtime, average_buffers, from_leader, refuse_interrupted
 from partialfc.saver import Saver
 from partialfc.schedule import learning_rate
 
@@ -62,6 +63,8 @@ def train(config: Config, runtime: Runtime) -> None:
     written = config.run.folder / "ledger.jsonl" if runtime.leads else None
     digest = hashlib.sha256(to_toml(config).encode()).hexdigest()[:16]
     with keeping(written, ranks=runtime.ranks.size, settings=digest) as ledger:
+        if runtime.watchdog is not None:
+            runtime.watchdog.follow(ledger)
         _refuse_crash_loop(config, runtime, ledger.before, digest)
         with ledger.spending("restore"):
             found = checkpoint.newest(folder, runtime)
@@ -89,6 +92,8 @@ def train(config: Config, runtime: Runtime) -> None:
             closing(_batches(config, runtime, dataset, order, step)) as batches,
             any_rank(preemption.asked, runtime.ranks) as asked_to_stop,
         ):
+            if runtime.watchdog is not None:
+                runtime.watchdog.follow(ledger, saver)
             reached = _loop(
                 config,
                 runtime,
@@ -150,6 +155,7 @@ def _loop(
             step, peak=config.optimizer.lr, total_steps=total_steps, **config.schedule.model_dump()
         )
         saver.check()
+        refuse_interrupted()
         done = train_step(model, config, images, identities, rate)
         step += 1
         ledger.at(step)
@@ -172,7 +178,8 @@ def _loop(
     with ledger.spending("save"):
         saver.wait()
     if step >= total_steps:
-        recorder.finish()
+        with ledger.spending("other"):
+            recorder.finish()
     return step
 
 

@@ -12,7 +12,7 @@ from partialfc.collectives import Ranks
 from partialfc.data.records import open_pack
 from partialfc.data.skip_list import BadRecord
 from partialfc.data.stream import Replaced
-from partialfc.runtime import DataError
+from partialfc.errors import DataError
 from tests.test_launch import packs, run  # noqa: F401  (packs is a fixture)
 
 GOLDEN = Path(__file__).parent / "data" / "records" / "insightface.rec"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from partialfc.ledger import KINDS, Ledger, goodput, process_began, read_ledger, starts
+from partialfc.ledger import KINDS, Ledger, fruitless, goodput, process_began, read_ledger, starts
 
 
 def entry(event, at, step, more=None, **seconds):
@@ -99,6 +99,24 @@ def test_a_cut_line_is_left_out_and_the_next_start_begins_a_new_one(tmp_path):
     Ledger(path)
     assert [one["event"] for one in read_ledger(path)] == ["start", "end", "start"]
     assert json.loads(path.read_text().splitlines()[-1])["event"] == "start"
+
+
+def failed(at, reached, code=5, settings="a"):
+    begin = entry("start", at, 0, {**START, "settings": settings, "began": at})
+    return [begin, entry("end", at + 1, reached, {"cause": "x", "code": code})]
+
+
+def test_only_starts_in_a_row_without_a_new_step_are_fruitless():
+    """R14: progress, other settings and a person who stops it begin a new count."""
+    came_far = failed(0, 7)
+    in_vain = [*failed(2, 7), *failed(4, 5)]
+    assert len(fruitless([*came_far, *in_vain], "a")) == 2
+    assert len(fruitless([*failed(0, 0), *failed(2, 0)], "a")) == 2
+    assert not fruitless([*came_far, *in_vain, *failed(6, 8)], "a")
+    assert not fruitless([*came_far, *in_vain, *failed(6, 7, code=130)], "a")
+    assert not fruitless([*came_far, *in_vain], "b")
+    killed = failed(6, 6)[:1]
+    assert len(fruitless([*came_far, *in_vain, *killed], "a")) == 3
 
 
 @pytest.mark.skipif(not Path("/proc/uptime").exists(), reason="needs Linux")

@@ -36,8 +36,8 @@ from partialfc.checkpoint import CheckpointError
 from partialfc.config import ConfigError
 from partialfc.data.dataset import DataSet
 from partialfc.data.skip_list import write_skip_list
+from partialfc.errors import DataError
 from partialfc.finished import Finished, finished
-from partialfc.runtime import DataError
 
 CHUNK = 8192
 

@@ -31,11 +31,12 @@ from rich.table import Table
 from partialfc.config import Config, ConfigError
 from partialfc.data.pairs import Image
 from partialfc.embedding import BLOCK, embed_images
+from partialfc.errors import DataError
 from partialfc.foreign import ForeignError
 from partialfc.metrics import write_json
 from partialfc.protocols.templates import Modes
 from partialfc.recorder import finite
-from partialfc.runtime import DataError, Runtime, running
+from partialfc.runtime import Runtime, running
 from partialfc.trained import Trained, open_trained
 from tools.evaluating import picture
 from tools.evaluating.sets import KINDS, Embed, Measured, Ways, open_set_of

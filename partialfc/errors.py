@@ -1,0 +1,46 @@
+"""The causes that end a run, each with its exit code.
+
+2 settings (:class:`~partialfc.settings_file.ConfigError`), 3 not finite, 4 checkpoint, 5 data,
+6 hang, 7 lost rank, 8 crash loop, 130 stopped; 1 is everything that nobody foresaw.
+"""
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient is not finite; no weights were changed by it."""
+
+    exit_code = 3
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or is not what this run can go on from."""
+
+    exit_code = 4
+
+
+class DataError(RuntimeError):
+    """Too many images cannot be used; the message names one."""
+
+    exit_code = 5
+
+
+class HangError(RuntimeError):
+    """A rank stands still; the message names it."""
+
+    exit_code = 6
+
+
+class LostRankError(RuntimeError):
+    """Another rank is gone; the message names it, and its own error where it told it."""
+
+    exit_code = 7
+
+
+class CrashLoopError(RuntimeError):
+    """The run was started again and again, and came no further."""
+
+    exit_code = 8
+
+
+def exit_code_of(error: BaseException) -> int:
+    """Return the exit code of a process that an error ends."""
+    return 130 if isinstance(error, KeyboardInterrupt) else int(getattr(error, "exit_code", 1))
