@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from partialfc import settings
+from partialfc.config_augment import Augment
 from partialfc.config_losses import Losses
 from partialfc.config_margins import AnyMargin, ArcFace
 from partialfc.config_monitor import Monitor
@@ -62,6 +63,8 @@ class Data(Section):
     """Largest random shift of an image along each axis; its outermost pixels fill the border. 0
     turns it off."""
 
+    augment: Augment = Field(default_factory=Augment)
+
     last_batch: Literal["drop", "pad"] = "drop"
     """What happens to the images left over after an epoch's last full global batch: ``drop``
     leaves them out of this epoch, ``pad`` fills the batch with the epoch's first images."""
@@ -70,6 +73,13 @@ class Data(Section):
     """Make every batch of identities drawn alike, with this many images of each (P x K), for losses
     that compare images. Must divide ``data.global_batch``. An epoch is then every identity once.
     Left out, all images are shuffled."""
+
+    block: Annotated[int | None, Field(ge=1), Unit("images")] = None
+    """For slow storage: shuffle blocks of this many neighbouring images, and within a window of
+    blocks the images. Left out, every image is read from anywhere."""
+
+    block_window: Annotated[int, Field(ge=1), Unit("blocks")] = 16
+    """Blocks whose images are shuffled together."""
 
     bad_share: Annotated[float, Field(ge=0, lt=1)] = 0.001
     """Largest share of the images that may be replaced because they cannot be decoded. Each is
@@ -80,6 +90,21 @@ class Data(Section):
 
     prefetch: Annotated[int, Field(ge=1), Unit("batches")] = 2
     """Batches prepared ahead on each rank. More of them ride out a slow disk and cost memory."""
+
+    @model_validator(mode="after")
+    def _one_arrangement(self) -> "Data":
+        if self.block is not None and self.images_per_identity is not None:
+            raise ValueError(
+                f"block = {self.block} with data.images_per_identity = "
+                f"{self.images_per_identity}: an epoch has one arrangement. Remove one of the two."
+            )
+        default = type(self).model_fields["block_window"].default
+        if self.block is None and self.block_window != default:
+            raise ValueError(
+                f"block_window = {self.block_window}: there are no blocks. Set data.block, or "
+                "remove block_window."
+            )
+        return self
 
 
 class Backbone(Section):

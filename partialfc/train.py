@@ -262,7 +262,12 @@ def _data(config: Config) -> tuple[DataSet, Order, int]:
             data.global_batch,
             config.run.seed,
             data.last_batch,
-            arrangement(dataset, images_per_identity=data.images_per_identity),
+            arrangement(
+                dataset,
+                images_per_identity=data.images_per_identity,
+                block=data.block,
+                block_window=data.block_window,
+            ),
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"data.train: {error}") from error
@@ -284,7 +289,7 @@ def _batches(
     stream = Stream(
         dataset=dataset,
         order=order,
-        augmentation=Augmentation(shift=config.data.shift, flip=config.data.flip),
+        augmentation=augmentation_of(config),
         image_size=config.data.image_size,
         rank=runtime.ranks.rank,
         world_size=runtime.ranks.size,
@@ -300,6 +305,12 @@ def _batches(
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def augmentation_of(config: Config) -> Augmentation:
+    """Return the random changes that the settings ask for."""
+    data = config.data
+    return Augmentation(shift=data.shift, flip=data.flip, **data.augment.model_dump())
 
 
 def _next(batches: Batches) -> Batch:
@@ -318,6 +329,8 @@ def facts_of(config: Config, dataset: DataSet) -> dict[str, object]:
         "data.global_batch": config.data.global_batch,
         "data.last_batch": config.data.last_batch,
         "data.images_per_identity": config.data.images_per_identity,
+        "data.block": config.data.block,
+        "data.block_window": config.data.block_window,
         "data.image_size": config.data.image_size,
         "backbone.name": config.backbone.name,
         "backbone.embedding_dim": config.backbone.embedding_dim,

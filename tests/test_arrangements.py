@@ -1,11 +1,11 @@
-"""P x K batches: whole identities, all alike, as integers the same on any number of ranks."""
+"""Arrangements of an epoch: P x K batches and blocks, as integers the same on any ranks."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from partialfc.data.arrangements import IdentityBalanced, arrangement
+from partialfc.data.arrangements import Blocks, IdentityBalanced, arrangement
 from partialfc.data.dataset import open_dataset
 from partialfc.data.order import Order
 
@@ -133,3 +133,54 @@ def test_it_is_what_the_setting_asks_for():
     identities = dataset.identities(order.sample_ids(0)).reshape(4, 3)
     assert (identities == identities[:, :1]).all()
     assert len(set(identities[:, 0])) == 4
+
+
+def blocks(size=1003, block=10, window=4, batch=12) -> Order:
+    return Order(size, batch, 5, arrangement=Blocks(size, block, window))
+
+
+@pytest.mark.parametrize(
+    ("size", "block", "window"),
+    [
+        (1003, 10, 4),
+        (1000, 10, 4),
+        (39, 10, 4),
+        (40, 10, 4),
+        (7, 10, 4),
+        (1003, 1, 1),
+        (90, 9, 100),
+    ],
+)
+def test_blocks_put_every_image_at_one_position_of_an_epoch(size, block, window):
+    order = blocks(size, block, window, batch=1)
+    epochs = [order.at(epoch, np.arange(size)).sample_id_B for epoch in range(3)]
+    for ids in epochs:
+        assert sorted(ids.tolist()) == list(range(size))
+    if size > 40:
+        assert epochs[0].tolist() != epochs[1].tolist()
+    some = np.random.default_rng(0).permutation(size)
+    np.testing.assert_array_equal(order.at(0, some).sample_id_B, epochs[0][some])
+
+
+def test_a_window_of_an_epoch_comes_from_its_blocks_only():
+    """Measured: 40 positions touch 4 blocks of 10; one permutation of all touches about 33."""
+    ids = blocks().at(0, np.arange(1003)).sample_id_B
+    for start in range(0, 920, 40):
+        assert len(set((ids[start : start + 40] // 10).tolist())) == 4
+        assert (np.diff(ids[start : start + 40]) != 1).mean() > 0.7, "not shuffled within"
+    shuffled = Order(1003, 12, 5).at(0, np.arange(1003)).sample_id_B
+    assert len(set((shuffled[:40] // 10).tolist())) > 25
+
+
+def test_blocks_are_not_where_they_are_in_the_file():
+    ids = blocks().at(0, np.arange(1000)).sample_id_B
+    middle = [np.median(ids[start : start + 40]) for start in range(0, 1000, 40)]
+    assert abs(np.corrcoef(middle, np.arange(25))[0, 1]) < 0.5
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_any_number_of_ranks_shares_the_same_blocks(world_size):
+    order = blocks()
+    for step in range(90):
+        parts = [order.sample_ids(12 * step, rank, world_size) for rank in range(world_size)]
+        np.testing.assert_array_equal(np.concatenate(parts), blocks().sample_ids(12 * step))

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from partialfc.data.augment import Augmentation, draw
+from partialfc.data.augment import CHANGES, Augmentation, draw
 from partialfc.data.dataset import open_dataset
 from partialfc.data.jpeg import decode
 from partialfc.data.loader import open_batches
@@ -86,9 +86,9 @@ def expected_images(stream: Stream, samples_seen: int) -> np.ndarray:
     """fp64 levels [B, 3, S, S] of one batch, pixel by pixel from the definitions."""
     ids = stream.order.sample_ids(samples_seen, stream.rank, stream.world_size)
     epoch = stream.order.epoch(samples_seen)
-    draws = draw(stream.augmentation, stream.order.seed, epoch, ids)
     size, images = stream.image_size, []
-    for sample_id, shift_x, shift_y, flip in zip(ids, *draws, strict=True):
+    draws = draw(stream.augmentation, stream.order.seed, epoch, ids, size)
+    for sample_id, shift_x, shift_y, flip in zip(ids, *draws[:3], strict=True):
         pixels = decode(stream.dataset.jpeg_view(int(sample_id))).astype(float)
         rows, columns = triangle(pixels.shape[0], size), triangle(pixels.shape[1], size)
         image = rows @ pixels.transpose(2, 0, 1) @ columns.T
@@ -124,7 +124,7 @@ def test_a_shift_to_the_right_and_down_moves_a_spot_there(tmp_path, loader, flip
         augmentation=Augmentation(shift=8, flip=flip),
         image_size=112,
     )
-    draws = draw(stream.augmentation, 5, 0, stream.order.sample_ids(0))
+    draws = draw(stream.augmentation, 5, 0, stream.order.sample_ids(0), 112)
     assert min(draws.shift_x_B.min(), draws.shift_y_B.min()) < -5
     [(images, _)] = take(1, stream, loader=loader)
     weight = (images > 128).mean(1)
@@ -159,6 +159,116 @@ def test_images_of_any_size_and_kind_are_resized_without_aliasing(tmp_path, load
     error = np.abs(images - expected_images(stream, 0))
     assert error.max() < (0.51 if loader == "torch" else 2)
     assert error.mean() < 0.26
+
+
+CHANGED = {
+    "crop": lambda image, value: image_crop(image, value),
+    "rotate": lambda image, value: image_rotation(image, float(value[0])),
+    "grey": lambda image, value: np.repeat(image @ [[0.299], [0.587], [0.114]], 3, 2),
+    "cutout": lambda image, value: image_cutout(image, value),
+}
+
+
+def image_crop(image, value):
+    top, left, bottom, right = value.astype(int)
+    part = image[top:bottom, left:right].transpose(2, 0, 1)
+    rows, columns = triangle(bottom - top, 112), triangle(right - left, 112)
+    return (rows @ part @ columns.T).transpose(1, 2, 0)
+
+
+def image_rotation(image, degrees):
+    """Bilinear in fp64, outermost pixels beyond the border; DALI turns clockwise on the screen."""
+    angle = np.deg2rad(degrees)
+    y, x = np.mgrid[:112, :112] - 55.5
+    u = np.clip(np.cos(angle) * x - np.sin(angle) * y + 55.5, 0, 111)
+    v = np.clip(np.sin(angle) * x + np.cos(angle) * y + 55.5, 0, 111)
+    left, top = np.minimum(u.astype(int), 110), np.minimum(v.astype(int), 110)
+    du, dv = (u - left)[..., None], (v - top)[..., None]
+    upper = image[top, left] * (1 - du) + image[top, left + 1] * du
+    lower = image[top + 1, left] * (1 - du) + image[top + 1, left + 1] * du
+    return upper * (1 - dv) + lower * dv
+
+
+def image_cutout(image, value):
+    top, left, bottom, right = value.astype(int)
+    image = image.copy()
+    image[top:bottom, left:right] = 128
+    return image
+
+
+@pytest.fixture(scope="module")
+def smooth(tmp_path_factory):
+    """Colourful images without edges, as photographs are at this size."""
+    rng = np.random.default_rng(3)
+    images = [
+        Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8)).resize((112, 112), 3)
+        for _ in range(24)
+    ]
+    return written(tmp_path_factory.mktemp("smooth"), [encoded(np.asarray(i)) for i in images])
+
+
+def changed_stream(path, rank=0, world_size=1, **changes):
+    dataset = open_dataset([path])
+    return Stream(
+        dataset=dataset,
+        order=Order(24, 12, seed=5),
+        augmentation=Augmentation(flip=0, **changes),
+        image_size=112,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_happens_to_the_chosen_images_and_is_what_it_says(smooth, loader, name):
+    """Where there is a short equation, against it in fp64; else for what it must do."""
+    if loader == "torch" and name != "crop":
+        pytest.skip("DALI only: see test_changes_that_a_loader_does_not_make_are_refused")
+    plain = take(2, changed_stream(smooth), loader=loader)
+    stream, differences = changed_stream(smooth, **{name: 0.5}), []
+    for step, (images, _) in enumerate(take(2, stream, loader=loader)):
+        ids = stream.order.sample_ids(12 * step)
+        drawn = draw(stream.augmentation, 5, 0, ids, 112).changes[name]
+        before = plain[step][0]
+        assert 0 < drawn.chosen_B.sum() < 12
+        np.testing.assert_allclose(images[~drawn.chosen_B], before[~drawn.chosen_B], atol=1e-4)
+        for i in np.flatnonzero(drawn.chosen_B):
+            old, new = (part[i].transpose(1, 2, 0) for part in (before, images))
+            if name in CHANGED:
+                expected = CHANGED[name](old.astype(float), drawn.value_Bn[i])
+                assert np.abs(new - expected).max() < 2.5, name
+                assert np.abs(new - expected).mean() < 0.6
+            difference = np.abs(new - old).mean()
+            differences.append(difference)
+            if name in ("blur", "downscale"):
+                assert np.abs(np.diff(new, axis=0)).mean() <= np.abs(np.diff(old, axis=0)).mean()
+            if name == "jpeg":
+                assert difference < 12
+    assert 0.3 < np.median(differences) < 90
+
+
+@pytest.mark.skipif("dali" not in LOADERS, reason="DALI is not installed here")
+def test_all_changes_together_are_the_same_on_ranks_and_after_a_resume(smooth):
+    """Every number is an input of DALI; one that it drew itself would differ here."""
+    changes = dict.fromkeys(CHANGES, 0.6)
+    whole = take(4, changed_stream(smooth, **changes), loader="dali")
+    for world_size in (2, 3):
+        ranks = [
+            take(4, changed_stream(smooth, rank, world_size, **changes), loader="dali")
+            for rank in range(world_size)
+        ]
+        for step, (images, _) in enumerate(whole):
+            np.testing.assert_array_equal(np.concatenate([r[step][0] for r in ranks]), images)
+    again = take(2, changed_stream(smooth, **changes), 24, loader="dali")
+    for (images, _), (ours, _) in zip(whole[2:], again, strict=True):
+        np.testing.assert_array_equal(ours, images)
+
+
+def test_changes_that_a_loader_does_not_make_are_refused(smooth):
+    """No setting is ignored: the torch loader would train on other images than DALI."""
+    with pytest.raises(ValueError, match=r"data.augment.blur = 0.5: .*data.augment.jpeg=0"):
+        take(1, changed_stream(smooth, crop=0.5, blur=0.5, jpeg=0.1), loader="torch")
 
 
 @pytest.mark.skipif("dali" not in LOADERS, reason="DALI is not installed here")
@@ -276,7 +386,7 @@ def test_a_bad_image_is_replaced_by_the_next_of_the_epoch(tmp_path, loader, kind
         order = stream.order.at(epoch, np.arange(48)).sample_id_B  # a second time past its end
         wanted = stream.order.sample_ids(4 * step)
         assert replaced == [i for i in wanted.tolist() if i in bad]
-        draws = draw(stream.augmentation, 5, epoch, wanted)
+        draws = draw(stream.augmentation, 5, epoch, wanted, 32)
         for i, sample in enumerate(wanted.tolist()):
             place = int(np.flatnonzero(order == sample)[0])
             stands = next(other for other in order[place:].tolist() if other not in bad)

@@ -160,3 +160,17 @@ def test_every_tool_starts_from_any_folder(name, tmp_path):
     done = tool(name, "--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "usage" in done.stdout
+
+
+@pytest.mark.parametrize("words", [[], ["--each"]])
+def test_what_training_sees_is_drawn(words, tmp_path):
+    out = tmp_path / "sheet.png"
+    config = ROOT / "configs" / "demo.toml"
+    overrides = [f"data.train={GOLDEN}", "verification.pairs=[]", "verification.every_steps=0"]
+    done = tool("augment.py", config, *overrides, "data.shift=4", *words, "--out", out)
+    assert done.returncode == 0, done.stderr
+    with Image.open(out) as picture:
+        assert np.asarray(picture.convert("L")).std() > 5
+    done = tool("augment.py", config, "data.train=none.rec", "--out", out)
+    assert done.returncode == 2
+    assert "none.rec" in done.stderr

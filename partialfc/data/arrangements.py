@@ -14,15 +14,61 @@ from partialfc.data.order import Arrangement, Samples
 from partialfc.permutation import key, keys, permute
 
 
-def arrangement(dataset: DataSet, *, images_per_identity: int | None = None) -> Arrangement | None:
+def arrangement(
+    dataset: DataSet,
+    *,
+    images_per_identity: int | None = None,
+    block: int | None = None,
+    block_window: int = 16,
+) -> Arrangement | None:
     """Return the arrangement that the settings of a run ask for; ``None`` is one permutation.
 
     Raises:
         ValueError: If a label of the data is bad.
     """
-    if images_per_identity is None:
-        return None
-    return IdentityBalanced.of(dataset.labels(), images_per_identity)
+    if images_per_identity is not None:
+        return IdentityBalanced.of(dataset.labels(), images_per_identity)
+    return None if block is None else Blocks(len(dataset), block, block_window)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of neighbouring images in a keyed order, shuffled within a window of some blocks.
+
+    Each image is at one position of an epoch, as in one permutation of all, but while an epoch is
+    at one place its images come from ``window`` stretches of the data, not from everywhere: what
+    slow storage reads ahead is used. The images of one batch come from one window or two.
+
+    Attributes:
+        size: N, images in the data; >= 1.
+        block: Images of a block; the last N % block images of the data close the epoch.
+        window: Blocks whose images are shuffled together.
+    """
+
+    size: int
+    block: int
+    window: int
+
+    def check(self, global_batch: int) -> None:
+        """Any batch can be made."""
+
+    def at(self, seed: int, epoch: int, position_B: NDArray[np.int64]) -> Samples:
+        """Return the images at positions in [0, N) of an epoch."""
+        num_blocks = self.size // self.block
+        length = self.block * self.window
+        num_windows = max(1, num_blocks // self.window)
+        window_B = np.minimum(position_B // length, num_windows - 1)
+        is_last_B = window_B == num_windows - 1  # it takes what fills no window of its own
+        length_B = np.where(is_last_B, self.size - (num_windows - 1) * length, length)
+        key_B = keys(window_B, key(seed, "window", epoch))
+        largest = self.size - (num_windows - 1) * length
+        within_B = permute(position_B - window_B * length, length_B, key_B, largest=largest)
+        place_B = window_B * length + within_B
+        block_B, image_B = np.divmod(place_B, self.block)
+        whole_B = block_B < num_blocks
+        block_B[whole_B] = permute(block_B[whole_B], max(num_blocks, 1), key(seed, "blocks", epoch))
+        sample_B = block_B * self.block + image_B
+        return Samples(sample_B, np.zeros_like(sample_B))
 
 
 @dataclass(frozen=True, eq=False)

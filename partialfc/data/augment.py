@@ -3,10 +3,11 @@
 So an image is changed in the same way on any rank, with any loader and after any resume. The
 functions here say what happens to each image; the loaders do it.
 
-Shape suffix: B = images of one rank's batch.
+Shape suffixes: B = images of one rank's batch, n = numbers that a change needs.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import numpy as np
@@ -14,15 +15,33 @@ from numpy.typing import NDArray
 
 from partialfc.permutation import key, uniform
 
+CHANGES = ("crop", "rotate", "colour", "grey", "blur", "downscale", "jpeg", "cutout")
+"""Changes that happen with a probability, in their order; see :class:`Augmentation`."""
+
+_BEST_JPEG = 95
+_LEAST_BLUR = 0.1
+_HUE = 45.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Augmentation:
-    """What may happen to an image of training, in this order, after it has its final size.
+    """What may happen to an image of training, after it has its final size S.
+
+    The changes come in the order of ``CHANGES``, then shift and flip. ``crop``, ``rotate``, ...
+    are the probability of each; numbers are uniform in their range.
 
     Attributes:
         shift: Largest translation, in pixels of the final image, >= 0. Each axis moves by a uniform
             integer in [-shift, shift]; the border is filled with the image's outermost pixels.
         flip: Probability of mirroring left and right, in [0, 1].
+        crop_side: A square of [crop_side, 1] times S, anywhere, is resized to S.
+        rotate_degrees: An angle of up to this, in either direction.
+        colour_strength: Factors in [1 - strength, 1 + strength] of brightness, contrast and
+            saturation; the hue turns by up to 45 degrees times it in either direction.
+        blur_sigma: Standard deviation of the Gaussian, in [0.1, blur_sigma] pixels.
+        downscale_side: The side in between, in [downscale_side, 1] times S.
+        jpeg_quality: In [jpeg_quality, 95].
+        cutout_side: A square of up to cutout_side times S is grey.
 
     Raises:
         ValueError: If a value is outside its range.
@@ -30,12 +49,60 @@ class Augmentation:
 
     shift: int = 0
     flip: float = 0.5
+    crop: float = 0.0
+    crop_side: float = 0.8
+    rotate: float = 0.0
+    rotate_degrees: float = 15.0
+    colour: float = 0.0
+    colour_strength: float = 0.3
+    grey: float = 0.0
+    blur: float = 0.0
+    blur_sigma: float = 2.0
+    downscale: float = 0.0
+    downscale_side: float = 0.25
+    jpeg: float = 0.0
+    jpeg_quality: int = 20
+    cutout: float = 0.0
+    cutout_side: float = 0.4
 
     def __post_init__(self) -> None:
         if self.shift < 0:
             raise ValueError(f"data.shift must be >= 0 pixels, got {self.shift}.")
         if not 0 <= self.flip <= 1:
             raise ValueError(f"data.flip is a probability, must be in [0, 1], got {self.flip}.")
+        for name in CHANGES:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(
+                    f"data.augment.{name} is a probability, must be in [0, 1], got "
+                    f"{getattr(self, name)}."
+                )
+        shares = [field.name for field in fields(self) if field.name.endswith(("side", "strength"))]
+        ranges = {"rotate_degrees": 180, "blur_sigma": 16, "jpeg_quality": _BEST_JPEG}
+        ranges |= dict.fromkeys(shares, 1)
+        for name, limit in ranges.items():
+            if not 0 < getattr(self, name) <= limit:
+                raise ValueError(
+                    f"data.augment.{name} must be in (0, {limit}], got {getattr(self, name)}."
+                )
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """Names of the changes that may happen."""
+        return tuple(name for name in CHANGES if getattr(self, name) > 0)
+
+
+class Change(NamedTuple):
+    """One of ``CHANGES`` for the images of a batch.
+
+    Attributes:
+        chosen_B: bool, whether it happens.
+        value_Bn: float32, how: of crop and cutout top, left, bottom and right in pixels; of colour
+            the factors of brightness, contrast, saturation and the hue in degrees; of grey 0; of
+            the others their one number.
+    """
+
+    chosen_B: NDArray[np.bool_]
+    value_Bn: NDArray[np.float32]
 
 
 class Draw(NamedTuple):
@@ -45,15 +112,19 @@ class Draw(NamedTuple):
         shift_x_B: int64 pixels to the right, negative to the left.
         shift_y_B: int64 pixels down, negative up.
         flip_B: bool, mirror the shifted image left and right.
+        changes: By name, those that may happen.
     """
 
     shift_x_B: NDArray[np.int64]
     shift_y_B: NDArray[np.int64]
     flip_B: NDArray[np.bool_]
+    changes: dict[str, Change]
 
 
-def draw(augmentation: Augmentation, seed: int, epoch: int, sample_id_B: NDArray[np.int64]) -> Draw:
-    """Return what happens to each image [B] in one epoch of the run with this seed."""
+def draw(
+    augmentation: Augmentation, seed: int, epoch: int, sample_id_B: NDArray[np.int64], size: int
+) -> Draw:
+    """Return what happens to each image [B] of size S in one epoch of the run with this seed."""
     side = 2 * augmentation.shift + 1
 
     def number(purpose: str) -> NDArray[np.float64]:
@@ -63,4 +134,53 @@ def draw(augmentation: Augmentation, seed: int, epoch: int, sample_id_B: NDArray
         shift_x_B=(number("shift_x") * side).astype(np.int64) - augmentation.shift,
         shift_y_B=(number("shift_y") * side).astype(np.int64) - augmentation.shift,
         flip_B=number("flip") < augmentation.flip,
+        changes={
+            name: Change(
+                number(name) < getattr(augmentation, name),
+                np.stack(_values(name, augmentation, size, number), 1).astype(np.float32),
+            )
+            for name in augmentation.changes
+        },
     )
+
+
+def _values(
+    name: str, a: Augmentation, size: int, number: Callable[[str], NDArray[np.float64]]
+) -> list[NDArray[np.float64]]:
+    """The numbers of a change, each [B]."""
+
+    def between(low: float, high: float, purpose: str) -> NDArray[np.float64]:
+        return low + (high - low) * number(f"{name}_{purpose}")
+
+    match name:
+        case "crop":
+            return _square(np.rint(size * between(a.crop_side, 1, "side")), size, number, name)
+        case "cutout":
+            largest = max(1.0, a.cutout_side * size)
+            return _square(np.ceil(between(0, largest, "side")).clip(1), size, number, name)
+        case "rotate":
+            return [between(-a.rotate_degrees, a.rotate_degrees, "degrees")]
+        case "colour":
+            low, high = 1 - a.colour_strength, 1 + a.colour_strength
+            factors = [
+                between(low, high, part) for part in ("brightness", "contrast", "saturation")
+            ]
+            hue = _HUE * a.colour_strength
+            return [*factors, between(-hue, hue, "hue")]
+        case "blur":
+            return [between(min(_LEAST_BLUR, a.blur_sigma), a.blur_sigma, "sigma")]
+        case "downscale":
+            return [np.rint(size * between(a.downscale_side, 1, "side")).clip(1)]
+        case "jpeg":
+            return [np.rint(between(a.jpeg_quality, _BEST_JPEG, "quality"))]
+    return [np.zeros_like(number(name))]  # grey: of the saturation nothing is left
+
+
+def _square(
+    side_B: NDArray[np.float64], size: int, number: Callable[[str], NDArray[np.float64]], name: str
+) -> list[NDArray[np.float64]]:
+    """Top, left, bottom and right of a square of whole pixels, anywhere in the image."""
+    room_B = size - side_B + 1
+    top_B = np.floor(number(f"{name}_top") * room_B)
+    left_B = np.floor(number(f"{name}_left") * room_B)
+    return [top_B, left_B, top_B + side_B, left_B + side_B]

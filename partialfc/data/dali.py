@@ -17,6 +17,7 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 from torch.utils.dlpack import from_dlpack
 
+from partialfc.data.dali_changes import change
 from partialfc.data.stream import Batch, Batches, Encoded, Replaced, Stream
 
 
@@ -57,6 +58,7 @@ def dali_batches(
         pipeline = _pipeline(
             source=lambda k: inputs(start + k * step),
             image_size=stream.image_size,
+            changes=stream.augmentation.changes,
             shifts=stream.augmentation.shift > 0,
             on_gpu=on_gpu,
             batch_size=stream.batch_per_rank,
@@ -88,6 +90,8 @@ def dali_batches(
 def _inputs(stream: Stream, batch: Encoded) -> list[Any]:
     """One batch of ``stream`` as the outputs of DALI's external source."""
     inputs = [batch.jpegs, batch.identity_B, batch.resize_B, batch.draw.flip_B.astype(np.int32)]
+    for drawn in batch.draw.changes.values():
+        inputs += [drawn.chosen_B, drawn.value_Bn]
     if stream.augmentation.shift:
         # A pixel of the shifted image comes from (x - shift_x, y - shift_y).
         matrix_B23 = np.zeros((len(batch.jpegs), 2, 3), np.float32)
@@ -99,16 +103,22 @@ def _inputs(stream: Stream, batch: Encoded) -> list[Any]:
 
 
 @pipeline_def(enable_conditionals=True)
-def _pipeline(source: Any, image_size: int, shifts: bool, on_gpu: bool) -> Any:
-    dtypes = [types.UINT8, types.INT64, types.BOOL, types.INT32] + [types.FLOAT] * shifts
-    jpeg, identity, resize, flip, *matrix = fn.external_source(
+def _pipeline(
+    source: Any, image_size: int, changes: tuple[str, ...], shifts: bool, on_gpu: bool
+) -> Any:
+    dtypes = [types.UINT8, types.INT64, types.BOOL, types.INT32]
+    dtypes += [types.BOOL, types.FLOAT] * len(changes) + [types.FLOAT] * shifts
+    jpeg, identity, resize, flip, *others = fn.external_source(
         source=source, batch=True, num_outputs=len(dtypes), dtype=dtypes
     )
     image = _decoded(jpeg, on_gpu)
     if resize:  # true of some images of a batch: DALI splits the batch and joins it again
         image = fn.resize(image, size=(image_size, image_size))
+    for i, name in enumerate(changes):
+        if others[2 * i]:
+            image = change(name, image, others[2 * i + 1], image_size)
     if shifts:
-        image = fn.warp_affine(image, matrix=matrix[0], interp_type=types.INTERP_NN)
+        image = fn.warp_affine(image, matrix=others[-1], interp_type=types.INTERP_NN)
     image = fn.crop_mirror_normalize(
         image, mirror=flip, mean=[127.5] * 3, std=[127.5] * 3, output_layout="CHW"
     )

@@ -69,7 +69,7 @@ def kept_column(file: RecordFile, name: str, count: int) -> NDArray[np.int32] | 
     """Return ``count`` numbers that are kept of a pack, mapped, if they are whole and of it."""
     stamp = _stamp(file)
     for place in cache_places(file.path, name):
-        with suppress(OSError, ValueError, KeyError, TypeError):
+        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             with place.open("rb") as stream:
                 header = json.loads(stream.read(_HEADER))
                 size = os.fstat(stream.fileno()).st_size
@@ -103,7 +103,7 @@ def _stamp(file: RecordFile) -> dict[str, Any]:
 
 def _kept(file: RecordFile, stamp: dict[str, Any]) -> RecordIndex | None:
     for path in cache_places(file.path, "index"):
-        with suppress(OSError, ValueError, KeyError, TypeError):
+        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             return _load(path, file, stamp)
     return None
 
@@ -116,7 +116,7 @@ def _load(path: Path, file: RecordFile, stamp: dict[str, Any]) -> RecordIndex:
     with path.open("rb") as stream:
         header = json.loads(stream.read(_HEADER))
         size = os.fstat(stream.fileno()).st_size
-    if {name: header.get(name) for name in stamp} != stamp:
+    if {name: header[name] for name in stamp} != stamp:
         raise ValueError("of another pack")
     count, first = header["records"], header["first_key"]
     columns = 1 if first is not None else 2

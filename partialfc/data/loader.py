@@ -31,7 +31,8 @@ def open_batches(
         prefetch: Batches that are prepared ahead, >= 1.
 
     Raises:
-        ValueError: If a number is outside its range or DALI is asked for where it is not installed;
+        ValueError: If a number is outside its range, DALI is asked for where it is not installed,
+            or the augmentation has changes that the torch loader does not make;
             from the batches, if one cannot be filled because too many images in a row are bad.
     """
     for name, value in (("threads", threads), ("prefetch", prefetch)):
@@ -48,4 +49,11 @@ def open_batches(
                     f'data.loader = "dali" needs NVIDIA DALI, which cannot be imported here '
                     f'({error}): install nvidia-dali-cuda130, or set data.loader = "torch".'
                 ) from error
+    missing = [name for name in stream.augmentation.changes if name != "crop"]
+    if missing and batches is torch_batches:
+        raise ValueError(
+            f"data.augment.{missing[0]} = {getattr(stream.augmentation, missing[0])}: the torch "
+            f"loader has crop, shift and flip only. Install nvidia-dali-cuda130 and use "
+            f'data.loader = "dali", or set {", ".join(f"data.augment.{n}=0" for n in missing)}.'
+        )
     return batches(stream, samples_seen, device=device, threads=threads, prefetch=prefetch)

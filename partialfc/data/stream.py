@@ -145,6 +145,7 @@ class Stream:
                 self.order.seed,
                 epoch,
                 wanted_B + len(self.dataset) * repeat_B,
+                self.image_size,
             ),
             replaced=tuple(replaced),
         )

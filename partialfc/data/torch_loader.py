@@ -25,7 +25,7 @@ def torch_batches(
     """Yield the batches of ``stream`` that follow ``samples_seen`` images.
 
     Args:
-        stream: What to decode.
+        stream: What to decode. Of the changes of its augmentation, a crop is made and no other.
         samples_seen: Images that all ranks together have seen.
         device: Where the batches go.
         threads: Threads that decode, a batch each; >= 1.
@@ -60,7 +60,7 @@ def decoded_batch(stream: Stream, samples_seen: int) -> Batch:
             return decoded_batch(stream, samples_seen)
         if batch.resize_B[i]:
             pixels = resize(pixels, size)
-        pixels = _augment(pixels, batch.draw, i)
+        pixels = _augment(pixels, batch.draw, i, size)
         normalise(pixels, images[i])
     return Batch(torch.from_numpy(images), torch.from_numpy(batch.identity_B), batch.replaced)
 
@@ -86,8 +86,11 @@ def normalise(pixels: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
     out /= np.float32(127.5)
 
 
-def _augment(pixels: NDArray[np.uint8], draw: Draw, i: int) -> NDArray[np.uint8]:
+def _augment(pixels: NDArray[np.uint8], draw: Draw, i: int, size: int) -> NDArray[np.uint8]:
     """The i-th image [S, S, 3] of a batch as its draw says."""
+    if "crop" in draw.changes and draw.changes["crop"].chosen_B[i]:
+        top, left, bottom, right = draw.changes["crop"].value_Bn[i].astype(int).tolist()
+        pixels = resize(pixels[top:bottom, left:right], size)
     shift_x, shift_y = draw.shift_x_B[i], draw.shift_y_B[i]
     if shift_x or shift_y:
         at = np.arange(len(pixels))
