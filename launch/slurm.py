@@ -9,6 +9,7 @@ saves a checkpoint, goes back to the queue and goes on from there.
 
 import argparse
 import dataclasses
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -109,15 +110,14 @@ def _positive(text: str) -> int:
 
 
 def _minutes(text: str) -> int:
-    """[DAYS-]HH:MM:SS, HH:MM:SS or minutes."""
-    days, _, clock = text.rpartition("-")
-    parts = clock.split(":")
-    if not all(part.isdigit() for part in (days or "0", *parts)) or len(parts) not in (1, 3):
+    """[DAYS-]HH:MM:SS or minutes, as minutes."""
+    if text.isdigit() and int(text):
+        return int(text)
+    parts = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", text)
+    if parts is None:
         raise argparse.ArgumentTypeError(f"{text!r} must be [DAYS-]HH:MM:SS or minutes")
-    if len(parts) == 1:
-        return int(parts[0])
-    hours, minutes, seconds = map(int, parts)
-    return max(1, int(days or 0) * 1440 + hours * 60 + minutes + (seconds > 0))
+    days, hours, minutes, seconds = (int(part or 0) for part in parts.groups())
+    return max(1, days * 1440 + hours * 60 + minutes + (seconds > 0))
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ class Training:
             else:
                 _say(f"not queued again: --max-requeues is {self.max_requeues}. Submit it again.")
         if code:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm's, while Python tidies up
             sys.exit(code)
 
 
@@ -68,8 +69,9 @@ def _requeue(restarts: int, limit: int) -> None:
     if job.global_rank == 0:
         job._requeue(limit - restarts - 1)
     if "SLURM_JOB_ID" in os.environ:  # a task that ended by itself would be taken for a failure
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(_SECONDS_TO_BE_KILLED)
+        until = time.monotonic() + _SECONDS_TO_BE_KILLED
+        while not preemption.received(signal.SIGTERM) and time.monotonic() < until:
+            time.sleep(0.1)
 
 
 def _say(text: str) -> None:

@@ -1,0 +1,80 @@
+"""Which of its addresses a host gives to the others, and whether that is one they can reach."""
+
+import os
+import socket
+import struct
+import sys
+
+
+def refuse_unreachable() -> str | None:
+    """Look at the address that gloo will take here, where there are several hosts.
+
+    NCCL has its own setting and takes no loopback by itself, so only what is set is looked at.
+
+    Returns:
+        A warning, if another interface is the one that leads to the first host; else ``None``.
+
+    Raises:
+        OSError: If the address is one that no other host can reach; the message says what to set.
+    """
+    hosts = int(os.environ.get("WORLD_SIZE", "1")) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    master = os.environ.get("MASTER_ADDR", "")
+    if hosts < 2 or sys.platform != "linux":
+        return None
+    right = _address_towards(master)
+    if right is None or right.startswith("127."):
+        return None  # all "hosts" are this machine
+    should = f"{_interface_of(right) or 'the one of ' + right} ({right}) leads to {master}"
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        name = os.environ.get(variable, "").split(",")[0].lstrip("=")
+        if name.startswith("^"):
+            continue
+        taken = address_of(name) if name else _own() if variable.startswith("GLOO") else right
+        how = f"{variable} = {name!r}" if name else f"{variable} is not set, and this host's name"
+        if taken is None or taken == right:
+            continue
+        if taken.startswith("127."):
+            raise OSError(
+                f"{how} is {taken}, which no other host can reach; {should}. Set "
+                f"{variable}={_interface_of(right)}."
+            )
+        return f"{how} is {taken}, but {should}. If ranks do not find each other, set {variable}."
+    return None
+
+
+def address_of(interface: str) -> str | None:
+    """The IPv4 address of an interface, or of the first one whose name begins so, as gloo takes."""
+    for _, name in socket.if_nameindex():
+        if name.startswith(interface):
+            import fcntl
+
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+                try:
+                    wanted = struct.pack("256s", name.encode()[:15])
+                    answer = fcntl.ioctl(probe.fileno(), 0x8915, wanted)  # SIOCGIFADDR
+                except OSError:
+                    continue
+                return socket.inet_ntoa(answer[20:24])
+    return None
+
+
+def _interface_of(address: str) -> str | None:
+    names = (name for _, name in socket.if_nameindex())
+    return next((name for name in names if address_of(name) == address), None)
+
+
+def _own() -> str | None:
+    try:
+        return socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return None
+
+
+def _address_towards(host: str) -> str | None:
+    """The address that this host would send from; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 9))
+        except OSError:
+            return None
+        return str(probe.getsockname()[0])
