@@ -297,7 +297,15 @@ class Config(Section):
 
 
 _CHANGES_NO_RESULT: dict[str, Any] = {
-    "run": {"folder", "threads", "resume", "resume_from", "fruitless_starts", "hang_seconds"},
+    "run": {
+        "folder",
+        "threads",
+        "resume",
+        "resume_from",
+        "fruitless_starts",
+        "hang_seconds",
+        "preflight",
+    },
     # The data's fingerprint stands for its paths.
     "data": {"train", "skip", "bad_share", "threads", "prefetch"},
     "verification": True,

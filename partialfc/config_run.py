@@ -49,6 +49,9 @@ class Run(Section):
     ten times as long, and the first one, a verification or a save sixty times. 0 never ends a
     run."""
 
+    preflight: bool = False
+    """Look at the machines before the first step, as launch/preflight.py does; a few seconds."""
+
     deterministic: bool = False
     """Use deterministic kernels only, for a run that repeats bit for bit on the same hardware.
     Slower."""

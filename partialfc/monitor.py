@@ -117,7 +117,7 @@ class Monitor:
         exporter.set(
             "build_info",
             1,
-            version=_version(),
+            version=package_version(),
             torch=torch.__version__,
             python=platform.python_version(),
         )
@@ -189,7 +189,8 @@ def _look_at(folder: Path) -> Mapping[str, float]:
     return found
 
 
-def _version() -> str:
+def package_version() -> str:
+    """Version of this package, where it is installed."""
     try:
         return importlib.metadata.version("partialfc")
     except importlib.metadata.PackageNotFoundError:

@@ -22,6 +22,7 @@ from torch import Tensor
 from partialfc.backbones import build_backbone
 from partialfc.collectives import gather_rows, sum_to_owner
 from partialfc.config import Config, ConfigError
+from partialfc.console import show_table
 from partialfc.data.dataset import DataSet
 from partialfc.data.stream import Batches
 from partialfc.monitor import package_version
@@ -74,12 +75,20 @@ def preflight(
     return [finding for check in checks for finding in check]
 
 
-def refuse(findings: list[Finding]) -> None:
-    """Raise what was refused, in one message.
+def report(findings: list[Finding], runtime: Runtime) -> None:
+    """Show the findings on rank 0, and raise what was refused, in one message.
 
     Raises:
         ConfigError: If anything was.
     """
+    if runtime.leads:
+        rows = {
+            one.name: one.value
+            if one.level == "fine"
+            else f"{one.level}: {one.value}. {one.remedy}"
+            for one in findings
+        }
+        show_table("Preflight", rows)
     refused = [one for one in findings if one.level == "refused"]
     if refused:
         raise ConfigError(
@@ -144,7 +153,10 @@ def _collectives(config: Config, runtime: Runtime) -> Iterator[Finding]:
     for name, collective in kinds:
         seconds = _timed(collective, runtime)
         moved = whole.numel() * whole.element_size() * (ranks.size - 1) / ranks.size
-        value = f"{1e3 * seconds:.2f} ms for {whole.numel() * 4 / 2**20:.1f} MiB, {moved / seconds / 1e9:.2f} GB/s"
+        value = (
+            f"{1e3 * seconds:.2f} ms for {whole.numel() * 4 / 2**20:.3g} MiB, "
+            f"{moved / seconds / 1e9:.2f} GB/s"
+        )
         slow = runtime.device.type == "cuda" and moved / seconds < _GPU_BYTES_PER_SECOND
         large = moved > 16 << 20  # below it, latency is what is measured
         yield Finding(
@@ -176,7 +188,7 @@ def _decoding(runtime: Runtime, open_batches: Callable[[], Batches]) -> Iterator
         all_agree(True, runtime.ranks)
         start, images = time.monotonic(), 0
         while time.monotonic() - start < _SECONDS_OF_DECODING:
-            images += len(next(batches)[0])
+            images += len(next(batches).images)
         if runtime.device.type == "cuda":
             torch.cuda.synchronize()  # host sync: it is measured
         own = images / (time.monotonic() - start)
@@ -220,12 +232,13 @@ def _disk(config: Config, runtime: Runtime, dataset: DataSet) -> Iterator[Findin
     kept = config.checkpoint.keep + 1
     value = (
         f"{free / 2**30:.1f} GiB free, {speed / 2**20:,.0f} MiB/s written and synced; a checkpoint "
-        f"is {needed / 2**30:.2f} GiB, {needed / speed:.1f} s"
+        f"is {needed / 2**30:.3g} GiB, {needed / speed:.1f} s"
     )
     if free < kept * needed * _HEAD_ROOM:
         yield Finding(
             "run.folder",
-            f"{value}; checkpoint.keep = {config.checkpoint.keep} needs {kept * needed / 2**30:.2f} GiB",
+            f"{value}; checkpoint.keep = {config.checkpoint.keep} needs "
+            f"{kept * needed / 2**30:.3g} GiB",
             "refused",
             "Make room, lower checkpoint.keep, or set another run.folder.",
         )
@@ -263,9 +276,7 @@ def checkpoint_bytes(config: Config, num_identities: int) -> int:
     width = 4 if config.head.center_format == "fp32" else 2
     momentum = getattr(config.head.optimizer, "momentum_format", "fp32")
     state_width = {"fp32": 4, "bf16": 2, "int8": 1}[momentum]
-    row = config.backbone.embedding_dim * (
-        width + state_width * states[config.head.optimizer.name]
-    )
+    row = config.backbone.embedding_dim * (width + state_width * states[config.head.optimizer.name])
     of_backbone = 4 * (weights * (1 + states[config.optimizer.name]) + buffers)
     return of_backbone + num_identities * row
 

@@ -16,6 +16,7 @@ from torch.distributed import PrefixStore, TCPStore
 
 from partialfc.collectives import Ranks
 from partialfc.config import Config, ConfigError
+from partialfc.network import refuse_unreachable
 from partialfc.permutation import key
 from partialfc.watchdog import Watchdog
 
@@ -52,6 +53,7 @@ def running(config: Config) -> Iterator[Runtime]:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     config.check(world_size)
+    _check_network()
     device = _device(config.run.device, local_rank(), ranks_here)
     torch.set_num_threads(config.run.threads or max(1, (os.cpu_count() or 1) // ranks_here))
     torch.manual_seed(key(config.run.seed, "weights"))
@@ -87,6 +89,15 @@ def running(config: Config) -> Iterator[Runtime]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _check_network() -> None:
+    try:
+        warning = refuse_unreachable()
+    except OSError as error:
+        raise ConfigError(str(error)) from error
+    if warning and local_rank() == 0:
+        print(f"warning: {warning}", flush=True)
 
 
 def local_rank() -> int:

@@ -26,6 +26,7 @@ from partialfc.ledger import fruitless, keeping
 from partialfc.metrics import write_text
 from partialfc.permutation import key
 from partialfc.preemption import Preempted
+from partialfc.preflight import Finding, preflight, report
 from partialfc.recorder import Recorder, Step
 from partialfc.runtime import Runtime, average_buffers, from_leader, refuse_interrupted
 from partialfc.saver import Saver
@@ -43,6 +44,8 @@ def train(config: Config, runtime: Runtime) -> None:
         CrashLoopError: If the last starts came to no new step.
         Preempted: On every rank, after a checkpoint, if SIGUSR2 reached any of them.
     """
+    if config.run.preflight:
+        report(look_before(config, runtime), runtime)
     dataset, order, total_steps = _data(config)
     evaluation = Evaluation(config, runtime)
     model = build(config, runtime, dataset.num_identities)
@@ -108,6 +111,12 @@ def train(config: Config, runtime: Runtime) -> None:
             )
             if reached < total_steps:
                 raise Preempted(f"stopped as asked, after the checkpoint of step {reached}.")
+
+
+def look_before(config: Config, runtime: Runtime) -> list[Finding]:
+    """Return what a look at the machines finds, before a run or instead of it. Collective."""
+    dataset, order, _ = _data(config)
+    return preflight(config, runtime, dataset, lambda: _batches(config, runtime, dataset, order, 0))
 
 
 def _refuse_crash_loop(
