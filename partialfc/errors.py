@@ -1,7 +1,8 @@
 """The causes that end a run, each with its exit code.
 
 2 settings (:class:`~partialfc.settings_file.ConfigError`), 3 not finite, 4 checkpoint, 5 data,
-6 hang, 7 lost rank, 8 crash loop, 130 stopped; 1 is everything that nobody foresaw.
+6 hang, 7 lost rank, 8 crash loop, 75 preempted (:class:`~partialfc.preemption.Preempted`), 130
+stopped; 1 is everything that nobody foresaw.
 """
 
 

@@ -18,6 +18,7 @@ from partialfc.collectives import Ranks
 from partialfc.config import Config, ConfigError
 from partialfc.network import refuse_unreachable
 from partialfc.permutation import key
+from partialfc.preemption import Preempted
 from partialfc.watchdog import Watchdog
 
 _interrupted = False
@@ -78,6 +79,9 @@ def running(config: Config) -> Iterator[Runtime]:
         yield Runtime(ranks, device, watchdog)
     except BaseException as error:
         if watchdog is None:
+            raise
+        if isinstance(error, Preempted):  # all ranks leave together, and wait to be queued again
+            watchdog.close()
             raise
         explained = watchdog.explain(error)
         if explained is error:
