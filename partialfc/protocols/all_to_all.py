@@ -19,7 +19,8 @@ from torch import Tensor
 from partialfc.protocols import unit_rows
 
 ROWS, COLUMNS = 2048, 8192
-_CHUNK = 1 << 16
+_CHUNK = 1 << 14
+_MOST_ROWS = 256
 _ROUGH = torch.bfloat16
 _SLACK = 0.0065
 """Most that a bf16 product of two unit vectors is off: 2·2^-9 + 2^-18 of the rounded factors (the
@@ -177,14 +178,17 @@ class _Largest:
 
     def add(self, rough_RC: Tensor, identity_N: Tensor, start: int, left: int) -> None:
         """Add a tile's impostor pairs, those right of the matrix's diagonal."""
-        limit = self._floor - _SLACK
         rows_R = torch.arange(len(rough_RC), device=rough_RC.device)
-        if limit > -1:  # most rows have none: one pass over the tile finds those that do
-            rows_R = (rough_RC.amax(1) >= limit).nonzero().squeeze(1)
-        # A few rows at a time: before a floor is known, every pair is a candidate.
-        step = max(1, max(self._count, _CHUNK) // rough_RC.shape[1])
-        for some_R in torch.split(rows_R, step if limit <= -1 else max(step, 256)):
-            column_C = torch.arange(left, left + rough_RC.shape[1], device=rough_RC.device)
+        column_C = torch.arange(left, left + rough_RC.shape[1], device=rough_RC.device)
+        step = _MOST_ROWS
+        if self._floor > -math.inf:  # one pass over the tile finds the few rows that matter
+            rows_R = (rough_RC.amax(1) >= self._floor - _SLACK).nonzero().squeeze(1)
+        else:  # every pair is a candidate until the first floor is known
+            step = max(1, _CHUNK // rough_RC.shape[1])
+        at = 0
+        while at < len(rows_R):
+            some_R = rows_R[at : at + step]
+            at, step = at + step, min(2 * step, _MOST_ROWS)
             row_R1 = (some_R + start).unsqueeze(1)
             wanted_RC = rough_RC[some_R] >= self._floor - _SLACK
             wanted_RC &= (column_C > row_R1) & (identity_N[column_C] != identity_N[row_R1])

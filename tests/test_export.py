@@ -1,0 +1,128 @@
+"""Exported files next to the original, on real handwriting, and as insightface would open them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from partialfc.backbones import build_backbone
+from partialfc.data.jpeg import decode
+from partialfc.data.pairs import read_pairs
+from partialfc.data.torch_loader import resize
+from tools import export
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+PAIRS = Path(__file__).parent / "data" / "pairs" / "pairs_proto4.bin"
+SIZE, DIM = 48, 64
+SIZED = ["--image-size", str(SIZE)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Statistics of BatchNorm that are not those of a fresh network."""
+    path = tmp_path_factory.mktemp("model") / "model.pt"
+    torch.manual_seed(0)
+    backbone = build_backbone("convnet_s", embedding_dim=DIM, image_size=SIZE).train()
+    with torch.no_grad():
+        for _ in range(3):
+            backbone(torch.randn(8, 3, SIZE, SIZE))
+    torch.save(backbone.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module", params=["outside", "inside"])
+def exported(request, model, tmp_path_factory):
+    out = tmp_path_factory.mktemp(request.param)
+    words = [str(model), str(out), "--check", str(PAIRS), "--data-licence", "CC0", *SIZED]
+    words += ["--inside"] if request.param == "inside" else ["--formats", "onnx,fp16"]
+    assert export.main(words) == 0, "a file is not the original"
+    return request.param, out
+
+
+class ArcFaceOnnx:
+    """What insightface's runtime does with a file: shapes, names of nodes, one output."""
+
+    def __init__(self, path):
+        nodes = onnx.load(path).graph.node[:8]
+        subtracts = any(node.name.startswith(("Sub", "_minus")) for node in nodes)
+        multiplies = any(node.name.startswith(("Mul", "_mul")) for node in nodes)
+        self.mean, self.std = (0.0, 1.0) if subtracts and multiplies else (127.5, 127.5)
+        self.session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        first = self.session.get_inputs()[0]
+        self.name, self.size = first.name, tuple(first.shape[2:4][::-1])
+        assert len(self.session.get_outputs()) == 1
+
+    def embed(self, images):
+        assert self.size == (SIZE, SIZE)
+        blob = (np.stack(images).astype(np.float32) - self.mean) / self.std
+        return self.session.run(None, {self.name: blob.transpose(0, 3, 1, 2).copy()})[0]
+
+
+@pytest.mark.parametrize(
+    ("file", "smallest"), [("model.onnx", 0.99999), ("model_fp16.onnx", 0.999)]
+)
+def test_insightfaces_runtime_makes_the_originals_embeddings(exported, model, file, smallest):
+    """The wrong mean, a swapped channel or a fixed batch would show here."""
+    _, out = exported
+    images = [decode(np.frombuffer(i, np.uint8)) for i in read_pairs(PAIRS).images[:7]]
+    images = [resize(pixels, SIZE) for pixels in images]
+    runtime = ArcFaceOnnx(out / file)
+    backbone = build_backbone("convnet_s", embedding_dim=DIM, image_size=SIZE).eval()
+    backbone.load_state_dict(torch.load(model, weights_only=True))
+    values = (np.stack(images).astype(np.float32) - 127.5) / 127.5
+    with torch.no_grad():
+        wanted = backbone(torch.from_numpy(values.transpose(0, 3, 1, 2).copy())).numpy()
+    for number in (1, len(images)):
+        found = runtime.embed(images[:number])
+        cosine = (found * wanted[:number]).sum(1) / (
+            np.linalg.norm(found, axis=1) * np.linalg.norm(wanted[:number], axis=1)
+        )
+        assert cosine.min() > smallest
+
+
+def test_every_format_is_written_and_the_card_says_what_is_known(exported):
+    kind, out = exported
+    names = {path.name for path in out.iterdir()}
+    if kind == "outside":
+        assert names == {"README.md", "model.onnx", "model_fp16.onnx"}
+        return
+    assert names == {*export.FILES.values(), "README.md"}
+    card = (out / "README.md").read_text()
+    for words in (
+        "convnet_s",
+        "model_int8.onnx",
+        "Licence of the training data: CC0",
+        "limits",
+    ):
+        assert words in card
+    assert str(out.parent) not in card, "no path of this machine"
+    with safe_open(out / "model.safetensors", "pt") as file:
+        assert file.metadata()["backbone"] == "convnet_s"
+    int8 = onnx.load(out / "model_int8.onnx")
+    assert sum(node.op_type == "QuantizeLinear" for node in int8.graph.node) > 5
+    assert (out / "model_int8.onnx").stat().st_size < 0.6 * (out / "model.onnx").stat().st_size
+
+
+def test_a_file_that_is_not_the_original_is_told(model, tmp_path, monkeypatch, capsys):
+    """A check that cannot fail is none: the bound is moved out of reach."""
+    monkeypatch.setitem(export.ALLOWED, "safetensors", (1.1, 0.0))
+    words = [str(model), str(tmp_path), "--check", str(PAIRS), "--formats", "safetensors", *SIZED]
+    assert export.main(words) == 1
+    assert "NOT THE ORIGINAL" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--formats", "tflite", "--check", str(PAIRS)], "--formats: tflite: must be some of"),
+        ([], "--check: give a .bin of pairs"),
+        (["--check", "missing.bin"], "missing.bin"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused(model, tmp_path, words, message, capsys):
+    assert export.main([str(model), str(tmp_path), *words, *SIZED]) == 2
+    assert message in capsys.readouterr().err
