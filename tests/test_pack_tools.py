@@ -15,6 +15,7 @@ from PIL import Image
 from partialfc.data.jpeg import decode, encode
 from partialfc.data.records import open_pack
 from partialfc.data.synthetic import render
+from tools.bench import fuzz
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "data" / "records" / "insightface.rec"
@@ -174,3 +175,46 @@ def test_what_training_sees_is_drawn(words, tmp_path):
     done = tool("augment.py", config, "data.train=none.rec", "--out", out)
     assert done.returncode == 2
     assert "none.rec" in done.stderr
+
+
+def test_the_data_benchmark_measures_what_is_there(tmp_path):
+    """A moment of each loader and of the disk; figures are recorded by hand, not here."""
+    words = ["--parts", "loaders,cold", "--rounds", 1, "--images", 512, "--seconds", 0.1]
+    done = tool("bench/data.py", *words, "--threads", 1, "--json", tmp_path / "r")
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "r").read_text())
+    rows = record["loaders"]["measured"]
+    assert {"reader alone", "DALI, 1", "torch, Pillow, 1"} <= set(rows)
+    assert all(entry["images_per_cpu_second"] > 100 for (entry,) in rows.values())
+    assert record["cold"]["blocks of 256"][0]["images_per_second"] > 0
+
+
+def test_the_fuzzer_finds_nothing_in_a_moment_and_finds_what_is_there(tmp_path, monkeypatch):
+    """The recorded million inputs are of the same program; a reader that fails is told."""
+    done = tool("bench/fuzz.py", "--inputs", 3000, "--workers", 1, "--json", tmp_path / "r")
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "r").read_text())
+    assert {name: target["inputs"] for name, target in record["targets"].items()} == {
+        "pack": 1200, "jpeg": 1200, "bin": 600,
+    }  # fmt: skip
+    for target in record["targets"].values():
+        assert min(target["outcomes"]["accepted"], target["outcomes"]["refused"]) > 20
+    monkeypatch.setattr(fuzz, "_FOLDER", tmp_path)
+    seeds = [(b"x" * 40,)]
+
+    def broken(files, folder):
+        if files[0][:1] != b"x":
+            raise KeyError("wrong kind")
+        if len(files[0]) > 200:
+            bytearray(300 << 20)
+        if len(files[0]) < 20:
+            time.sleep(3)
+        raise ValueError("right kind")
+
+    monkeypatch.setitem(fuzz.TARGETS, "jpeg", fuzz.Target(seeds, broken, ValueError))
+    before = signal.signal(signal.SIGALRM, fuzz._too_long)
+    outcome = fuzz.fuzz(("jpeg", 1, 0, 300, 0.05, 200))
+    signal.signal(signal.SIGALRM, before)
+    kinds = " ".join(outcome.failures)
+    assert all(kind in kinds for kind in ("KeyError", "MemoryError", "TimeoutError"))
+    assert "--target jpeg --seed 1 --only " in outcome.failures[0]

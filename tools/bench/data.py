@@ -1,0 +1,179 @@
+"""How fast images reach a trainer: reader, loaders, DALI's own reader, cold disk, memory, index.
+
+    python tools/bench/data.py --json OUT            # about five minutes
+    python tools/bench/data.py --parts index,memory --minutes 10 --json OUT
+
+Each measurement runs in a process of its own and they take turns, so that a busy machine is busy
+for all of them; the record has every round. Packs are written to --folder first.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[0] = str(ROOT)
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import tempfile
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from tools.bench.conditions import conditions
+from tools.loading.packs import write_faces, write_huge
+
+PARTS = ("loaders", "cold", "memory", "index")
+BATCH = 128
+NEEDED = 7000
+"""Images per second that an H200 takes with iresnet50."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print the tables, write the record."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--parts", default="loaders,cold,index", help=f"of {','.join(PARTS)}")
+    parser.add_argument("--threads", default="1,2", help="of the loaders")
+    parser.add_argument("--images", type=int, default=30_000, help="in the pack of faces")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of a measurement of speed")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=10.0, help="of the memory measurement")
+    parser.add_argument("--folder", type=Path, help="for the packs; a temporary one")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the record")
+    options = parser.parse_args(arguments)
+    parts = options.parts.split(",")
+    if not set(parts) <= set(PARTS):
+        parser.error(f"--parts takes some of {', '.join(PARTS)}, got {options.parts}.")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        record = {part: globals()[part](options, folder) for part in parts}
+    if options.json:
+        text = json.dumps({**conditions(), "batch": BATCH, **record}, indent=2)
+        options.json.write_text(text + "\n")
+    return 0
+
+
+def loaders(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Images per second of the reader, our loaders and DALI's own reader."""
+    threads = [int(number) for number in options.threads.split(",")]
+    base = {"pack": str(faces(options, folder)), "batch": BATCH, "seconds": options.seconds}
+    rows: dict[str, dict[str, Any]] = {"reader alone": {"measure": "reader"}}
+    for number in threads:
+        rows |= {
+            f"DALI, {number}": {"measure": "ours", "loader": "dali", "threads": number},
+            f"DALI readers.mxnet, {number}": {"measure": "mxnet_reader", "threads": number},
+            f"torch, simplejpeg, {number}": {
+                "measure": "ours",
+                "loader": "torch",
+                "threads": number,
+            },
+            f"torch, Pillow, {number}": {"measure": "ours", "loader": "pillow", "threads": number},
+        }
+        if torch.cuda.is_available():
+            rows[f"DALI mixed, {number}"] = {
+                "measure": "ours", "loader": "dali", "threads": number, "device": "cuda",
+            }  # fmt: skip
+    measured = in_turns({name: base | row for name, row in rows.items()}, options.rounds)
+    show("images/s", measured, ("images_per_second", "images_per_cpu_second"))
+    one = statistics.median(r["images_per_second"] for r in measured[f"DALI, {threads[0]}"])
+    # Twice what is needed: half of a thread's time goes to the trainer's other work and to noise.
+    advice = 2 * math.ceil(NEEDED / (one / threads[0]))
+    print(f"threads per GPU for {NEEDED:,} images/s: {advice}")
+    return {"measured": measured, "threads_per_gpu": advice}
+
+
+def cold(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Images per second from a disk whose pages are not in memory, in both orders."""
+    base = {
+        "measure": "cold_epoch",
+        "pack": str(faces(options, folder)),
+        "batch": BATCH,
+        "images": options.images // BATCH * BATCH // 2,
+        "cold": True,
+    }
+    rows = {"shuffled": base, "blocks of 256": base | {"block": 256}}
+    rows["shuffled, warm"] = base | {"cold": False}
+    measured = in_turns(rows, options.rounds)
+    show("from disk", measured, ("images_per_second", "disk_bytes_per_byte"))
+    return measured
+
+
+def memory(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Memory of both loaders over some minutes."""
+    base = {"pack": str(faces(options, folder)), "batch": BATCH, "seconds": options.minutes * 60}
+    rows = {name: base | {"measure": "memory", "loader": name} for name in ("dali", "torch")}
+    measured = in_turns(rows, 1)
+    show("memory", measured, ("mib", "growth"))
+    return measured
+
+
+def index(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Open 42 million records, first from the .idx and then from the kept index."""
+    if not (folder / "train.idx").exists():
+        write_huge(folder)
+    (folder / "train.rec.index").unlink(missing_ok=True)
+    row = {"measure": "index", "folder": str(folder)}
+    measured = {"from the .idx": [one(row)]}
+    measured["kept"] = [one(row) for _ in range(options.rounds)]
+    show("index", measured, ("seconds", "shared_bytes_per_record", "own_bytes_per_record"))
+    return measured
+
+
+def faces(options: argparse.Namespace, folder: Path) -> Path:
+    """Return the pack of faces, written if it is not there."""
+    path = folder / f"faces{options.images}.rec"
+    if not path.exists():
+        write_faces(path, options.images)
+    return path
+
+
+def in_turns(rows: dict[str, dict[str, Any]], rounds: int) -> dict[str, list[dict[str, Any]]]:
+    """Measure every row once, then again, ``rounds`` times."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in rows}
+    turns = [(name, row) for _ in range(rounds) for name, row in rows.items()]
+    for name, row in track(turns, "measurements", console=Console(stderr=True)):
+        found[name].append(one(row))
+    return found
+
+
+def one(row: dict[str, Any]) -> dict[str, Any]:
+    """Run one measurement in a process."""
+    script = ROOT / "tools" / "loading" / "measures.py"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(script), json.dumps(row)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"{row}: {done.stderr}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def show(title: str, measured: dict[str, list[dict[str, Any]]], columns: tuple[str, ...]) -> None:
+    """Print the medians."""
+    table = Table(title, *(name.replace("_", " ") for name in columns), box=None)
+    for name, rounds in measured.items():
+        table.add_row(
+            name, *(_median([entry.get(column) for entry in rounds]) for column in columns)
+        )
+    Console().print(table)
+
+
+def _median(values: list[Any]) -> str:
+    if None in values:
+        return "-"
+    value = statistics.median(values)
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
