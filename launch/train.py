@@ -9,6 +9,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
 
 import os
+from typing import NoReturn
 
 from partialfc import preemption
 from partialfc.config import ConfigError, help_text, load
@@ -61,5 +62,15 @@ def _say(error: Exception) -> None:
         print(error, file=sys.stderr, flush=True)
 
 
+def _leave(code: int) -> NoReturn:
+    """End the process at once: all is closed, and nothing of it is worth its teardown.
+
+    That of torch, gloo and DALI takes seconds, and one of their threads may abort in it.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    _leave(main(sys.argv[1:]))

@@ -127,7 +127,7 @@ def tensors(folder: Path, step: int) -> dict[str, np.ndarray]:
     parts: dict[str, list[np.ndarray]] = {}
     for path in sorted((folder / "checkpoints" / f"step_{step:08d}").glob("*.safetensors")):
         for name, value in load_file(path).items():
-            parts.setdefault(f"{path.name.split('_')[0]}:{name}", []).append(value)
+            parts.setdefault(f"{path.stem.split('_')[0]}:{name}", []).append(value)
     return {n: np.concatenate(p) if len(p) > 1 else p[0] for n, p in parts.items()}
 
 

@@ -1,0 +1,55 @@
+"""One leg of a run that changes its number of ranks, started by torchrun.
+
+``torchrun --nproc-per-node=W tools/faulting/elastic.py FOLDER STEPS OUT`` goes on from the newest
+checkpoint of FOLDER to STEPS and saves there. OUT/rank_<R>.json gets sample ids, sampled identities
+and loss of every step; with "again" as a fourth argument, nothing is trained and what was loaded is
+saved once more under the step + 1.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import json
+
+import torch
+import torch.distributed as dist
+
+from partialfc import checkpoint
+from partialfc.collectives import Ranks, gather_rows
+from partialfc.runtime import Runtime
+from tools.faulting.model import FACTS, batch_of, small_model, take_step
+
+
+def main(arguments: list[str]) -> int:
+    """Run the leg of this rank."""
+    folder, last, out = Path(arguments[0]), int(arguments[1]), Path(arguments[2])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    runtime = Runtime(Ranks.of(), torch.device("cpu"))
+    ranks = runtime.ranks
+    model = small_model(runtime)
+    found = checkpoint.newest(folder, runtime)
+    first = checkpoint.load(found, model, FACTS, runtime) if found else 0
+    if arguments[3:] == ["again"]:
+        checkpoint.save(folder, first + 1, model, FACTS, runtime, keep=9)
+        dist.destroy_process_group()
+        return 0
+    record = []
+    for step in range(first, last):
+        _, identities, ids = batch_of(step, ranks.rank, ranks.size)
+        sample = model.head.sampler(step, gather_rows(identities, ranks))
+        assert sample.rows is not None
+        sampled = (sample.rows + model.head.owned.start).sort().values.tolist()
+        loss = take_step(model, step, runtime)
+        record.append({"step": step, "ids": ids, "sampled": sampled, "loss": loss})
+    checkpoint.save(folder, last, model, FACTS, runtime, keep=9)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"rank_{ranks.rank}.json").write_text(json.dumps(record))
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
