@@ -14,12 +14,15 @@ from torch import Tensor
 from partialfc.bad_images import BadImages
 from partialfc.config import Config
 from partialfc.console import ProgressBar, show_table
+from partialfc.environment import environment
 from partialfc.errors import NonFiniteError
 from partialfc.evaluation import Results, Verified
 from partialfc.figures import training_figure
 from partialfc.ledger import Ledger
 from partialfc.metrics import JsonLines, Sink, TensorBoard, read_records, write_json
 from partialfc.monitor import Monitor
+from partialfc.protocols.curves import curves
+from partialfc.report import read_run, write_report
 from partialfc.runtime import Runtime, largest, peak_memory
 
 _SKIPS_IN_A_ROW = 20
@@ -207,7 +210,7 @@ class Recorder:
             self._write(step, headline)
 
     def finish(self) -> None:
-        """Write ``summary.json`` and ``training.png`` and show where everything is. Collective."""
+        """Write summary, curves, picture and report, and show where they are. Collective."""
         peak = largest(peak_memory(self._runtime.device), self._runtime.ranks)
         if not self._runtime.leads:
             return
@@ -218,6 +221,10 @@ class Recorder:
         records = read_records(folder / "metrics.jsonl")
         summary = self._summary(peak, records)
         write_json(folder / "summary.json", summary)
+        verified = self._results.verified if self._results else {}
+        found = {name: asdict(curves(one.cosine, one.same)) for name, one in verified.items()}
+        write_json(folder / "curves.json", found)
+        write_report(folder / "report.html", [read_run(folder)])
         first = next(iter(self._results.verified.values()), None) if self._results else None
         self._draw(first, records)
         self._show(summary)
@@ -241,6 +248,7 @@ class Recorder:
             "samples_seen": self._step * self._config.data.global_batch,
             "loss": losses[-1] if losses else None,
             "torch": torch.__version__,
+            "environment": environment(self._runtime.device),
         }
         if self._results is None:
             return summary
@@ -305,6 +313,7 @@ class Recorder:
         if self._config.log.tensorboard:
             rows["TensorBoard"] = f"tensorboard --logdir {folder / 'tensorboard'}"
         rows["picture"] = str(folder / "training.png")
+        rows["report"] = str(folder / "report.html")
         rows["summary"] = str(folder / "summary.json")
         show_table("Done", rows)
 

@@ -88,6 +88,9 @@ def test_a_run_leaves_all_that_it_promises(packs, tmp_path, ranks):
     with Image.open(tmp_path / "training.png") as picture:
         assert np.asarray(picture.convert("L")).std() > 5, "the picture is not blank"
     assert list((tmp_path / "tensorboard").glob("events*"))
+    page = (tmp_path / "report.html").read_text()
+    assert "ROC of heldout_pairs" in page
+    assert "commit" in page
     again = subprocess.run(
         [sys.executable, "launch/train.py", str(tmp_path / "config.toml"), "run.steps=5"],
         cwd=ROOT,

@@ -45,6 +45,8 @@ FLOORS = {
     "row_optimizer": 1,
     "protocols": 1,
     "figures": 1,
+    "report": 1,
+    "environment": 1,
     "foreign": 1,
     "guidance": 1,
     "centers": 1,
