@@ -175,5 +175,10 @@ def set_aside(paths: Sequence[Path]) -> None:
         path.rename(aside)
 
 
+def count_invalid(folder: Path) -> int:
+    """How many checkpoints of a folder were ever set aside."""
+    return sum(1 for _ in folder.glob(".step_*.invalid"))
+
+
 def _digest_of(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

@@ -68,6 +68,10 @@ TABLE = (
         "replaced_images_total",
     ),
     Metric("peak_memory_bytes", "bytes", "Peak memory of rank 0"),
+    Metric("slowest_rank", "", "The rank that the others wait for most"),
+    Metric("slowest_rank_seconds", "seconds", "How much longer the others wait in a step for it"),
+    Metric("slow_ranks", "ranks", "1 while it is so slow that the run says so"),
+    Metric("invalid_checkpoints", "", "Checkpoints that were set aside because they are corrupt"),
     Metric(
         "goodput",
         "",

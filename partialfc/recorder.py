@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from partialfc.bad_images import BadImages
+from partialfc.checkpoint_folder import count_invalid
 from partialfc.config import Config
 from partialfc.console import ProgressBar, show_table
 from partialfc.environment import environment
@@ -21,6 +22,7 @@ from partialfc.figures import training_figure
 from partialfc.ledger import Ledger
 from partialfc.metrics import JsonLines, Sink, TensorBoard, read_records, write_json
 from partialfc.monitor import Monitor
+from partialfc.pace import Pace
 from partialfc.protocols.curves import curves
 from partialfc.report import read_run, write_report
 from partialfc.runtime import Runtime, largest, peak_memory
@@ -81,6 +83,8 @@ class Recorder:
         self._loss, self._skipped = zero.clone(), zero.clone()
         self._bad_losses, self._in_a_row, self._longest = zero.clone(), zero.clone(), zero.clone()
         self.bad_images = BadImages(config.run.folder, config.data.bad_share, runtime.ranks)
+        self._pace = Pace(runtime.ranks, device)
+        self._invalid = count_invalid(config.run.folder / "checkpoints")
         self._untrained: Results | None = None
         self._results: Results | None = None
         self._sinks: list[Sink] = []
@@ -124,6 +128,7 @@ class Recorder:
             torch.cuda.synchronize()  # host sync: what was queued before belongs to training
         start = time.monotonic()
         yield
+        self._pace.skip()
         self._clock += time.monotonic() - start
 
     def stepped(self, step: int, done: Step, rate: float) -> None:
@@ -165,9 +170,14 @@ class Recorder:
             "peak_memory_bytes": peak_memory(self._runtime.device),
             **{f"loss_{name}": term for name, term in zip(done.terms, terms, strict=True)},
         }
+        if slowest := self._pace.look(count, seconds / count):
+            values["slowest_rank"] = slowest.rank
+            values["slowest_rank_seconds"] = slowest.seconds
+            values["slow_ranks"] = int(slowest.slow)
         if self._runtime.leads:
             totals = self.ledger.totals()
             values["goodput"] = totals.pop("goodput")
+            values["invalid_checkpoints"] = self._invalid
             values |= {f"spent_{kind}_seconds": value for kind, value in totals.items()}
         self._write(step, {name: value for name, value in values.items() if math.isfinite(value)})
         self._loss.zero_()

@@ -1,16 +1,23 @@
 """One rank's checkpoints; tests/distributed moves them between world sizes."""
 
+import hashlib
 import json
-import random
+import re
 import shutil
+import time
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from partialfc import checkpoint
-from partialfc.checkpoint import CheckpointError
+from partialfc import checkpoint, checkpoint_folder
+from partialfc.checkpoint import CheckpointError, Saver
+from partialfc.disk import Disk
+from partialfc.tensor_file import write_tensors
 from partialfc.train import train_step
 from tests.models import batch, flat_model, runtime, settings, weights
+from tools.faulting.crash import corruptions, crash_points
+from tools.faulting.disk import FullDisk
 
 FACTS = {"pack": "abc", "run.seed": 2048}
 
@@ -109,48 +116,183 @@ def test_no_checkpoint_is_overwritten(tmp_path):
     assert checkpoint.verify(tmp_path / "step_00000001") is None
 
 
-def test_every_damage_is_found(tmp_path):
-    """Flipped bytes, cut, missing and swapped files, an edited manifest."""
+def test_every_damage_is_found(tmp_path, capsys):
+    """R6: flipped, cut, grown, zeroed, missing and swapped files; the one before is found."""
+    accepted = [what for what, taken in corruptions(tmp_path, runtime(), 120) if taken]
+    assert not accepted
+    said = capsys.readouterr().out
+    for file in ("backbone.safetensors", "centers_0000000000.safetensors", "manifest.json"):
+        assert f"not a valid checkpoint: {file}" in said
+
+
+def test_an_edited_manifest_is_found(tmp_path):
     path = save(tmp_path, 1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps({**manifest, "step": 2}))
+    assert "manifest.json is corrupt" in checkpoint.verify(path)
+
+
+@pytest.mark.parametrize("power", [False, True], ids=["the process dies", "the machine dies"])
+def test_a_save_may_die_at_every_operation(tmp_path, power):
+    """R5, R8: every write, sync, rename and removal, those of the purge too."""
+    problems = list(crash_points(tmp_path, runtime(), power=power))
+    assert len(problems) > 25
+    assert not any(problems)
+
+
+def signed(path, change):
+    """Change a manifest and sign it again, as no accident does."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    change(manifest)
+    manifest.pop("sha256", None)
+    digest = checkpoint_folder._digest_of(manifest)
+    (path / "manifest.json").write_text(json.dumps({**manifest, "sha256": digest}))
+
+
+def test_whatever_is_missing_is_named(tmp_path):
+    """R3: every key of the manifest, every fact, every file and every tensor."""
+    path = save(tmp_path, 1, trained(2))
+    manifest = json.loads((path / "manifest.json").read_text())
     copy = tmp_path / "copies" / path.name
-    chance = random.Random(0)
 
-    def damaged(change):
+    def refused(change, name):
         shutil.copytree(path, copy)
-        change()
-        problem = checkpoint.verify(copy)
-        shutil.rmtree(copy)
-        return problem
+        change(copy)
+        try:
+            if problem := checkpoint.verify(copy):
+                assert name in problem
+                return
+            with pytest.raises(CheckpointError, match=re.escape(name)):
+                checkpoint.load(copy, flat_model(settings()), FACTS, runtime())
+        finally:
+            shutil.rmtree(copy)
 
-    files = sorted(copy / file.name for file in path.iterdir())
+    for key in checkpoint_folder.KEYS - {"format"}:
+        refused(lambda at, key=key: signed(at, lambda m: m.pop(key)), key)
+    refused(lambda at: signed(at, lambda m: m.pop("format")), "format")
+    for fact in FACTS:
+        refused(lambda at, fact=fact: signed(at, lambda m: m["facts"].pop(fact)), fact)
+    for file, about in manifest["files"].items():
+        refused(lambda at, file=file: signed(at, lambda m: m["files"].pop(file)), "it ")
+        for tensor in about["tensors"]:
 
-    def flip():
-        file = chance.choice(files)
-        data = bytearray(file.read_bytes())
-        data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
-        file.write_bytes(data)
+            def drop(at, file=file, tensor=tensor, forget=False):
+                values = load_file(at / file)
+                del values[tensor]
+                save_file(values, at / file)
+                data = (at / file).read_bytes()
+                about = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+                if forget:
+                    about["tensors"] = sorted(values)
+                signed(at, lambda m: m["files"][file].update(about))
 
-    def cut():
-        file = chance.choice(files)
-        data = file.read_bytes()
-        file.write_bytes(data[: chance.randrange(len(data))])
+            refused(drop, tensor)
+            refused(lambda at, drop=drop: drop(at, forget=True), tensor)
 
-    def swap():
-        one, other = chance.sample(files, 2)
-        one.rename(copy / "x")
-        other.rename(one)
-        (copy / "x").rename(other)
 
-    def edit():
-        manifest = json.loads((copy / "manifest.json").read_text())
-        manifest["step"] = 2
-        (copy / "manifest.json").write_text(json.dumps(manifest))
+def test_what_is_changed_after_save_returned_is_not_saved(tmp_path):
+    """R9: a copy is written, not what training goes on with; leaving waits for it."""
+    model = trained(3)
+    before = weights(model)
+    with Saver(tmp_path, FACTS, runtime(), keep=1) as saver:
+        saver.save(3, model)
+        for tensor in (*model.backbone.parameters(), model.head.centers):
+            tensor.data.fill_(7)
+        for optimizer in (model.optimizer, model.head.optimizer):
+            for state in optimizer.state.values():
+                for value in state.values():
+                    value.fill_(7)
+    other = flat_model(settings())
+    checkpoint.load(tmp_path / "step_00000003", other, FACTS, runtime())
+    assert all(map(torch.equal, weights(other), before))
 
-    assert damaged(lambda: None) is None
-    for change in [flip] * 60 + [cut] * 20 + [swap] * 6 + [edit]:
-        assert damaged(change), change.__name__
-    for file in files:
-        assert damaged(file.unlink), file.name
+
+class Slow(Disk):
+    """Takes its time, so that something can happen meanwhile."""
+
+    def sync(self, path):
+        time.sleep(0.05)
+        super().sync(path)
+
+
+def test_a_failure_behind_the_training_is_raised_within_one_step(tmp_path):
+    """R9: not at the next save, and not at the end of the run."""
+
+    class Broken(Slow):
+        def rename(self, old, new):
+            raise OSError(5, "Input/output error")
+
+    with Saver(tmp_path, FACTS, runtime(), keep=1, disk=Broken()) as saver:
+        saver.save(1, trained())
+        saver.check()
+        assert saver.pending, "it is written behind the training"
+        while saver.pending:
+            time.sleep(0.01)
+        with pytest.raises(CheckpointError, match="Input/output error"):
+            saver.check()
+    assert not names(tmp_path)
+
+
+def test_a_full_or_read_only_disk_says_what_is_needed_and_leaves_nothing(tmp_path):
+    """R7: the checkpoint before it stays, the temporary folder goes."""
+    save(tmp_path, 1)
+    for capacity in (0, 100, 3000):
+        with (
+            pytest.raises(
+                CheckpointError, match=r"No space left.*[1-9][\d,]* bytes needed by rank 0"
+            ),
+            Saver(tmp_path, FACTS, runtime(), keep=1, disk=FullDisk(capacity)) as saver,
+        ):
+            saver.save(2, trained())
+        assert names(tmp_path) == ["step_00000001"]
+    file = tmp_path / "a file"
+    file.write_text("no folder can be here")
+    with pytest.raises(CheckpointError, match="was not written"):
+        save(file / "checkpoints", 1)
+
+
+def test_some_checkpoints_are_kept_for_good(tmp_path):
+    with Saver(tmp_path, FACTS, runtime(), keep=2, keep_every_steps=3) as saver:
+        for step in range(1, 9):
+            saver.save(step, trained())
+    assert names(tmp_path) == [f"step_{step:08d}" for step in (3, 6, 7, 8)]
+
+
+def test_the_files_are_safetensors(tmp_path):
+    """What our writer writes, the library reads: every dtype, empty and scalar tensors."""
+    kinds = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32)
+    kinds += (torch.int16, torch.int8, torch.uint8, torch.bool)
+    tensors = {str(kind): torch.arange(-3, 9).to(kind).view(3, 4) for kind in kinds}
+    tensors |= {"scalar": torch.tensor(3.5), "empty": torch.zeros(0, 4)}
+    path = tmp_path / "x.safetensors"
+    written = write_tensors(path, tensors, Disk())
+    assert written.bytes == path.stat().st_size
+    assert written.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert written.tensors == sorted(tensors)
+    found = load_file(path)
+    assert found.keys() == tensors.keys()
+    for name, value in tensors.items():
+        assert found[name].dtype == value.dtype
+        assert torch.equal(found[name], value)
+
+
+def test_rows_are_read_in_pieces(tmp_path, monkeypatch):
+    """A matrix of 100 GB needs no second one in memory."""
+    model = trained(2)
+    path = save(tmp_path, 2, model)
+    other = flat_model(settings())
+    read = []
+    pieces = checkpoint._pieces
+
+    def noted(*arguments):
+        read.extend(found := pieces(*arguments))
+        return found
+
+    monkeypatch.setattr(checkpoint, "_PIECE_BYTES", 7 * 8 * 16)
+    monkeypatch.setattr(checkpoint, "_pieces", noted)
+    checkpoint.load(path, other, FACTS, runtime())
+    assert max(stop - start for start, stop in read) == 7
+    assert all(map(torch.equal, weights(other), weights(model)))
 
 
 def test_another_run_is_named_by_what_differs(tmp_path):

@@ -54,6 +54,7 @@ FLOORS = {
     "checkpoint_folder": 1,
     "collectives": 2,
     "watchdog": 2,
+    "pace": 2,
     "runtime": 2,
     "agreement": 2,
     "embedding": 2,
