@@ -1,9 +1,12 @@
-"""Make a pack from a folder with one folder of images per identity.
+"""Make a pack from a folder with one folder of images per identity, a list, or tar shards.
 
-The identities are 0, 1, ... in the order of the folders' names; OUT.identities.json lists the names
-in that order. A JPEG image that is SIZE x SIZE and upright is stored byte for byte; any other is
-turned as its EXIF says, made RGB, resized to a square and stored as JPEG. The same images give the
-same bytes with any number of workers. Finished work is kept in OUT.parts until the pack is
+A list is a text file with a line ``path<TAB>identity`` for each image, paths relative to it. Tar
+shards (a .tar, or a folder of them) are as WebDataset writes them: the identity of ``x.jpg`` is in
+``x.cls``, or is the folder that it is in. The identities are 0, 1, ... in the order of their names,
+or of their numbers if all are numbers; OUT.identities.json lists them in that order. A JPEG image
+that is SIZE x SIZE and upright is stored byte for byte; any other is turned as its EXIF says, made
+RGB, resized to a square and stored as JPEG. The same images give the same bytes with any number of
+workers. Finished work is kept in OUT.parts until the pack is
 complete: start a stopped run again with the same words and it goes on from there.
 """
 
@@ -23,8 +26,9 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from io import BytesIO
+from itertools import count, islice
 from multiprocessing.connection import wait
 from typing import NamedTuple
 
@@ -35,23 +39,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from partialfc.data.record_writer import PackWriter, write_insightface_pack
 from partialfc.data.records import open_pack
+from tools.packing.sources import SUFFIXES, Fault, Source, Survey, file_of, open_source, read
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
 CHUNK = 1024
 """Images of one piece of work, and at most so many per worker are done again after a kill."""
 EXIF_ORIENTATION = 0x0112
 
 
-class Fault(NamedTuple):
-    """A file or folder that cannot be used, and why."""
-
-    path: str
-    why: str
-
-
 class Task(NamedTuple):
-    """One piece of work: images as (number of the folder, path inside the source)."""
+    """One piece of work: images as (number of the folder, place in the source)."""
 
     number: int
     images: list[tuple[int, str]]
@@ -76,13 +73,15 @@ class Recipe:
 
     def digest(self, task: Task) -> str:
         """Return what a piece depends on, hashed; a file that changed changes it."""
-        stamps = [(folder, path, *_stamp(self.source / path)) for folder, path in task.images]
+        stamps = [
+            (folder, path, *_stamp(file_of(self.source, path))) for folder, path in task.images
+        ]
         text = json.dumps([PIL.__version__, self.size, self.quality, stamps])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def jpeg(self, path: str) -> bytes:
         """Return an image as it is stored."""
-        data = (self.source / path).read_bytes()
+        data = read(self.source, path)
         with Image.open(BytesIO(data), formats=FORMATS) as image:
             image.load()  # to the end: a truncated file fails here
             if (
@@ -99,20 +98,12 @@ class Recipe:
         return stored.getvalue()
 
 
-@dataclass
-class Survey:
-    """What was seen of the source besides its images."""
-
-    ignored: int = 0
-    faults: list[Fault] = field(default_factory=list)
-
-
 def main() -> int:
     """Run the tool; return its exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", type=Path, help="folder with one folder of images per identity")
+    parser.add_argument("source", type=Path, help="folder of folders, list, or tar shards")
     parser.add_argument("out", type=Path, help="the pack to write, a name that ends with .rec")
     parser.add_argument("--size", type=int, default=112, help="width and height in pixels")
     parser.add_argument("--quality", type=int, default=95, help="of JPEG images made here, 1...100")
@@ -144,20 +135,17 @@ def make_pack(arguments: argparse.Namespace, console: Console) -> None:
     """
     out, source = arguments.out, arguments.source
     check_arguments(arguments)
-    with os.scandir(source) as scan:
-        entries = list(scan)
-    names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
-    if not names:
-        raise ValueError(f"{source} holds no folders, must hold one per identity.")
-    recipe = Recipe(source, out.with_suffix(".parts"), arguments.size, arguments.quality)
+    survey = Survey()
+    opened = open_source(source, survey)
+    names = opened.names
+    recipe = Recipe(opened.root, out.with_suffix(".parts"), arguments.size, arguments.quality)
     recipe.parts.mkdir(exist_ok=True)
-    survey = Survey(ignored=len(entries) - len(names))
 
     pieces: list[Piece] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
         row = bar.add_task("identities read", total=len(names))
-        for task, piece in run(recipe, tasks(source, names, survey), arguments.workers):
+        for task, piece in run(recipe, tasks(opened, survey), arguments.workers):
             pieces.append(piece)
             bar.update(row, completed=task.images[-1][0] + 1)
 
@@ -183,11 +171,11 @@ def make_pack(arguments: argparse.Namespace, console: Console) -> None:
 def check_arguments(arguments: argparse.Namespace) -> None:
     """Raise ValueError for an argument that cannot be used."""
     out, source = arguments.out, arguments.source
-    if not source.is_dir():
-        raise ValueError(f"{source} is not a folder, must hold one folder per identity.")
+    if not source.exists():
+        raise ValueError(f"{source} is not a folder, a .tar or a list: there is no such file.")
     if out.suffix != ".rec":
         raise ValueError(f"{out}: the name of a pack must end with .rec.")
-    if out.resolve().is_relative_to(source.resolve()):
+    if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"{out} must not be inside {source}, whose folders are identities.")
     if out.exists():
         raise ValueError(f"{out} exists already: remove it, or choose another name.")
@@ -199,28 +187,14 @@ def check_arguments(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--{name} must be in [{low}, {high}], got {value}.")
 
 
-def tasks(source: Path, names: list[str], survey: Survey) -> Iterator[Task]:
+def tasks(source: Source, survey: Survey) -> Iterator[Task]:
     """Cut the images, in the order of the pack, into pieces of work; ``survey`` notes the rest."""
-    number, images = 0, []
-    for folder, name in enumerate(names):
-        with os.scandir(source / name) as entries:
-            files = [entry.name for entry in entries]
-        chosen = sorted(file for file in files if is_image(file))
-        survey.ignored += len(files) - len(chosen)
-        if not chosen:
-            survey.faults.append(Fault(name, "a folder without images"))
-        for file in chosen:
-            images.append((folder, f"{name}/{file}"))
-            if len(images) == CHUNK:
-                yield Task(number, images)
-                number, images = number + 1, []
-    if images:
-        yield Task(number, images)
-
-
-def is_image(name: str) -> bool:
-    """Whether a file is taken for an image; hidden ones are notes of other programs."""
-    return Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
+    images = source.images(survey)
+    for number in count():
+        piece = list(islice(images, CHUNK))
+        if not piece:
+            return
+        yield Task(number, piece)
 
 
 def run(recipe: Recipe, tasks: Iterable[Task], workers: int) -> Iterator[tuple[Task, Piece]]:

@@ -24,7 +24,7 @@ import numpy as np
 from rich.progress import track
 
 from partialfc.permutation import key, permute
-from tools.pack import SUFFIXES
+from tools.packing.sources import SUFFIXES
 
 Images = dict[str, list[Path]]
 
