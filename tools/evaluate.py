@@ -53,12 +53,12 @@ def main(arguments: list[str] | None = None) -> int:
         flip = flip if options.flip is None else options.flip
         modes = Modes(keep_norms=options.norms, detector=options.detector)
         targets = tuple(float(word) for word in options.far.split(","))
-        ways = Ways(trained.known.image_size, flip, modes, options.compat, targets)
+        ways = Ways(flip, modes, options.compat, targets)
         sets = [open_set_of(word, ways) for word in options.sets]
         names = [one.name for one in sets]
         if len(set(names)) < len(names):
             raise ConfigError(f"sets: {', '.join(names)}: results go by name, so rename one.")
-        with running(_settings(options.device)) as runtime:
+        with running(settings_of(options.device)) as runtime:
             found = measure(trained, sets, runtime, flip, options)
             if runtime.leads:
                 _write(options, trained, flip, found)
@@ -178,7 +178,7 @@ def _write(
     print(f"{options.out / 'results.json'}{drawn}")
 
 
-def _settings(device: str) -> Config:
+def settings_of(device: str) -> Config:
     """What a rank needs to join the others; nothing is trained."""
     return Config.model_validate(
         {

@@ -21,15 +21,15 @@ TEMPLATE = np.array(
 """Where left eye, right eye, nose, left and right corner of the mouth go: x, y at 112 pixels; left
 is left in the image."""
 
-_SIZE = 112
+SIZE = 112
+"""Side of an aligned face, in pixels."""
 
 
-def similarity(points: NDArray[np.floating], size: int = _SIZE) -> NDArray[np.float64]:
+def similarity(points: NDArray[np.floating]) -> NDArray[np.float64]:
     """Return the transform [2, 3] that takes landmarks nearest to their places.
 
     Args:
         points: [5, 2], x and y in pixels of the image, in the order of ``TEMPLATE``.
-        size: Side of the aligned image; the places scale with it.
 
     Raises:
         ValueError: If the shape is wrong, a number is not finite, or all points are one.
@@ -37,9 +37,8 @@ def similarity(points: NDArray[np.floating], size: int = _SIZE) -> NDArray[np.fl
     source = np.asarray(points, dtype=np.float64)
     if source.shape != (5, 2) or not np.isfinite(source).all():
         raise ValueError(f"landmarks must be [5, 2] and finite, got {source.tolist()}.")
-    target = TEMPLATE * (size / _SIZE)
-    from_mean, to_mean = source.mean(axis=0), target.mean(axis=0)
-    from_zero, to_zero = source - from_mean, target - to_mean
+    from_mean, to_mean = source.mean(axis=0), TEMPLATE.mean(axis=0)
+    from_zero, to_zero = source - from_mean, TEMPLATE - to_mean
     variance = (from_zero**2).sum()
     if variance < 1e-6:
         raise ValueError("all five landmarks are at one point.")
@@ -51,10 +50,8 @@ def similarity(points: NDArray[np.floating], size: int = _SIZE) -> NDArray[np.fl
     return np.hstack([matrix, (to_mean - matrix @ from_mean)[:, None]])
 
 
-def align(
-    pixels: NDArray[np.uint8], points: NDArray[np.floating], size: int = _SIZE
-) -> NDArray[np.uint8]:
-    """Return the aligned face [size, size, 3] of an image [H, W, 3]; outside it is black.
+def align(pixels: NDArray[np.uint8], points: NDArray[np.floating]) -> NDArray[np.uint8]:
+    """Return the aligned face [112, 112, 3] of an image [H, W, 3]; outside it is black.
 
     Bilinear, as OpenCV's warpAffine; single values differ by one or two, for that rounds
     coordinates to 1/32 pixel.
@@ -62,16 +59,16 @@ def align(
     Raises:
         ValueError: As :func:`similarity`.
     """
-    matrix = np.vstack([similarity(points, size), [0, 0, 1]])
+    matrix = np.vstack([similarity(points), [0, 0, 1]])
     back = np.linalg.inv(matrix)[:2]
     # Pillow counts from the corner of a pixel, landmarks from its centre.
     back[:, 2] += 0.5 - back[:, :2] @ [0.5, 0.5]
     coefficients = tuple(back.ravel().tolist())
-    aligned = np.empty((size, size, 3), np.float32)
+    aligned = np.empty((SIZE, SIZE, 3), np.float32)
     for channel in range(3):  # as floats: on bytes Pillow cuts off instead of rounding
         plane = Image.fromarray(pixels[:, :, channel].astype(np.float32))
         moved = plane.transform(
-            (size, size), Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR
+            (SIZE, SIZE), Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR
         )
         aligned[:, :, channel] = np.asarray(moved)
     return np.rint(aligned).clip(0, 255).astype(np.uint8)

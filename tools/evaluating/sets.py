@@ -58,14 +58,12 @@ class Ways:
     """How sets are measured.
 
     Attributes:
-        image_size: Of the backbone's images.
         flip: Whether mirrored images are added, for the names of modes.
         modes: Of templates.
         compat: Whose thresholds; ``None`` for exact ones.
         targets: False accept rates of all-to-all.
     """
 
-    image_size: int
     flip: bool
     modes: Modes
     compat: Any
@@ -218,7 +216,7 @@ def _ijb(path: Path, ways: Ways) -> Set:
     same = ijb.pairs[:, 2] == 1
 
     def image(index: int) -> Image:
-        return align(read_image(ijb.images[index]), ijb.landmarks[index], ways.image_size)
+        return align(read_image(ijb.images[index]), ijb.landmarks[index])
 
     def measure(embed: Embed, runtime: Runtime) -> Measured:
         found = templates(
