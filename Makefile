@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-gpu omniglot lint clean
+.PHONY: demo test test-gpu test-cluster monitor omniglot lint clean
 
 demo: .venv/installed
 	$(BIN)/python tools/demo.py
@@ -12,6 +12,15 @@ test: .venv/installed lint
 
 test-gpu: .venv/installed
 	$(BIN)/python -m pytest tests/gpu
+
+# What needs real Slurm, Prometheus, a browser and network namespaces: as root on Debian.
+test-cluster: .venv/installed
+	bash tests/cluster/install.sh
+	$(BIN)/python -m pytest tests/cluster
+
+# A demo run with Prometheus and the status page beside it.
+monitor: .venv/installed
+	$(BIN)/python tools/monitor.py
 
 omniglot: .venv/installed
 	$(BIN)/python tools/omniglot.py tests/data/omniglot/omniglot_background.npz packs/omniglot

@@ -31,15 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     os.chdir(ROOT)
     started = time.monotonic()
-    write_demo_packs(
-        Path("packs/demo"),
-        identities=IDENTITIES,
-        images_per_identity=IMAGES_PER_IDENTITY,
-        verification_identities=200,
-        pairs=2000,
-        seed=2048,
-        workers=os.cpu_count() or 1,
-    )
+    render()
     shutil.rmtree("runs/demo", ignore_errors=True)
     import torch
 
@@ -56,6 +48,19 @@ def main(arguments: list[str] | None = None) -> int:
     if code == 0:
         print(f"The demo took {time.monotonic() - started:.0f} s. Look at runs/demo/training.png.")
     return code
+
+
+def render() -> None:
+    """Write packs/demo, in the repository's folder."""
+    write_demo_packs(
+        Path("packs/demo"),
+        identities=IDENTITIES,
+        images_per_identity=IMAGES_PER_IDENTITY,
+        verification_identities=200,
+        pairs=2000,
+        seed=2048,
+        workers=os.cpu_count() or 1,
+    )
 
 
 if __name__ == "__main__":

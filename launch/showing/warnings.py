@@ -21,12 +21,12 @@ def warnings(seen: Seen) -> Iterator[str]:
         yield f"Nothing was written for {duration(seen.silence)}."
     lost = [one.rank for one in seen.ranks if one.step is None]
     if lost:
-        yield f"{_some(lost)} of {len(seen.ranks)} give no answer."
+        yield f"No answer from {_some(lost)} (of {len(seen.ranks)})."
     moving = [one for one in seen.ranks if one.step is not None]
     furthest = max((one.step or 0 for one in moving), default=0)
     behind = [one.rank for one in moving if (one.step or 0) < furthest - 1]
     if behind:
-        yield f"{_some(behind)} of {len(seen.ranks)} are behind the others."
+        yield f"Behind the others: {_some(behind)} (of {len(seen.ranks)})."
     step = seen.last("step_seconds")
     if len(moving) > 2 and step:
         usual = median(one.wait for one in moving)
@@ -44,7 +44,8 @@ def warnings(seen: Seen) -> Iterator[str]:
     every = seen.config.checkpoint.every_steps if seen.config else 0
     saved = seen.checkpoints[0].step if seen.checkpoints else 0
     if running and every and seen.step - saved > 2 * every + 1:
-        yield f"The newest checkpoint is {seen.step - saved} steps old; one is due every {every}."
+        old = seen.step - saved
+        yield f"The newest checkpoint is {old:,} steps old; one is due every {every:,}."
     wall = seen.spent.get("wall", 0.0)
     if wall > 3600 and seen.spent["goodput"] < 0.8:
         yield f"Of {duration(wall)} only {seen.spent['goodput']:.0%} was training."
