@@ -14,6 +14,10 @@ from partialfc.config import load
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+_TORCHRUN = {
+    *("--nproc-per-node", "--standalone", "--nnodes", "--max-restarts"),
+    *("--rdzv-backend", "--rdzv-endpoint"),
+}
 COMMANDS = [
     line.split("#")[0].strip()
     for language, block in BLOCKS
@@ -53,7 +57,7 @@ def test_readme_commands_name_what_exists(command):
         )
         assert help_page.returncode == 0, help_page.stderr
         for option in (word for word in words if word.startswith("--") and word != "--help"):
-            if option.split("=")[0] not in ("--nproc-per-node", "--standalone"):
+            if option.split("=")[0] not in _TORCHRUN:
                 assert option.split("=")[0] in help_page.stdout, option
     configs = [word for word in words if re.fullmatch(r"configs/\w+\.toml", word)]
     for config in configs:
