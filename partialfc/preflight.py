@@ -26,11 +26,12 @@ from partialfc.console import show_table
 from partialfc.data.dataset import DataSet
 from partialfc.data.stream import Batches
 from partialfc.monitor import package_version
-from partialfc.runtime import Runtime, all_agree, collective_device
+from partialfc.runtime import Runtime, all_agree, collective_device, local_rank
 
 _REPEATS = 10
 _SECONDS_OF_DECODING = 2.0
 _WRITTEN_BYTES = 64 << 20
+_READ_BYTES = 256 << 20
 _SKEW_SECONDS = 0.5
 _SLOW = 0.5
 _GPU_BYTES_PER_SECOND = 1e9
@@ -70,6 +71,7 @@ def preflight(
         _clocks(runtime),
         _collectives(config, runtime),
         _decoding(runtime, open_batches),
+        _pack(runtime, dataset),
         _disk(config, runtime, dataset),
     )
     return [finding for check in checks for finding in check]
@@ -113,7 +115,7 @@ def _versions(runtime: Runtime) -> Iterator[Finding]:
     if differ:
         yield Finding(
             "versions",
-            f"{_named(differ)} differ; rank {runtime.ranks.rank} has {text}",
+            f"{_named(differ)} differ from the others; rank {runtime.ranks.rank} has {text}",
             "refused",
             "Give all hosts the same environment.",
         )
@@ -206,12 +208,42 @@ def _decoding(runtime: Runtime, open_batches: Callable[[], Batches]) -> Iterator
         yield Finding("images", value)
 
 
+def _pack(runtime: Runtime, dataset: DataSet) -> Iterator[Finding]:
+    """From the disk, not from memory: one rank of each host reads a stretch of the largest pack."""
+    path = max((pack.path for pack in dataset.packs), key=lambda path: path.stat().st_size)
+    speed = _of_all([_read_speed(path) if local_rank() == 0 else 0.0], runtime)[:, 0]
+    hosts = speed[speed > 0]
+    value = f"{hosts.min().item() / 2**20:,.0f} MiB/s read on the slowest of {len(hosts)} hosts"
+    slow = _ranks_with(((speed > 0) & (speed < _SLOW * hosts.median())).tolist())
+    if slow:
+        yield Finding(
+            "data.train",
+            f"{value}; {_named(slow)} below half of the median",
+            "warning",
+            "Look at the disk or the mount of its host.",
+        )
+    else:
+        yield Finding("data.train", value)
+
+
+def _read_speed(path: Path) -> float:
+    """Bytes a second of a file, after asking the system to forget it."""
+    count = 0
+    with path.open("rb", buffering=0) as file:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        start = time.monotonic()
+        while count < _READ_BYTES and (block := file.read(1 << 20)):
+            count += len(block)
+    return count / (time.monotonic() - start)
+
+
 def _disk(config: Config, runtime: Runtime, dataset: DataSet) -> Iterator[Finding]:
     folder = config.run.folder
     bytes_per_second = 0.0
     problem = ""
     path = folder / f".preflight.{runtime.ranks.rank}"
-    if runtime.leads or os.environ.get("LOCAL_RANK", "0") == "0":
+    if local_rank() == 0:
         try:
             bytes_per_second = _write_speed(path)
         except OSError as error:

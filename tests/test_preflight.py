@@ -1,0 +1,103 @@
+"""What a look at the machines finds, on one rank; tests/cluster has two hosts."""
+
+import sys
+
+import pytest
+
+from partialfc import network, preflight
+from partialfc.build import build
+from partialfc.config import ConfigError
+from partialfc.preflight import Finding, checkpoint_bytes, report
+from partialfc.saver import Saver
+from tests.models import runtime, settings
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"head": {"optimizer": {"name": "adamw"}}},
+        {
+            "head": {
+                "center_format": "fp16",
+                "optimizer": {"name": "sgd", "momentum_format": "int8"},
+            }
+        },
+    ],
+    ids=["sgd", "adamw", "fp16, int8"],
+)
+def test_the_size_of_a_checkpoint_is_known_before(sections, tmp_path):
+    """Within 3 %: it decides whether a run is refused for want of room."""
+    backbone = {"name": "convnet_s", "embedding_dim": 128}
+    config = settings(backbone=backbone, data={"train": "x.rec", "image_size": 32}, **sections)
+    model = build(config, runtime(), 20_000)
+    with Saver(tmp_path, {}, runtime(), keep=1) as saver:
+        saver.save(1, model)
+    files = (tmp_path / "step_00000001").glob("*.safetensors")
+    assert checkpoint_bytes(config, 20_000) == pytest.approx(
+        sum(file.stat().st_size for file in files), rel=0.03
+    )
+
+
+def test_what_is_refused_is_one_message_and_a_warning_is_none(capsys):
+    warning = Finding("clocks", "3 s between the ranks", "warning", "Run a time service.")
+    report([warning], runtime())
+    assert "warning: 3 s between the ranks. Run a time service." in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"preflight, disk: full\. Make room\."):
+        report([warning, Finding("disk", "full", "refused", "Make room.")], runtime())
+
+
+def test_ranks_that_differ_are_the_minority(monkeypatch):
+    """The one host with another torch is named, on whichever rank one reads it."""
+    import torch
+
+    for own, others in ((1.0, [1.0, 2.0, 1.0]), (2.0, [1.0, 2.0, 1.0])):
+        column = torch.tensor(others, dtype=torch.float64).unsqueeze(1)
+        monkeypatch.setattr(preflight, "_of_all", lambda values, runtime, c=column: c)
+        monkeypatch.setattr(
+            preflight.hashlib, "sha256", lambda text, n=own: _Digest(int(n).to_bytes(6))
+        )
+        many = _Three()
+        (finding,) = preflight._versions(many)
+        assert finding.level == "refused"
+        assert finding.value.startswith("rank 1 differ")
+
+
+class _Digest:
+    def __init__(self, value):
+        self._value = value
+
+    def digest(self):
+        return self._value
+
+
+class _Three:
+    """Three ranks, of which this is one."""
+
+    class ranks:
+        size, rank = 3, 0
+
+    class device:
+        type = "cpu"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at Linux's interfaces")
+def test_the_way_to_the_first_host_decides_which_interface_is_right(monkeypatch):
+    """lo for a host elsewhere is refused; one host, or all on this machine, are not looked at."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "10.9.8.7")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.setattr(network, "_address_towards", lambda host: "10.9.8.6")
+    monkeypatch.setattr(network, "_interface_of", lambda address: "eth7")
+    with pytest.raises(
+        OSError, match=r"127\.0\.0\.1, which no other host .* GLOO_SOCKET_IFNAME=eth7"
+    ):
+        network.refuse_unreachable()
+    monkeypatch.setattr(network, "address_of", lambda name: "192.168.0.3")
+    assert "GLOO_SOCKET_IFNAME = 'lo' is 192.168.0.3, but eth7" in network.refuse_unreachable()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert network.refuse_unreachable() is None
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(network, "_address_towards", lambda host: "127.0.0.1")
+    assert network.refuse_unreachable() is None
