@@ -6,6 +6,8 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from partialfc.data import jpeg
@@ -149,3 +151,25 @@ def test_damage_never_ends_in_anything_but_an_image_or_a_value_error():
                 assert decode(damaged).shape == (frame.height, frame.width, 3)
             except ValueError:
                 pass
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sampled_from([BASELINE, encoded("L"), encoded(progressive=True)]),
+    st.lists(st.tuples(st.integers(0, 900), st.binary(min_size=1, max_size=4)), max_size=6),
+    st.integers(0, 2000),
+)
+def test_mutated_images_are_decoded_at_their_size_or_refused(data, changes, cut):
+    """No other error, and never other pixels than the headers said."""
+    mutated = bytearray(data)
+    for at, value in changes:
+        mutated[at : at + len(value)] = value
+    if cut < 400:
+        del mutated[-cut:]
+    view = array(bytes(mutated))
+    try:
+        frame = check_jpeg(view)
+        pixels = decode(view)
+    except ValueError:
+        return
+    assert pixels.shape == (frame.height, frame.width, 3)

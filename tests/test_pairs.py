@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from partialfc.data.pairs import PairsError, read_pairs, write_pairs
 
@@ -298,3 +300,22 @@ def test_fuzzed_sets_are_read_or_refused(tmp_path):
             assert len(pairs.images) == 2 * len(pairs.same)
     assert outcomes["read"] > 1000
     assert outcomes["refused"] > 1000
+
+
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.sampled_from(sorted(WRITTEN)),
+    st.lists(st.tuples(st.integers(0, 3000), st.binary(min_size=1, max_size=6)), max_size=5),
+)
+def test_changed_sets_have_two_images_a_pair_or_are_refused(tmp_path, path, changes):
+    """Changes that hypothesis makes small: the first that gives another error is shown."""
+    data = bytearray(path.read_bytes())
+    for at, value in changes:
+        data[at : at + len(value)] = value
+    try:
+        pairs = read_bytes(tmp_path, bytes(data))
+    except PairsError:
+        return
+    assert len(pairs.images) == 2 * len(pairs.same) > 0
