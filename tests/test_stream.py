@@ -1,4 +1,4 @@
-"""The stream before decoding: sample ids, flips, shifts and crops are integers, equal everywhere."""
+"""The stream before decoding: samples, flips, shifts and crops are integers, equal everywhere."""
 
 from pathlib import Path
 
