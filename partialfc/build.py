@@ -16,6 +16,7 @@ from partialfc.losses import LOSSES
 from partialfc.margins import MARGINS, Margin
 from partialfc.row_rules import RowAdagrad, RowAdamW, RowRule, RowSGD
 from partialfc.runtime import Runtime
+from partialfc.staging import Placement
 from partialfc.tiles import Compute
 
 _ROW_RULES: dict[str, type[RowRule]] = {
@@ -206,6 +207,7 @@ def _head(config: Config, runtime: Runtime, num_identities: int) -> PartialFC:
             compute=head_compute(config, runtime.device),
             center_format=settings.center_format,
             keep_bytes=None if settings.keep_mib is None else settings.keep_mib << 20,
+            placement=Placement(settings.centers_in, settings.states_in, settings.host_folder),
             overlap=settings.overlap,
             center_weight=config.losses.center.weight,
             inter_class_weight=config.losses.inter_class.weight,

@@ -17,29 +17,21 @@ _INITIAL_BLOCK = 1024
 """Rows drawn from one generator; a constant, so that it never depends on the sharding."""
 
 
-def initial_centers(
-    rows: range,
-    dim: int,
-    *,
-    seed: int,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Return N(0, 0.01²) centers [len(rows), dim], a function of seed and global row.
+def fill_initial_(centers: Tensor, rows: range, *, seed: int, device: torch.device) -> None:
+    """Fill centers [len(rows), D] with N(0, 0.01²), a function of seed and global row.
 
-    The values differ between CPU and GPU, whose generators are not the same.
+    A block of rows is drawn at a time. The values differ between CPU and GPU, whose generators are
+    not the same, so ``device`` is that of the run wherever the centers lie.
     """
-    centers = torch.empty(len(rows), dim, device=device, dtype=dtype)
-    generator = torch.Generator(centers.device)
+    dim, generator = centers.shape[1], torch.Generator(device)
     first_block = rows.start // _INITIAL_BLOCK
     for block in range(first_block, -(-rows.stop // _INITIAL_BLOCK)):
         generator.manual_seed(key(seed, "centers", block))
-        drawn = torch.randn(_INITIAL_BLOCK, dim, generator=generator, device=centers.device)
+        drawn = torch.randn(_INITIAL_BLOCK, dim, generator=generator, device=device)
         start = block * _INITIAL_BLOCK
         low, high = max(start, rows.start), min(start + _INITIAL_BLOCK, rows.stop)
         part = drawn[low - start : high - start].mul_(_CENTER_STD)
         centers[low - rows.start : high - rows.start] = part
-    return centers
 
 
 def stored_centers(centers_CD: Tensor, states: States) -> Tensor:

@@ -130,8 +130,7 @@ def load(path: Path, model: Model, facts: Mapping[str, Any], runtime: Runtime) -
             number, _, state = name.partition(".")
             states.setdefault(int(number), {})[state] = value
         _restore(model.optimizer, states)
-        center_states = read_centers(path, manifest, head, head.optimizer.states())
-        _restore(head.optimizer, {0: center_states} if center_states else {})
+        read_centers(path, manifest, head)
         head.optimizer.param_groups[0]["steps"] = manifest["step"]
         if shared := head.shared_state():
             head.load_shared_state(_complete(shared, read_tensors(path, "head", manifest, device)))
@@ -158,50 +157,43 @@ def read_tensors(
         return {key: opened.get_tensor(key) for key in _listed(file, opened.keys(), manifest)}
 
 
-def read_centers(
-    path: Path, manifest: Mapping[str, Any], head: PartialFC, expected: Collection[str]
-) -> dict[str, Tensor]:
-    """Fill this rank's centers from the files that hold its rows; return its row states.
+def read_centers(path: Path, manifest: Mapping[str, Any], head: PartialFC) -> None:
+    """Fill this rank's centers and row states from the files that hold its rows.
 
     Nothing is read twice, and in memory there is one piece of a file beside what is filled.
 
     Args:
         path: Of the checkpoint.
         manifest: Of it.
-        head: Whose centers are filled.
-        expected: Names of the row states that must be there; others are not read.
+        head: Whose centers and states are filled.
 
     Raises:
-        CheckpointError: If rows or states are missing.
+        CheckpointError: If rows or states are missing, or have another format.
     """
-    states: dict[str, Tensor] = {}
-    done, owned, device = 0, head.owned_rows, head.centers.device
+    head.optimizer.settle()
+    filled = {"centers": head.centers.data, **head.optimizer.states()}
+    done, owned = 0, head.owned_rows
     for name in sorted(manifest["files"]):
         if not name.startswith("centers_"):
             continue
         first = int(name.removeprefix("centers_").removesuffix(".safetensors"))
         with safe_open(path / name, framework="pt", device="cpu") as file:
-            _complete(
-                {"centers": None, **dict.fromkeys(expected)}, _listed(name, file.keys(), manifest)
-            )
-            slices = {tensor: file.get_slice(tensor) for tensor in ("centers", *expected)}
+            _complete(dict.fromkeys(filled), _listed(name, file.keys(), manifest))
+            slices = {tensor: file.get_slice(tensor) for tensor in filled}
             rows = slices["centers"].get_shape()[0]
             low, high = max(first, owned.start), min(first + rows, owned.stop)
             for tensor, part in slices.items():
+                into = filled[tensor]
                 for start, stop in _pieces(low, high, part, rows):
                     piece = part[start - first : stop - first]
-                    if tensor == "centers":
-                        into = head.centers.data
-                    elif tensor in states:
-                        into = states[tensor]
-                    else:
-                        shape = (len(owned), *piece.shape[1:])
-                        into = states[tensor] = torch.zeros(shape, dtype=piece.dtype, device=device)
-                    into[start - owned.start : stop - owned.start] = piece.to(device)
+                    if piece.dtype != into.dtype:
+                        raise CheckpointError(
+                            f"{name}: {tensor} is {piece.dtype}, and the settings want {into.dtype}"
+                        )
+                    into[start - owned.start : stop - owned.start] = piece.to(into.device)
             done += max(0, high - low)
     if done != len(owned):
         raise CheckpointError(f"it has {done} of the {len(owned)} rows of this rank")
-    return states
 
 
 def _pieces(low: int, high: int, part: Any, rows: int) -> list[tuple[int, int]]:

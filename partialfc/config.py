@@ -191,6 +191,18 @@ class Head(Section):
     """Most memory per rank that spares the second pass of the head a matrix product. Does not
     change the result. Left out, it is 256 on a CPU and 2048 on a GPU."""
 
+    centers_in: Literal["device", "host"] = "device"
+    """Where class centers lie between steps. ``host`` is the machine's memory, from which a step's
+    rows travel to the device and back: for more identities than the device has room for. Changes no
+    result."""
+
+    states_in: Literal["device", "host"] = "device"
+    """Where the optimizer's states of the centers lie, as ``centers_in``. Changes no result."""
+
+    host_folder: UserPath | None = None
+    """Where what is in ``host`` is mapped from files, which vanish with the process, for more than
+    the memory holds: a folder on a fast local disk. Left out, it is in memory."""
+
     overlap: bool = False
     """On a GPU, update the centers while the backbone's backward runs. Then a gradient of the
     backbone that is not finite stops the run after the centers have moved in memory; nothing of
@@ -200,6 +212,15 @@ class Head(Section):
     optimizer: Annotated[
         SgdOfCenters | AdamWOfCenters | AdagradOfCenters, Field(discriminator="name")
     ] = Field(default_factory=SgdOfCenters)
+
+    @model_validator(mode="after")
+    def _host_is_used(self) -> "Head":
+        if self.host_folder is not None and "host" not in (self.centers_in, self.states_in):
+            raise ValueError(
+                f'host_folder = "{self.host_folder}": nothing lies in host memory. Set centers_in '
+                'or states_in to "host", or remove host_folder.'
+            )
+        return self
 
 
 class Verification(Section):
@@ -312,7 +333,7 @@ _CHANGES_NO_RESULT: dict[str, Any] = {
     "checkpoint": True,
     "log": True,
     "monitor": True,
-    "head": {"keep_mib", "overlap"},
+    "head": {"keep_mib", "overlap", "centers_in", "states_in", "host_folder"},
 }
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from partialfc.centers import expand, initial_centers
+from partialfc.centers import expand, fill_initial_
 from partialfc.collectives import Ranks, gather_rows
 from partialfc.margin_loss import MarginLoss
 from partialfc.margins import Margin
@@ -27,6 +27,7 @@ from partialfc.row_optimizer import RowOptimizer
 from partialfc.row_rules import RowRule, RowSGD
 from partialfc.sampling import KeyedSampler, Sample
 from partialfc.sharding import Sharding, default_canonical_shards
+from partialfc.staging import Placement, host_tensor
 from partialfc.tiles import Compute
 
 _KEEP_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
@@ -50,6 +51,8 @@ class PartialFC(nn.Module):
             row in the optimizer's state; see :mod:`partialfc.row_format`.
         keep_bytes: Most memory of the exponentials that spare pass 2 a matrix product; the result
             does not depend on it. ``None``: 256 MiB on a CPU, 2 GiB on a GPU.
+        placement: Where class centers and optimizer states lie between steps; ``None`` for the
+            device. In host memory, a step's rows travel to the device and back.
         overlap: On a GPU, update the centers beside the backbone's backward; a loss scale or a
             verdict (``found_inf``) on that backward cannot be had then.
         seed: Initial centers, negatives and rounding are functions of it and of global ids.
@@ -81,6 +84,7 @@ class PartialFC(nn.Module):
         compute: Compute = "fp32",
         center_format: Literal["fp32", "bf16", "fp16"] = "fp32",
         keep_bytes: int | None = None,
+        placement: Placement | None = None,
         overlap: bool = False,
         center_weight: float = 0.0,
         inter_class_weight: float = 0.0,
@@ -133,28 +137,37 @@ class PartialFC(nn.Module):
             self.owned.start * self.centers_per_identity,
             self.owned.stop * self.centers_per_identity,
         )
-        dim = embedding_dim + margin.bias
-        centers = initial_centers(
-            self.owned_rows, dim, seed=seed, device=device, dtype=DTYPES[center_format]
-        )
+        self.device = torch.empty(0, device=device).device
+        placement = placement or Placement()
+        _check_placement(placement, sample_rate, optimizer)
+        size = len(self.owned_rows), embedding_dim + margin.bias
+        dtype = DTYPES[center_format]
+        if placement.centers == "host":
+            centers = host_tensor(size, dtype, placement.file("centers"))
+        else:
+            centers = torch.empty(size, dtype=dtype, device=self.device)
+        fill_initial_(centers, self.owned_rows, seed=seed, device=self.device)
         if margin.bias:
             centers[:, -1] = 0
         self.centers = nn.Parameter(centers, requires_grad=False)
-        self.compute = _checked(compute, centers.device)
-        if overlap and not centers.is_cuda:
+        self.compute = _checked(compute, self.device)
+        if overlap and self.device.type != "cuda":
             raise ValueError(
-                f"overlap = True needs a GPU, the head is on {centers.device.type}; remove it."
+                f"overlap = True needs a GPU, the head is on {self.device.type}; remove it."
             )
-        self.keep_bytes = _KEEP_BYTES[centers.device.type] if keep_bytes is None else keep_bytes
+        self.keep_bytes = _KEEP_BYTES[self.device.type] if keep_bytes is None else keep_bytes
         self.optimizer = RowOptimizer(
             self.centers,
             optimizer or RowSGD(),
             first_row=self.owned_rows.start,
             seed=seed,
+            placement=placement,
+            device=self.device,
             overlap=overlap,
         )
+        self.register_state_dict_pre_hook(_settle)  # type: ignore[no-untyped-call]
         for name, value in margin.new_state(num_identities).items():
-            self.register_buffer(f"margin_{name}", torch.tensor(value, device=centers.device))
+            self.register_buffer(f"margin_{name}", torch.tensor(value, device=self.device))
         self.center_weight, self.inter_class_weight = center_weight, inter_class_weight
         self.terms: dict[str, Tensor] = {}
         """Losses beside the softmax in the last forward pass, without their weights."""
@@ -182,6 +195,21 @@ class PartialFC(nn.Module):
         step = self.optimizer.steps
         rows = expand(self.sampler(step, identities_B), self.centers_per_identity).rows
         self._step_sample = _StepSample(step, identities_B, rows)
+
+    def prefetch(self, identities: Tensor) -> None:
+        """Begin to bring the rows of the next step from host memory; a no-op where none are there.
+
+        Optional, and changes no result. Call it before the forward pass of the present step, with
+        the identities of the whole next one. Collective where rows are in host memory: one
+        all-gather.
+
+        Args:
+            identities: int64 [any], this rank's of the next step, the same number on every rank.
+        """
+        if self.optimizer.stages:
+            identities_B = gather_rows(identities, self.ranks)
+            sample = self.sampler(self.optimizer.steps + 1, identities_B)
+            self.optimizer.prefetch(expand(sample, self.centers_per_identity).rows)
 
     def forward(self, embeddings: Tensor, identities: Tensor) -> Tensor:
         """Return the mean loss over the global batch, fp32, the same on all ranks.
@@ -250,7 +278,7 @@ class PartialFC(nn.Module):
     def load_shared_state(self, state: Mapping[str, Tensor]) -> None:
         """Take over what :meth:`shared_state` returned."""
         for name in self.optimizer.shared_state():
-            self.optimizer.param_groups[0][name] = state[name].to(self.centers.device)
+            self.optimizer.param_groups[0][name] = state[name].to(self.device)
         for name, value in self.margin_state().items():
             value.copy_(state[f"margin_{name}"])
 
@@ -290,6 +318,22 @@ class _StepSample:
     step: int
     identities_B: Tensor
     rows: Tensor | None
+
+
+def _settle(head: PartialFC, prefix: str, keep_vars: bool) -> None:
+    head.optimizer.settle()
+
+
+def _check_placement(placement: Placement, sample_rate: float, optimizer: RowRule | None) -> None:
+    if placement.stages and sample_rate == 1:
+        raise ValueError(
+            "sample_rate = 1 with rows in host memory would bring all of them to the device at "
+            "every step; keep them on the device, or sample."
+        )
+    if placement.stages and getattr(optimizer, "unsampled", "stay") == "move":
+        raise ValueError(
+            "unsampled = 'move' needs its rows on the device; keep them there, or use 'stay'."
+        )
 
 
 def _checked(compute: Compute, device: torch.device) -> Compute:

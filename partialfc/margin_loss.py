@@ -49,11 +49,11 @@ class MarginLoss(torch.autograd.Function):
         head.refuse_foreign(identities_B)
         sample = head.sample(identities_B)
         head.optimizer.catch_up(sample.rows)
+        centers_CD, index = head.optimizer.open(sample.rows)
+        local = Sample(index, sample.target_B)
 
         # The positives, in fp32.
-        own_BD, target_B = own_centers(
-            head.centers.detach(), sample, query_BD, head.centers_per_identity
-        )
+        own_BD, target_B = own_centers(centers_CD, local, query_BD, head.centers_per_identity)
         length_B = None
         if margin.unit_centers:
             own_BD, _ = unit(own_BD)
@@ -81,8 +81,8 @@ class MarginLoss(torch.autograd.Function):
         )
         negatives = first_pass(
             query_BD,
-            head.centers.detach(),
-            sample.rows,
+            centers_CD,
+            index,
             target_B,
             logits,
             want_pull=ctx.needs_input_grad[0],
@@ -94,7 +94,7 @@ class MarginLoss(torch.autograd.Function):
         total = _sum(head, negatives, positive, rows, local_B, query_BD)
         push = _push(margin, total, norm_B, want_gradient)
         loss = push.loss_B.mean()
-        beside = _beside(head, query_BD, own_BD, target_B, sample, logits)
+        beside = _beside(head, query_BD, own_BD, target_B, centers_CD, local, logits)
         for weight, term in beside.values():
             loss = loss + weight * term.loss
         head.terms = {name: term.loss for name, (_, term) in beside.items()}
@@ -169,6 +169,7 @@ def _beside(
     query_BD: Tensor,
     own_BD: Tensor,
     target_B: Tensor,
+    centers_CD: Tensor,
     sample: Sample,
     logits: Logits,
 ) -> dict[str, tuple[float, CenterTerm]]:
@@ -178,7 +179,7 @@ def _beside(
         term = center_loss(query_BD, own_BD, target_B, head.embedding_dim, head.ranks)
         terms["center"] = head.center_weight, term
     if head.inter_class_weight:
-        centers_CD, workspace = head.centers.detach(), head.optimizer.workspace
+        workspace = head.optimizer.workspace
         term = inter_class_loss(own_BD, target_B, centers_CD, sample, logits, workspace, head.ranks)
         terms["inter_class"] = head.inter_class_weight, term
     return terms

@@ -21,6 +21,7 @@ from partialfc import unsampled
 from partialfc.permutation import key
 from partialfc.row_rules import RowRule, RowSGD, States
 from partialfc.row_tile import AT_STEP, CENTERS, SCALE, Tile
+from partialfc.staging import Placement, Staging, host_tensor
 from partialfc.tiles import Kept, Workspace, positives, project_, second_pass, take_rows
 from partialfc.tiles.dispatch import has_kernels
 from partialfc.tiles.positives import Positives
@@ -40,6 +41,8 @@ class RowOptimizer(torch.optim.Optimizer):
         rule: What happens to a row.
         first_row: Global number of the first row.
         seed: Stochastic rounding is a function of it.
+        placement: Where the rows lie between steps.
+        device: Where they are needed; ``None`` for where the centers are.
         overlap: On a GPU, :meth:`step` runs beside what the current stream does since the head's
             backward. ``found_inf`` or a loss scale makes it wait for that stream all the same.
     """
@@ -53,20 +56,25 @@ class RowOptimizer(torch.optim.Optimizer):
         *,
         first_row: int = 0,
         seed: int = 0,
+        placement: Placement | None = None,
+        device: torch.device | None = None,
         overlap: bool = False,
     ) -> None:
         self.rule = rule
+        self._device = device or centers.device
+        self._placement = placement or Placement()
+        self._staging: Staging | None = None
         self._first, self._seed = first_row, seed
         self._kept: list[Kept] = []
         self._skip: list[Tensor] = []
         self.workspace = Workspace()
         self._stream: Any = None
         if overlap:
-            self._stream = torch.cuda.Stream(centers.device)  # type: ignore[no-untyped-call]
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._ready: torch.cuda.Event | None = None
         defaults: dict[str, Any] = {**asdict(rule), "steps": 0}
         if defaults.get("unsampled") == "move":
-            defaults[_MISSED] = unsampled.new_table(centers.device)
+            defaults[_MISSED] = unsampled.new_table(self._device)
         super().__init__([centers], defaults)
 
     @property
@@ -105,6 +113,42 @@ class RowOptimizer(torch.optim.Optimizer):
         """Forget the micro-batches since the last step."""
         super().zero_grad(set_to_none)
         self._kept, self._skip = [], []
+
+    @torch.no_grad()
+    def open(self, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the centers to read in this step, and the rows of them that are sampled.
+
+        They are all centers of the rank and ``rows``, or a compact copy on the device and ``None``.
+        """
+        if rows is None or not self._placement.stages:
+            return self.param_groups[0]["params"][0].detach(), rows
+        return self._stage().open(self.steps, rows)[CENTERS], None
+
+    @property
+    def stages(self) -> bool:
+        """Whether any rows lie in host memory between steps."""
+        return self._placement.stages
+
+    def prefetch(self, rows: Tensor | None) -> None:
+        """Begin to bring the rows of the step after the present one; a no-op without staging."""
+        if rows is not None and self._placement.stages:
+            self._stage().prefetch(self.steps + 1, rows)
+
+    def settle(self) -> None:
+        """Wait until centers and states are where they lie between steps, all of them."""
+        if self._staging is not None:
+            self._staging.settle()
+
+    def _stage(self) -> Staging:
+        if self._staging is None:
+            centers: Tensor = self.param_groups[0]["params"][0].detach()
+            states = self.states()
+            in_host = {CENTERS} if self._placement.centers == "host" else set()
+            if self._placement.states == "host":
+                in_host |= states.keys()
+            tensors = {CENTERS: centers, **states}
+            self._staging = Staging(tensors, frozenset(in_host), self._device)
+        return self._staging
 
     @torch.no_grad()
     def catch_up(self, rows: Tensor | None) -> None:
@@ -149,18 +193,28 @@ class RowOptimizer(torch.optim.Optimizer):
         if kept:
             with self._beside():
                 self._update(group, kept, skips)
+        if self._staging is not None:
+            self._staging.close()
         group["steps"] += 1
         return loss
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load what ``state_dict`` returned; the states keep their formats.
+        """Load what ``state_dict`` returned; the states keep their formats and their places.
 
         torch casts every state to the dtype of its parameter, which would ruin the others.
         """
-        super().load_state_dict(dict(state_dict))
+        self.settle()
         centers: Tensor = self.param_groups[0]["params"][0]
-        for name, value in state_dict["state"].get(0, {}).items():
-            self.state[centers][name] = value.to(centers.device, copy=True)
+        saved = state_dict["state"].get(0, {})
+        held = dict(self.states()) if saved else {}
+        super().load_state_dict(dict(state_dict))
+        for name, value in saved.items():
+            self.state[centers][name] = held[name].copy_(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, once all rows are where they lie between steps."""
+        self.settle()
+        return super().state_dict()
 
     @contextmanager
     def _beside(self) -> Iterator[None]:
@@ -184,7 +238,9 @@ class RowOptimizer(torch.optim.Optimizer):
         current.wait_stream(side)
 
     def _update(self, group: dict[str, Any], kept: list[Kept], skips: list[Tensor]) -> None:
-        centers: Tensor = group["params"][0]
+        rows = _union(kept)
+        compact = rows is not None and self._placement.stages
+        centers, states = self._working(rows)
         bad = torch.stack(skips).any()
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         if found_inf is not None:
@@ -192,19 +248,21 @@ class RowOptimizer(torch.optim.Optimizer):
         if not centers.is_cuda and bad:
             return
         skip = bad if centers.is_cuda else None
-        states = self.states()
-        rows = _union(kept)
         step_key = key(self._seed, "rounding", self.steps)
         kept, workspace = self._unscaled(kept), self.workspace
         own = positives(rows, kept)
         unit = kept[0].logits.unit
         fused = isinstance(self.rule, RowSGD) and has_kernels(centers) and unit
-        update = self._fused(group, rows, own, step_key, skip) if fused else None
-        for start, stop, gradient_TD in second_pass(centers, rows, kept, workspace):
+        update = None
+        if fused:
+            update = self._fused(group, centers, states, rows, own, step_key, skip)
+        for start, stop, gradient_TD in second_pass(
+            centers, rows, kept, workspace, compact=compact
+        ):
             if update is not None:
                 update(start, stop, gradient_TD)
                 continue
-            tile = Tile(centers, states, rows, start, stop, self._first, workspace)
+            tile = Tile(centers, states, rows, start, stop, self._first, workspace, compact)
             own.add_(gradient_TD, start)
             if unit:
                 # Pass 2 is done with the keys of this tile.
@@ -225,14 +283,14 @@ class RowOptimizer(torch.optim.Optimizer):
     def _fused(
         self,
         group: dict[str, Any],
+        centers: Tensor,
+        states: States,
         rows: Tensor | None,
         own: Positives,
         step_key: int,
         skip: Tensor | None,
     ) -> Callable[[int, int, Tensor], None]:
         """The same update of a tile as one kernel."""
-        centers: Tensor = group["params"][0].detach()
-        states = self.states()
         sample = len(centers) if rows is None else len(rows)
         settings = {name: group[name] for name in ("lr", "weight_decay", "momentum")}
         return partial(
@@ -250,6 +308,7 @@ class RowOptimizer(torch.optim.Optimizer):
             momentum_key=key(step_key, "momentum"),
             first_identity=self._first,
             skip=skip,
+            compact=rows is not None and self._placement.stages,
             **settings,
         )
 
@@ -258,14 +317,34 @@ class RowOptimizer(torch.optim.Optimizer):
         centers: Tensor = self.param_groups[0]["params"][0]
         states: States = self.state[centers]
         if not states:
-            states.update(self.rule.new_states(centers))
-            if centers.dtype == torch.float16:
-                states[CENTERS + SCALE] = torch.ones(len(centers), 1, device=centers.device)
+            states.update(self._new_states(centers))
             if _MISSED in self.param_groups[0]:
                 states[AT_STEP] = torch.zeros(
                     len(centers), 1, dtype=torch.int32, device=centers.device
                 )
         return states
+
+    def _new_states(self, centers: Tensor) -> States:
+        """Zero states where they belong, and the scales of fp16 centers."""
+        wanted = dict(self.rule.new_states(centers.to("meta")))
+        if centers.dtype == torch.float16:
+            wanted[CENTERS + SCALE] = torch.empty(len(centers), 1, device="meta")
+        placement, states = self._placement, {}
+        for name, like in wanted.items():
+            if placement.states == "host":
+                states[name] = host_tensor(like.shape, like.dtype, placement.file(name))
+            else:
+                states[name] = torch.zeros(like.shape, dtype=like.dtype, device=self._device)
+        if CENTERS + SCALE in states:
+            states[CENTERS + SCALE].fill_(1)
+        return states
+
+    def _working(self, rows: Tensor | None) -> tuple[Tensor, States]:
+        """Centers and states to update: all of the rank, or compact ones of the rows."""
+        if rows is None or not self._placement.stages:
+            return self.param_groups[0]["params"][0].detach(), self.states()
+        tensors = dict(self._stage().open(self.steps, rows))
+        return tensors.pop(CENTERS), tensors
 
     def _unscaled(self, kept: list[Kept]) -> list[Kept]:
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)

@@ -85,8 +85,7 @@ class RowSGD(RowRule):
         """See :meth:`RowRule.update_`."""
         velocity_TD = gradient_TD.add_(row_TD, alpha=group["weight_decay"])
         if "momentum" in states:
-            kept_TD = states["momentum"]
-            velocity_TD = torch.add(velocity_TD, kept_TD, alpha=group["momentum"], out=kept_TD)
+            velocity_TD = states["momentum"].mul_(group["momentum"]).add_(velocity_TD)
         row_TD.sub_(velocity_TD, alpha=group["lr"])
 
 

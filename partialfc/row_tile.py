@@ -32,8 +32,22 @@ class Tile:
         stop: int,
         first: int,
         workspace: Workspace,
+        compact: bool = False,
     ) -> None:
+        """Read rows ``start:stop`` of the sample.
+
+        Args:
+            centers: Of the shard, or of the sample only if ``compact``; the states too.
+            states: By name.
+            rows: int64 [n] rows of the sample; ``None`` for all of the shard.
+            start: First place in the sample.
+            stop: Place behind the last.
+            first: Global number of the shard's first row.
+            workspace: Buffers of copies.
+            compact: See above.
+        """
         self._rows, self._start, self._stop, self._first = rows, start, stop, first
+        self._index = None if compact else rows
         self._stored = {CENTERS: centers.detach(), **states}
         self._workspace = workspace
         values = {name: self._value(name) for name in self._names()}
@@ -60,13 +74,13 @@ class Tile:
         stored = self._stored[name]
         size = (self._stop - self._start, *stored.shape[1:])
         buffer = self._workspace(name, size, stored.dtype, stored.device)
-        stored_TD = take_rows(stored, self._rows, self._start, self._stop, out=buffer)
+        stored_TD = take_rows(stored, self._index, self._start, self._stop, out=buffer)
         scale = self._stored.get(name + SCALE)
         if scale is not None:
-            scale = take_rows(scale, self._rows, self._start, self._stop)
+            scale = take_rows(scale, self._index, self._start, self._stop)
         value_TD = decode(stored_TD, scale)
         # A GPU may have to keep the old value, so it works on a copy.
-        is_view = self._rows is None and value_TD.data_ptr() == stored_TD.data_ptr()
+        is_view = self._index is None and value_TD.data_ptr() == stored_TD.data_ptr()
         return value_TD.clone() if is_view and value_TD.is_cuda else value_TD
 
     def _identities(self) -> Tensor:
@@ -77,9 +91,9 @@ class Tile:
 
     def _put(self, stored: Tensor, value: Tensor, skip: Tensor | None) -> None:
         if skip is not None:
-            old = take_rows(stored, self._rows, self._start, self._stop)
+            old = take_rows(stored, self._index, self._start, self._stop)
             value = torch.where(skip, old, value)
-        if self._rows is not None:
-            stored.index_copy_(0, self._rows[self._start : self._stop], value)
+        if self._index is not None:
+            stored.index_copy_(0, self._index[self._start : self._stop], value)
         elif value.data_ptr() != stored[self._start : self._stop].data_ptr():
             stored[self._start : self._stop] = value

@@ -167,6 +167,7 @@ class Saver:
     def _stage(self, model: Model) -> Staged:
         """The files of this rank, from copies that the next save uses again."""
         head, files = model.head, {}
+        head.optimizer.settle()
         if self._runtime.leads:
             files["backbone"] = model.backbone.state_dict()
             states = model.optimizer.state_dict()["state"]

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any
 
@@ -155,16 +155,18 @@ def _loop(
         with ledger.spending("other"):
             recorder.validated(step, evaluation.measure(model))
     ledger.switch("train")
-    stop = False
+    stop, pairs = False, _with_next(batches, want_next=model.head.optimizer.stages)
     while step < total_steps and not stop:
         with recorder.waiting():
-            images, identities, replaced = _next(batches)
+            (images, identities, replaced), next_identities = next(pairs)
         recorder.bad_images.note(replaced)
         rate = learning_rate(
             step, peak=config.optimizer.lr, total_steps=total_steps, **config.schedule.model_dump()
         )
         saver.check()
         refuse_interrupted()
+        if next_identities is not None:
+            model.head.prefetch(next_identities)
         done = train_step(model, config, images, identities, rate)
         step += 1
         ledger.at(step)
@@ -320,6 +322,15 @@ def augmentation_of(config: Config) -> Augmentation:
     """Return the random changes that the settings ask for."""
     data = config.data
     return Augmentation(shift=data.shift, flip=data.flip, **data.augment.model_dump())
+
+
+def _with_next(batches: Batches, *, want_next: bool) -> Iterator[tuple[Batch, Tensor | None]]:
+    """Yield every batch and, if wanted, the identities of the one behind it."""
+    batch = _next(batches)
+    while True:
+        ahead = _next(batches) if want_next else None
+        yield batch, None if ahead is None else ahead[1]
+        batch = _next(batches) if ahead is None else ahead
 
 
 def _next(batches: Batches) -> Batch:

@@ -177,7 +177,7 @@ def test_what_the_hash_leaves_out_exists() -> None:
             [],
             "head.embedding_dim = 256: unknown setting. Did you mean backbone.embedding_dim? "
             "[head] takes sample_rate, canonical_shards, compute, center_format, keep_mib, "
-            "overlap, [head.margin], [head.optimizer].",
+            "centers_in, states_in, host_folder, overlap, [head.margin], [head.optimizer].",
         ),
         (  # unknown section
             MINIMAL + "[sched]\nname = 'linear'\n",
@@ -551,3 +551,10 @@ def test_a_setting_of_a_loss_without_a_weight_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"losses\.triplet.*margin = 0\.3: has no effect"):
         loaded(MINIMAL, "losses.triplet.margin=0.3")
     assert loaded(MINIMAL, "losses.triplet.margin=0.3", "losses.triplet.weight=1").losses
+
+
+def test_a_host_folder_without_anything_in_host_memory_is_refused() -> None:
+    """It would be ignored silently."""
+    with pytest.raises(ConfigError, match="host_folder = .*: nothing lies in host memory"):
+        loaded(MINIMAL, "head.host_folder=rows")
+    assert loaded(MINIMAL, "head.host_folder=rows", "head.states_in=host").head.host_folder

@@ -412,6 +412,20 @@ def run_sgd(launch, case, skip=False):
     return after
 
 
+@pytest.mark.parametrize("momentum", MOMENTA)
+@pytest.mark.parametrize("centers", CENTERS)
+def test_compact_rows_are_written_as_they_would_be_in_the_shard(launch, centers, momentum):
+    """Rounded by their number in the shard, read and written by their place in the sample."""
+    case = sgd_case(centers, momentum)
+    rows_n = case["rows_n"]
+    names = [name for name in case if name.endswith(("_CD", "_C1")) and case[name] is not None]
+    compact = {**case, "compact": True} | {name: case[name][rows_n] for name in names}
+    whole, after = run_sgd(launch, case), run_sgd(launch, compact)
+    for name in names:
+        assert torch.equal(after[name], whole[name][rows_n]), name
+        assert not torch.equal(after[name], compact[name]), name
+
+
 @pytest.mark.parametrize("dim", [5, 50, 512])
 @pytest.mark.parametrize("momentum", MOMENTA)
 @pytest.mark.parametrize("centers", CENTERS)

@@ -41,6 +41,7 @@ FLOORS = {
     "row_format": 1,
     "row_rules": 1,
     "row_tile": 1,
+    "staging": 1,
     "unsampled": 1,
     "row_optimizer": 1,
     "protocols": 1,

@@ -107,7 +107,12 @@ def first_pass(
 
 
 def second_pass(
-    centers_CD: Tensor, rows: Tensor | None, kept: Sequence[Kept], workspace: Workspace
+    centers_CD: Tensor,
+    rows: Tensor | None,
+    kept: Sequence[Kept],
+    workspace: Workspace,
+    *,
+    compact: bool = False,
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Yield (start, stop, gradient [T, D] fp32) by the keys of every tile; no collective.
 
@@ -119,11 +124,15 @@ def second_pass(
         rows: int64 [n] rows to compute, a superset of every micro-batch's, or ``None`` for all.
         kept: The micro-batches; their gradients are added.
         workspace: Buffers of the tiles.
+        compact: Whether ``centers_CD`` holds the rows of the sample only, in its order.
     """
+    index = None if compact else rows
     steps, device, dim = steps_for(centers_CD), centers_CD.device, centers_CD.shape[1]
     parts = [_Part.of(one, rows, like=kept[0].query_BD) for one in kept]
     per_identity = kept[0].logits.per_identity
-    for number, (start, stop) in enumerate(tiles(kept[0].query_BD, centers_CD, rows, per_identity)):
+    for number, (start, stop) in enumerate(
+        tiles(kept[0].query_BD, centers_CD, index, per_identity)
+    ):
         gradient_TD = workspace("gradient", (stop - start, dim), torch.float32, device)
         key_TD: Tensor | None = None
         for part in parts:
@@ -139,7 +148,7 @@ def second_pass(
                 else:
                     if key_TD is None:
                         dtype = query_BD.dtype
-                        key_TD = _keys(centers_CD, rows, start, stop, dtype, logits, workspace)
+                        key_TD = _keys(centers_CD, index, start, stop, dtype, logits, workspace)
                     column_B = part.target_B - start
                     logit_TB = _logits(key_TD, query_BD, column_B, logits)
                     logit_TB, slope_TB, bend = _bent_first(logit_TB, column_B, logits, workspace)

@@ -41,6 +41,7 @@ def sgd_(
     momentum_key: int,
     first_identity: int,
     skip: Tensor | None,
+    compact: bool = False,
 ) -> None:
     """Update rows ``start:stop`` of the sample in place, in the formats that they are stored in.
 
@@ -66,8 +67,10 @@ def sgd_(
         momentum: Factor of the old v; of no matter without ``momentum_CD``.
         center_key: Key of the centers' stochastic rounding, signed 64-bit.
         momentum_key: Key of the momentum's.
-        first_identity: Global identity of local row 0.
+        first_identity: Global number of local row 0.
         skip: Scalar bool on the device: if true, nothing is written.
+        compact: Whether centers, momentum and scales hold the rows of the sample only, in its
+            order; ``rows_n`` then says no more than how they are rounded.
     """
     dim = centers_CD.shape[1]
     for tensor in (centers_CD, momentum_CD, gradient_TD, embedding_PD):
@@ -100,6 +103,7 @@ def sgd_(
         first_identity,
         dim,
         block,
+        compact,
         num_warps=row_warps(block),
         num_stages=1,
         enable_fp_fusion=False,
@@ -128,12 +132,16 @@ def _sgd(
     first_identity: tl.int64,
     D,
     BLOCK: tl.constexpr,
+    COMPACT: tl.constexpr,
 ):
     t = tl.program_id(0).to(tl.int64)
     place = t + start
     row = place
     if rows is not None:
         row = tl.load(rows + place)
+    identity = row + first_identity
+    if COMPACT:
+        row = place
     lane = tl.arange(0, BLOCK // 4)  # four columns share one hash, and one thread holds them
     column = lane[:, None] * 4 + tl.arange(0, 4)[None, :]
     mask = column < D
@@ -167,7 +175,6 @@ def _sgd(
     if skip is not None:
         written = tl.load(skip) == 0
     lanes = tl.cdiv(D, 4)
-    identity = row + first_identity
     bits = _noise(identity * lanes + lane + center_key)
     _store(centers, center_scale, column, row, w, bits, mask & written, written)
     if momentum is not None:

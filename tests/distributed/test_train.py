@@ -10,6 +10,7 @@ from torch import nn
 from partialfc import CurricularFace, RowAdagrad, RowSGD, Softmax, SubCenterArcFace, checkpoint
 from partialfc.disk import Disk
 from partialfc.runtime import all_agree, average_buffers, from_leader, largest
+from partialfc.staging import Placement
 from partialfc.train import train_step
 from tests.models import batch, flat_model, runtime, settings, share, weights
 from tests.ranks import run_on_ranks
@@ -98,6 +99,11 @@ HEADS = {
     "sub-centers": {"margin": SubCenterArcFace(scale=16)},
     "a margin's average": {"margin": CurricularFace(scale=16, averaging=0.3)},
     "bias": {"margin": Softmax()},
+    "in host memory": {
+        "rule": RowSGD(lr=0.1, momentum_format="int8"),
+        "center_format": "fp16",
+        "placement": Placement("host", "host"),
+    },
 }
 
 

@@ -136,6 +136,8 @@ def variants() -> Iterator[Variant]:
     for dim in DIMS:
         yield _sgd("fp32", "fp32", "fp32", "y", dim)
         yield _sgd("fp16", "int8", "bf16", "y", dim)
+    for centers, momentum in (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "int8")):
+        yield _sgd(centers, momentum, "bf16", "compact", 512)
     for inverse in (False, True):
         yield _permute(inverse)
 
@@ -174,7 +176,7 @@ def _sgd(centers: str, momentum: str, embedding: str, rows: str, dim: int) -> Va
             scale_C1 if centers == "fp16" else None,
             None if momentum == "no" else torch.empty(32, dim, dtype=DTYPES[momentum]),
             scale_C1 if momentum == "int8" else None,
-            torch.arange(16) if rows == "y" else None,
+            None if rows == "n" else torch.arange(16),
             0,
             16,
             torch.empty(16, dim),
@@ -189,6 +191,7 @@ def _sgd(centers: str, momentum: str, embedding: str, rows: str, dim: int) -> Va
             momentum_key=1 << 61,
             first_identity=0,
             skip=torch.tensor(False),
+            compact=rows == "compact",
         )
         return None
 

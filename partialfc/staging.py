@@ -1,0 +1,230 @@
+"""Rows of tensors in host memory, staged on the device while a step needs them.
+
+A step touches its sampled rows only. They are gathered into compact tensors on the device, every
+part of the head works on these as if they were a whole shard, and they are scattered back. A thread
+gathers the next step's rows while this one runs, and writes the last step's rows back. Rows that
+two steps in a row sample go from one compact tensor to the next on the device, so every step sees
+what it would see without staging, bit for bit.
+
+Shape suffixes: C = rows of a shard, n = sampled rows.
+"""
+
+import math
+import os
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Where = Literal["device", "host"]
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where the rows of a rank lie between steps.
+
+    Attributes:
+        centers: The class centers.
+        states: What the optimizer keeps of them.
+        folder: Where what is in the host's memory is mapped from files, which vanish with the
+            process; ``None`` for memory, pinned where there is a GPU.
+    """
+
+    centers: Where = "device"
+    states: Where = "device"
+    folder: Path | None = None
+
+    @property
+    def stages(self) -> bool:
+        """Whether anything is in host memory."""
+        return "host" in (self.centers, self.states)
+
+    def file(self, name: str) -> Path | None:
+        """Where a tensor in host memory is mapped from."""
+        return None if self.folder is None else self.folder / f"{name}_{os.getpid()}"
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """Some rows of every tensor.
+
+    Attributes:
+        rows: int64 [n], distinct.
+        tensors: Compact ones [n, ...] on the device, by name.
+    """
+
+    rows: Tensor
+    tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class _Ahead:
+    """Rows on their way to the device for a step to come."""
+
+    step: int
+    rows: Tensor
+    tensors: "Future[dict[str, Tensor]]"
+
+
+class Staging:
+    """The tensors of a rank that have the same rows, some of them in host memory.
+
+    Args:
+        tensors: [C, ...] by name, each on ``device`` or on the CPU; changed in place.
+        in_host: Names of those whose rows a thread moves; the others lie on the device.
+        device: Where the rows are needed.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], in_host: frozenset[str], device: torch.device
+    ) -> None:
+        self._tensors = dict(tensors)
+        self._in_host, self._device = in_host, device
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="staging")
+        self._stream: Any = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._open: Staged | None = None
+        self._last: Staged | None = None
+        self._ahead: deque[_Ahead] = deque()
+        self._writing: list[Future[None]] = []
+
+    def open(self, step: int, rows: Tensor) -> dict[str, Tensor]:
+        """Return the compact tensors of ``rows``; those opened before are closed.
+
+        Waits for the rows only as far as :meth:`prefetch` has not brought them. May be changed in
+        place until :meth:`close`, which makes the changes last.
+        """
+        if self._open is not None and self._open.rows is rows:
+            return self._open.tensors
+        self.close()
+        while self._ahead and self._ahead[0].step < step:
+            self._ahead.popleft()
+        ahead = None
+        if self._ahead and self._ahead[0].step == step:
+            ahead = self._ahead.popleft()
+        if ahead is not None and torch.equal(ahead.rows, rows):
+            compact = self._arrived(ahead.tensors)
+            if self._last is not None:
+                _carry_over(self._last, rows, compact)
+        else:
+            compact = self._arrived(self._gather(rows))
+        self._last = None
+        for name, tensor in self._tensors.items():
+            if name not in self._in_host:
+                compact[name] = tensor.index_select(0, rows)
+        self._open = Staged(rows, {name: compact[name] for name in self._tensors})
+        return self._open.tensors
+
+    def prefetch(self, step: int, rows: Tensor) -> None:
+        """Begin to gather the rows of a step to come; the steps between have no other rows open."""
+        self._ahead.append(_Ahead(step, rows, self._gather(rows)))
+
+    def close(self) -> None:
+        """Write the open rows back: at once on the device, by the thread to host memory."""
+        staged, self._open = self._open, None
+        if staged is None:
+            return
+        for name, tensor in self._tensors.items():
+            if name not in self._in_host:
+                tensor.index_copy_(0, staged.rows, staged.tensors[name])
+        self._writing = [write for write in self._writing if not _finished(write)]
+        self._writing.append(self._thread.submit(self._scatter, staged, self._event()))
+        self._last = staged
+
+    def settle(self) -> None:
+        """Close, wait until the host tensors hold everything, and forget what is gathered ahead."""
+        self.close()
+        for write in self._writing:
+            write.result()
+        self._writing = []
+        self._ahead.clear()
+        self._last = None
+
+    def _gather(self, rows: Tensor) -> "Future[dict[str, Tensor]]":
+        return self._thread.submit(self._fetch, rows.cpu())  # host sync
+
+    def _fetch(self, rows: Tensor) -> dict[str, Tensor]:
+        """On the thread, in the order of the calls: after every scatter that was asked for."""
+        found = {}
+        with self._beside():
+            for name in self._in_host:
+                tensor = self._tensors[name]
+                size = (len(rows), *tensor.shape[1:])
+                compact = torch.empty(size, dtype=tensor.dtype, pin_memory=self._stream is not None)
+                torch.index_select(tensor, 0, rows, out=compact)
+                found[name] = compact.to(self._device, non_blocking=True)
+        if self._stream is not None:
+            self._stream.synchronize()
+        return found
+
+    def _arrived(self, gathered: "Future[dict[str, Tensor]]") -> dict[str, Tensor]:
+        compact = gathered.result()
+        if self._stream is not None:
+            for tensor in compact.values():
+                tensor.record_stream(torch.cuda.current_stream(self._device))
+        return compact
+
+    def _scatter(self, staged: Staged, ready: Any) -> None:
+        with self._beside():
+            if self._stream is not None:
+                self._stream.wait_event(ready)
+            rows = staged.rows.cpu()
+            for name in self._in_host:
+                self._tensors[name].index_copy_(0, rows, staged.tensors[name].cpu())
+
+    def _beside(self) -> AbstractContextManager[Any]:
+        """On a GPU, a stream of the thread's own."""
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def _event(self) -> Any:
+        if self._stream is None:
+            return None
+        return torch.cuda.current_stream(self._device).record_event()
+
+
+def host_tensor(size: Sequence[int], dtype: torch.dtype, file: Path | None) -> Tensor:
+    """Return zeros in host memory: pinned where there is a GPU, or mapped from a new sparse file.
+
+    Args:
+        size: [C, ...].
+        dtype: Any.
+        file: Replaced if it exists; removed as soon as it is mapped, so that nothing is left of it
+            when the process ends. ``None`` for memory.
+
+    Raises:
+        OSError: If the file cannot be made or has no room.
+    """
+    if file is None:
+        return torch.zeros(*size, dtype=dtype, pin_memory=torch.cuda.is_available())
+    count = math.prod(size)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.unlink(missing_ok=True)
+    with file.open("wb") as made:
+        made.truncate(count * dtype.itemsize)
+    mapped = torch.from_file(str(file), shared=True, size=count, dtype=dtype)
+    file.unlink()
+    return mapped.view(*size)
+
+
+def _carry_over(last: Staged, rows: Tensor, compact: dict[str, Tensor]) -> None:
+    """Take the rows that the last step had too from there: the host's may be older."""
+    if not len(last.rows) or not len(rows):
+        return
+    sorted_n, order_n = last.rows.sort()
+    place_n = torch.searchsorted(sorted_n, rows).clamp(max=len(sorted_n) - 1)
+    (both,) = (sorted_n[place_n] == rows).nonzero(as_tuple=True)  # host sync
+    source = order_n[place_n[both]]
+    for name, tensor in compact.items():
+        tensor.index_copy_(0, both, last.tensors[name].index_select(0, source))
+
+
+def _finished(write: "Future[None]") -> bool:
+    """Whether it is done; raises what went wrong."""
+    return write.done() and write.result() is None

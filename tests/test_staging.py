@@ -1,0 +1,180 @@
+"""Rows in host memory: every step, state and checkpoint is that of rows on the device, bit for bit.
+
+On a CPU the host's memory is a second one (or a mapped file) and the staged rows are copies, so all
+of the moving is real; what a GPU adds is a stream, see tests/gpu.
+"""
+
+import copy
+import itertools
+
+import pytest
+import torch
+
+from partialfc import ArcFace, PartialFC, RowAdagrad, RowAdamW, RowSGD, SubCenterArcFace
+from partialfc.staging import Placement, Staging, host_tensor
+
+IDENTITIES, DIM, BATCH, STEPS = 400, 16, 24, 30
+HOST = Placement("host", "host")
+RULES = {
+    "sgd": (RowSGD(), "fp32"),
+    "sgd bf16": (RowSGD(momentum_format="bf16"), "bf16"),
+    "sgd fp16 int8": (RowSGD(momentum_format="int8"), "fp16"),
+    "adamw": (RowAdamW(), "fp32"),
+    "adagrad": (RowAdagrad(), "fp32"),
+}
+
+
+def batches(steps=STEPS):
+    generator = torch.Generator().manual_seed(3)
+    return [
+        (
+            torch.randn(BATCH, DIM, generator=generator),
+            torch.randint(0, IDENTITIES, (BATCH,), generator=generator),
+        )
+        for _ in range(steps)
+    ]
+
+
+def head_of(rule, center_format, placement, *, margin=None, rate=0.3):
+    return PartialFC(
+        IDENTITIES,
+        DIM,
+        margin or ArcFace(scale=16),
+        sample_rate=rate,
+        optimizer=copy.deepcopy(rule),
+        center_format=center_format,
+        placement=placement,
+    )
+
+
+def trained(head, *, prefetch=True, parts=1, fixed=True, given=None):
+    """Losses, centers and states after some steps; a batch in which a value is not finite too."""
+    losses = []
+    given = given or batches()
+    for (embeddings, labels), ahead in itertools.zip_longest(given, given[1:]):
+        if prefetch and ahead is not None:
+            head.prefetch(ahead[1])
+        if parts > 1 and fixed:
+            head.sample_step(labels)
+        pieces = zip(embeddings.chunk(parts), labels.chunk(parts), strict=True)
+        for piece, identities in pieces:
+            own = piece.clone().requires_grad_()
+            if len(losses) == 7:
+                own = own / 0
+            loss = head(own, identities) / parts
+            loss.backward()
+            losses.append(loss.item())
+        head.optimizer.step()
+    head.optimizer.settle()
+    return losses, head.centers.detach().clone(), dict(head.optimizer.states())
+
+
+def assert_equal(one, other):
+    assert torch.equal(torch.tensor(one[0]).nan_to_num(), torch.tensor(other[0]).nan_to_num())
+    assert torch.equal(one[1], other[1])
+    assert one[2].keys() == other[2].keys()
+    for name, state in one[2].items():
+        assert torch.equal(state, other[2][name]), name
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+@pytest.mark.parametrize("where", ["states", "centers", "both", "files"])
+@pytest.mark.parametrize("rule", RULES)
+def test_every_step_is_that_of_rows_on_the_device(rule, where, prefetch, tmp_path):
+    """A row that two steps in a row sample, read before it was written back."""
+    placement = {
+        "states": Placement(states="host"),
+        "centers": Placement(centers="host"),
+        "both": HOST,
+        "files": Placement("host", "host", tmp_path / "rows"),
+    }[where]
+    expected = trained(head_of(*RULES[rule], None), prefetch=False)
+    assert_equal(trained(head_of(*RULES[rule], placement), prefetch=prefetch), expected)
+    assert not list(tmp_path.rglob("*_*")), "a mapped file has no name left"
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_micro_batches_with_one_sample_and_with_several(fixed):
+    """Without sample_step the update needs the union of the samples."""
+    rule = RULES["sgd fp16 int8"]
+    settings = {"parts": 3, "fixed": fixed, "prefetch": fixed}
+    expected = trained(head_of(*rule, None), **settings)
+    assert_equal(trained(head_of(*rule, HOST), **settings), expected)
+
+
+def test_a_wrong_prefetch_changes_nothing():
+    """The next batch was another one, as after the end of an epoch that was cut."""
+    given = batches()
+    expected = trained(head_of(*RULES["sgd"], None), given=given)
+    head = head_of(*RULES["sgd"], HOST)
+    real = head.prefetch
+    head.prefetch = lambda identities: real((identities + 1) % IDENTITIES)
+    assert_equal(trained(head, given=given), expected)
+
+
+def test_sub_centers_and_losses_on_centers():
+    margin = SubCenterArcFace(scale=16, sub_centers=3)
+    results = []
+    for placement in (None, HOST):
+        head = head_of(*RULES["sgd"], placement, margin=margin)
+        head.center_weight = head.inter_class_weight = 0.5
+        results.append(trained(head))
+    assert_equal(results[1], results[0])
+
+
+def test_evaluation_between_steps_changes_nothing():
+    """A forward pass without gradients opens rows and takes no step."""
+    results = []
+    for placement in (None, HOST):
+        head = head_of(*RULES["sgd"], placement)
+        first = trained(head, given=batches(10))
+        with torch.no_grad():
+            head(*batches(3)[2])
+        results.append((first, trained(head, given=batches(12)[10:])))
+    assert_equal(results[1][0], results[0][0])
+    assert_equal(results[1][1], results[0][1])
+
+
+def test_state_dicts_move_between_placements():
+    """The state is complete at any time, and loading goes where the rows lie."""
+    straight = head_of(*RULES["sgd fp16 int8"], HOST)
+    trained(straight, given=batches(10))
+    saved = copy.deepcopy((straight.state_dict(), straight.optimizer.state_dict()))
+    expected = trained(straight, given=batches(20)[10:])
+    for placement in (None, Placement(states="host"), HOST):
+        head = head_of(*RULES["sgd fp16 int8"], placement)
+        trained(head, given=batches(3))
+        head.load_state_dict(saved[0])
+        head.optimizer.load_state_dict(saved[1])
+        assert_equal(trained(head, given=batches(20)[10:]), expected)
+
+
+def test_a_row_that_cannot_be_written_stops_the_run():
+    """What goes wrong on the thread is raised, not lost."""
+    tensors = {"centers": torch.zeros(8, 2)}
+    staging = Staging(tensors, frozenset(tensors), torch.device("cpu"))
+    staging.open(0, torch.tensor([1, 2]))
+    staging._tensors["centers"] = torch.zeros(2, 2)
+    with pytest.raises((IndexError, RuntimeError)):
+        staging.settle()
+
+
+def test_host_tensors_in_files_are_zero_and_sparse(tmp_path):
+    """A tebibyte needs no tebibyte before rows are written."""
+    tensor = host_tensor((2**31, 128), torch.float32, tmp_path / "folder" / "centers")
+    tensor[2**31 - 1] = 1
+    assert tensor[2**31 - 1].sum() == 128
+    assert not tensor[12345].any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sample_rate": 1.0}, "sample_rate = 1 with rows in host memory"),
+        ({"optimizer": RowSGD(unsampled="move")}, "unsampled = 'move' needs its rows on the dev"),
+    ],
+)
+def test_what_host_memory_cannot_do_is_refused(settings, message):
+    settings = {"sample_rate": 0.5, **settings}
+    with pytest.raises(ValueError, match=message):
+        PartialFC(10, 4, ArcFace(), placement=Placement(states="host"), **settings)
