@@ -555,6 +555,6 @@ def test_a_setting_of_a_loss_without_a_weight_is_refused() -> None:
 
 def test_a_host_folder_without_anything_in_host_memory_is_refused() -> None:
     """It would be ignored silently."""
-    with pytest.raises(ConfigError, match="host_folder = .*: nothing lies in host memory"):
+    with pytest.raises(ConfigError, match=r"host_folder = .*: nothing lies in host memory"):
         loaded(MINIMAL, "head.host_folder=rows")
     assert loaded(MINIMAL, "head.host_folder=rows", "head.states_in=host").head.host_folder
