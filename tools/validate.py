@@ -41,6 +41,7 @@ def main() -> int:
     parser.add_argument("--level", choices=LEVELS, default="images", help="the last one to check")
     parser.add_argument("--images", default="30000", help="how many to decode, or all")
     parser.add_argument("--seed", type=int, default=0, help="which of them")
+    parser.add_argument("--size", type=int, default=112, help="pixels that crops should have")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads")
     parser.add_argument("--bad", type=Path, help="write the bad records here, for data.skip")
     parser.add_argument("--json", type=Path, help="write the report here")
@@ -81,6 +82,7 @@ def validate(arguments: argparse.Namespace, console: Console) -> int:
             del report.levels["labels"]
     if depth >= LEVELS.index("images"):
         look = levels.images(pack, report, workers, console, count, arguments.seed)
+        report.hints += look.hints(arguments.size) if look.images else []
         if arguments.mean and look.images:
             look.save_mean(arguments.mean)
     if depth >= LEVELS.index("hash"):

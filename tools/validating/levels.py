@@ -85,9 +85,9 @@ def headers(pack: Pack, report: Report, workers: int, console: Console) -> None:
     report.levels["labels"] = {
         "identities": len(images_C),
         "images_per_identity": {
-            "min": int(images_C.min(initial=0)),
+            "min": int(images_C.min()) if len(images_C) else 0,
             "median": float(np.median(images_C)) if len(images_C) else 0.0,
-            "max": int(images_C.max(initial=0)),
+            "max": int(images_C.max()) if len(images_C) else 0,
         },
         "without_images": int((images_C == 0).sum()),
         "with_one_image": int((images_C == 1).sum()),
@@ -121,7 +121,6 @@ def images(
     }
     if count == len(pack):
         report.levels["images"]["bad_share_at_most"] = bad / count
-    report.hints += look.hints() if look.images else []
     return look
 
 
