@@ -4,6 +4,7 @@ A rank's beat is a number that grows, the optimizer steps that it has taken, wha
 kind of :mod:`partialfc.ledger`), and the head's collectives that it has entered.
 """
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ _PROGRESS = 10
 _PATIENCE = 60
 """and the first step, verification, a save or a load so many times."""
 _WITHIN_STEPS = ("train", "data")
+OUTSIDE = "outside of training"
+"""What a rank is doing before its ledger is kept, or in a tool: nobody knows how long it takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +41,10 @@ class Beat:
         return self.step, self.collectives
 
     @property
-    def patience(self) -> int:
+    def patience(self) -> float:
         """How much longer than a sign of life its next progress may take."""
+        if self.kind == OUTSIDE:
+            return math.inf
         return _PROGRESS if self.kind in _WITHIN_STEPS and not self.first else _PATIENCE
 
 

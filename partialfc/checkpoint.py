@@ -157,7 +157,9 @@ def read_tensors(
         return {key: opened.get_tensor(key) for key in _listed(file, opened.keys(), manifest)}
 
 
-def read_centers(path: Path, manifest: Mapping[str, Any], head: PartialFC) -> None:
+def read_centers(
+    path: Path, manifest: Mapping[str, Any], head: PartialFC, *, with_states: bool = True
+) -> None:
     """Fill this rank's centers and row states from the files that hold its rows.
 
     Nothing is read twice, and in memory there is one piece of a file beside what is filled.
@@ -166,12 +168,13 @@ def read_centers(path: Path, manifest: Mapping[str, Any], head: PartialFC) -> No
         path: Of the checkpoint.
         manifest: Of it.
         head: Whose centers and states are filled.
+        with_states: Without them, the centers alone are filled, and rounded to their format.
 
     Raises:
         CheckpointError: If rows or states are missing, or have another format.
     """
     head.optimizer.settle()
-    filled = {"centers": head.centers.data, **head.optimizer.states()}
+    filled = {"centers": head.centers.data, **(head.optimizer.states() if with_states else {})}
     done, owned = 0, head.owned_rows
     for name in sorted(manifest["files"]):
         if not name.startswith("centers_"):
@@ -186,7 +189,7 @@ def read_centers(path: Path, manifest: Mapping[str, Any], head: PartialFC) -> No
                 into = filled[tensor]
                 for start, stop in _pieces(low, high, part, rows):
                     piece = part[start - first : stop - first]
-                    if piece.dtype != into.dtype:
+                    if piece.dtype != into.dtype and with_states:
                         raise CheckpointError(
                             f"{name}: {tensor} is {piece.dtype}, and the settings want {into.dtype}"
                         )

@@ -40,6 +40,10 @@ class Run(Section):
     """A checkpoint to go on from where ``folder`` has none yet, such as
     runs/a/checkpoints/step_00002000; the run that wrote it is left as it is."""
 
+    start_from: UserPath | None = None
+    """What a new run begins with: a run's folder, a checkpoint or a file of weights for the
+    backbone alone, or a folder that tools/identities.py made, for its class centers as well."""
+
     fruitless_starts: Annotated[int, Field(ge=0)] = 3
     """Starts in a row that may fail before they come to a new step; the next one is refused with
     their causes. Other settings begin a new count, and 0 refuses none."""
@@ -62,6 +66,15 @@ class Run(Section):
         if isinstance(values, dict) and values.get("steps") is not None:
             return {"epochs": None, **values}
         return values
+
+    @model_validator(mode="after")
+    def _one_beginning(self) -> "Run":
+        if self.start_from is not None and self.resume_from is not None:
+            raise ValueError(
+                f'start_from = "{self.start_from}" with run.resume_from = "{self.resume_from}": a '
+                "run begins anew with what was trained, or goes on from a checkpoint. Remove one."
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_length(self) -> "Run":

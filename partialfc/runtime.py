@@ -81,18 +81,16 @@ def running(config: Config) -> Iterator[Runtime]:
         if watchdog is None:
             raise
         if isinstance(error, Preempted):  # all ranks leave together, and wait to be queued again
-            watchdog.close()
             raise
         explained = watchdog.explain(error)
         if explained is error:
             raise
         raise explained from error
-    else:
-        if watchdog is not None:
-            watchdog.close()
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+        if watchdog is not None:  # until now it bounds the time that leaving takes
+            watchdog.close()
 
 
 def _check_network() -> None:

@@ -31,6 +31,7 @@ from partialfc.recorder import Recorder, Step
 from partialfc.runtime import Runtime, average_buffers, from_leader, refuse_interrupted
 from partialfc.saver import Saver
 from partialfc.schedule import learning_rate
+from partialfc.start import start_from
 
 
 def train(config: Config, runtime: Runtime) -> None:
@@ -74,6 +75,8 @@ def train(config: Config, runtime: Runtime) -> None:
             if found is None and config.run.resume_from is not None:
                 found = checkpoint.named(config.run.resume_from, runtime)
             step = checkpoint.load(found, model, facts, runtime) if found else 0
+            if found is None and config.run.start_from is not None:
+                start_from(config.run.start_from, config, model, runtime)
         ledger.at(step, now=True)
         summary = config.run.folder / "summary.json"
         if step >= total_steps and summary.exists():

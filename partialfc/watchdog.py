@@ -20,7 +20,7 @@ from torch.distributed import PrefixStore, Store
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 
 from partialfc import collectives
-from partialfc.beats import Beat, Seen, names_of, verdict
+from partialfc.beats import OUTSIDE, Beat, Seen, names_of, verdict
 from partialfc.collectives import Ranks
 from partialfc.errors import HangError, LostRankError, exit_code_of
 from partialfc.ledger import Ledger
@@ -81,7 +81,7 @@ class Watchdog:
         return error
 
     def close(self) -> None:
-        """Say that this rank leaves as it should, and stop watching."""
+        """Say that this rank leaves, and stop watching."""
         self._ended.set()
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout=2 * self.interval + 1)
@@ -117,7 +117,7 @@ class Watchdog:
 
     def _own(self) -> Beat:
         if self._ledger is None:
-            return Beat(self._number, 0, "startup", 0, True)
+            return Beat(self._number, 0, OUTSIDE, 0, True)
         step, kind = self._ledger.step, self._ledger.kind
         return Beat(self._number, step, kind, collectives.entered(), step == self._ledger.first)
 

@@ -69,6 +69,7 @@ FLOORS = {
     "checkpoint": 4,
     "evaluation": 4,
     "trained": 4,
+    "start": 4,
     "monitor": 4,
     "preflight": 5,
     "recorder": 5,
