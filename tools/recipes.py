@@ -1,0 +1,268 @@
+"""Write the recipes: a settings file for every data set and network, and their table.
+
+    python tools/recipes.py configs/recipes configs/README.md
+
+The files are in the repository; a test makes them again and compares. The learning rate follows the
+global batch and nothing else: SGD 0.1 for 1,024 images, AdamW 0.001 for 24,576, both in proportion.
+A run keeps its batch on any number of GPUs, so its rate does not follow them; where a GPU cannot
+hold its share, optimizer.accumulation cuts it.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+from dataclasses import dataclass
+
+from partialfc.metrics import write_text
+
+GPUS = (1, 8, 16, 32, 64)
+SGD_RATE, SGD_BATCH = 0.1, 1024
+ADAMW_RATE, ADAMW_BATCH = 1e-3, 24_576
+START, END = "<!-- recipes: written by tools/recipes.py -->", "<!-- end of recipes -->"
+
+
+@dataclass(frozen=True, slots=True)
+class DataSet:
+    """Images and identities, where the pack usually lies, and how it is trained on."""
+
+    title: str
+    folder: str
+    identities: int
+    images: int
+    margin: tuple[str, str, float]
+    batch: int = SGD_BATCH
+    sample_rate: float = 1.0
+    warmup_epochs: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """A backbone; ``most`` are the images that a GPU of 80 GiB holds at once in bf16."""
+
+    title: str
+    backbone: str
+    most: int
+
+    @property
+    def adamw(self) -> bool:
+        """Whether it is a transformer, which is trained by AdamW."""
+        return self.backbone.startswith("vit")
+
+
+ARCFACE, COSFACE = ("arcface", "angular", 0.5), ("cosface", "additive", 0.4)
+DATA = {
+    "ms1mv2": DataSet("MS1MV2", "faces_emore", 85_742, 5_822_653, ARCFACE),
+    "ms1mv3": DataSet("MS1MV3", "ms1m-retinaface-t1", 93_431, 5_179_510, ARCFACE),
+    "glint360k": DataSet("Glint360K", "glint360k", 360_232, 17_091_657, COSFACE),
+    "wf4m": DataSet("WebFace4M", "WebFace4M", 205_990, 4_235_242, COSFACE),
+    "wf12m": DataSet("WebFace12M", "WebFace12M", 617_970, 12_720_066, COSFACE, sample_rate=0.2),
+    "wf42m": DataSet(
+        "WebFace42M",
+        "WebFace42M",
+        2_059_906,
+        42_474_557,
+        COSFACE,
+        batch=4096,
+        sample_rate=0.2,
+        warmup_epochs=2,
+    ),
+}
+NETWORKS = {
+    "r18": Network("r18", "iresnet18", 1024),
+    "r50": Network("r50", "iresnet50", 512),
+    "r100": Network("r100", "iresnet100", 256),
+    "r200": Network("r200", "iresnet200", 128),
+    "mbf": Network("mbf", "mobilefacenet", 1024),
+    "vit_t": Network("ViT-T", "vit_t", 1024),
+    "vit_s": Network("ViT-S", "vit_s", 512),
+    "vit_b": Network("ViT-B", "vit_b", 256),
+    "vit_l": Network("ViT-L", "vit_l", 128),
+}
+TARGETS = {
+    ("ms1mv2", "r50"): "75.13 / 95.97 / 94.07",
+    ("ms1mv2", "r100"): "78.12 / 96.37 / 94.27",
+    ("ms1mv3", "mbf"): "63.78 / 94.23 / 91.33",
+    ("ms1mv3", "r50"): "79.14 / 96.37 / 94.47",
+    ("ms1mv3", "r100"): "81.97 / 96.85 / 95.02",
+    ("glint360k", "r50"): "86.34 / 97.16 / 95.81",
+    ("glint360k", "r100"): "89.52 / 97.55 / 96.38",
+    ("wf4m", "r100"): "89.87 / 97.19 / 95.48",
+    ("wf12m", "r100"): "94.75 / 97.60 / 95.90",
+    ("wf42m", "r50"): "93.83 / 97.53 / 96.16",
+    ("wf42m", "r100"): "96.27 / 97.70 / 96.31",
+    ("wf42m", "r200"): "97.70 / 97.97 / 96.93",
+    ("wf42m", "vit_t"): "92.24 / 97.31 / 95.97",
+    ("wf42m", "vit_s"): "95.87 / 97.73 / 96.57",
+    ("wf42m", "vit_b"): "97.42 / 97.90 / 97.04",
+    ("wf42m", "vit_l"): "97.85 / 98.00 / 97.23",
+}
+"""Published for the arcface_torch recipe of that name: MFR-ALL, IJB-C at 1e-4, IJB-C at 1e-5."""
+
+_PFC_03 = ("r200", "vit_t", "vit_s", "vit_b", "vit_l")
+"""Published with a sample rate of 0.3 on WebFace42M."""
+
+
+def recipe(data: str, network: str) -> str:
+    """Return one settings file."""
+    images, net = DATA[data], NETWORKS[network]
+    batch = batch_of(data, network)
+    rate = 0.3 if data == "wf42m" and network in _PFC_03 else images.sample_rate
+    epochs = 40 if net.adamw else 20
+    warmup = (4 if net.adamw else images.warmup_epochs) * (images.images // batch)
+    name, key, margin = COSFACE if net.adamw else images.margin
+    target = TARGETS.get((data, network))
+    published = (
+        f"# Published: MFR-ALL / IJB-C 1e-4 / 1e-5 = {target}. Ours: not measured."
+        if target
+        else "# A starting point: nothing is published for it. Ours: not measured."
+    )
+    parts = [
+        f"# {images.title}, {net.title}: {images.identities:,} identities, {images.images:,} images.",
+        published,
+        "#",
+        *_commands(data, network),
+        "",
+        "[run]",
+        f'folder = "runs/{data}_{network}"',
+        f"epochs = {epochs}",
+        "",
+        "[data]",
+        f'train = "~/data/{images.folder}/train.rec"',
+        f"global_batch = {batch}",
+        "",
+        "[backbone]",
+        f'name = "{net.backbone}"',
+        "",
+        "[head]",
+        f"sample_rate = {rate}",
+        "",
+        "[head.margin]",
+        f'name = "{name}"',
+        "scale = 64",
+        f"{key} = {margin}",
+        "",
+        *_optimizers(net, rate),
+        "",
+        "[optimizer]",
+        *(['name = "adamw"'] if net.adamw else []),
+        f"lr = {learning_rate(data, network):.6g}",
+        f"weight_decay = {'0.1' if net.adamw else '5e-4'}",
+        "",
+        "[schedule]",
+        f"warmup_steps = {warmup}",
+        "",
+        "[verification]",
+        f'pairs = ["~/data/{images.folder}/lfw.bin", "~/data/{images.folder}/cfp_fp.bin",',
+        f'         "~/data/{images.folder}/agedb_30.bin"]',
+        "every_steps = 2000",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def batch_of(data: str, network: str) -> int:
+    """Return the global batch: arcface_torch's, and 4,096 for transformers where it has none."""
+    if NETWORKS[network].adamw:
+        return ADAMW_BATCH if data == "wf42m" else 4096
+    return DATA[data].batch
+
+
+def learning_rate(data: str, network: str) -> float:
+    """Return the rate in proportion to the batch."""
+    batch = batch_of(data, network)
+    if NETWORKS[network].adamw:
+        return ADAMW_RATE * batch / ADAMW_BATCH
+    return SGD_RATE * batch / SGD_BATCH
+
+
+def accumulation(data: str, network: str, gpus: int) -> int:
+    """Return the fewest micro-batches of which a GPU holds one."""
+    per_gpu = batch_of(data, network) // gpus
+    parts = 1
+    while per_gpu // parts > NETWORKS[network].most or per_gpu % parts:
+        parts += 1
+    return parts
+
+
+def _optimizers(net: Network, rate: float) -> list[str]:
+    if net.adamw:
+        return ["[head.optimizer]", 'name = "adamw"', "weight_decay = 0.1"]
+    moving = ['unsampled = "move"  # as arcface_torch\'s version 2'] if rate < 1 else []
+    return ["[head.optimizer]", "weight_decay = 5e-4", *moving]
+
+
+def _commands(data: str, network: str) -> list[str]:
+    lines = []
+    for gpus in GPUS:
+        nodes = -(-gpus // 8)
+        start = f"--nnodes={nodes} --nproc-per-node={min(gpus, 8)}"
+        parts = accumulation(data, network, gpus)
+        extra = f" optimizer.accumulation={parts}" if parts > 1 else ""
+        word = "GPU " if gpus == 1 else "GPUs"
+        lines.append(
+            f"#   {gpus:2} {word}  torchrun {start} launch/train.py "
+            f"configs/recipes/{data}_{network}.toml{extra}"
+        )
+    return lines
+
+
+def table() -> str:
+    """Return the table of all recipes in markdown."""
+    lines = [
+        "| recipe | batch | lr | sample rate | MFR-ALL / IJB-C 1e-4 / 1e-5, published | ours |",
+        "|---|---|---|---|---|---|",
+    ]
+    for data, images in DATA.items():
+        for network, net in NETWORKS.items():
+            name = f"{data}_{network}"
+            text = recipe(data, network)
+            rate = text.split("sample_rate = ")[1].split("\n")[0]
+            lines.append(
+                f"| [{images.title} {net.title}](recipes/{name}.toml) | "
+                f"{batch_of(data, network):,} | {learning_rate(data, network):.3g} | {rate} | "
+                f"{TARGETS.get((data, network), '–')} | |"
+            )
+    return "\n".join(lines)
+
+
+def with_table(text: str) -> str:
+    """Return the README of the settings with the table put in.
+
+    Raises:
+        ValueError: If the marks of the table are not there.
+    """
+    before, mark, rest = text.partition(START)
+    _, end, after = rest.partition(END)
+    if not mark or not end:
+        raise ValueError(f"the marks {START} and {END} must be there.")
+    return f"{before}{START}\n{table()}\n{END}{after}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the tool; return its exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="where the settings files go")
+    parser.add_argument("readme", type=Path, help="where the table goes")
+    options = parser.parse_args(arguments)
+    try:
+        text = with_table(options.readme.read_text())
+    except (OSError, ValueError) as error:
+        print(f"{options.readme}: {error}", file=sys.stderr)
+        return 2
+    options.folder.mkdir(parents=True, exist_ok=True)
+    for data in DATA:
+        for network in NETWORKS:
+            write_text(options.folder / f"{data}_{network}.toml", recipe(data, network))
+    write_text(options.readme, text)
+    print(
+        f"{len(DATA) * len(NETWORKS)} recipes in {options.folder}, their table in {options.readme}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
