@@ -1,8 +1,11 @@
 """Real processes that are killed, stopped and starved; tools/bench/faults.py does more of it."""
 
+import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -109,3 +112,18 @@ def test_starts_that_come_no_further_are_refused_with_their_causes(start, broken
         assert re.search(r"DataError: .*train.rec: image \d+, .*offset \d+", summary)
     assert "exitcode  : 8 " in refused
     assert re.search(r"run.fruitless_starts = 1: .* \(at step 0: DataError: ", refused)
+
+
+def test_the_benchmark_of_faults_in_small(tmp_path):
+    """Two kills, the second in a save, ending equal to the bit; tools/bench has all of it."""
+    record = tmp_path / "faults.json"
+    tool = [sys.executable, "tools/bench/faults.py", "--json", str(record)]
+    small = ["--only", "kills,corruption", "--kills", "2", "--corruptions", "20"]
+    done = subprocess.run([*tool, *small], cwd=ROOT, capture_output=True, text=True, timeout=400)
+    found = json.loads(record.read_text())
+    assert all(found["kills"]["equal"].values()), done.stdout
+    assert found["kills"]["survived"] == 2
+    assert found["kills"]["during_a_save"] == 1
+    assert not found["corruption"]["accepted"]
+    wall = found["kills"]["wall_seconds"]
+    assert wall - 10 < found["kills"]["spent_sum"] <= wall + 0.5

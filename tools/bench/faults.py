@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,7 @@ from tools.faulting.runs import Run, command, in_save, losses, steps_in, tensors
 EVERY = 8
 """Steps between checkpoints of the run that is killed."""
 STEPS_PER_KILL = 12
+PARTS = ("kills", "elastic", "crash", "corruption", "stopped")
 PATHS = ((4, 2, 8), (1, 3), (3, 1))
 COMMON = (
     "verification.pairs=[]",
@@ -65,6 +67,11 @@ def main() -> int:
     parser.add_argument("--corruptions", type=int, default=1000, help="damaged checkpoints")
     parser.add_argument("--ranks", type=int, default=2, help="of the run that is killed")
     parser.add_argument("--hang-seconds", type=float, default=60.0, help="run.hang_seconds")
+    parser.add_argument(
+        "--only",
+        default=",".join(PARTS),
+        help=f"some of {', '.join(PARTS)}; the others are left out",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of steps, ranks and damages")
     parser.add_argument("--json", type=Path, help="where the record goes")
     arguments = parser.parse_args()
@@ -73,13 +80,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         pack(scratch)
-        result = {
-            "kills": kills(scratch, arguments.kills, arguments.ranks, chance),
-            "elastic": [elastic(scratch, path) for path in track(PATHS, "numbers of ranks")],
-            "crash": crashes(scratch),
-            "corruption": corrupt(scratch, arguments.corruptions),
-            "stopped": stopped(scratch, arguments.hang_seconds),
+        parts: dict[str, Callable[[], Any]] = {
+            "kills": lambda: kills(scratch, arguments.kills, arguments.ranks, chance),
+            "elastic": lambda: [elastic(scratch, path) for path in track(PATHS, "ranks")],
+            "crash": lambda: crashes(scratch),
+            "corruption": lambda: corrupt(scratch, arguments.corruptions),
+            "stopped": lambda: stopped(scratch, arguments.hang_seconds),
         }
+        result = {name: parts[name]() for name in arguments.only.split(",")}
     if arguments.json:
         write_json(arguments.json, {**conditions(), **result})
     return show(result)
@@ -111,7 +119,7 @@ def kills(scratch: Path, count: int, ranks: int, chance: random.Random) -> dict[
     began = time.time()
     for number in track(range(count), "kills"):
         run = start(scratch, killed, ranks, *settings)
-        in_a_save = number % 4 == 3
+        in_a_save = number % 4 == 3 or number == count - 1
         wanted = STEPS_PER_KILL * number + 1 + chance.randrange(STEPS_PER_KILL)
         run.until(lambda wanted=wanted: steps_in(killed) >= wanted)  # type: ignore[misc]
         if in_a_save:
@@ -292,68 +300,66 @@ def stopped(scratch: Path, seconds: float) -> dict[str, Any]:
     }
 
 
+Line = tuple[str, str, bool]
+
+
 def show(result: dict[str, Any]) -> int:
     """Print the table; return 1 if a line of it is not as it must be."""
-    killed, crash, damage = result["kills"], result["crash"], result["corruption"]
-    off = abs(killed["spent_sum"] / killed["wall_seconds"] - 1)
-    hang = result["stopped"]
-    lines = [
-        (
-            "kills survived",
-            f"{killed['survived']} of {killed['tried']}, {killed['during_a_save']} during a save",
-            killed["survived"] == killed["tried"],
-        ),
-        *(
-            (f"  {name.replace('_', ' ')} equal to the bit", str(fine), fine)
-            for name, fine in killed["equal"].items()
-        ),
-        (
-            "killed rank to last process gone",
-            "{median:.1f} s median, {largest:.1f} s largest".format(
-                **killed["seconds_to_last_process_gone"]
-            ),
-            killed["seconds_to_last_process_gone"]["largest"] < 30,
-        ),
-        *(
-            (
-                f"ranks {one['path']}",
-                f"ids and samples equal, largest difference of a loss "
-                f"{one['largest_difference_of_a_loss']:.1e}",
-                one["sample_ids_equal"]
-                and one["sampled_equal"]
-                and one["epoch_seen_once"]
-                and one["tensors_equal_after_load_and_save"]
-                and one["largest_difference_of_a_loss"] < 1e-4,
-            )
-            for one in result["elastic"]
-        ),
-        (
-            "crash points",
-            f"{crash['points']}, invalid {len(crash['invalid'])}",
-            not crash["invalid"],
-        ),
-        (
-            "corruptions",
-            f"{damage['tried']}, accepted {len(damage['accepted'])}",
-            not damage["accepted"],
-        ),
-        (
-            "SIGSTOP to the rank's name",
-            f"{hang['seconds_to_name']:.0f} s, {hang['seconds_to_last_process_gone']:.0f} s to the "
-            f"last process gone, stacks {', '.join(hang['stacks'])}",
-            hang["seconds_to_name"] < 120 and len(hang["stacks"]) == 2,
-        ),
-        (
-            "ledger against the clock",
-            f"{killed['spent_sum']:.1f} of {killed['wall_seconds']:.1f} s, off {off:.2%}",
-            off < 0.01,
-        ),
-    ]
+    lines = [line for name, part in result.items() for line in LINES[name](part)]
     table = Table("", "", "", box=None)
     for name, text, fine in lines:
         table.add_row(name, text, "[green]yes[/]" if fine else "[red]NO[/]")
     Console(width=120).print(table)
     return 0 if all(fine for *_, fine in lines) else 1
+
+
+def _of_kills(one: dict[str, Any]) -> Iterator[Line]:
+    gone = one["seconds_to_last_process_gone"]
+    off = abs(one["spent_sum"] / one["wall_seconds"] - 1)
+    during = f"{one['during_a_save']} during a save"
+    fine = one["survived"] == one["tried"]
+    yield "kills survived", f"{one['survived']} of {one['tried']}, {during}", fine
+    for name, equal in one["equal"].items():
+        yield f"  {name.replace('_', ' ')}", "equal to the bit" if equal else "not equal", equal
+    times = f"{gone['median']:.1f} s median, {gone['largest']:.1f} s largest"
+    yield "killed rank to last process gone", times, gone["largest"] < 30
+    clock = f"{one['spent_sum']:.1f} of {one['wall_seconds']:.1f} s, off {off:.2%}"
+    yield "ledger against the clock", clock, off < 0.01
+
+
+def _of_elastic(paths: list[dict[str, Any]]) -> Iterator[Line]:
+    for one in paths:
+        difference = one["largest_difference_of_a_loss"]
+        exact = ("sample_ids_equal", "sampled_equal", "epoch_seen_once")
+        fine = all(one[name] for name in (*exact, "tensors_equal_after_load_and_save"))
+        text = f"largest relative difference of a loss {difference:.1e}"
+        yield f"ranks {one['path']}", text, fine and difference < 1e-4
+
+
+def _of_crash(one: dict[str, Any]) -> Iterator[Line]:
+    invalid = one["invalid"]
+    yield "crash points", f"{one['points']}, invalid states {len(invalid)}", not invalid
+
+
+def _of_corruption(one: dict[str, Any]) -> Iterator[Line]:
+    accepted = one["accepted"]
+    yield "corruptions", f"{one['tried']}, accepted {len(accepted)}", not accepted
+
+
+def _of_stopped(one: dict[str, Any]) -> Iterator[Line]:
+    named = one["seconds_to_name"]
+    fine = named < 120 and len(one["stacks"]) == 2
+    yield "SIGSTOP to the rank's name", f"{named:.0f} s, {len(one['stacks'])} stacks", fine
+    yield "  to the last process gone", f"{one['seconds_to_last_process_gone']:.0f} s", True
+
+
+LINES: dict[str, Callable[[Any], Iterator[Line]]] = {
+    "kills": _of_kills,
+    "elastic": _of_elastic,
+    "crash": _of_crash,
+    "corruption": _of_corruption,
+    "stopped": _of_stopped,
+}
 
 
 if __name__ == "__main__":
