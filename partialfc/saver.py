@@ -1,7 +1,8 @@
 """Checkpoints behind the training: a copy in memory, which a thread writes and commits.
 
-Training stands still for the copy only. The ranks agree on a process group of their own, so that no
-collective of the training waits for a disk.
+Training stands still for the copy only, or, where the machine has no room for one, until the files
+are written, straight from what is trained. The ranks agree on a process group of their own, so that
+no collective of the training waits for a disk.
 """
 
 import os
@@ -126,7 +127,9 @@ class Saver:
         """
         self.wait()
         began = time.monotonic()
-        staged = self._stage(model)
+        files = self._files(model)
+        copied = self._has_room(files)
+        staged = self._copies_of(files) if copied else _contiguous(files)
         manifest = {
             "step": step,
             "world_size": self._ranks.size,
@@ -142,6 +145,8 @@ class Saver:
             },
         }
         self._pending = self._pool.submit(self._write, step, staged, manifest, began)
+        if not copied:
+            self.wait()
 
     @property
     def pending(self) -> bool:
@@ -164,8 +169,8 @@ class Saver:
         if pending is not None:
             self.last = pending.result()
 
-    def _stage(self, model: Model) -> Staged:
-        """The files of this rank, from copies that the next save uses again."""
+    def _files(self, model: Model) -> Staged:
+        """The files of this rank, of the live tensors."""
         head, files = model.head, {}
         head.optimizer.settle()
         if self._runtime.leads:
@@ -181,22 +186,40 @@ class Saver:
         if len(head.owned):
             name = f"centers_{head.owned_rows.start:010d}"
             files[name] = {"centers": head.centers, **head.optimizer.states()}
-        staged = {
-            f"{file}.safetensors": {
-                name: self._copy(f"{file}/{name}", tensor) for name, tensor in tensors.items()
-            }
+        return {
+            f"{file}.safetensors": {name: tensor.detach() for name, tensor in tensors.items()}
+            for file, tensors in files.items()
+        }
+
+    def _has_room(self, files: Staged) -> bool:
+        """Whether copies take at most half of the memory that is free; there are some already."""
+        needed = sum(size_of(tensors) for tensors in files.values())
+        free = _available_bytes()
+        if self._copies or free is None or needed <= free // 2:
+            return True
+        print(
+            f"{self._folder}: a copy of {needed:,} bytes has no room in {free:,} free ones, so "
+            "training stands still while a checkpoint is written.",
+            flush=True,
+        )
+        return False
+
+    def _copies_of(self, files: Staged) -> Staged:
+        """Copies on the CPU, which the next save uses again."""
+        copies = {
+            file: {name: self._copy(f"{file}/{name}", tensor) for name, tensor in tensors.items()}
             for file, tensors in files.items()
         }
         if self._runtime.device.type == "cuda":
             torch.cuda.synchronize()  # host sync: the copies are complete
-        return staged
+        return copies
 
     def _copy(self, key: str, tensor: Tensor) -> Tensor:
         copy = self._copies.get(key)
         if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
             copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             self._copies[key] = copy
-        return copy.copy_(tensor.detach(), non_blocking=True)
+        return copy.copy_(tensor, non_blocking=True)
 
     def _write(self, step: int, staged: Staged, manifest: dict[str, Any], began: float) -> Saved:
         _yield_to_training()
@@ -257,3 +280,21 @@ def _yield_to_training() -> None:
     """Hash and write in the time that training leaves over; Linux alone has threads with ranks."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+
+
+def _contiguous(files: Staged) -> Staged:
+    """As files have them; of the class centers and their states, which are so, no copy."""
+    return {
+        file: {name: tensor.contiguous() for name, tensor in tensors.items()}
+        for file, tensors in files.items()
+    }
+
+
+def _available_bytes() -> int | None:
+    """Memory that can be had without swapping; ``None`` where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = (int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    return next(found, None)

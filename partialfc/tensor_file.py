@@ -51,7 +51,7 @@ def size_of(tensors: Mapping[str, Tensor]) -> int:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], disk: Disk) -> Written:
-    """Write a safetensors file and sync it. The tensors are contiguous and on the CPU."""
+    """Write a safetensors file and sync it. The tensors are contiguous, on any device."""
     digest, size = hashlib.sha256(), 0
     with path.open("wb") as file:
         for piece in _pieces(tensors):
@@ -83,6 +83,6 @@ def _pieces(tensors: Mapping[str, Tensor]) -> Iterator[Bytes]:
         assert tensor.is_contiguous()
         if not tensor.numel():
             continue
-        data = tensor.reshape(-1).view(torch.uint8).numpy().data
+        data = tensor.reshape(-1).view(torch.uint8)
         for start in range(0, len(data), _PIECE):
-            yield data[start : start + _PIECE]
+            yield data[start : start + _PIECE].cpu().numpy().data

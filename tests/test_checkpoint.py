@@ -207,6 +207,21 @@ def test_what_is_changed_after_save_returned_is_not_saved(tmp_path):
     assert all(map(torch.equal, weights(other), before))
 
 
+def test_without_room_for_a_copy_the_live_tensors_are_written(tmp_path, monkeypatch, capsys):
+    """Centers that fill the machine; training waits, so that nothing changes below the writer."""
+    monkeypatch.setattr("partialfc.saver._available_bytes", lambda: 1000)
+    model = trained(3)
+    model.backbone.project.weight.data = model.backbone.project.weight.data.T.contiguous().T
+    with Saver(tmp_path, FACTS, runtime(), keep=1) as saver:
+        saver.save(3, model)
+        assert not saver.pending
+        assert not saver._copies
+    assert "training stands still" in capsys.readouterr().out
+    other = flat_model(settings())
+    checkpoint.load(tmp_path / "step_00000003", other, FACTS, runtime())
+    assert all(map(torch.equal, weights(other), weights(model)))
+
+
 class Slow(Disk):
     """Takes its time, so that something can happen meanwhile."""
 

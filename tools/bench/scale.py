@@ -1,0 +1,317 @@
+"""Time and memory of the head at very many identities, by where its rows lie and how.
+
+    python tools/bench/scale.py --identities 1e6,2e7 --dim 64 --rows 20000 --state fp32+fp32 \\
+        --place device,host --json OUT.json
+    python tools/bench/scale.py --identities 1e7 --dim 512 --rate 0.001,0.01 --state fp16+int8
+    python tools/bench/scale.py --identities 1e7 --dim 64 --rate 0.001 --checkpoint FOLDER
+
+A row is a process of its own. A step is forward, backward to the embeddings and the update of the
+sampled rows. ``--state`` is how centers and momentum are stored, ``--place`` where both lie between
+steps: ``device``, ``host`` memory, or mapped ``files`` in --folder. Lists separated by commas give
+every combination. Extra memory is what the process grew by over centers and momentum, whole.
+``--checkpoint`` also saves, verifies and loads each row's state there, and says what that took.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[0] = str(ROOT)
+
+import argparse
+import json
+import math
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import nn
+
+from partialfc import ArcFace, PartialFC, RowSGD, checkpoint
+from partialfc.build import assemble
+from partialfc.collectives import Ranks
+from partialfc.config import Config
+from partialfc.runtime import Runtime
+from partialfc.staging import Placement
+from tools.bench.conditions import conditions
+
+_WARM_UP = 3
+_FACTS = {"bench": "scale"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One row."""
+
+    identities: int
+    dim: int
+    batch: int
+    rate: float
+    centers: Any
+    momentum: Any
+    place: str
+    device: str
+    folder: str
+    checkpoint: str
+    threads: int
+    seconds: float
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure every combination, print the table and write the record."""
+    options = _parser().parse_args(arguments)
+    if options.worker:
+        print(json.dumps(measure(Case(**json.loads(options.worker)))))
+        return 0
+    cases = list(_cases(options))
+    rows: list[dict[str, Any]] = []
+    with Progress(console=Console(stderr=True), refresh_per_second=1) as progress:
+        task = progress.add_task("measuring", total=len(cases))
+        for case in cases:
+            command = [sys.executable, __file__, "--worker", json.dumps(asdict(case))]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                sys.stderr.write(done.stderr)
+                return 1
+            no_paths = {"folder": bool(case.folder), "checkpoint": bool(case.checkpoint)}
+            found = json.loads(done.stdout.splitlines()[-1])
+            rows.append({**asdict(case), **no_paths, **found})
+            if options.json:
+                record = {**conditions(), "rows": rows}
+                options.json.write_text(json.dumps(record, indent=2) + "\n")
+            progress.advance(task)
+    console = Console()
+    Console(width=max(console.width, 120)).print(table(rows))
+    return 0
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """Build the head, step it, and take its memory; in this process."""
+    torch.set_num_threads(case.threads)
+    device = torch.device(case.device)
+    placement = {
+        "device": Placement(),
+        "host": Placement("host", "host"),
+        "files": Placement("host", "host", Path(case.folder)),
+    }[case.place]
+    began = time.perf_counter()
+    head = PartialFC(
+        case.identities,
+        case.dim,
+        ArcFace(),
+        sample_rate=case.rate,
+        optimizer=RowSGD(momentum_format=case.momentum),
+        center_format=case.centers,
+        compute="fp32" if device.type == "cpu" else "bf16",
+        placement=placement,
+        device=device,
+    )
+    states = head.optimizer.states()
+    if case.place != "files":
+        for name, state in states.items():  # memory that is zero takes no room before it is written
+            state.fill_(1 if name.endswith("_scale") else 0)
+    built = time.perf_counter() - began
+    held = head.centers.nbytes + sum(state.nbytes for state in states.values())
+    with peak(device) as memory:
+        seconds = steps_of(head, case, device)
+    sampled = head.sampler(0, torch.arange(case.batch, device=device)).rows
+    found = {
+        "sampled_rows": len(head.centers) if sampled is None else len(sampled),
+        "build_seconds": built,
+        "step_seconds": {name: _quantile(seconds, q) for name, q in (("p50", 0.5), ("p10", 0.1))},
+        "steps": len(seconds),
+        "held_bytes": held,
+        "bytes_per_identity": held / case.identities,
+        "extra_bytes": memory[0],
+        "flops": 6 * case.batch * case.dim * (0 if sampled is None else len(sampled)),
+    }
+    if case.checkpoint:
+        found["saved"] = checkpointed(head, case, device)
+    return found
+
+
+def steps_of(head: PartialFC, case: Case, device: torch.device) -> list[float]:
+    """Seconds of each step after the warm-up, with the next step's rows on their way."""
+    generator = torch.Generator().manual_seed(0)
+
+    def batch() -> tuple[torch.Tensor, torch.Tensor]:
+        images = torch.randn(case.batch, case.dim, generator=generator)
+        identities = torch.randint(0, case.identities, (case.batch,), generator=generator)
+        return images.to(device), identities.to(device)
+
+    seconds: list[float] = []
+    ahead = batch()
+    while len(seconds) < _WARM_UP + 5 or sum(seconds) < case.seconds:
+        now, ahead = ahead, batch()
+        _wait(device)
+        began = time.perf_counter()
+        head.prefetch(ahead[1])
+        head(now[0].requires_grad_(), now[1]).backward()
+        head.optimizer.step()
+        _wait(device)
+        seconds.append(time.perf_counter() - began)
+    head.optimizer.settle()
+    return sorted(seconds[_WARM_UP:])
+
+
+def checkpointed(head: PartialFC, case: Case, device: torch.device) -> dict[str, float]:
+    """Save, verify and load; seconds of each and the memory beyond what is held."""
+    config = Config.model_validate(
+        {"data": {"train": "none.rec"}, "precision": {"compute": "fp32"}}
+    )
+    runtime = Runtime(Ranks.of(), device)
+    model = assemble(config, runtime, nn.Linear(case.dim, case.dim), head)
+    folder = Path(case.checkpoint) / "scale"
+    took: dict[str, float] = {}
+    try:
+        for name in ("save", "verify", "load"):
+            began = time.perf_counter()
+            with peak(device) as memory:
+                if name == "save":
+                    path = checkpoint.save(folder, 1, model, _FACTS, runtime, keep=1)
+                elif name == "verify":
+                    assert checkpoint.newest(folder, runtime) == path
+                else:
+                    checkpoint.load(path, model, _FACTS, runtime)
+            took[f"{name}_seconds"] = time.perf_counter() - began
+            took[f"{name}_extra_bytes"] = memory[0]
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return took
+
+
+@contextmanager
+def peak(device: torch.device) -> Iterator[list[int]]:
+    """Yield a list whose one element will be the bytes that this process grew by at most.
+
+    On a GPU its allocator's; otherwise memory that no file stands for, looked at every 2 ms.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+        found = [0]
+        yield found
+        found[0] = torch.cuda.max_memory_allocated() - start
+        return
+    start, ended = _anonymous_bytes(), threading.Event()
+    found = [0]
+
+    def watch() -> None:
+        while not ended.wait(0.002):
+            found[0] = max(found[0], _anonymous_bytes() - start)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield found
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _anonymous_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon:"))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _quantile(ascending: list[float], share: float) -> float:
+    return ascending[min(len(ascending) - 1, int(share * len(ascending)))]
+
+
+def _cases(options: argparse.Namespace) -> Iterator[Case]:
+    for identities, dim, state, place in product(
+        options.identities, options.dim, options.state.split(","), options.place.split(",")
+    ):
+        centers, _, momentum = state.partition("+")
+        rates = [n / identities for n in options.rows] if options.rows else options.rate
+        for rate in rates:
+            yield Case(
+                identities=int(identities),
+                dim=int(dim),
+                batch=options.batch,
+                rate=rate,
+                centers=centers,
+                momentum=momentum or "fp32",
+                place=place,
+                device=options.device,
+                folder=str(options.folder or tempfile.gettempdir()),
+                checkpoint=str(options.checkpoint or ""),
+                threads=options.threads,
+                seconds=options.seconds,
+            )
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """Return what people read of the record."""
+    made = Table(
+        *("identities", "D", "rows a step", "centers+momentum", "in", "built, s"),
+        *("step, ms (p10)", "held, GiB", "B/identity", "extra, MiB", "save/verify/load, s"),
+    )
+    for row in rows:
+        saved, step = row.get("saved", {}), row["step_seconds"]
+        made.add_row(
+            f"{row['identities']:,}",
+            str(row["dim"]),
+            f"{row['sampled_rows']:,}",
+            f"{row['centers']}+{row['momentum']}",
+            row["place"],
+            f"{row['build_seconds']:.0f}",
+            f"{step['p50'] * 1e3:.1f} ({step['p10'] * 1e3:.1f})",
+            f"{row['held_bytes'] / 2**30:.2f}",
+            f"{row['bytes_per_identity']:.0f}",
+            f"{row['extra_bytes'] / 2**20:.0f}",
+            "/".join(f"{saved[f'{name}_seconds']:.0f}" for name in ("save", "verify", "load"))
+            if saved
+            else "",
+        )
+    return made
+
+
+def _numbers(text: str) -> list[float]:
+    values = [float(part) for part in text.split(",")]
+    if not all(0 < value < math.inf for value in values):
+        raise argparse.ArgumentTypeError(f"must be positive numbers, got {text}")
+    return values
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--identities", type=_numbers, default=[1e6], metavar="N,…")
+    parser.add_argument("--dim", type=_numbers, default=[512], metavar="D,…")
+    parser.add_argument("--rate", type=_numbers, default=[0.01], metavar="R,…", help="sample rates")
+    parser.add_argument("--rows", type=_numbers, metavar="N,…", help="sampled rows, for --rate")
+    parser.add_argument("--batch", type=int, default=128, help="global batch (128)")
+    parser.add_argument(
+        "--state", default="fp32+fp32", help="fp32, bf16 or fp16 + fp32, bf16, int8"
+    )
+    parser.add_argument("--place", default="device", help="device, host, files")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--folder", type=Path, help="of mapped files (the system's for temporary)")
+    parser.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="save and load there too")
+    parser.add_argument("--threads", type=int, default=2, help="of torch (2)")
+    parser.add_argument("--seconds", type=float, default=5, help="of steps, at least (5)")
+    parser.add_argument("--json", type=Path, metavar="OUT")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
