@@ -15,6 +15,7 @@ from PIL import Image
 from partialfc.data.jpeg import decode, encode
 from partialfc.data.records import open_pack
 from partialfc.data.synthetic import render
+from tools import augment
 from tools.bench import fuzz
 
 ROOT = Path(__file__).parents[1]
@@ -164,17 +165,15 @@ def test_every_tool_starts_from_any_folder(name, tmp_path):
 
 
 @pytest.mark.parametrize("words", [[], ["--each"]])
-def test_what_training_sees_is_drawn(words, tmp_path):
+def test_what_training_sees_is_drawn(words, tmp_path, capsys):
     out = tmp_path / "sheet.png"
-    config = ROOT / "configs" / "demo.toml"
-    overrides = [f"data.train={GOLDEN}", "verification.pairs=[]", "verification.every_steps=0"]
-    done = tool("augment.py", config, *overrides, "data.shift=4", *words, "--out", out)
-    assert done.returncode == 0, done.stderr
+    overrides = ["verification.pairs=[]", "verification.every_steps=0", "data.shift=4"]
+    start = [str(ROOT / "configs" / "demo.toml"), "--out", str(out), *words, *overrides]
+    assert augment.main([*start, f"data.train={GOLDEN}"]) == 0
     with Image.open(out) as picture:
         assert np.asarray(picture.convert("L")).std() > 5
-    done = tool("augment.py", config, "data.train=none.rec", "--out", out)
-    assert done.returncode == 2
-    assert "none.rec" in done.stderr
+    assert augment.main([*start, "data.train=none.rec"]) == 2
+    assert "none.rec" in capsys.readouterr().err
 
 
 def test_the_data_benchmark_measures_what_is_there(tmp_path):

@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="key.sub=value")
     parser.add_argument("--out", type=Path, required=True, help="the picture, a .png")
     parser.add_argument("--each", action="store_true", help="a row for each change")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     try:
         config = load(options.config, options.overrides)
         dataset = open_dataset(config.data.train, config.data.skip)
