@@ -112,6 +112,7 @@ SETS = (
     DATA / "pairs" / "pairs_proto4.bin",
     DATA / "records" / "insightface.rec",
     f"all:{DATA / 'records' / 'labels2.rec'}",
+    f"open:{DATA / 'records' / 'insightface.rec'},{DATA / 'records' / 'plain.rec'}",
 )
 
 
@@ -129,7 +130,9 @@ def test_ranks_and_batch_do_not_change_a_digit(model, ijb, megaface, tmp_path):
             assert np.asarray(picture.convert("L")).std() > 5, "the picture is not blank"
     assert len(set(results.values())) == 1
     sets = json.loads(results[1, 256])["sets"]
-    assert set(sets) == {"pairs_proto4", "insightface", "labels2", "ijbc", "megaface"}
+    opened = "insightface against plain"
+    assert set(sets) == {"pairs_proto4", "insightface", "labels2", opened, "ijbc", "megaface"}
+    assert sets[opened]["numbers"]["num_distractors"] > 0
     assert sets["ijbc"]["protocol"] == "templates, F2 N1 D1, exact thresholds"
     assert sets["ijbc"]["numbers"]["search"]["G1"]["num_nonmated"] == 3
     assert sets["megaface"]["numbers"]["raw"]["num_searches"] == 24

@@ -120,7 +120,8 @@ def recipe(data: str, network: str) -> str:
         else "# A starting point: nothing is published for it. Ours: not measured."
     )
     parts = [
-        f"# {images.title}, {net.title}: {images.identities:,} identities, {images.images:,} images.",
+        f"# {images.title}, {net.title}: {images.identities:,} identities, "
+        f"{images.images:,} images.",
         published,
         "#",
         *_commands(data, network),
