@@ -102,11 +102,13 @@ class Watchdog:
                     self._look_around(self._store, now)
                 self._answered = now
             except (dist.DistError, RuntimeError) as error:
-                if now - self._answered > self._seconds:
+                silent = time.monotonic() - self._answered
+                if silent > self._seconds:
+                    problem = str(error).splitlines()[0]
                     self._stop(
                         LostRankError(
                             "the store of the ranks, on the host of rank 0, gives no answer for "
-                            f"{now - self._answered:.0f} s ({str(error).splitlines()[0]})"
+                            f"{silent:.0f} s ({problem}). Stacks of this rank: {self._dump()}"
                         )
                     )
 
@@ -125,7 +127,8 @@ class Watchdog:
         self._number += 1
         beat = self._own()
         fields = [beat.number, beat.step, beat.kind, beat.collectives, beat.first]
-        self._tell(f"beat/{self._ranks.rank}", json.dumps(fields))
+        if self._store is not None:
+            self._store.set(f"beat/{self._ranks.rank}", json.dumps(fields))
 
     def _look_around(self, store: Store, now: float) -> None:
         """Read what others have found; look at all beats while this rank itself stands still."""
@@ -211,8 +214,13 @@ class Watchdog:
 
     def _hang(self, store: Store | None, sentence: str) -> NoReturn:
         """Write the stacks and leave."""
-        step = self._own().step
-        folder = self._folder / "stacks" / f"step_{step:08d}"
+        folder = self._dump().parent
+        error = HangError(f"{sentence}. The stacks of the ranks that live are in {folder}")
+        self._stop(error, store)
+
+    def _dump(self) -> Path:
+        """Write the stacks of all threads to the run's folder, or where that fails, to stderr."""
+        folder = self._folder / "stacks" / f"step_{self._own().step:08d}"
         path = folder / f"rank_{self._ranks.rank:05d}.txt"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -221,9 +229,7 @@ class Watchdog:
         except OSError as error:
             print(f"{path}: {error}", file=sys.stderr)
             faulthandler.dump_traceback(sys.__stderr__ or sys.stderr)
-        self._stop(
-            HangError(f"{sentence}. The stacks of the ranks that live are in {folder}"), store
-        )
+        return path
 
     def _wait_for_dumps(self, store: Store) -> None:
         """The first rank to leave makes torchrun end the others: wait until they are ready."""

@@ -1,0 +1,41 @@
+"""A run on a CUDA device that is killed goes on bit for bit, with deterministic kernels."""
+
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from tests.test_launch import packs  # noqa: F401  (a fixture)
+from tools.bench.faults import COMMON
+from tools.faulting.runs import Run, command, losses, steps_in, tensors
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+def test_kill_9_on_a_gpu_continues_bit_for_bit(packs, tmp_path):  # noqa: F811
+    """DALI's GPU decoder, Triton's kernels, pinned copies of the saver, cuDNN: all of them."""
+
+    def start(name):
+        words = [f"data.train={packs / 'train.rec'}", f"run.folder={tmp_path / name}", *COMMON]
+        words += ["run.steps=60", "checkpoint.every_steps=5", "run.device=cuda"]
+        words += ["run.deterministic=true", "head.sample_rate=0.5"]
+        return Run(command("configs/omniglot.toml", words, 1), tmp_path / f"{name}.log")
+
+    straight = start("straight")
+    assert straight.wait(300) == 0, straight.text()[-3000:]
+    killed = start("killed")
+    killed.until(lambda: steps_in(tmp_path / "killed") >= 17)
+    os.kill(killed.ranks()[0], signal.SIGKILL)
+    killed.wait(60)
+    again = start("killed")
+    assert again.wait(300) == 0, again.text()[-3000:]
+    assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
+    expected, found = tensors(tmp_path / "straight", 60), tensors(tmp_path / "killed", 60)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert np.array_equal(value, found[name]), name
