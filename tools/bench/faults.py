@@ -37,6 +37,7 @@ from partialfc.metrics import write_json
 from partialfc.runtime import Runtime
 from tools.bench.conditions import ROOT, conditions
 from tools.faulting.crash import corruptions, crash_points
+from tools.faulting.elastic import joined
 from tools.faulting.model import BATCH, IMAGES, ORDER
 from tools.faulting.runs import Run, command, in_save, losses, steps_in, tensors
 
@@ -218,14 +219,7 @@ def legs_of(folder: Path, path: tuple[int, ...], steps: int) -> list[dict[str, A
         out = folder / f"out{number}"
         run_leg(ranks, folder / "checkpoints", last, out)
         parts = [json.loads((out / f"rank_{rank}.json").read_text()) for rank in range(ranks)]
-        for step in zip(*parts, strict=True):
-            found.append(
-                {
-                    "ids": [number for part in step for number in part["ids"]],
-                    "sampled": [row for part in step for row in part["sampled"]],
-                    "loss": step[0]["loss"],
-                }
-            )
+        found += joined(parts)
         if number + 1 < len(path):  # what the next number of ranks loads, it saves again
             copy = folder / f"again{number}" / "checkpoints"
             name = f"step_{last:08d}"

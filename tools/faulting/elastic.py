@@ -12,6 +12,8 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import json
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,21 +23,20 @@ from partialfc.collectives import Ranks, gather_rows
 from partialfc.runtime import Runtime
 from tools.faulting.model import FACTS, batch_of, small_model, take_step
 
+Step = dict[str, Any]
 
-def main(arguments: list[str]) -> int:
-    """Run the leg of this rank."""
-    folder, last, out = Path(arguments[0]), int(arguments[1]), Path(arguments[2])
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+
+def leg(folder: Path, last: int) -> list[Step]:
+    """Go on from the newest checkpoint, train to ``last`` and save there. Collective.
+
+    Returns:
+        Sample ids and sampled identities of this rank, and the loss, of every step.
+    """
     runtime = Runtime(Ranks.of(), torch.device("cpu"))
     ranks = runtime.ranks
     model = small_model(runtime)
     found = checkpoint.newest(folder, runtime)
     first = checkpoint.load(found, model, FACTS, runtime) if found else 0
-    if arguments[3:] == ["again"]:
-        checkpoint.save(folder, first + 1, model, FACTS, runtime, keep=9)
-        dist.destroy_process_group()
-        return 0
     record = []
     for step in range(first, last):
         _, identities, ids = batch_of(step, ranks.rank, ranks.size)
@@ -45,8 +46,42 @@ def main(arguments: list[str]) -> int:
         loss = take_step(model, step, runtime)
         record.append({"step": step, "ids": ids, "sampled": sampled, "loss": loss})
     checkpoint.save(folder, last, model, FACTS, runtime, keep=9)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"rank_{ranks.rank}.json").write_text(json.dumps(record))
+    return record
+
+
+def again(folder: Path) -> None:
+    """Load the newest checkpoint and save it under the next step. Collective."""
+    runtime = Runtime(Ranks.of(), torch.device("cpu"))
+    model = small_model(runtime)
+    found = checkpoint.newest(folder, runtime)
+    assert found is not None
+    step = checkpoint.load(found, model, FACTS, runtime)
+    checkpoint.save(folder, step + 1, model, FACTS, runtime, keep=9)
+
+
+def joined(parts: Sequence[Sequence[Step]]) -> list[Step]:
+    """The steps of all ranks, by rank, as one rank would have seen them."""
+    return [
+        {
+            "ids": [number for part in step for number in part["ids"]],
+            "sampled": [row for part in step for row in part["sampled"]],
+            "loss": step[0]["loss"],
+        }
+        for step in zip(*parts, strict=True)
+    ]
+
+
+def main(arguments: list[str]) -> int:
+    """Run the leg of this rank."""
+    folder, last, out = Path(arguments[0]), int(arguments[1]), Path(arguments[2])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    if arguments[3:] == ["again"]:
+        again(folder)
+    else:
+        record = leg(folder, last)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / f"rank_{dist.get_rank()}.json").write_text(json.dumps(record))
     dist.destroy_process_group()
     return 0
 
