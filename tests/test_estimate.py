@@ -209,3 +209,24 @@ def test_memory_of_a_whole_run_is_within_15_percent(ranks, tmp_path):
     measured = json.loads((tmp_path / "run" / "summary.json").read_text())["peak_memory_bytes"]
     record = estimated(tmp_path, *settings, "--gpus-per-node", ranks, "--gpu", "cpu")
     assert record["bytes"] == pytest.approx(measured, rel=0.15)
+
+
+def test_rows_in_host_memory_leave_the_device_and_pass_through_it(tmp_path):
+    """A hundred million identities on one H200, or none: the states must not be counted there."""
+    config = ROOT / "configs/ms1mv3_r50.toml"
+    wanted = [
+        *("--identities", "100000000", "--gpus-per-node", "1", "--gpu", "h200"),
+        *("head.sample_rate=0.01", "head.center_format=fp16", "data.global_batch=4096"),
+        *("optimizer.accumulation=8", "head.optimizer.momentum_format=int8"),
+    ]
+    on_device = estimated(tmp_path, config, *wanted)
+    in_host = estimated(tmp_path, config, *wanted, "head.states_in=host")
+    assert not on_device["fits"]
+    assert in_host["fits"]
+    states, staged = 10**8 * (512 + 4 + 4), 3 * 10**6 * (512 * 2 + 512 + 4 + 4)
+    saved = bytes_of_head(on_device) - bytes_of_head(in_host)
+    assert saved == pytest.approx(states - staged, rel=0.01)
+
+
+def bytes_of_head(record) -> int:
+    return sum(part["bytes"][0] for part in record["memory"]["head"])

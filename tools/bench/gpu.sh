@@ -26,4 +26,12 @@ head --classes 10000000 --batch 4096 --rate 0.1,0.01 --dtype bf16 --only ours \
 head --classes 1000000 --batch 4096 --rate 0.1 --dtype bf16 \
     --margins arcface,cosface,adaface,magface,curricularface,mv_softmax,elasticface,adacos \
     --json "$out/margins_gpu.json"
+# Identities by the ten million; centers fp16 on the device, momentum there in 8 bits or in pinned
+# host memory. What the card cannot hold fails alone.
+for places in "1e7,5e7 device" "1e8 states"; do
+    set -- $places
+    "$python" tools/bench/scale.py --device cuda --identities "$1" --dim 512 --batch 4096 \
+        --rate 0.01,0.1 --state fp16+int8 --place "$2" --seconds 2 \
+        --json "$out/scale_gpu_$2.json" || failed=1
+done
 exit $failed

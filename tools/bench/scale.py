@@ -6,9 +6,10 @@
     python tools/bench/scale.py --identities 1e7 --dim 64 --rate 0.001 --checkpoint FOLDER
 
 A row is a process of its own. A step is forward, backward to the embeddings and the update of the
-sampled rows. ``--state`` is how centers and momentum are stored, ``--place`` where both lie between
-steps: ``device``, ``host`` memory, or mapped ``files`` in --folder. Lists separated by commas give
-every combination. Extra memory is what the process grew by over centers and momentum, whole.
+sampled rows. ``--state`` is how centers and momentum are stored, ``--place`` where they lie between
+steps: on the ``device``, ``states`` alone or both in ``host`` memory, both in mapped ``files`` of
+--folder. Lists separated by commas give every combination. Extra memory is what the process grew by
+over centers and momentum, whole.
 ``--checkpoint`` also saves, verifies and loads each row's state there, and says what that took.
 """
 
@@ -102,6 +103,7 @@ def measure(case: Case) -> dict[str, Any]:
     device = torch.device(case.device)
     placement = {
         "device": Placement(),
+        "states": Placement(states="host"),
         "host": Placement("host", "host"),
         "files": Placement("host", "host", Path(case.folder)),
     }[case.place]
@@ -302,7 +304,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--state", default="fp32+fp32", help="fp32, bf16 or fp16 + fp32, bf16, int8"
     )
-    parser.add_argument("--place", default="device", help="device, host, files")
+    parser.add_argument("--place", default="device", help="device, states, host, files")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--folder", type=Path, help="of mapped files (the system's for temporary)")
     parser.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="save and load there too")

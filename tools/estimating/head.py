@@ -123,13 +123,32 @@ def head_parts(config: Config, shard: Shard, world_size: int, device: Device) ->
     again = logits if shard.kept < shard.exponentials else 0
     limited = ", as far as head.keep_mib allows" if again else ""
     sampler, rows = (_sampler_bytes(), 8 * n) if settings.sample_rate < 1 else (0, 0)
+    state_bytes, elsewhere = sum(states.values()), device == "cuda" or settings.host_folder
+    in_host = {
+        name: bool(elsewhere) and where == "host"
+        for name, where in (("centers", settings.centers_in), ("states", settings.states_in))
+    }
+    staged = 0
+    if "host" in (settings.centers_in, settings.states_in):
+        staged = 3 * n * row_bytes  # of this step, the next and the last
     return [
         Part.always(
             "class centers",
-            center_bytes,
+            0 if in_host["centers"] else center_bytes,
             f"{shard.rows:,} x {dim} x {settings.center_format}, the largest rank's",
         ),
-        Part.always("row states", sum(states.values()), f"{listed} a row" if listed else "none"),
+        Part.always(
+            "row states",
+            0 if in_host["states"] else state_bytes,
+            f"{listed} a row" if listed else "none",
+        ),
+        Part.always(
+            "staged rows",
+            staged,
+            f"{n:,} rows of this step, the next and the last"
+            + _elsewhere("centers", in_host["centers"] * center_bytes)
+            + _elsewhere("states", in_host["states"] * state_bytes),
+        ),
         Part(
             "kept exponentials",
             (shard.kept, shard.kept, shard.kept, 0),
@@ -151,6 +170,10 @@ def head_parts(config: Config, shard: Shard, world_size: int, device: Device) ->
             f"{sampler} B a row in the sampler (measured), 8 afterwards" if rows else "all rows",
         ),
     ]
+
+
+def _elsewhere(name: str, size: int) -> str:
+    return f"; {size / 2**30:,.1f} GiB of {name} in host memory or its files" if size else ""
 
 
 @cache
