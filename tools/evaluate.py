@@ -39,7 +39,7 @@ from partialfc.recorder import finite
 from partialfc.runtime import Runtime, running
 from partialfc.trained import Trained, open_trained
 from tools.evaluating import picture
-from tools.evaluating.sets import KINDS, Embed, Measured, Ways, open_set_of
+from tools.evaluating.sets import KINDS, Measured, Set, Ways, open_set_of
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -72,35 +72,31 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def measure(
-    trained: Trained, sets: list[Any], runtime: Runtime, flip: bool, options: argparse.Namespace
+    trained: Trained, sets: list[Set], runtime: Runtime, flip: bool, options: argparse.Namespace
 ) -> dict[str, Measured]:
     """Return the numbers of all sets. Collective."""
     embed = embedder(trained, runtime, options.precision)
-    console = Console(stderr=True)
-    found = {}
-    with Progress(console=console, disable=not runtime.leads) as bar:
-        for one in sets:
-            task = bar.add_task(one.name, total=-(-one.images // runtime.ranks.size))
+    with Progress(console=Console(stderr=True), disable=not runtime.leads) as bar:
 
-            def of_set(
-                name: str, count: int, image: Callable[[int], Image], task: Any = task
-            ) -> NDArray[np.float64]:
-                return embed_images(
-                    embed,
-                    name,
-                    count,
-                    image,
-                    runtime,
-                    size=trained.known.image_size,
-                    flip=flip,
-                    batch=options.batch,
-                    threads=options.threads,
-                    progress=lambda images: bar.advance(task, images),
-                )
+        def bar_of(name: str, total: int) -> Callable[[int], object]:
+            started = bar.add_task(name, total=total)
+            return lambda done: bar.advance(started, done)
 
-            embed_set: Embed = of_set
-            found[one.name] = one.measure(embed_set, runtime)
-    return found
+        def embed_set(name: str, count: int, image: Callable[[int], Image]) -> NDArray[np.float64]:
+            return embed_images(
+                embed,
+                name,
+                count,
+                image,
+                runtime,
+                size=trained.known.image_size,
+                flip=flip,
+                batch=options.batch,
+                threads=options.threads,
+                progress=bar_of(name, -(-count // runtime.ranks.size)),
+            )
+
+        return {one.name: one.measure(embed_set, runtime, bar_of) for one in sets}
 
 
 def embedder(

@@ -31,6 +31,8 @@ from partialfc.protocols.verification import tar_at_far, verify
 from partialfc.runtime import Runtime, largest
 
 Embed = Callable[[str, int, Callable[[int], Image]], NDArray[np.float64]]
+Bar = Callable[[str, int], Callable[[int], object]]
+"""Starts a progress bar of a name and a total; returns what advances it."""
 Numbers = dict[str, Any]
 
 CMC = tuple(range(1, 51))
@@ -75,8 +77,7 @@ class Set:
     """One set: its name, and how it is measured. Collective."""
 
     name: str
-    images: int
-    measure: Callable[[Embed, Runtime], Measured]
+    measure: Callable[[Embed, Runtime, Bar], Measured]
 
 
 def open_set_of(word: str, ways: Ways) -> Set:
@@ -113,7 +114,7 @@ def _kind_of(path: Path) -> str:
 def _pairs(path: Path, ways: Ways) -> Set:
     pairs = read_pairs(path)
 
-    def measure(embed: Embed, runtime: Runtime) -> Measured:
+    def measure(embed: Embed, runtime: Runtime, bar: Bar) -> Measured:
         embeddings_ND = embed(path.stem, len(pairs.images), pairs.images.__getitem__)
         unit_ND = unit_rows(embeddings_ND, path.stem)
         cosine = (unit_ND[0::2] * unit_ND[1::2]).sum(1)
@@ -125,7 +126,7 @@ def _pairs(path: Path, ways: Ways) -> Set:
             f"ten-fold verification, {_threshold(ways)}", numbers, curves(cosine, pairs.same)
         )
 
-    return Set(path.stem, len(pairs.images), measure)
+    return Set(path.stem, measure)
 
 
 def _identification(path: Path, ways: Ways) -> Set:
@@ -135,7 +136,7 @@ def _identification(path: Path, ways: Ways) -> Set:
     if not len(probes):
         raise ValueError("no identity has a second image, so nothing can be searched for")
 
-    def measure(embed: Embed, runtime: Runtime) -> Measured:
+    def measure(embed: Embed, runtime: Runtime, bar: Bar) -> Measured:
         embeddings_ND = embed(path.stem, len(pack), pack.jpeg)
         found = rank_k(
             embeddings_ND[gallery],
@@ -151,7 +152,7 @@ def _identification(path: Path, ways: Ways) -> Set:
             cmc=[found.rate[k] for k in CMC],
         )
 
-    return Set(path.stem, len(pack), measure)
+    return Set(path.stem, measure)
 
 
 def _open(path: Path, ways: Ways) -> Set:
@@ -162,7 +163,7 @@ def _open(path: Path, ways: Ways) -> Set:
     identity_N = known.identities(np.arange(len(known)))
     gallery, probes = first_of_each(identity_N)
 
-    def measure(embed: Embed, runtime: Runtime) -> Measured:
+    def measure(embed: Embed, runtime: Runtime, bar: Bar) -> Measured:
         embeddings_ND = embed(known.path.stem, len(known), known.jpeg)
         found = open_set(
             embeddings_ND[gallery],
@@ -174,14 +175,14 @@ def _open(path: Path, ways: Ways) -> Set:
         return Measured("open-set identification, rank 1 above an exact threshold", asdict(found))
 
     name = f"{known.path.stem} against {strangers.path.stem}"
-    return Set(name, len(known) + len(strangers), measure)
+    return Set(name, measure)
 
 
 def _all(path: Path, ways: Ways) -> Set:
     pack = open_pack(path)
     identity_N = pack.identities(np.arange(len(pack)))
 
-    def measure(embed: Embed, runtime: Runtime) -> Measured:
+    def measure(embed: Embed, runtime: Runtime, bar: Bar) -> Measured:
         embeddings_ND = embed(path.stem, len(pack), pack.jpeg)
         part = all_to_all.search(
             embeddings_ND,
@@ -190,6 +191,7 @@ def _all(path: Path, ways: Ways) -> Set:
             rank=runtime.ranks.rank,
             ranks=runtime.ranks.size,
             device=runtime.device,
+            progress=bar("all to all", len(pack)),
         )
         whole = all_to_all.Part(
             _of_all_ranks(part.impostor_K, runtime), _of_all_ranks(part.genuine_K, runtime)
@@ -197,7 +199,7 @@ def _all(path: Path, ways: Ways) -> Set:
         found = all_to_all.combine([whole], identity_N, ways.targets)
         return Measured("all-to-all 1:1 verification, exact threshold", asdict(found))
 
-    return Set(path.stem, len(pack), measure)
+    return Set(path.stem, measure)
 
 
 def _of_all_ranks(scores_K: NDArray[np.float64], runtime: Runtime) -> NDArray[np.float64]:
@@ -218,7 +220,7 @@ def _ijb(path: Path, ways: Ways) -> Set:
     def image(index: int) -> Image:
         return align(read_image(ijb.images[index]), ijb.landmarks[index])
 
-    def measure(embed: Embed, runtime: Runtime) -> Measured:
+    def measure(embed: Embed, runtime: Runtime, bar: Bar) -> Measured:
         found = templates(
             embed(ijb.name, len(ijb.images), image),
             ijb.template,
@@ -237,7 +239,7 @@ def _ijb(path: Path, ways: Ways) -> Set:
         mode = ways.modes.name(ways.flip)
         return Measured(f"templates, {mode}, {_threshold(ways)}", numbers, curves(scores, same))
 
-    return Set(ijb.name, len(ijb.images), measure)
+    return Set(ijb.name, measure)
 
 
 def _searches(found: Any, galleries: Mapping[str, Any], probes: Any, ways: Ways) -> Numbers:
@@ -256,7 +258,7 @@ def _megaface(path: Path, ways: Ways) -> Set:
     sets = read_megaface(path)
     files = [*sets.probes, *sets.distractors]
 
-    def measure(embed: Embed, runtime: Runtime) -> Measured:
+    def measure(embed: Embed, runtime: Runtime, bar: Bar) -> Measured:
         embeddings_ND = embed("megaface", len(files), lambda index: read_image(files[index]))
         probes, others = np.split(embeddings_ND, [len(sets.probes)])
         numbers: Numbers = {}
@@ -268,7 +270,7 @@ def _megaface(path: Path, ways: Ways) -> Set:
             numbers[kind] = asdict(found)
         return Measured("identification with distractors, cleaned and raw", numbers)
 
-    return Set("megaface", len(files), measure)
+    return Set("megaface", measure)
 
 
 def _threshold(ways: Ways) -> str:
