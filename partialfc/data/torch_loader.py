@@ -50,19 +50,23 @@ def torch_batches(
 
 def decoded_batch(stream: Stream, samples_seen: int) -> Batch:
     """Return one batch of ``stream``, on the CPU."""
-    batch, size = stream.batch(samples_seen), stream.image_size
-    images = np.empty((len(batch.jpegs), 3, size, size), np.float32)
-    for i, jpeg in enumerate(batch.jpegs):
-        try:
-            pixels = decode(jpeg)
-        except ValueError as error:
-            stream.cannot_decode(int(batch.sample_id_B[i]), str(error))
-            return decoded_batch(stream, samples_seen)
-        if batch.resize_B[i]:
-            pixels = resize(pixels, size)
-        pixels = _augment(pixels, batch.draw, i, size)
-        normalise(pixels, images[i])
-    return Batch(torch.from_numpy(images), torch.from_numpy(batch.identity_B), batch.replaced)
+    size = stream.image_size
+    images = np.empty((stream.batch_per_rank, 3, size, size), np.float32)
+    while True:
+        batch, complete = stream.batch(samples_seen), True
+        for i, jpeg in enumerate(batch.jpegs):
+            try:
+                pixels = decode(jpeg)
+            except ValueError as error:
+                stream.cannot_decode(int(batch.sample_id_B[i]), str(error))
+                complete = False
+                continue
+            if batch.resize_B[i]:
+                pixels = resize(pixels, size)
+            normalise(_augment(pixels, batch.draw, i, size), images[i])
+        if complete:
+            identities = torch.from_numpy(batch.identity_B)
+            return Batch(torch.from_numpy(images), identities, batch.replaced)
 
 
 def resize(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
