@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -58,6 +59,7 @@ class Watchdog:
         self._seen: dict[int, Seen] = {}
         self._answered = time.monotonic()
         self._failed: float | None = None
+        self._leaving, self._telling = False, threading.Lock()
         self._ended = threading.Event()
         self._leave_by: tuple[float, int] | None = None
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -86,12 +88,15 @@ class Watchdog:
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout=2 * self.interval + 1)
         faulthandler.cancel_dump_traceback_later()
-        self._tell(f"left/{self._ranks.rank}", "1")
+        self._say_goodbye()
 
     def _watch(self) -> None:
+        now = time.monotonic()
         while not self._ended.wait(self.interval):
             self._arm()
-            now = time.monotonic()
+            before, now = now, time.monotonic()
+            if now - before > self._seconds:  # this process was stopped: nothing was seen meanwhile
+                self._seen, self._answered = {}, now
             if self._leave_by is not None and now > self._leave_by[0]:
                 _exit(self._leave_by[1])
             try:
@@ -125,10 +130,9 @@ class Watchdog:
 
     def _beat(self) -> None:
         self._number += 1
-        beat = self._own()
-        fields = [beat.number, beat.step, beat.kind, beat.collectives, beat.first]
-        if self._store is not None:
-            self._store.set(f"beat/{self._ranks.rank}", json.dumps(fields))
+        with self._telling:
+            if self._store is not None and not self._leaving:
+                self._store.set(f"beat/{self._ranks.rank}", json.dumps(astuple(self._own())))
 
     def _look_around(self, store: Store, now: float) -> None:
         """Read what others have found; look at all beats while this rank itself stands still."""
@@ -165,16 +169,24 @@ class Watchdog:
             self._hang(self._store, self._store.get("verdict").decode())
 
     def _beats(self, store: Store) -> dict[int, Beat]:
-        """The beats of all ranks that are there and have not left."""
-        every = range(self._ranks.size)
-        here = [r for r in every if store.check([f"beat/{r}"]) and not store.check([f"left/{r}"])]
-        values = store.multi_get([f"beat/{rank}" for rank in here]) if here else []
-        return {rank: Beat(*json.loads(value)) for rank, value in zip(here, values, strict=True)}
+        """The beats of all ranks that are there and have not left; two requests, as a rule."""
+        ranks = list(range(self._ranks.size))
+        if not store.check([f"beat/{rank}" for rank in ranks]):
+            ranks = [rank for rank in ranks if store.check([f"beat/{rank}"])]
+        values = store.multi_get([f"beat/{rank}" for rank in ranks]) if ranks else []
+        told = {rank: json.loads(value) for rank, value in zip(ranks, values, strict=True)}
+        return {rank: Beat(*fields) for rank, fields in told.items() if fields}
+
+    def _say_goodbye(self) -> None:
+        """Nobody waits for this rank any more."""
+        with self._telling:
+            self._leaving = True
+            self._tell(f"beat/{self._ranks.rank}", "[]")
 
     def _culprit(self) -> str:
         """Who was lost: the rank that told why, or the one whose beats end."""
         assert self._store is not None
-        self._tell(f"left/{self._ranks.rank}", "1")
+        self._say_goodbye()
         watch_until = time.monotonic() + 4 * self.interval
         first: dict[int, Beat] | None = None
         while time.monotonic() < watch_until:
