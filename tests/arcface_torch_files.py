@@ -85,8 +85,9 @@ class Training:
             if layout == "softmax_fc":
                 torch.save({"weight": weight}, folder / f"softmax_fc_gpu_{rank}.pt")
             if layout == "rank":
-                torch.save(weight, folder / f"rank_{rank}_softmax_weight.pt")
-                torch.save(own["momentum_buffer"], folder / f"rank_{rank}_softmax_weight_mom.pt")
+                name = f"rank{':' if ranks > 4 else '_'}{rank}_softmax_weight"
+                torch.save(weight, folder / f"{name}.pt")
+                torch.save(own["momentum_buffer"], folder / f"{name}_mom.pt")
         name = "backbone.pth" if layout == "rank" else "model.pt"
         torch.save(backbone, folder / name, _use_new_zipfile_serialization=layout != "rank")
 

@@ -73,7 +73,14 @@ def our_settings(packs, tmp_path):
 
 @pytest.mark.parametrize(
     ("layout", "ranks"),
-    [("checkpoint", 1), ("checkpoint", 7), ("softmax_fc", 3), ("rank", 4), ("model", 1)],
+    [
+        ("checkpoint", 1),
+        ("checkpoint", 7),
+        ("softmax_fc", 3),
+        ("rank", 4),
+        ("rank", 5),
+        ("model", 1),
+    ],
 )
 def test_every_layout_of_any_number_of_ranks_becomes_a_checkpoint(
     layout, ranks, our_settings, tmp_path, capsys

@@ -24,6 +24,7 @@ States = dict[str, Tensor]
 
 _STATES = {"momentum_buffer", "step", "exp_avg", "exp_avg_sq"}
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+_FULL = "checkpoint_gpu_{}.pt"
 _BACKBONES = ("model.pt", "backbone.pth", "backbone.pt")
 
 
@@ -70,9 +71,9 @@ def find(path: Path) -> Layout:
         raise ForeignError(f"{path}: there is no such file or folder.")
     if path.is_file():
         if re.fullmatch(r"checkpoint_gpu_\d+\.pt", path.name):
-            return _checkpoints(_by_rank(path.parent, r"checkpoint_gpu_(\d+)\.pt"))
+            return _checkpoints(_by_rank(path.parent, _FULL))
         return Layout("a backbone", path, tensors(read(path), path))
-    if full := _by_rank(path, r"checkpoint_gpu_(\d+)\.pt"):
+    if full := _by_rank(path, _FULL):
         return _checkpoints(full)
     source = next((path / name for name in _BACKBONES if (path / name).is_file()), None)
     if source is None:
@@ -81,11 +82,14 @@ def find(path: Path) -> Layout:
             "folder of arcface_torch, or the file of a backbone."
         )
     backbone = tensors(read(source), source)
-    if second := _by_rank(path, r"softmax_fc_gpu_(\d+)\.pt"):
+    if second := _by_rank(path, "softmax_fc_gpu_{}.pt"):
         shards = [_reader(file, None) for file in second]
         return Layout(f"{source.name} and softmax_fc_gpu_*.pt", source, backbone, shards=shards)
-    if first := _by_rank(path, r"rank[_:](\d+)_softmax_weight\.pt"):
-        moments = _by_rank(path, r"rank[_:](\d+)_softmax_weight_mom\.pt")
+    for mark in ("_", ":"):
+        first = _by_rank(path, f"rank{mark}{{}}_softmax_weight.pt")
+        if not first:
+            continue
+        moments = _by_rank(path, f"rank{mark}{{}}_softmax_weight_mom.pt")
         if moments and len(moments) != len(first):
             raise ForeignError(
                 f"{path}: centers of {len(first)} ranks and velocities of {len(moments)}. Copy the "
@@ -105,18 +109,17 @@ def rows_of(num_identities: int, rank: int, ranks: int) -> range:
     return range(start, start + each + (rank < more))
 
 
-def _by_rank(folder: Path, pattern: str) -> list[Path]:
-    """The files of ranks 0, 1, ... in order; none missing."""
+def _by_rank(folder: Path, name: str) -> list[Path]:
+    """The files of ranks 0, 1, ... in order, none missing; ``{}`` in the name is the rank."""
     found: dict[int, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if match := re.fullmatch(pattern, path.name):
+    for path in folder.iterdir():
+        if match := re.fullmatch(re.escape(name).replace(r"\{\}", r"(\d+)"), path.name):
             found[int(match[1])] = path
-    missing = sorted(set(range(max(found, default=-1) + 1)) - found.keys())
-    if missing:
-        name = re.sub(r"\\|\[_:\]", lambda part: "_" if "[" in part[0] else "", pattern)
+    missing = next((place for place, rank in enumerate(sorted(found)) if rank != place), None)
+    if missing is not None:
         raise ForeignError(
-            f"{folder}: {name.replace('(d+)', str(missing[0]))} is missing, and the file of rank "
-            f"{max(found)} is there. Copy the files of all ranks into one folder."
+            f"{folder}: {name.format(missing)} is missing, and the file of rank {max(found)} is "
+            "there. Copy the files of all ranks into one folder."
         )
     return [found[rank] for rank in sorted(found)]
 
