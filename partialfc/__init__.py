@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         Softmax,
         SphereFace,
         SubCenterArcFace,
+        UniFace,
     )
     from partialfc.row_rules import RowAdagrad, RowAdamW, RowSGD
 
@@ -48,6 +49,7 @@ __all__ = [
     "Softmax",
     "SphereFace",
     "SubCenterArcFace",
+    "UniFace",
 ]
 
 _HOME = {"PartialFC": "head"} | dict.fromkeys(("RowAdagrad", "RowAdamW", "RowSGD"), "row_rules")

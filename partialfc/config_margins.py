@@ -275,6 +275,19 @@ class SubCenterArcFace(_Filtered, _StraightThrough):
     """Centers of an identity; each costs what a center costs."""
 
 
+class UniFace(_Scaled):
+    """Every center as a yes or no, with one threshold for all (UniFace, ICCV 2023)."""
+
+    name: Literal["uniface"] = "uniface"
+    """Which margin."""
+
+    additive: Additive = 0.4
+    """m, subtracted from the positive's cosine."""
+
+    bias_rate: Annotated[float, Field(gt=0, le=100)] = 0.1
+    """Learning rate of the threshold."""
+
+
 AnyMargin = Annotated[
     ArcFace
     | CosFace
@@ -291,6 +304,7 @@ AnyMargin = Annotated[
     | MVSoftmax
     | ElasticFace
     | AdaCos
-    | SubCenterArcFace,
+    | SubCenterArcFace
+    | UniFace,
     Field(discriminator="name"),
 ]

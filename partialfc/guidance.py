@@ -101,8 +101,15 @@ def boundary(margin: Margin, norm: float, num_identities: int = 1000) -> float:
 
 
 def posterior(margin: Margin, classes: int, norm: float, num_identities: int = 1000) -> float:
-    """Return the probability of a perfect sample with its margin, all others at cosine -1/(C-1)."""
+    """Return the probability of a perfect sample with its margin, all others at cosine -1/(C-1).
+
+    That of its own center alone where each is a question of its own.
+    """
     found = curve(margin, torch.zeros(1), norm, num_identities)
+    state = {name: torch.tensor(value) for name, value in margin.new_state(num_identities).items()}
+    offset = margin.offset(state)
+    if offset is not None:
+        return float((found.logit_N[0] - offset).sigmoid())
     negative = -found.scale / (classes - 1)
     odds = math.log(classes - 1) + negative - float(found.logit_N[0])
     return 1 / (1 + math.exp(min(odds, 700)))
@@ -121,7 +128,8 @@ def warnings(margin: Margin, classes: int, embedding_dim: int) -> list[str]:
         return found
     state = {name: torch.tensor(value) for name, value in margin.new_state(classes).items()}
     unit = margin.unit_embeddings and margin.unit_centers
-    fixed_scale = unit and margin.gain(torch.ones(1), state) is None
+    one_softmax = unit and margin.offset(state) is None
+    fixed_scale = one_softmax and margin.gain(torch.ones(1), state) is None
     needed = smallest_scale(classes, WANTED_POSTERIOR)
     if fixed_scale and margin.scale < needed:
         reached = 1 / (1 + (classes - 1) * math.exp(-margin.scale * classes / (classes - 1)))

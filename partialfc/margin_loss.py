@@ -78,6 +78,7 @@ class MarginLoss(torch.autograd.Function):
             compute=head.compute,
             per_identity=head.centers_per_identity,
             bend=margin.bend(moved, rows),
+            offset=margin.offset(moved),
         )
         negatives = first_pass(
             query_BD,
@@ -92,7 +93,10 @@ class MarginLoss(torch.autograd.Function):
         )
         local_B = target_B != NOT_LOCAL
         total = _sum(head, negatives, positive, rows, local_B, query_BD)
-        push = _push(margin, total, norm_B, want_gradient)
+        if logits.offset is None:
+            push = _push(margin, total, norm_B, want_gradient)
+        else:
+            push = _binary_push(margin, total, logits.offset)
         loss = push.loss_B.mean()
         beside = _beside(head, query_BD, own_BD, target_B, centers_CD, local, logits)
         for weight, term in beside.values():
@@ -103,7 +107,8 @@ class MarginLoss(torch.autograd.Function):
 
         # A batch without a finite loss leaves no trace.
         finite = loss.isfinite()
-        moved = margin.learn(moved, total.sum_B, total.logit_B)
+        learned_B = total.sum_B if total.sigmoid_B is None else total.sigmoid_B
+        moved = margin.learn(moved, learned_B, total.logit_B)
         for name, value in head.margin_state().items():
             value.copy_(torch.where(finite, moved[name], value))
 
@@ -190,7 +195,8 @@ class _Total:
     """Sums over the sampled centers of all ranks, the same on every rank.
 
     Attributes:
-        sum_B: Sum of exp(logit - maximum) over the negatives.
+        sum_B: Sum of exp(logit - maximum) over the negatives; with an offset, of their losses.
+        sigmoid_B: Sum of sigmoid(logit - offset); ``None`` without an offset.
         maximum_B: Largest negative logit, or ``None`` for 0.
         logit_B: The positive's logit.
         norm_slope_B: Its slope by the norm, or ``None``.
@@ -199,6 +205,7 @@ class _Total:
     """
 
     sum_B: Tensor
+    sigmoid_B: Tensor | None
     maximum_B: Tensor | None
     logit_B: Tensor
     norm_slope_B: Tensor | None
@@ -223,6 +230,8 @@ def _sum(
         if negatives.pull_BD is not None:
             negatives.pull_BD.mul_(shrink_B.unsqueeze(1))
     parts = {"sum": sum_B, "logit": torch.where(local_B, positive.logit_B, 0.0)}
+    if negatives.sigmoid_B is not None:
+        parts["sigmoid"] = negatives.sigmoid_B
     if positive.norm_slope_B is not None:
         parts["norm"] = torch.where(local_B, positive.norm_slope_B, 0.0)
     if negatives.key_sum_D is not None:
@@ -234,6 +243,7 @@ def _sum(
     count = total.get("count")
     return _Total(
         total["sum"],
+        total.get("sigmoid"),
         maximum_B,
         total["logit"],
         total.get("norm"),
@@ -293,3 +303,15 @@ def _push(margin: Margin, total: _Total, norm_B: Tensor | None, want_gradient: b
                 (slope_B,) = torch.autograd.grad(penalty_B.sum() / batch, norm_B)
                 norm_slope_B = slope_B if norm_slope_B is None else norm_slope_B + slope_B
     return _Push(loss_B, negative_B, positive_B, even_B, norm_slope_B)
+
+
+def _binary_push(margin: Margin, total: _Total, offset: Tensor) -> _Push:
+    """loss = log(1 + e^(offset - logit)) + the losses of the negatives."""
+    short_B, batch = offset - total.logit_B, len(total.logit_B)
+    return _Push(
+        F.softplus(short_B) + total.sum_B,
+        torch.full_like(short_B, margin.scale / batch),
+        -short_B.sigmoid() / batch,
+        torch.zeros_like(short_B),
+        None,
+    )

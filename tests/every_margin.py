@@ -18,6 +18,7 @@ from partialfc.margins import (
     Softmax,
     SphereFace,
     SubCenterArcFace,
+    UniFace,
 )
 
 EVERY_MARGIN = {
@@ -50,6 +51,8 @@ EVERY_MARGIN = {
     "elasticface+": ElasticFace(base="cosface", margin=0.35, deviation=0.1, sort=True),
     "adacos": AdaCos(label_smoothing=0.1),
     "sub-center arcface": SubCenterArcFace(scale=30, gradient="exact", inter_class_filter=0.2),
+    "uniface": UniFace(scale=64),
+    "uniface s 16": UniFace(scale=16, additive=0.1, bias_rate=1.0),
     "sub-center arcface s 64": SubCenterArcFace(sub_centers=2),
 }
 

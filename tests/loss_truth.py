@@ -61,6 +61,10 @@ def loss_of(
         cosine = product(F.normalize(embeddings), F.normalize(centers[rows]))
         cosine = cosine.view(len(cosine), len(sampled), per_identity).amax(2)
         logits = cosine_logits(margin, name, cosine, norm, own, state, noise)
+    if name == "UniFace":
+        bias = state["bias"]
+        each = torch.where(own, F.softplus(bias - logits), F.softplus(logits - bias))
+        return each.sum(1).mean()
     target = own.to(logits.dtype)
     target = (1 - margin.label_smoothing) * target + margin.label_smoothing / len(sampled)
     loss = -(target * logits.log_softmax(1)).sum(1)
@@ -84,7 +88,7 @@ def cosine_logits(margin, name, cosine, norm, own, state, noise):
         shifted = positive
     elif name in ("ArcFace", "SubCenterArcFace"):
         shifted = arc(positive, margin.angular)
-    elif name == "CosFace":
+    elif name in ("CosFace", "UniFace"):
         shifted = positive - margin.additive
     elif name == "CombinedMargin":
         shifted = combined(margin, positive)

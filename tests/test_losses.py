@@ -18,6 +18,7 @@ from partialfc.margins import (
     LSoftmax,
     SphereFace,
     SubCenterArcFace,
+    UniFace,
 )
 from partialfc.permutation import key, normal
 from partialfc.tiles import passes
@@ -314,3 +315,21 @@ def test_bf16_centers_train(name):
     embeddings, labels = problem(head)
     losses = [float(step(head, embeddings, labels)[0]) for _ in range(5)]
     assert losses[-1] < losses[0]
+
+
+def test_the_threshold_of_uniface_follows_its_derivative():
+    """By its rate, over all sampled negatives, and never by more than 1 a step."""
+    head = head_of(UniFace(scale=16, additive=0.1, bias_rate=0.01), sample_rate=0.3)
+    embeddings, labels = problem(head)
+    settings = settings_of(head, labels)
+    bias = torch.tensor(settings["state"]["bias"], dtype=torch.float64, requires_grad=True)
+    settings["state"] = {"bias": bias}
+    centers = head.centers.detach().double()
+    loss_truth.loss_of(head.margin, embeddings.double(), centers, labels, **settings).backward()
+    step(head, embeddings, labels)
+    moved = float(head.margin_state()["bias"]) - float(bias.detach())
+    assert moved == pytest.approx(-0.01 * float(bias.grad), rel=1e-3)
+    fast = head_of(UniFace(scale=16, bias_rate=100), sample_rate=0.3)
+    before = float(fast.margin_state()["bias"])
+    step(fast, embeddings, labels)
+    assert abs(float(fast.margin_state()["bias"]) - before) == pytest.approx(1)

@@ -4,6 +4,7 @@
 """
 
 from partialfc.margins.base import Bend, Gradient, Margin, Positive, Rows, State
+from partialfc.margins.binary import UniFace
 from partialfc.margins.by_norm import AdaFace, MagFace
 from partialfc.margins.fixed import ArcFace, CombinedMargin, CosFace
 from partialfc.margins.mined import CurricularFace, MVSoftmax
@@ -28,6 +29,7 @@ MARGINS: dict[str, type[Margin]] = {
     "elasticface": ElasticFace,
     "adacos": AdaCos,
     "subcenter_arcface": SubCenterArcFace,
+    "uniface": UniFace,
 }
 """Every margin by the name it has in a settings file."""
 
@@ -55,4 +57,5 @@ __all__ = [
     "SphereFace",
     "State",
     "SubCenterArcFace",
+    "UniFace",
 ]

@@ -159,10 +159,16 @@ class Margin(ABC):
         Args:
             state: Of this one.
             sum_B: Sum of exp(logit) over the sampled negatives of all ranks; of
-                exp(logit - row maximum) where ``largest_logit`` is above 64.
+                exp(logit - row maximum) where ``largest_logit`` is above 64; of
+                sigmoid(logit - offset) where there is an offset.
             logit_B: The positives' logits.
         """
         return dict(state)
+
+    def offset(self, state: State) -> Tensor | None:
+        """Return the threshold that each logit is held against in a loss of its own: the positive
+        above, every negative below. ``None``: one softmax over all."""
+        return None
 
     def bend(self, state: State, rows: Rows) -> Bend | None:
         """Return what happens to negatives above a threshold; ``None``: nothing."""

@@ -26,6 +26,8 @@ class Logits:
         compute: Precision of the products.
         per_identity: K; the logit of an identity is the largest of those of its K rows.
         bend: Another logit above a threshold, or ``None``.
+        offset: Scalar; every negative then has a loss of its own, log(1 + exp(logit - offset)),
+            and the sigmoid of the same takes the place of the exponential. ``None``: a softmax.
     """
 
     scale: float
@@ -34,11 +36,12 @@ class Logits:
     compute: Compute
     per_identity: int = 1
     bend: Bend | None = None
+    offset: Tensor | None = None
 
     @property
     def needs_maximum(self) -> bool:
         """Whether the exponentials need a row maximum to stay inside fp32's range."""
-        return self.largest > _LARGEST_PLAIN_LOGIT
+        return self.offset is None and self.largest > _LARGEST_PLAIN_LOGIT
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +57,9 @@ class FirstPass:
     """What pass 1 knows of this rank's negatives.
 
     Attributes:
-        sum_B: Sum of exp(logit - maximum) over the sampled negatives.
+        sum_B: Sum of exp(logit - maximum) over the sampled negatives; with an offset, of their
+            losses.
+        sigmoid_B: Sum of sigmoid(logit - offset); ``None`` without an offset.
         maximum_B: Largest negative logit, or ``None`` where the logits need no maximum (then 0).
         pull_BD: Sum over negatives of exp(logit - maximum) * the bend's slope * key; ``None`` if
             not wanted.
@@ -64,6 +69,7 @@ class FirstPass:
     """
 
     sum_B: Tensor
+    sigmoid_B: Tensor | None
     maximum_B: Tensor | None
     pull_BD: Tensor | None
     key_sum_D: Tensor | None

@@ -66,11 +66,12 @@ def first_pass(
         keep_bytes: Most memory of the exponentials kept for pass 2.
         workspace: Buffers of the tiles.
     """
-    steps, dim = steps_for(query_BD), query_BD.shape[1]
+    dim = query_BD.shape[1]
     sum_B = torch.zeros_like(query_BD[:, 0], dtype=torch.float32)
     pull_BD = torch.zeros_like(query_BD, dtype=torch.float32) if want_pull else None
     key_sum_D = query_BD.new_zeros(dim, dtype=torch.float32) if want_key_sum else None
     maximum_B = torch.full_like(sum_B, _NO_LOGIT) if logits.needs_maximum else None
+    sigmoid_B = None if logits.offset is None else torch.zeros_like(sum_B)
     exponentials: list[KeptTile] = []
     with precision(logits.compute, query_BD.device):
         for start, key_TD in sampled_keys(query_BD, centers_CD, rows, logits, workspace):
@@ -86,14 +87,8 @@ def first_pass(
                 if pull_BD is not None:
                     pull_BD.mul_(shrink_B.unsqueeze(1))
                 maximum_B = larger_B
-            exp_TB = steps.exponentials(
-                logit_TB,
-                column_B,
-                bend=bend,
-                shift_B=maximum_B,
-                sum_B=sum_B,
-                dtype=query_BD.dtype,
-                workspace=workspace,
+            exp_TB = _exponentials(
+                logit_TB, column_B, logits, bend, maximum_B, sum_B, sigmoid_B, query_BD, workspace
             )
             if slope_TB is not None:
                 exp_TB.mul_(slope_TB)
@@ -103,7 +98,7 @@ def first_pass(
             if keep_bytes >= 0:
                 exponentials.append(KeptTile(exp_TB, maximum_B))
     total = len(centers_CD) if rows is None else len(rows)
-    return FirstPass(sum_B, maximum_B, pull_BD, key_sum_D, total, exponentials)
+    return FirstPass(sum_B, sigmoid_B, maximum_B, pull_BD, key_sum_D, total, exponentials)
 
 
 def second_pass(
@@ -127,7 +122,7 @@ def second_pass(
         compact: Whether ``centers_CD`` holds the rows of the sample only, in its order.
     """
     index = None if compact else rows
-    steps, device, dim = steps_for(centers_CD), centers_CD.device, centers_CD.shape[1]
+    device, dim = centers_CD.device, centers_CD.shape[1]
     parts = [_Part.of(one, rows, like=kept[0].query_BD) for one in kept]
     per_identity = kept[0].logits.per_identity
     for number, (start, stop) in enumerate(
@@ -152,14 +147,8 @@ def second_pass(
                     column_B = part.target_B - start
                     logit_TB = _logits(key_TD, query_BD, column_B, logits)
                     logit_TB, slope_TB, bend = _bent_first(logit_TB, column_B, logits, workspace)
-                    exp_TB = steps.exponentials(
-                        logit_TB,
-                        column_B,
-                        bend=bend,
-                        shift_B=maximum_B,
-                        sum_B=None,
-                        dtype=query_BD.dtype,
-                        workspace=workspace,
+                    exp_TB = _exponentials(
+                        logit_TB, column_B, logits, bend, maximum_B, None, None, query_BD, workspace
                     )
                     if slope_TB is not None:
                         exp_TB.mul_(slope_TB)
@@ -283,6 +272,35 @@ def _logits(key_TD: Tensor, query_BD: Tensor, column_B: Tensor, logits: Logits) 
     if logits.per_identity > 1:
         torch_steps.keep_nearest_(logit_TB, column_B, logits.per_identity)
     return logit_TB
+
+
+def _exponentials(
+    logit_TB: Tensor,
+    column_B: Tensor,
+    logits: Logits,
+    bend: Bend | None,
+    maximum_B: Tensor | None,
+    sum_B: Tensor | None,
+    sigmoid_B: Tensor | None,
+    query_BD: Tensor,
+    workspace: Workspace,
+) -> Tensor:
+    """E of a tile in the dtype of the queries, or what an offset has in its place."""
+    if logits.offset is not None:
+        sums = None if sum_B is None or sigmoid_B is None else (sum_B, sigmoid_B)
+        return torch_steps.sigmoids(
+            logit_TB, column_B, logits.offset, sums=sums, dtype=query_BD.dtype
+        )
+    exp_TB: Tensor = steps_for(query_BD).exponentials(
+        logit_TB,
+        column_B,
+        bend=bend,
+        shift_B=maximum_B,
+        sum_B=sum_B,
+        dtype=query_BD.dtype,
+        workspace=workspace,
+    )
+    return exp_TB
 
 
 def _bent_first(

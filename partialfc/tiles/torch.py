@@ -67,6 +67,34 @@ def exponentials(
     return exp_TB.to(dtype)
 
 
+def sigmoids(
+    logit_TB: Tensor,
+    column_B: Tensor,
+    offset: Tensor,
+    *,
+    sums: tuple[Tensor, Tensor] | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return sigmoid(logit - offset) [T, B], 0 at the positives; ``logit_TB`` is used up.
+
+    Args:
+        logit_TB: Scaled products, fp32 or bf16.
+        column_B: As in :func:`exponentials`.
+        offset: fp32 scalar.
+        sums: fp32 [B] each; log(1 + exp(logit - offset)) and the sigmoids over the tile's negatives
+            are added to them. ``None``: not wanted.
+        dtype: Of the result.
+    """
+    leave_out_(logit_TB, column_B)
+    logit_TB = logit_TB.float().sub_(offset)
+    if sums is not None:
+        sums[0].add_(F.softplus(logit_TB).sum(0))
+    logit_TB.sigmoid_()
+    if sums is not None:
+        sums[1].add_(logit_TB.sum(0))
+    return logit_TB.to(dtype)
+
+
 def bend_(logit: Tensor, bend: Bend, workspace: Workspace) -> Tensor:
     """Bend fp32 logits [..., B] in place; return the slope of the bend, 1 below it.
 
