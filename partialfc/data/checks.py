@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from partialfc.data.jpeg import Frame, check_jpeg, decode
+from partialfc.data.jpeg import check_jpeg, decode
 from partialfc.data.recordio import LABEL_LIMIT, RecordError
 from partialfc.data.records import Pack
 from partialfc.data.skip_list import BadRecord
@@ -25,10 +25,9 @@ class HeadersChecked(NamedTuple):
 
 
 class ImageChecked(NamedTuple):
-    """What one image is: its problem or "", and its frame and RGB pixels if it could be decoded."""
+    """What one image is: its problem or "", and its RGB pixels if it could be decoded."""
 
     problem: str
-    frame: Frame | None = None
     pixels: NDArray[np.uint8] | None = None
 
 
@@ -106,8 +105,8 @@ def check_image(pack: Pack, image: int) -> ImageChecked:
     """Decode one image."""
     try:
         view = pack.jpeg_view(image)
-        frame = check_jpeg(view)
-        return ImageChecked("", frame, decode(view))
+        check_jpeg(view)
+        return ImageChecked("", decode(view))
     except RecordError as error:
         return ImageChecked(error.problem)
     except ValueError as error:

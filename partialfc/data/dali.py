@@ -28,16 +28,16 @@ def dali_batches(
 
     No host synchronisation: on a GPU the batches belong to torch's current stream.
 
+    DALI gives up on a batch with an image that it cannot decode, and on all batches under way. Then
+    the images of these batches are tried one by one, the bad ones are replaced, and a new pipeline
+    goes on where the old one stopped.
+
     Args:
         stream: What to decode.
         samples_seen: Images that all ranks together have seen.
         device: Where the batches go, the CPU or a CUDA device.
         threads: DALI's CPU threads, >= 1.
         prefetch: Batches that are prepared ahead, >= 1.
-
-    DALI gives up on a batch with an image that it cannot decode, and on all batches under way. Then
-    the images of these batches are tried one by one, the bad ones are replaced, and a new pipeline
-    goes on where the old one stopped.
 
     Raises:
         ValueError: If a batch cannot be filled; see :meth:`~partialfc.data.stream.Stream.batch`.

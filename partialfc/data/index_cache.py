@@ -57,12 +57,12 @@ def cache_places(path: Path, name: str) -> list[Path]:
         path: Of the ``.rec``.
         name: What is kept; the end of the file's name.
     """
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-    place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
-    return [
-        path.with_name(f"{path.name}.{name}"),
-        folder / "partialfc" / f"{path.stem}.{place}.{name}",
-    ]
+    places = [path.with_name(f"{path.name}.{name}")]
+    with suppress(RuntimeError):  # a user without a home
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+        digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+        places.append(folder / "partialfc" / f"{path.stem}.{digest}.{name}")
+    return places
 
 
 def kept_column(file: RecordFile, name: str, count: int) -> NDArray[np.int32] | None:

@@ -85,9 +85,11 @@ def loaders(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             }  # fmt: skip
     measured = in_turns({name: base | row for name, row in rows.items()}, options.rounds)
     show("images/s", measured, ("images_per_second", "images_per_cpu_second"))
-    one = statistics.median(r["images_per_second"] for r in measured[f"DALI, {threads[0]}"])
-    # Twice what is needed: half of a thread's time goes to the trainer's other work and to noise.
-    advice = 2 * math.ceil(NEEDED / (one / threads[0]))
+    rate = statistics.median(
+        entry["images_per_cpu_second"] for entry in measured[f"DALI, {threads[0]}"]
+    )
+    # Twice what is needed: half of the cores' time goes to the trainer's other work and to noise.
+    advice = 2 * math.ceil(NEEDED / rate)
     print(f"threads per GPU for {NEEDED:,} images/s: {advice}")
     return {"measured": measured, "threads_per_gpu": advice}
 

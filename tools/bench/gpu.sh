@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All that needs a CUDA device, in one command of under nine minutes on an H200:
 #   bash tools/bench/gpu.sh OUT_FOLDER [python]
-# The tests of tests/gpu, then the head against the textbook head (fp32, and TF32 on).
+# The tests of tests/gpu, the head against the textbook head (fp32, and TF32 on), the data.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 out=${1:-tools/bench/results}
@@ -34,4 +34,6 @@ for places in "1e7,5e7 device" "1e8 states"; do
         --rate 0.01,0.1 --state fp16+int8 --place "$2" --seconds 2 \
         --json "$out/scale_gpu_$2.json" || failed=1
 done
+"$python" tools/bench/data.py --parts loaders --threads 2,4,8 --seconds 3 --rounds 1 \
+    --json "$out/data_gpu.json" || failed=1
 exit $failed
