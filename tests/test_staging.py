@@ -35,7 +35,7 @@ def batches(steps=STEPS):
     ]
 
 
-def head_of(rule, center_format, placement, *, margin=None, rate=0.3):
+def head_of(rule, center_format, placement, *, margin=None, rate=0.3, device=None):
     return PartialFC(
         IDENTITIES,
         DIM,
@@ -44,13 +44,15 @@ def head_of(rule, center_format, placement, *, margin=None, rate=0.3):
         optimizer=copy.deepcopy(rule),
         center_format=center_format,
         placement=placement,
+        device=device,
     )
 
 
 def trained(head, *, prefetch=True, parts=1, fixed=True, given=None):
     """Losses, centers and states after some steps; a batch in which a value is not finite too."""
     losses = []
-    given = given or batches()
+    device = head.device
+    given = [(own.to(device), labels.to(device)) for own, labels in given or batches()]
     for (embeddings, labels), ahead in itertools.zip_longest(given, given[1:]):
         if prefetch and ahead is not None:
             head.prefetch(ahead[1])
