@@ -6,7 +6,10 @@ import torch
 from partialfc.staging import Placement
 from tests.test_staging import HOST, RULES, assert_equal, head_of, trained
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
 
 
 @pytest.mark.parametrize("prefetch", [True, False])
