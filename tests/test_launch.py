@@ -225,6 +225,27 @@ def test_kill_9_and_the_same_command_continue_bit_for_bit(packs, tmp_path, loade
         assert np.array_equal(value, found[name]), name
 
 
+def test_rows_in_host_memory_train_to_the_same_bits(packs, tmp_path):
+    """And a checkpoint goes on with them on the device: where they lie decides nothing."""
+    common = ("run.steps=24", "checkpoint.every_steps=12", "head.sample_rate=0.3")
+    there = ("head.centers_in=host", "head.states_in=host", f"head.host_folder={tmp_path / 'rows'}")
+    straight, hosted = tmp_path / "straight", tmp_path / "hosted"
+    for folder, overrides in ((straight, ()), (hosted, there)):
+        done = run(packs, folder, *common, *overrides, ranks=2)
+        assert done.returncode == 0, done.stderr
+    expected = final_tensors(straight, 24)
+    for again in (False, True):
+        if again:
+            shutil.rmtree(hosted / "checkpoints" / "step_00000024")
+            done = run(packs, hosted, *common, ranks=2)
+            assert done.returncode == 0, done.stderr
+        assert losses(hosted) == losses(straight)
+        found = final_tensors(hosted, 24)
+        assert expected.keys() == found.keys()
+        for name, value in expected.items():
+            assert np.array_equal(value, found[name]), name
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
