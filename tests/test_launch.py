@@ -117,14 +117,18 @@ def test_a_run_leaves_all_that_it_promises(packs, tmp_path, ranks):
             "head.center_format=fp16",
             "head.optimizer={name='sgd', momentum_format='int8', unsampled='move'}",
             "head.keep_mib=0",
+            "data.images_per_identity=4",
+            "data.augment.crop=0.5",
         ],
         [
             "head.center_format=bf16",
             "head.compute=bf16",
             "head.optimizer={name='adagrad', lr_factor=0.5}",
+            "data.block=50",
+            "data.block_window=4",
         ],
     ],
-    ids=["bf16", "fp16", "adamw", "fp16 centers", "bf16 centers, adagrad"],
+    ids=["bf16", "fp16", "adamw", "fp16 centers, P x K", "bf16 centers, adagrad, blocks"],
 )
 def test_settings_reach_the_training(packs, tmp_path, overrides):
     """Each path trains and resumes: every state it has goes through a checkpoint."""
