@@ -160,7 +160,7 @@ def _verification(runs: Sequence[RunRecord]) -> str:
                     f"{numbers['num_pairs']:,}",
                 ]
             )
-    head = ["set", "accuracy %", *(f"TAR@{far} %" for far in _FARS), "EER %", "AUC", "pairs"]
+    head = ["set", "accuracy %", *(f"TAR@FAR {far} %" for far in _FARS), "EER %", "AUC", "pairs"]
     return (_table(head, rows) if rows else "") + _grid(figures)
 
 

@@ -33,7 +33,7 @@ svg circle { fill: currentColor; }
   background: currentColor; margin-right: .4em; }
 .bar { display: flex; height: 22px; border-radius: 6px; overflow: hidden; margin-top: .4rem; }
 .bar i { background: currentColor; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; margin-bottom: 1rem; }
 table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .28rem .8rem .28rem 0; border-bottom: 1px solid var(--line);
   white-space: nowrap; }
