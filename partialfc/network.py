@@ -17,9 +17,8 @@ def refuse_unreachable() -> str | None:
     Raises:
         OSError: If the address is one that no other host can reach; the message says what to set.
     """
-    hosts = int(os.environ.get("WORLD_SIZE", "1")) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     master = os.environ.get("MASTER_ADDR", "")
-    if hosts < 2 or sys.platform != "linux":
+    if _hosts() < 2 or sys.platform != "linux":
         return None
     right = _address_towards(master)
     if right is None or right.startswith("127."):
@@ -40,6 +39,26 @@ def refuse_unreachable() -> str | None:
             )
         return f"{how} is {taken}, but {should}. If ranks do not find each other, set {variable}."
     return None
+
+
+def stale_store() -> str | None:
+    """A warning where torchrun may hand out the addresses of ranks that are gone.
+
+    It keeps one store for all rounds of a run and counts restarts on each host for itself; after a
+    host is lost or joins, the hosts no longer agree on the count, nor on whose addresses they read.
+    """
+    elastic = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+    shared = os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "0") != "1"
+    if not (elastic and shared and _hosts() > 1):
+        return None
+    return (
+        "torchrun --max-restarts on several hosts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in "
+        "its environment, or ranks may not find each other after a restart."
+    )
+
+
+def _hosts() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1")) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def address_of(interface: str) -> str | None:

@@ -16,7 +16,7 @@ from torch.distributed import PrefixStore, TCPStore
 
 from partialfc.collectives import Ranks
 from partialfc.config import Config, ConfigError
-from partialfc.network import refuse_unreachable
+from partialfc.network import refuse_unreachable, stale_store
 from partialfc.permutation import key
 from partialfc.preemption import Preempted
 from partialfc.watchdog import Watchdog
@@ -98,8 +98,9 @@ def _check_network() -> None:
         warning = refuse_unreachable()
     except OSError as error:
         raise ConfigError(str(error)) from error
-    if warning and local_rank() == 0:
-        print(f"warning: {warning}", flush=True)
+    for sentence in (warning, stale_store()):
+        if sentence and local_rank() == 0:
+            print(f"warning: {sentence}", flush=True)
 
 
 def local_rank() -> int:

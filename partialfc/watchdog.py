@@ -64,6 +64,8 @@ class Watchdog:
         self._leave_by: tuple[float, int] | None = None
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
+        if store is not None:
+            threading.Thread(target=self._watch_the_watch, name="guard", daemon=True).start()
 
     def follow(self, ledger: Ledger, saver: Pending | None = None) -> None:
         """Learn from the ledger how far this rank has come, and from a saver what to wait for."""
@@ -90,6 +92,20 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
         self._say_goodbye()
 
+    def _watch_the_watch(self) -> None:
+        """A store behind a cut link refuses nothing: whoever asks it waits for ever.
+
+        Several looks in a row, so that a process that was stopped and goes on is not taken for it.
+        """
+        looks = 0
+        while not self._ended.wait(self.interval):
+            silence = time.monotonic() - self._answered
+            looks = looks + 1 if silence > self._seconds else 0
+            if looks > 3 and self._leave_by is not None:
+                _exit(self._leave_by[1])
+            if looks > 3:
+                self._stop(LostRankError(self._no_answer(silence, "and no error")))
+
     def _watch(self) -> None:
         now = time.monotonic()
         while not self._ended.wait(self.interval):
@@ -109,13 +125,13 @@ class Watchdog:
             except (dist.DistError, RuntimeError) as error:
                 silent = time.monotonic() - self._answered
                 if silent > self._seconds:
-                    problem = str(error).splitlines()[0]
-                    self._stop(
-                        LostRankError(
-                            "the store of the ranks, on the host of rank 0, gives no answer for "
-                            f"{silent:.0f} s ({problem}). Stacks of this rank: {self._dump()}"
-                        )
-                    )
+                    self._stop(LostRankError(self._no_answer(silent, str(error).splitlines()[0])))
+
+    def _no_answer(self, seconds: float, problem: str) -> str:
+        return (
+            "the store of the ranks, on the host of rank 0, gives no answer for "
+            f"{seconds:.0f} s ({problem}). Stacks of this rank: {self._dump()}"
+        )
 
     def _arm(self) -> None:
         """If this thread cannot run, because something keeps Python's lock, C still shows where."""

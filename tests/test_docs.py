@@ -62,7 +62,7 @@ def test_readme_commands_name_what_exists(command):
     configs = [word for word in words if re.fullmatch(r"configs/\w+\.toml", word)]
     for config in configs:
         load(ROOT / config, [word for word in words if re.fullmatch(r"[a-z_.]+=.*", word)])
-    assert scripts or configs or words[0] in ("git", "cd", "tensorboard", "curl"), command
+    assert scripts or configs or words[0] in ("git", "cd", "export", "tensorboard", "curl"), command
 
 
 @pytest.mark.parametrize("number", range(sum(language == "python" for language, _ in BLOCKS)))

@@ -101,3 +101,17 @@ def test_the_way_to_the_first_host_decides_which_interface_is_right(monkeypatch)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(network, "_address_towards", lambda host: "127.0.0.1")
     assert network.refuse_unreachable() is None
+
+
+def test_a_store_that_torchrun_shares_between_its_rounds_is_warned_of(monkeypatch):
+    """On several hosts with restarts only; it made a healed run fail to find its ranks."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.delenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", raising=False)
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in network.stale_store()
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    assert network.stale_store() is None
+    monkeypatch.delenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert network.stale_store() is None

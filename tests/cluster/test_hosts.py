@@ -43,7 +43,13 @@ class Agents:
         self.running[i] = subprocess.Popen(
             self.hosts.command(i, *words),
             cwd=ROOT,
-            env={**ENVIRONMENT, "GLOO_SOCKET_IFNAME": f"ve{i}", **environment},
+            # Or torchrun keeps one store for all its rounds, with the addresses of ranks long gone.
+            env={
+                **ENVIRONMENT,
+                "GLOO_SOCKET_IFNAME": f"ve{i}",
+                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+                **environment,
+            },
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -106,32 +112,40 @@ def agents(hosts, packs, tmp_path):
 
 
 def test_a_lost_host_and_one_that_joins(agents, tmp_path):
-    """--nnodes=1:2: the run goes on from its checkpoint on two ranks, and later on four again."""
+    """--nnodes=1:2: the run goes on from its checkpoint on one rank, and later on two again."""
     run = tmp_path / "run"
     two = agents(
         "--nnodes=1:2",
-        "--nproc-per-node=2",
+        "--nproc-per-node=1",
         "--max-restarts=9",
         "--rdzv-id=a",
-        more=["checkpoint.every_steps=20"],
+        more=["checkpoint.every_steps=5"],
     )
     two.start(0)
     two.start(1)
-    wait_for(lambda: last_step(run) >= 45, 120)
+    wait_for(lambda: last_step(run) >= 12, 180)
     before, lost = last_step(run), time.monotonic()
     two.kill_host(1)
-    wait_for(lambda: world_size(run) == 2, 120)
-    wait_for(lambda: last_step(run) > before + 10, 60)
+    wait_for(lambda: world_size(run) == 1, 180)
+    wait_for(lambda: last_step(run) > before + 2, 60)
     alone = time.monotonic()
     two.start(1)
-    wait_for(lambda: world_size(run) == 4, 120)
+    wait_for(lambda: world_size(run) == 2, 180)
     now = last_step(run)
-    wait_for(lambda: last_step(run) > now + 10, 60)
+    wait_for(lambda: last_step(run) > now + 2, 60)
     print(
-        f"lost host to ten new steps {alone - lost:.1f} s, joined to ten more "
+        f"lost host to new steps {alone - lost:.1f} s, joined to more "
         f"{time.monotonic() - alone:.1f} s"
     )
     assert sorted(losses(run)) == list(range(1, last_step(run) + 1)), "no step is missing"
+
+
+def alive(process):
+    """Whether a process still runs; its agent may be too busy to notice that it does not."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def world_size(run):
@@ -154,7 +168,7 @@ def test_a_killed_rank_ends_both_hosts_and_is_named(agents, tmp_path):
     seconds = time.monotonic() - killed
     assert all(codes), codes
     assert seconds < 30
-    assert not [rank for rank in ranks if Path(f"/proc/{rank}").exists()]
+    assert not any(map(alive, ranks))
     assert re.search(r"rank 3 was lost", two.log(0)), two.log(0)[-2000:]
     print(f"killed rank to last process gone: {seconds:.1f} s")
 
@@ -167,19 +181,19 @@ def test_a_cut_link_is_found_and_a_healed_one_goes_on(agents, hosts, tmp_path):
         "--nproc-per-node=1",
         "--max-restarts=9",
         "--rdzv-id=c",
-        more=["checkpoint.every_steps=20"],
+        more=["checkpoint.every_steps=5"],
     )
     two.start(0)
     two.start(1)
-    wait_for(lambda: last_step(run) >= 25, 120)
+    wait_for(lambda: last_step(run) >= 7, 180)
     ranks = [*two.ranks(0).values(), *two.ranks(1).values()]
     hosts.cut(1)
     cut = time.monotonic()
-    wait_for(lambda: not [r for r in ranks if Path(f"/proc/{r}").exists()], 120)
+    wait_for(lambda: not any(map(alive, ranks)), 120)
     found = time.monotonic() - cut
     hosts.heal(1)
     healed, before = time.monotonic(), last_step(run)
-    wait_for(lambda: last_step(run) > before + 5, 180)
+    wait_for(lambda: last_step(run) > before + 2, 180)
     print(
         f"cut link to the last rank gone {found:.1f} s, healed to new steps "
         f"{time.monotonic() - healed:.1f} s"
