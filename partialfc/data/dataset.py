@@ -144,15 +144,11 @@ class DataSet:
         Raises:
             RecordError: If the record of a sample breaks a rule.
         """
-        of_packs = [labels(pack) for pack in self.packs]
-        image_N = np.arange(len(self))
-        image_N += np.searchsorted(self._before_S, image_N, side="right")
-        label_N = np.concatenate(of_packs)[image_N].astype(np.int64)
-        wrong = np.flatnonzero(label_N == BAD)
-        if len(wrong):
-            self.identities(wrong[:1])  # says what is wrong
-        pack_N = np.searchsorted(self._start_P, image_N, side="right") - 1
-        return label_N + self._identity_start_P[pack_N]
+        starts = self._identity_start_P[:-1].tolist()
+        of_packs = [self._labels_of(number) for number in range(len(self.packs))]
+        return np.concatenate(
+            [label_N + np.int64(s) for label_N, s in zip(of_packs, starts, strict=True)]
+        )
 
     def _locate(self, sample_B: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Numbers of the packs, and image indices there."""
@@ -165,12 +161,18 @@ class DataSet:
 
     def _identities_of(self, number: int) -> int:
         """Of one pack; a plain one has those of its samples, as skipped images may be damaged."""
+        declared = self.packs[number].declared_identities
+        return declared or int(self._labels_of(number).max(initial=-1)) + 1
+
+    def _labels_of(self, number: int) -> NDArray[np.int32]:
+        """Identities of the samples of one pack, numbered as there."""
         pack = self.packs[number]
-        if pack.declared_identities is not None:
-            return pack.declared_identities
         start, stop = self._start_P[number : number + 2]
         skipped = self._skipped_S[(self._skipped_S >= start) & (self._skipped_S < stop)] - start
-        label_N = np.delete(labels(pack), skipped)
-        if BAD in label_N:
-            pack.identities(np.delete(np.arange(len(pack)), skipped)[label_N == BAD])  # says why
-        return int(label_N.max(initial=-1)) + 1
+        label_N = labels(pack)
+        if len(skipped):
+            label_N = np.delete(label_N, skipped)
+        wrong = np.flatnonzero(label_N == BAD)
+        if len(wrong):
+            pack.identities(np.delete(np.arange(len(pack)), skipped)[wrong[:1]])  # says why
+        return label_N

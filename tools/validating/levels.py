@@ -116,11 +116,9 @@ def images(
     report.levels["images"] = {
         "decoded": count,
         "bad": bad,
-        "bad_share_at_most": 0 if count == len(pack) else share_at_most(bad, count),
+        "bad_share_at_most": bad / count if count == len(pack) else share_at_most(bad, count),
         **(look.numbers() if look.images else {}),
     }
-    if count == len(pack):
-        report.levels["images"]["bad_share_at_most"] = bad / count
     return look
 
 
