@@ -56,9 +56,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps(all_to_all(options.one)))
         return 0
     record: dict[str, Any] = {"conditions": conditions(), "threads": torch.get_num_threads()}
-    sizes = [options.images // 4, options.images // 2, options.images]
-    record["all_to_all"] = [in_fresh_process(size) for size in sizes]
     record["equal_to_the_whole_matrix"] = compared(COMPARED)
+    record["all_to_all"] = []
+    for size in (options.images // 4, options.images // 2, options.images):
+        record["all_to_all"].append(in_fresh_process(size))
+        if options.json is not None:  # what is measured is not lost to a limit of time
+            write_json(options.json, record)
     record["others"] = others()
     if options.json is not None:
         write_json(options.json, record)
