@@ -99,8 +99,10 @@ def images(
 ) -> Look:
     """Some images, drawn at random, or all of them, decoded."""
     count = min(wanted, len(pack))
-    chosen = np.sort(np.random.default_rng(seed).choice(len(pack), count, replace=False))
-    drawn: Sequence[int] = range(len(pack)) if count == len(pack) else chosen.tolist()
+    drawn: Sequence[int] = range(len(pack))
+    if count < len(pack):
+        chosen = np.random.default_rng(seed).choice(len(pack), count, replace=False)
+        drawn = np.sort(chosen).tolist()
     mean = pack.file.size / len(pack.index)
     console.print(f"images: {count:,} to decode, about {_size(count * mean)} to read")
     look, bad = Look(), 0
