@@ -1,4 +1,4 @@
-"""A face cut to the size a backbone wants, by five landmarks, as arcface's images are.
+"""A face cut to 112 x 112 pixels by five landmarks, as arcface's images are.
 
 Two eyes, nose and two corners of the mouth go to fixed places by a similarity transform (rotation,
 one scale, shift) in the least-squares sense: S. Umeyama, "Least-squares estimation of
