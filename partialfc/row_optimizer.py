@@ -76,6 +76,8 @@ class RowOptimizer(torch.optim.Optimizer):
         if defaults.get("unsampled") == "move":
             defaults[_MISSED] = unsampled.new_table(self._device)
         super().__init__([centers], defaults)
+        if self._placement.stages:
+            self.states()  # a folder without room is refused now
 
     @property
     def steps(self) -> int:

@@ -33,7 +33,7 @@ class Placement:
         centers: The class centers.
         states: What the optimizer keeps of them.
         folder: Where what is in the host's memory is mapped from files, which vanish with the
-            process; ``None`` for memory, pinned where there is a GPU.
+            process (Linux); ``None`` for memory, pinned where there is a GPU.
     """
 
     centers: Where = "device"
@@ -177,7 +177,12 @@ class Staging:
                 self._stream.wait_event(ready)
             rows = staged.rows.cpu()
             for name in self._in_host:
-                self._tensors[name].index_copy_(0, rows, staged.tensors[name].cpu())
+                compact = staged.tensors[name]
+                if self._stream is not None:
+                    there = torch.empty_like(compact, device="cpu", pin_memory=True)
+                    compact = there.copy_(compact, non_blocking=True)
+                    self._stream.synchronize()
+                self._tensors[name].index_copy_(0, rows, compact)
 
     def _beside(self) -> AbstractContextManager[Any]:
         """On a GPU, a stream of the thread's own."""
@@ -190,7 +195,7 @@ class Staging:
 
 
 def host_tensor(size: Sequence[int], dtype: torch.dtype, file: Path | None) -> Tensor:
-    """Return zeros in host memory: pinned where there is a GPU, or mapped from a new sparse file.
+    """Return zeros in host memory: pinned where there is a GPU, or mapped from a new file.
 
     Args:
         size: [C, ...].
@@ -199,15 +204,23 @@ def host_tensor(size: Sequence[int], dtype: torch.dtype, file: Path | None) -> T
             when the process ends. ``None`` for memory.
 
     Raises:
-        OSError: If the file cannot be made or has no room.
+        ValueError: If the file cannot be made or has no room. It is reserved at once: without it, a
+            write to the mapping would end the process.
     """
     if file is None:
         return torch.zeros(*size, dtype=dtype, pin_memory=torch.cuda.is_available())
     count = math.prod(size)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.unlink(missing_ok=True)
-    with file.open("wb") as made:
-        made.truncate(count * dtype.itemsize)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.unlink(missing_ok=True)
+        with file.open("wb") as made:
+            os.posix_fallocate(made.fileno(), 0, max(1, count * dtype.itemsize))
+    except OSError as error:
+        file.unlink(missing_ok=True)
+        raise ValueError(
+            f"host_folder = {str(file.parent)!r}: {count * dtype.itemsize:,} bytes of {file.name} "
+            f"cannot be had there: {error.strerror}. Choose a folder with more room."
+        ) from error
     mapped = torch.from_file(str(file), shared=True, size=count, dtype=dtype)
     file.unlink()
     return mapped.view(*size)

@@ -161,12 +161,19 @@ def test_a_row_that_cannot_be_written_stops_the_run():
         staging.settle()
 
 
-def test_host_tensors_in_files_are_zero_and_sparse(tmp_path):
-    """A tebibyte needs no tebibyte before rows are written."""
-    tensor = host_tensor((2**31, 128), torch.float32, tmp_path / "folder" / "centers")
-    tensor[2**31 - 1] = 1
-    assert tensor[2**31 - 1].sum() == 128
-    assert not tensor[12345].any()
+def test_host_tensors_in_files_are_zero_and_leave_no_name(tmp_path):
+    tensor = host_tensor((1000, 128), torch.float16, tmp_path / "folder" / "centers")
+    tensor[999] = 1
+    assert tensor[999].sum() == 128
+    assert not tensor[:999].any()
+    assert not list((tmp_path / "folder").iterdir())
+
+
+def test_a_folder_without_room_is_refused_before_a_write_ends_the_process(tmp_path):
+    """A mapped page that has no block on the disk is SIGBUS, not an exception."""
+    with pytest.raises(ValueError, match=r"host_folder = .*: [\d,]{20,} bytes of centers cannot"):
+        host_tensor((2**50, 128), torch.float32, tmp_path / "centers")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
