@@ -5,14 +5,22 @@ import subprocess
 import time
 import urllib.parse
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import yaml
 
+from partialfc.exporter import Exporter
 from tests.cluster.slurm import free_port, wait_for
 from tests.cluster.training import ROOT
 
 MONITORING = ROOT / "configs" / "monitoring"
+
+
+def close_all(exporters: list[Exporter]) -> None:
+    """Each takes up to half a second to notice."""
+    with ThreadPoolExecutor(len(exporters)) as pool:
+        list(pool.map(Exporter.close, exporters))
 
 
 class Prometheus:

@@ -15,7 +15,7 @@ import pytest
 from partialfc.exporter import Exported, Exporter
 from partialfc.targets import targets_path, write_targets
 from tests.cluster.conftest import need
-from tests.cluster.prometheus import MONITORING, Prometheus
+from tests.cluster.prometheus import MONITORING, Prometheus, close_all
 from tests.cluster.slurm import free_port, wait_for
 from tests.cluster.training import ENVIRONMENT, ROOT, arguments, last_step
 
@@ -263,8 +263,7 @@ def test_prometheus_reads_many_ranks(tmp_path, ranks):
             assert len(prometheus.query(panels[title])) == 8, title
         seconds = prometheus.value('quantile(0.99, scrape_duration_seconds{run="big"})')
         print(f"{ranks} ranks: 99 of 100 scrapes within {1e3 * seconds:.0f} ms")
-    for exporter in exporters:
-        exporter.close()
+    close_all(exporters)
 
 
 def test_promtool_accepts_rules_and_alerts_and_every_alert_is_tested_both_ways():

@@ -23,6 +23,7 @@ from partialfc.exporter import Exported, Exporter
 from partialfc.ledger import Ledger
 from partialfc.targets import targets_path, write_targets
 from tests.cluster.conftest import need
+from tests.cluster.prometheus import close_all
 from tests.cluster.slurm import wait_for
 from tests.cluster.training import ENVIRONMENT, ROOT, arguments, last_step
 
@@ -163,8 +164,7 @@ def many(packs, tmp_path):
     path = targets_path(config.monitor.targets, config.run.folder)
     write_targets(path, addresses, run="large", scheme="http")
     yield run
-    for exporter in exporters:
-        exporter.close()
+    close_all(exporters)
 
 
 def test_a_page_of_512_ranks_is_quick_small_and_readable(many, tmp_path):
