@@ -57,6 +57,7 @@ def submit(slurm, packs, tmp_path):
     return submit
 
 
+@pytest.mark.timeout(1800)  # a quarter of a minute each, and more where the machine is loaded
 def test_preempted_at_random_moments_it_ends_as_if_it_never_was(slurm, submit, packs, tmp_path):
     """No step is repeated or lost; losses, weights, centers and momentum are bit for bit equal."""
     straight = tmp_path / "straight"
