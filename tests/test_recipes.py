@@ -55,7 +55,7 @@ def test_the_learning_rate_is_in_proportion_to_the_batch(data, network, batch, r
 
 @pytest.mark.parametrize("network", ["r18", "r100", "mbf", "vit_t"])
 def test_a_recipe_estimates_and_fits_the_gpus_it_names(network, tmp_path):
-    """The largest data set on 8 GPUs of 80 GiB; the rest were run by hand with the same code."""
+    """The largest data set on 8 GPUs of 80 GiB, four of the nine networks."""
     parts = recipes.accumulation("wf42m", network, 8)
     words = [str(FOLDER / f"wf42m_{network}.toml"), f"optimizer.accumulation={parts}"]
     where = ["--nodes", "1", "--gpus-per-node", "8", "--gpu", "h100", "--identities", "2059906"]
