@@ -266,7 +266,7 @@ def test_what_the_hash_leaves_out_exists() -> None:
             'head.margin.name = "ArcFce" (command line): must be "arcface", "cosface", "combined", '
             '"softmax", "modified_softmax", "normalized_softmax", "l_softmax", "sphereface", '
             '"f_norm_sphereface", "adaface", "magface", "curricularface", "mv_softmax", '
-            '"elasticface", "adacos" or "subcenter_arcface". Did you mean "arcface"?',
+            '"elasticface", "adacos", "subcenter_arcface" or "uniface". Did you mean "arcface"?',
         ),
         (  # a setting of another variant
             MINIMAL + "[head.margin]\nangular = 0.4\n",
