@@ -307,6 +307,14 @@ class Config(Section):
                 f"data.global_batch = {batch}: must divide by ranks x optimizer.accumulation = "
                 f"{world_size} x {accumulation} = {parts}. Nearest: {nearest}."
             )
+        repeated = self.data.images_per_identity or 1
+        pairs = self.losses.triplet.weight or self.losses.contrastive.weight
+        if pairs and not batch % parts and batch // parts % repeated:
+            problems.append(
+                f"data.images_per_identity = {repeated}: must divide the {batch // parts} images "
+                f"of a rank's micro-batch ({batch} / {world_size} ranks / optimizer.accumulation "
+                f"{accumulation}), or losses.triplet and losses.contrastive lose pairs."
+            )
         shards = self.head.canonical_shards
         if shards is not None and shards < world_size:
             problems.append(

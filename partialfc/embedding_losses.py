@@ -4,6 +4,7 @@ Shape suffixes: b = rows of this rank's batch, B = rows of the gathered batch, D
 T = terms of all losses.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ class Weighted:
 
     Attributes:
         loss: What it computes.
-        weight: > 0.
+        weight: > 0, finite.
 
     Raises:
         ValueError: If the weight is not.
@@ -33,8 +34,10 @@ class Weighted:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.weight > 0:
-            raise ValueError(f"weight must be > 0, got {self.weight}; leave the loss out for 0.")
+        if not 0 < self.weight < math.inf:
+            raise ValueError(
+                f"weight must be > 0 and finite, got {self.weight}; leave the loss out for 0."
+            )
 
 
 class EmbeddingLosses(nn.Module):
@@ -94,7 +97,8 @@ class _OverRanks(torch.autograd.Function):
             unit_BD = unit_BD.detach().requires_grad_(want_gradient)
             pairs = Pairs.of(unit_BD, identities_B, anchors)
             parts = [one.loss.sums(pairs) for one in weighted.values()]
-            sum_T = torch.cat([part[0] for part in parts])
+            # A loss that leaves out pairs with NaN must be NaN too.
+            sum_T = torch.cat([part[0] for part in parts]) + 0 * unit_BD.sum()
         count_T = torch.cat([part[1] for part in parts])
         totals = sum_over_ranks(torch.stack([sum_T.detach(), count_T]), ranks)
         count_T = totals[1].clamp(min=1)

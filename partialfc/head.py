@@ -143,7 +143,9 @@ class PartialFC(nn.Module):
         size = len(self.owned_rows), embedding_dim + margin.bias
         dtype = DTYPES[center_format]
         if placement.centers == "host":
-            centers = host_tensor(size, dtype, placement.file("centers"))
+            centers = host_tensor(
+                "centers", size, dtype, placement.folder, pinned=self.device.type == "cuda"
+            )
         else:
             centers = torch.empty(size, dtype=dtype, device=self.device)
         fill_initial_(centers, self.owned_rows, seed=seed, device=self.device)
@@ -165,7 +167,9 @@ class PartialFC(nn.Module):
             device=self.device,
             overlap=overlap,
         )
+        # Whoever reads or writes centers finds all of them there, and none on their way.
         self.register_state_dict_pre_hook(_settle)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_settle)  # type: ignore[no-untyped-call]
         for name, value in margin.new_state(num_identities).items():
             self.register_buffer(f"margin_{name}", torch.tensor(value, device=self.device))
         self.center_weight, self.inter_class_weight = center_weight, inter_class_weight
@@ -320,7 +324,7 @@ class _StepSample:
     rows: Tensor | None
 
 
-def _settle(head: PartialFC, prefix: str, keep_vars: bool) -> None:
+def _settle(head: PartialFC, *_: object) -> None:
     head.optimizer.settle()
 
 

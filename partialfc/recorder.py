@@ -40,7 +40,7 @@ class Step:
         gradient_norm: Of the backbone, before clipping.
         skipped: 1.0 where loss or gradient is not finite and nothing was changed, else 0.0.
         loss_scale: Of fp16; 1 without it.
-        terms: Losses beside the softmax, without their weights, of the last micro-batch.
+        terms: Losses beside the softmax, without their weights.
     """
 
     loss: Tensor

@@ -206,12 +206,12 @@ class RowOptimizer(torch.optim.Optimizer):
         torch casts every state to the dtype of its parameter, which would ruin the others.
         """
         self.settle()
+        self._staging = None
         centers: Tensor = self.param_groups[0]["params"][0]
         saved = state_dict["state"].get(0, {})
-        held = dict(self.states()) if saved else {}
-        super().load_state_dict(dict(state_dict))
-        for name, value in saved.items():
-            self.state[centers][name] = held[name].copy_(value)
+        held = self.states() if saved else {}
+        super().load_state_dict({**state_dict, "state": {}})
+        self.state[centers] = {name: held[name].copy_(value) for name, value in saved.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, once all rows are where they lie between steps."""
@@ -334,7 +334,13 @@ class RowOptimizer(torch.optim.Optimizer):
         placement, states = self._placement, {}
         for name, like in wanted.items():
             if placement.states == "host":
-                states[name] = host_tensor(like.shape, like.dtype, placement.file(name))
+                states[name] = host_tensor(
+                    name,
+                    like.shape,
+                    like.dtype,
+                    placement.folder,
+                    pinned=self._device.type == "cuda",
+                )
             else:
                 states[name] = torch.zeros(like.shape, dtype=like.dtype, device=self._device)
         if CENTERS + SCALE in states:

@@ -194,11 +194,12 @@ class Saver:
     def _has_room(self, files: Staged) -> bool:
         """Whether copies take at most half of the memory that is free; there are some already."""
         needed = sum(size_of(tensors) for tensors in files.values())
+        needed *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # every rank of this host copies
         free = _available_bytes()
         if self._copies or free is None or needed <= free // 2:
             return True
         print(
-            f"{self._folder}: a copy of {needed:,} bytes has no room in {free:,} free ones, so "
+            f"{self._folder}: copies of {needed:,} bytes have no room in {free:,} free ones, so "
             "training stands still while a checkpoint is written.",
             flush=True,
         )

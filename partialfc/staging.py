@@ -9,8 +9,10 @@ what it would see without staging, bit for bit.
 Shape suffixes: C = rows of a shard, n = sampled rows.
 """
 
+import errno
 import math
 import os
+import tempfile
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -44,10 +46,6 @@ class Placement:
     def stages(self) -> bool:
         """Whether anything is in host memory."""
         return "host" in (self.centers, self.states)
-
-    def file(self, name: str) -> Path | None:
-        """Where a tensor in host memory is mapped from."""
-        return None if self.folder is None else self.folder / f"{name}_{os.getpid()}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +102,13 @@ class Staging:
         if self._open is not None and self._open.rows is rows:
             return self._open.tensors
         self.close()
-        while self._ahead and self._ahead[0].step < step:
-            self._ahead.popleft()
         ahead = None
-        if self._ahead and self._ahead[0].step == step:
-            ahead = self._ahead.popleft()
-        if ahead is not None and torch.equal(ahead.rows, rows):
+        while self._ahead and self._ahead[0].step <= step:
+            ahead = self._ahead.popleft()  # the last for a step; what came before it is of no use
+        fits = (
+            ahead is not None and ahead.step == step and torch.equal(ahead.rows, rows)
+        )  # host sync
+        if ahead is not None and fits:
             compact = self._arrived(ahead.tensors)
             if self._last is not None:
                 _carry_over(self._last, rows, compact)
@@ -194,36 +193,42 @@ class Staging:
         return torch.cuda.current_stream(self._device).record_event()
 
 
-def host_tensor(size: Sequence[int], dtype: torch.dtype, file: Path | None) -> Tensor:
-    """Return zeros in host memory: pinned where there is a GPU, or mapped from a new file.
+def host_tensor(
+    name: str, size: Sequence[int], dtype: torch.dtype, folder: Path | None, *, pinned: bool
+) -> Tensor:
+    """Return zeros in host memory: in a page-locked part of it, or mapped from a new file.
 
     Args:
+        name: What it is, for messages.
         size: [C, ...].
         dtype: Any.
-        file: Replaced if it exists; removed as soon as it is mapped, so that nothing is left of it
-            when the process ends. ``None`` for memory.
+        folder: Of the file, whose name is nobody else's and is removed as soon as it is mapped, so
+            that nothing is left of it when the process ends. ``None`` for memory.
+        pinned: Whether to lock memory, for a GPU to copy from; torch takes the next power of two.
 
     Raises:
         ValueError: If the file cannot be made or has no room. It is reserved at once: without it, a
             write to the mapping would end the process.
     """
-    if file is None:
-        return torch.zeros(*size, dtype=dtype, pin_memory=torch.cuda.is_available())
+    if folder is None:
+        return torch.zeros(*size, dtype=dtype, pin_memory=pinned)
     count = math.prod(size)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.unlink(missing_ok=True)
-        with file.open("wb") as made:
-            os.posix_fallocate(made.fileno(), 0, max(1, count * dtype.itemsize))
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(prefix=f"{name}_", dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, max(1, count * dtype.itemsize))
+            mapped = torch.from_file(file.name, shared=True, size=count, dtype=dtype)
     except OSError as error:
-        file.unlink(missing_ok=True)
+        more = " Choose a folder with more room." if error.errno == errno.ENOSPC else ""
         raise ValueError(
-            f"host_folder = {str(file.parent)!r}: {count * dtype.itemsize:,} bytes of {file.name} "
-            f"cannot be had there: {error.strerror}. Choose a folder with more room."
+            f"host_folder = {str(folder)!r}: {count * dtype.itemsize:,} bytes of {name} cannot be "
+            f"had there: {error.strerror}.{more}"
         ) from error
-    mapped = torch.from_file(str(file), shared=True, size=count, dtype=dtype)
-    file.unlink()
     return mapped.view(*size)
+
+
+def _same(rows: Tensor, others: Tensor) -> bool:
+    return torch.equal(rows, others)  # host sync
 
 
 def _carry_over(last: Staged, rows: Tensor, compact: dict[str, Tensor]) -> None:

@@ -225,6 +225,7 @@ def train_step(
     statistics = [buffer for buffer in buffers if buffer.is_floating_point()]
     before = [buffer.clone() for buffer in statistics]
     loss = torch.zeros((), device=images.device)
+    terms: dict[str, Tensor] = {}
     if parts > 1:
         head.sample_step(identities)
     pieces = zip(images.chunk(parts), identities.chunk(parts), strict=True)
@@ -234,6 +235,8 @@ def train_step(
             part_loss = (head(embeddings, own) + model.losses(embeddings, own)) / parts
             scaler.scale(part_loss).backward()
         loss += part_loss.detach()
+        for name, value in {**head.terms, **model.losses.terms}.items():
+            terms[name] = terms.get(name, 0) + value / parts
 
     scaler.unscale_(optimizer)
     parameters = optimizer.param_groups[0]["params"]
@@ -250,7 +253,7 @@ def train_step(
     optimizer.zero_grad()
     for buffer, old in zip(statistics, before, strict=True):  # they saw the bad batch already
         buffer.copy_(torch.where(skipped > 0, old, buffer))
-    return Step(loss, norm, skipped, loss_scale, {**head.terms, **model.losses.terms})
+    return Step(loss, norm, skipped, loss_scale, terms)
 
 
 def _tell(optimizer: Any, *, grad_scale: Tensor | None, found_inf: Tensor) -> None:

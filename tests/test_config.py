@@ -558,3 +558,12 @@ def test_a_host_folder_without_anything_in_host_memory_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"host_folder = .*: nothing lies in host memory"):
         loaded(MINIMAL, "head.host_folder=rows")
     assert loaded(MINIMAL, "head.host_folder=rows", "head.states_in=host").head.host_folder
+
+
+def test_micro_batches_that_part_the_images_of_an_identity_are_refused() -> None:
+    """Triplets would silently have no positive."""
+    wanted = ["data.global_batch=32", "data.images_per_identity=4", "losses.triplet.weight=1"]
+    loaded(MINIMAL, *wanted, "optimizer.accumulation=2").check(world_size=4)
+    with pytest.raises(ConfigError, match="images_per_identity = 4: must divide the 1 images"):
+        loaded(MINIMAL, *wanted, "optimizer.accumulation=4").check(world_size=8)
+    loaded(MINIMAL, *wanted[:2], "optimizer.accumulation=4").check(world_size=8)

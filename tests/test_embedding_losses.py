@@ -149,6 +149,14 @@ def test_equal_and_zero_embeddings_are_finite(name):
     assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("name", EVERY_LOSS)
+def test_a_row_that_is_not_finite_shows_in_the_loss(name):
+    """Mining leaves out a pair with NaN, and the run must stop all the same."""
+    embeddings, labels = problem()
+    embeddings[3, 0] = torch.nan
+    assert found_of(EVERY_LOSS[name], embeddings, labels)[0].isnan()
+
+
 def test_weights_and_terms():
     """The sum is weighted, the terms are not."""
     embeddings, labels = problem()
@@ -185,7 +193,7 @@ def test_a_bad_parameter_is_named_with_its_range(kind, settings, message):
 
 
 def test_a_weight_must_be_positive():
-    with pytest.raises(ValueError, match=r"weight must be > 0, got 0"):
+    with pytest.raises(ValueError, match=r"weight must be > 0 and finite, got 0"):
         Weighted(Triplet(), 0)
 
 

@@ -161,19 +161,87 @@ def test_a_row_that_cannot_be_written_stops_the_run():
         staging.settle()
 
 
+def test_several_prefetches_for_one_step_are_not_older_than_the_step():
+    """Micro-batches with samples of their own, each prefetched: the second is behind an update."""
+    results = []
+    for ahead in (False, True):
+        head, given = head_of(*RULES["sgd"], HOST), batches(12)
+        for now, then in itertools.zip_longest(given, given[1:]):
+            for part in range(2):
+                if ahead and then is not None:
+                    head.prefetch(then[1].chunk(2)[part])
+            for part in range(2):
+                own = now[0].chunk(2)[part].clone().requires_grad_()
+                (head(own, now[1].chunk(2)[part]) / 2).backward()
+            head.optimizer.step()
+        head.optimizer.settle()
+        results.append(head.centers.detach().clone())
+    assert torch.equal(*results)
+
+
+def test_a_prefetch_again_for_a_step_that_was_taken_is_not_used():
+    head, other = head_of(*RULES["sgd"], HOST), head_of(*RULES["sgd"], HOST)
+    given = batches(4)
+    for step, (embeddings, labels) in enumerate(given):
+        if step + 1 < len(given):
+            for _ in range(2):
+                head.prefetch(given[step + 1][1])
+        for one in (head, other):
+            own = embeddings.clone().requires_grad_()
+            one(own, labels)
+            one(own, labels).backward()
+            one.optimizer.step()
+    head.optimizer.settle()
+    other.optimizer.settle()
+    assert torch.equal(head.centers, other.centers)
+
+
+def test_loading_centers_leaves_nothing_of_the_old_ones_on_its_way():
+    """Rows that are open, gathered ahead or carried over belong to what was replaced."""
+    good = head_of(*RULES["sgd"], None)
+    trained(good, given=batches(5))
+    saved = copy.deepcopy(good.state_dict())
+    results = []
+    for placement in (None, HOST):
+        head = head_of(*RULES["sgd"], placement)
+        given = batches(6)
+        trained(head, given=given[:3], prefetch=False)
+        with torch.no_grad():
+            head(*given[3])
+        head.prefetch(given[4][1])
+        head.load_state_dict(saved)
+        results.append(trained(head, given=given[4:]))
+    assert_equal(results[1], results[0])
+
+
+def test_an_optimizer_state_from_before_the_first_step_empties_that_of_rows_in_host_memory():
+    fresh = copy.deepcopy(head_of(*RULES["sgd fp16 int8"], None).optimizer.state_dict())
+    results = []
+    for placement in (None, HOST):
+        head = head_of(*RULES["sgd fp16 int8"], placement)
+        trained(head, given=batches(3))
+        head.optimizer.load_state_dict(fresh)
+        results.append(trained(head, given=batches(6)[3:]))
+    assert_equal(results[1], results[0])
+
+
 def test_host_tensors_in_files_are_zero_and_leave_no_name(tmp_path):
-    tensor = host_tensor((1000, 128), torch.float16, tmp_path / "folder" / "centers")
+    tensor = host_tensor("rows", (1000, 128), torch.float16, tmp_path / "folder", pinned=False)
     tensor[999] = 1
     assert tensor[999].sum() == 128
     assert not tensor[:999].any()
     assert not list((tmp_path / "folder").iterdir())
 
 
-def test_a_folder_without_room_is_refused_before_a_write_ends_the_process(tmp_path):
+@pytest.mark.parametrize("blocked", [False, True])
+def test_a_folder_that_cannot_hold_the_rows_is_refused(tmp_path, blocked):
     """A mapped page that has no block on the disk is SIGBUS, not an exception."""
-    with pytest.raises(ValueError, match=r"host_folder = .*: [\d,]{20,} bytes of centers cannot"):
-        host_tensor((2**50, 128), torch.float32, tmp_path / "centers")
-    assert not list(tmp_path.iterdir())
+    folder = tmp_path / "rows"
+    if blocked:
+        folder.write_text("a file")
+    with pytest.raises(ValueError, match=r"host_folder = .*: [\d,]{20,} bytes of rows cannot"):
+        host_tensor("rows", (2**50, 128), torch.float32, folder, pinned=False)
+    assert blocked or not list(folder.iterdir())
 
 
 @pytest.mark.parametrize(

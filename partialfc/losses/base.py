@@ -14,6 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from partialfc.tiles import precision
+
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
@@ -38,7 +40,9 @@ class Pairs:
             identities_B: int64.
             anchors: Rows of this rank.
         """
-        square_bB = (2 - 2 * (unit_BD[anchors] @ unit_BD.T)).clamp(min=0)
+        with precision("fp32", unit_BD.device):  # TF32 would put 1e-3 on a square near 0
+            cosine_bB = unit_BD[anchors] @ unit_BD.T
+        square_bB = (2 - 2 * cosine_bB).clamp(min=0)
         alike_bB = identities_B[anchors].unsqueeze(1) == identities_B
         place_B = torch.arange(len(unit_BD), device=unit_BD.device)
         itself_bB = place_B[anchors].unsqueeze(1) == place_B

@@ -11,8 +11,8 @@ from torch import Tensor
 from partialfc.margins.base import Margin, Rows, State, refuse
 
 _LARGEST_MOVE = 1.0
-"""Most that the threshold moves in a step, in logits: the negatives of a run's first steps may push
-with the weight of all classes."""
+"""Most that the threshold moves in a forward pass, in logits: the negatives of a run's first steps
+may push with the weight of all classes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +26,8 @@ class UniFace(Margin):
 
     Attributes:
         additive: m in units of cosine, in [0, 2).
-        bias_rate: Learning rate of b, > 0, by plain gradient descent; b moves by at most 1 a step.
+        bias_rate: Learning rate of b, > 0, by plain gradient descent; b moves by at most 1 in a
+            forward pass, of which a step with accumulation has several.
     """
 
     additive: float = 0.4
