@@ -16,7 +16,7 @@ test-gpu: .venv/installed
 # What needs real Slurm, Prometheus, a browser and network namespaces: as root on Debian.
 test-cluster: .venv/installed
 	bash tests/cluster/install.sh
-	$(BIN)/python -m pytest tests/cluster
+	$(BIN)/python -m pytest tests/cluster -m cluster
 
 # A demo run with Prometheus and the status page beside it.
 monitor: .venv/installed

@@ -235,13 +235,13 @@ def test_rows_in_host_memory_train_to_the_same_bits(packs, tmp_path):
     there = ("head.centers_in=host", "head.states_in=host", f"head.host_folder={tmp_path / 'rows'}")
     straight, hosted = tmp_path / "straight", tmp_path / "hosted"
     for folder, overrides in ((straight, ()), (hosted, there)):
-        done = run(packs, folder, *common, *overrides, ranks=2)
+        done = run(packs, folder, *common, *overrides)
         assert done.returncode == 0, done.stderr
     expected = final_tensors(straight, 24)
     for again in (False, True):
         if again:
             shutil.rmtree(hosted / "checkpoints" / "step_00000024")
-            done = run(packs, hosted, *common, ranks=2)
+            done = run(packs, hosted, *common)
             assert done.returncode == 0, done.stderr
         assert losses(hosted) == losses(straight)
         found = final_tensors(hosted, 24)

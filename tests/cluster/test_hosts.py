@@ -112,6 +112,7 @@ def agents(hosts, packs, tmp_path):
         one.end()
 
 
+@pytest.mark.slow
 def test_a_lost_host_and_one_that_joins(agents, tmp_path):
     """--nnodes=1:2: the run goes on from its checkpoint on one rank, and later on two again."""
     run = tmp_path / "run"
@@ -174,6 +175,7 @@ def test_a_killed_rank_ends_both_hosts_and_is_named(agents, tmp_path):
     print(f"killed rank to last process gone: {seconds:.1f} s")
 
 
+@pytest.mark.slow
 def test_a_cut_link_is_found_and_a_healed_one_goes_on(agents, hosts, tmp_path):
     """No packet says that a link is gone: only that nothing comes."""
     run = tmp_path / "run"
@@ -202,6 +204,7 @@ def test_a_cut_link_is_found_and_a_healed_one_goes_on(agents, hosts, tmp_path):
     assert found < 6 * HANG_SECONDS
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_on_the_other_host_is_named(agents, tmp_path):
     """R11: with the Python stacks of the rank that lives, within 120 s."""
     two = agents("--nnodes=2", "--nproc-per-node=1", "--max-restarts=0", "--rdzv-id=d")

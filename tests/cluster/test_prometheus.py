@@ -100,6 +100,7 @@ def test_what_a_rank_exports_is_small_quick_and_tells_nothing_private(scraped):
     assert address.startswith("127.0.0.1:")
 
 
+@pytest.mark.slow
 def test_the_steps_that_prometheus_sees_are_those_of_the_run(scraped):
     prometheus, run, _ = scraped
     before, now = last_step(run), prometheus.value('partialfc_step{rank="0"}')
@@ -111,6 +112,7 @@ def test_the_steps_that_prometheus_sees_are_those_of_the_run(scraped):
     assert rate == pytest.approx(48 * prometheus.value("partialfc:steps:rate"), rel=0.3)
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_answers_and_its_last_step_grows_old(scraped):
     """The alert looks at the last step, because a process that hangs is still `up`."""
     prometheus, run, process = scraped
@@ -218,6 +220,7 @@ def test_tls_with_client_certificates(packs, certificates, tmp_path):
     assert "monitor.certificate" in output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [64, 512])
 def test_prometheus_reads_many_ranks(tmp_path, ranks):
     """Simulated ranks: one process with that many exporters, found through one targets file."""

@@ -57,6 +57,7 @@ def submit(slurm, packs, tmp_path):
     return submit
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)  # a quarter of a minute each, and more where the machine is loaded
 def test_preempted_at_random_moments_it_ends_as_if_it_never_was(slurm, submit, packs, tmp_path):
     """No step is repeated or lost; losses, weights, centers and momentum are bit for bit equal."""
@@ -92,6 +93,7 @@ def test_preempted_at_random_moments_it_ends_as_if_it_never_was(slurm, submit, p
     )
 
 
+@pytest.mark.slow
 def test_the_time_limit_saves_and_goes_on_and_requeues_are_bounded(slurm, submit):
     """A minute is Slurm's shortest limit; with a lead of a minute the signal comes early in it."""
     job, folder, jobs = submit("run.steps=1000000", "--time=1", "--lead=50", "--max-requeues=1")
