@@ -27,7 +27,7 @@ from partialfc.row_optimizer import RowOptimizer
 from partialfc.row_rules import RowRule, RowSGD
 from partialfc.sampling import KeyedSampler, Sample
 from partialfc.sharding import Sharding, default_canonical_shards
-from partialfc.staging import Placement, host_tensor
+from partialfc.staging import Placement, host_tensor, row_tensor
 from partialfc.tiles import Compute
 
 _KEEP_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
@@ -147,7 +147,7 @@ class PartialFC(nn.Module):
                 "centers", size, dtype, placement.folder, pinned=self.device.type == "cuda"
             )
         else:
-            centers = torch.empty(size, dtype=dtype, device=self.device)
+            centers = row_tensor(size, dtype, self.device)
         fill_initial_(centers, self.owned_rows, seed=seed, device=self.device)
         if margin.bias:
             centers[:, -1] = 0

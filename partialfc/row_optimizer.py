@@ -21,7 +21,7 @@ from partialfc import unsampled
 from partialfc.permutation import key
 from partialfc.row_rules import RowRule, RowSGD, States
 from partialfc.row_tile import AT_STEP, CENTERS, SCALE, Tile
-from partialfc.staging import Placement, Staging, host_tensor
+from partialfc.staging import Placement, Staging, host_tensor, row_tensor
 from partialfc.tiles import Kept, Workspace, positives, project_, second_pass, take_rows
 from partialfc.tiles.dispatch import has_kernels
 from partialfc.tiles.positives import Positives
@@ -342,7 +342,7 @@ class RowOptimizer(torch.optim.Optimizer):
                     pinned=self._device.type == "cuda",
                 )
             else:
-                states[name] = torch.zeros(like.shape, dtype=like.dtype, device=self._device)
+                states[name] = row_tensor(like.shape, like.dtype, self._device)
         if CENTERS + SCALE in states:
             states[CENTERS + SCALE].fill_(1)
         return states

@@ -9,14 +9,15 @@ what it would see without staging, bit for bit.
 Shape suffixes: C = rows of a shard, n = sampled rows.
 """
 
+import contextlib
 import errno
 import math
+import mmap
 import os
 import tempfile
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,9 @@ import torch
 from torch import Tensor
 
 Where = Literal["device", "host"]
+
+_HUGE = 16 << 20
+"""Bytes from which huge pages are asked for; smaller tensors are few pages anyway."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,14 +187,30 @@ class Staging:
                     self._stream.synchronize()
                 self._tensors[name].index_copy_(0, rows, compact)
 
-    def _beside(self) -> AbstractContextManager[Any]:
+    def _beside(self) -> contextlib.AbstractContextManager[Any]:
         """On a GPU, a stream of the thread's own."""
-        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+        return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def _event(self) -> Any:
         if self._stream is None:
             return None
         return torch.cuda.current_stream(self._device).record_event()
+
+
+def row_tensor(size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return zeros [C, ...] on a device; in huge pages on a CPU that has them.
+
+    A step reads and writes rows all over them: with pages of 4 KiB, a CPU looks up nearly every one
+    in tables that are not in its caches.
+    """
+    size_bytes = math.prod(size) * dtype.itemsize
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)
+    if device.type != "cpu" or advice is None or size_bytes < _HUGE:
+        return torch.zeros(*size, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, size_bytes)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(advice)
+    return torch.frombuffer(memory, dtype=dtype).view(*size)
 
 
 def host_tensor(
@@ -210,8 +230,10 @@ def host_tensor(
         ValueError: If the file cannot be made or has no room. It is reserved at once: without it, a
             write to the mapping would end the process.
     """
+    if folder is None and pinned:
+        return torch.zeros(*size, dtype=dtype, pin_memory=True)
     if folder is None:
-        return torch.zeros(*size, dtype=dtype, pin_memory=pinned)
+        return row_tensor(size, dtype, torch.device("cpu"))
     count = math.prod(size)
     try:
         folder.mkdir(parents=True, exist_ok=True)

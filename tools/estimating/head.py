@@ -90,14 +90,13 @@ def dim_of(config: Config, margin: Margin) -> int:
 def head_parts(config: Config, shard: Shard, world_size: int, device: Device) -> list[Part]:
     """Return the memory of the class centers and of the head's two passes over them."""
     settings, dim = config.head, dim_of(config, margin_of(config))
-    with FakeTensorMode():
-        centers = torch.empty(shard.rows, dim, dtype=DTYPES[settings.center_format])
-        rule = settings.optimizer.model_dump(exclude={"name", "lr_factor"})
-        optimizer = RowOptimizer(
-            nn.Parameter(centers, requires_grad=False), _ROW_RULES[settings.optimizer.name](**rule)
-        )
-        states = {name: bytes_of([value]) for name, value in optimizer.states().items()}
-        center_bytes = bytes_of([centers])
+    centers = torch.empty(shard.rows, dim, dtype=DTYPES[settings.center_format], device="meta")
+    rule = settings.optimizer.model_dump(exclude={"name", "lr_factor"})
+    optimizer = RowOptimizer(
+        nn.Parameter(centers, requires_grad=False), _ROW_RULES[settings.optimizer.name](**rule)
+    )
+    states = {name: bytes_of([value]) for name, value in optimizer.states().items()}
+    center_bytes = bytes_of([centers])
     row_bytes = (center_bytes + sum(states.values())) // max(1, shard.rows)
     listed = ", ".join(f"{name} {size // max(1, shard.rows):,} B" for name, size in states.items())
 
