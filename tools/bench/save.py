@@ -51,9 +51,10 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     beside = [
-        multiprocessing.Process(target=_spin, daemon=True) for _ in range(os.cpu_count() or 1)
+        multiprocessing.Process(target=_spin, daemon=True)
+        for _ in range((os.cpu_count() or 1) if options.busy else 0)
     ]
-    for process in beside if options.busy else ():
+    for process in beside:
         process.start()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         result = measure(Path(name), options.identities, options.saves)
