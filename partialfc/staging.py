@@ -109,10 +109,7 @@ class Staging:
         ahead = None
         while self._ahead and self._ahead[0].step <= step:
             ahead = self._ahead.popleft()  # the last for a step; what came before it is of no use
-        fits = (
-            ahead is not None and ahead.step == step and torch.equal(ahead.rows, rows)
-        )  # host sync
-        if ahead is not None and fits:
+        if ahead is not None and ahead.step == step and _same(ahead.rows, rows):
             compact = self._arrived(ahead.tensors)
             if self._last is not None:
                 _carry_over(self._last, rows, compact)
