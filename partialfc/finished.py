@@ -10,8 +10,8 @@ from partialfc.build import Model, build
 from partialfc.config import Config, ConfigError, load
 from partialfc.data.dataset import DataSet, open_dataset
 from partialfc.evaluation import Evaluation
+from partialfc.facts import facts_of
 from partialfc.runtime import running
-from partialfc.train import facts_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,14 +2,13 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from partialfc.bad_images import BadImages
 from partialfc.checkpoint_folder import count_invalid
@@ -26,28 +25,10 @@ from partialfc.pace import Pace
 from partialfc.protocols.curves import curves
 from partialfc.report import read_run, write_report
 from partialfc.runtime import Runtime, largest, peak_memory
+from partialfc.train_step import Step
 
 _SKIPS_IN_A_ROW = 20
 """Steps that fp16 may skip one after the other while it looks for its loss scale."""
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What one optimizer step leaves to be recorded; scalars on the device, not yet read.
-
-    Attributes:
-        loss: Mean loss of the global batch.
-        gradient_norm: Of the backbone, before clipping.
-        skipped: 1.0 where loss or gradient is not finite and nothing was changed, else 0.0.
-        loss_scale: Of fp16; 1 without it.
-        terms: Losses beside the softmax, without their weights.
-    """
-
-    loss: Tensor
-    gradient_norm: Tensor
-    skipped: Tensor
-    loss_scale: Tensor
-    terms: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Recorder:

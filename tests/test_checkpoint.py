@@ -14,7 +14,7 @@ from partialfc import checkpoint, checkpoint_folder
 from partialfc.checkpoint import CheckpointError, Saver
 from partialfc.disk import Disk
 from partialfc.tensor_file import write_tensors
-from partialfc.train import train_step
+from partialfc.train_step import train_step
 from tests.models import batch, flat_model, runtime, settings, weights
 from tools.faulting.crash import corruptions, crash_points
 from tools.faulting.disk import FullDisk

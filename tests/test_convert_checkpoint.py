@@ -17,7 +17,7 @@ from partialfc.build import build
 from partialfc.config import ConfigError, load
 from partialfc.data.records import open_pack
 from partialfc.foreign import ForeignError, read, read_backbone, recognise
-from partialfc.train import train_step
+from partialfc.train_step import train_step
 from partialfc.trained import open_trained
 from tests.arcface_torch_files import DIM, SETTINGS, SIZE, Training, cut
 from tests.models import runtime

@@ -6,7 +6,7 @@ from torch import nn
 
 from partialfc import ArcFace, PartialFC
 from partialfc.build import assemble
-from partialfc.train import train_step
+from partialfc.train_step import train_step
 from tests.models import Flat, batch, flat_model, runtime, settings, weights
 
 

@@ -33,7 +33,7 @@ from partialfc.data.dataset import DataSet, open_dataset
 from partialfc.data.loader import open_batches
 from partialfc.data.order import Order, Samples
 from partialfc.data.stream import Stream
-from partialfc.train import augmentation_of
+from partialfc.training_data import augmentation_of
 
 ROWS, COLUMNS = 8, 10
 

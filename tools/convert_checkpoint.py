@@ -31,11 +31,11 @@ from partialfc.build import Model, build
 from partialfc.checkpoint import CheckpointError
 from partialfc.config import Config, ConfigError, load, to_toml
 from partialfc.data.dataset import open_dataset
+from partialfc.facts import facts_of
 from partialfc.foreign import ForeignError
 from partialfc.metrics import write_text
 from partialfc.runtime import Runtime, running
 from partialfc.settings import to_value
-from partialfc.train import facts_of
 from partialfc.trained import open_trained
 from tools.converting import layouts, settings
 from tools.converting.fill import fill

@@ -11,7 +11,7 @@ from partialfc import CurricularFace, RowAdagrad, RowSGD, Softmax, SubCenterArcF
 from partialfc.disk import Disk
 from partialfc.runtime import all_agree, average_buffers, from_leader, largest
 from partialfc.staging import Placement
-from partialfc.train import train_step
+from partialfc.train_step import train_step
 from tests.models import batch, flat_model, runtime, settings, share, weights
 from tests.ranks import run_on_ranks
 

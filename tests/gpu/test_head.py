@@ -8,7 +8,7 @@ from partialfc.build import assemble
 from partialfc.collectives import Ranks
 from partialfc.row_format import decode
 from partialfc.runtime import Runtime
-from partialfc.train import train_step
+from partialfc.train_step import train_step
 from tests import reference
 from tests.models import Flat, batch, settings
 

@@ -31,7 +31,7 @@ from partialfc.checkpoint import Saver
 from partialfc.collectives import Ranks
 from partialfc.metrics import write_json
 from partialfc.runtime import Runtime
-from partialfc.train import train_step
+from partialfc.train_step import train_step
 from tools.bench.conditions import conditions
 from tools.faulting.model import FACTS, settings
 

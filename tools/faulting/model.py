@@ -8,7 +8,7 @@ from partialfc.build import Model, assemble
 from partialfc.config import Config
 from partialfc.data.order import Order
 from partialfc.runtime import Runtime
-from partialfc.train import train_step
+from partialfc.train_step import train_step
 
 IDENTITIES, IMAGES, BATCH, SIZE, DIM = 96, 2000, 48, 8, 16
 SEED = 2048

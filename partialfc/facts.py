@@ -1,0 +1,32 @@
+"""What a checkpoint's run and a run that goes on from it must have in common."""
+
+from partialfc.checkpoint import CONFIG_HASH
+from partialfc.config import Config, config_hash
+from partialfc.data.dataset import DataSet
+
+
+def facts_of(config: Config, dataset: DataSet) -> dict[str, object]:
+    """Return what must be the same for a run to go on from a checkpoint; all else may change."""
+    return {
+        CONFIG_HASH: config_hash(config),
+        "pack": dataset.fingerprint,
+        "run.seed": config.run.seed,
+        "data.global_batch": config.data.global_batch,
+        "data.last_batch": config.data.last_batch,
+        "data.images_per_identity": config.data.images_per_identity,
+        "data.block": config.data.block,
+        "data.block_window": config.data.block_window,
+        "data.image_size": config.data.image_size,
+        "backbone.name": config.backbone.name,
+        "backbone.embedding_dim": config.backbone.embedding_dim,
+        "precision.compute": config.precision.compute,
+        "optimizer.name": config.optimizer.name,
+        "head.optimizer.name": config.head.optimizer.name,
+        "head.optimizer.momentum_format": getattr(config.head.optimizer, "momentum_format", None),
+        "head.optimizer.unsampled": getattr(config.head.optimizer, "unsampled", None),
+        "head.sample_rate": config.head.sample_rate,
+        "head.compute": config.head.compute,
+        "head.center_format": config.head.center_format,
+        "head.margin": config.head.margin.model_dump(mode="json"),
+        "losses": config.losses.model_dump(mode="json"),
+    }

@@ -1,0 +1,120 @@
+"""The images of a run: what they are, their order, and this rank's batches of them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from partialfc.config import Config, ConfigError
+from partialfc.data import loader
+from partialfc.data.arrangements import arrangement
+from partialfc.data.augment import Augmentation
+from partialfc.data.dataset import DataSet, open_dataset
+from partialfc.data.order import Order
+from partialfc.data.stream import Batch, Batches, Stream
+from partialfc.errors import DataError
+from partialfc.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The images of a run.
+
+    Attributes:
+        dataset: All images.
+        order: In which they come.
+        steps: Steps of the whole run.
+    """
+
+    dataset: DataSet
+    order: Order
+    steps: int
+
+
+def open_training_data(config: Config) -> TrainingData:
+    """Open what the settings name.
+
+    Raises:
+        ConfigError: If an image source or the order cannot be, or the warm-up is no shorter than
+            the run.
+    """
+    try:
+        data = config.data
+        dataset = open_dataset(data.train, data.skip)
+        order = Order(
+            len(dataset),
+            data.global_batch,
+            config.run.seed,
+            data.last_batch,
+            arrangement(
+                dataset,
+                images_per_identity=data.images_per_identity,
+                block=data.block,
+                block_window=data.block_window,
+            ),
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"data.train: {error}") from error
+    steps = config.run.steps
+    if steps is None:
+        assert config.run.epochs is not None
+        steps = max(1, round(config.run.epochs * order.steps_per_epoch))
+    if config.schedule.warmup_steps >= steps:
+        raise ConfigError(
+            f"schedule.warmup_steps = {config.schedule.warmup_steps}: must be fewer than the "
+            f"{steps} steps of the run ({order.steps_per_epoch} steps an epoch)."
+        )
+    return TrainingData(dataset, order, steps)
+
+
+def open_batches(config: Config, runtime: Runtime, data: TrainingData, step: int) -> Batches:
+    """Open this rank's batches from ``step`` on.
+
+    Raises:
+        ConfigError: If the loader that the settings name cannot do what they ask for.
+    """
+    stream = Stream(
+        dataset=data.dataset,
+        order=data.order,
+        augmentation=augmentation_of(config),
+        image_size=config.data.image_size,
+        rank=runtime.ranks.rank,
+        world_size=runtime.ranks.size,
+    )
+    try:
+        return loader.open_batches(
+            stream,
+            step * config.data.global_batch,
+            device=runtime.device,
+            loader=config.data.loader,
+            threads=config.data.threads,
+            prefetch=config.data.prefetch,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def augmentation_of(config: Config) -> Augmentation:
+    """Return the random changes that the settings ask for."""
+    data = config.data
+    return Augmentation(shift=data.shift, flip=data.flip, **data.augment.model_dump())
+
+
+def with_next(batches: Batches, *, want_next: bool) -> Iterator[tuple[Batch, Tensor | None]]:
+    """Yield every batch and, if wanted, the identities of the one behind it.
+
+    Raises:
+        DataError: If more images cannot be decoded than the settings allow.
+    """
+    batch = _next(batches)
+    while True:
+        ahead = _next(batches) if want_next else None
+        yield batch, None if ahead is None else ahead[1]
+        batch = _next(batches) if ahead is None else ahead
+
+
+def _next(batches: Batches) -> Batch:
+    try:
+        return next(batches)
+    except ValueError as error:
+        raise DataError(str(error)) from error
