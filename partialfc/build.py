@@ -27,7 +27,7 @@ _ROW_RULES: dict[str, type[RowRule]] = {
 _OPTIMIZERS: dict[str, Any] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 
-# They are averaged when they are used: runtime.average_buffers. torch 2.13 renamed the option.
+# Each rank keeps its own: runtime.mean_statistics. torch 2.13 renamed the option.
 _BUFFERS_STAY_LOCAL: dict[str, Any] = {
     "forward_sync_buffers"
     if "forward_sync_buffers" in signature(DistributedDataParallel).parameters

@@ -20,6 +20,7 @@ from partialfc.checkpoint_folder import (
     path_of,
     read_manifest,
     set_aside,
+    statistics_of,
     step_of,
     steps,
     verify,
@@ -27,7 +28,7 @@ from partialfc.checkpoint_folder import (
 from partialfc.disk import Disk
 from partialfc.errors import CheckpointError
 from partialfc.head import PartialFC
-from partialfc.runtime import Runtime, all_agree, from_leader
+from partialfc.runtime import Runtime, all_agree, from_leader, statistics
 from partialfc.saver import Saver
 
 __all__ = [
@@ -126,6 +127,7 @@ def load(path: Path, model: Model, facts: Mapping[str, Any], runtime: Runtime) -
     states: dict[int, dict[str, Tensor]] = {}
     try:
         model.backbone.load_state_dict(read_tensors(path, "backbone", manifest, device))
+        _read_own_statistics(path, manifest, model.backbone, runtime)
         for name, value in read_tensors(path, "optimizer", manifest, device).items():
             number, _, state = name.partition(".")
             states.setdefault(int(number), {})[state] = value
@@ -155,6 +157,19 @@ def read_tensors(
         raise CheckpointError(f"it lacks {file}")
     with safe_open(path / file, framework="pt", device=device) as opened:
         return {key: opened.get_tensor(key) for key in _listed(file, opened.keys(), manifest)}
+
+
+def _read_own_statistics(
+    path: Path, manifest: Mapping[str, Any], backbone: nn.Module, runtime: Runtime
+) -> None:
+    """As many ranks as wrote it go on with their own; any other number with the backbone's mean."""
+    ranks, live = runtime.ranks, statistics(backbone)
+    if ranks.size == 1 or ranks.size != manifest["world_size"] or not live:
+        return
+    found = read_tensors(path, statistics_of(ranks.rank), manifest, str(runtime.device))
+    _complete(live, found)
+    for name, value in live.items():
+        value.copy_(found[name])
 
 
 def read_centers(

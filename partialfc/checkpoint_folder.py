@@ -2,6 +2,8 @@
 
     checkpoints/step_00002000/
         backbone.safetensors          parameters and buffers, named as in the backbone
+        statistics_000000.safetensors BatchNorm statistics of one rank of several; the backbone's
+                                      are their mean
         optimizer.safetensors         its optimizer's states, "<parameter number>.<state>"
         centers_0000000000.safetensors  "centers" and row states of one rank, named by first row
         head.safetensors              state of the head that all ranks share, if any
@@ -24,7 +26,7 @@ from typing import Any
 from partialfc.disk import Disk
 from partialfc.errors import CheckpointError
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 KEYS = {
     "format",
@@ -44,6 +46,11 @@ _THREADS = 4
 def path_of(folder: Path, step: int) -> Path:
     """Where the checkpoint of a step is."""
     return folder / f"step_{step:08d}"
+
+
+def statistics_of(rank: int) -> str:
+    """The name, without its ending, of the file of a rank's own BatchNorm statistics."""
+    return f"statistics_{rank:06d}"
 
 
 def step_of(path: Path) -> int:

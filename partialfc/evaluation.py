@@ -18,7 +18,7 @@ from partialfc.embedding import embed_images
 from partialfc.protocols import unit_rows
 from partialfc.protocols.identification import Identification, first_of_each, rank_k
 from partialfc.protocols.verification import Verification, verify
-from partialfc.runtime import Runtime
+from partialfc.runtime import Runtime, with_mean_statistics
 
 Opened = TypeVar("Opened")
 
@@ -74,7 +74,14 @@ class Evaluation:
         self._packs = _open("verification.identification", sets.identification, _with_probes)
 
     def measure(self, model: Model) -> Results:
-        """Measure a model on all sets. Collective: one all-gather for each set."""
+        """Measure a model on all sets. Collective: one all-gather for each set.
+
+        The same on all ranks: with the mean of their BatchNorm statistics.
+        """
+        with with_mean_statistics(model.backbone, self._runtime.ranks):
+            return self._measure(model)
+
+    def _measure(self, model: Model) -> Results:
         verified, identified = {}, {}
         for name, pairs in self._pairs.items():
             images = pairs.images

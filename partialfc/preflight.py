@@ -259,7 +259,7 @@ def _disk(config: Config, runtime: Runtime, dataset: DataSet) -> Iterator[Findin
         )
         return
     speed = writers[:, 0][writers[:, 0] > 0].min().item()
-    needed = checkpoint_bytes(config, dataset.num_identities)
+    needed = checkpoint_bytes(config, dataset.num_identities, runtime.ranks.size)
     free = _of_all([float(shutil.disk_usage(folder).free)], runtime).min().item()
     kept = config.checkpoint.keep + 1
     value = (
@@ -294,8 +294,8 @@ def _write_speed(path: Path) -> float:
     return _WRITTEN_BYTES / (time.monotonic() - start)
 
 
-def checkpoint_bytes(config: Config, num_identities: int) -> int:
-    """Return the size of a checkpoint to within a few percent: weights and one momentum of each."""
+def checkpoint_bytes(config: Config, num_identities: int, ranks: int) -> int:
+    """Return the size of a checkpoint to within a few percent: weights and their momenta."""
     with torch.device("meta"):
         backbone = build_backbone(
             config.backbone.name,
@@ -309,6 +309,7 @@ def checkpoint_bytes(config: Config, num_identities: int) -> int:
     momentum = getattr(config.head.optimizer, "momentum_format", "fp32")
     state_width = {"fp32": 4, "bf16": 2, "int8": 1}[momentum]
     row = config.backbone.embedding_dim * (width + state_width * states[config.head.optimizer.name])
+    buffers *= 1 + ranks * (ranks > 1)  # their mean, and each rank's own
     of_backbone = 4 * (weights * (1 + states[config.optimizer.name]) + buffers)
     return of_backbone + num_identities * row
 

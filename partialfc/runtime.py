@@ -166,22 +166,50 @@ def _device(wanted: str, local_rank: int, ranks_here: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def average_buffers(module: nn.Module, ranks: Ranks) -> None:
-    """Replace the floating-point buffers of every rank by their mean over ranks.
+def statistics(module: nn.Module) -> dict[str, Tensor]:
+    """Return, by name, what a rank keeps of its own batches: BatchNorm's running statistics."""
+    buffers = dict(module.named_buffers())
+    return {
+        name: value
+        for name, value in module.state_dict().items()
+        if name in buffers and value.is_floating_point()
+    }
 
-    BatchNorm's running statistics are moving averages, which are linear: the mean over ranks goes
-    on as if it had been kept from the start. Collective: one all-reduce, none with one rank.
+
+def mean_statistics(module: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
+    """Return the mean of all ranks' statistics, in new tensors; the module is left as it is.
+
+    They are moving averages, which are linear: the mean is what a rank would have that saw the
+    batches of all. Collective: one all-reduce, none with one rank.
     """
-    buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
-    if ranks.size == 1 or not buffers:
-        return
-    flat = torch.cat([buffer.detach().double().flatten() for buffer in buffers])
+    own = statistics(module)
+    if ranks.size == 1 or not own:
+        return own
+    flat = torch.cat([value.double().flatten() for value in own.values()])
     dist.all_reduce(flat, group=ranks.group)
-    flat /= ranks.size
-    start = 0
-    for buffer in buffers:
-        buffer.copy_(flat[start : start + buffer.numel()].view_as(buffer))
-        start += buffer.numel()
+    parts = torch.split(flat / ranks.size, [value.numel() for value in own.values()])
+    return {
+        name: part.view_as(value).to(value.dtype)
+        for (name, value), part in zip(own.items(), parts, strict=True)
+    }
+
+
+@contextmanager
+def with_mean_statistics(module: nn.Module, ranks: Ranks) -> Iterator[None]:
+    """Give all ranks the same statistics, their mean, and at the end each its own again.
+
+    So training goes on with the same bits, however often it is measured. Collective, as
+    :func:`mean_statistics`.
+    """
+    live, means = statistics(module), mean_statistics(module, ranks)
+    own = {name: value.clone() for name, value in live.items()}
+    for name, value in live.items():
+        value.copy_(means[name])
+    try:
+        yield
+    finally:
+        for name, value in live.items():
+            value.copy_(own[name])
 
 
 def all_agree(fine: bool, ranks: Ranks) -> bool:

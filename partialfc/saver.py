@@ -32,7 +32,7 @@ from partialfc.checkpoint_folder import free_bytes, path_of
 from partialfc.collectives import Ranks
 from partialfc.disk import Disk
 from partialfc.errors import CheckpointError
-from partialfc.runtime import Runtime, all_agree
+from partialfc.runtime import Runtime, all_agree, mean_statistics, statistics
 from partialfc.tensor_file import size_of, write_tensors
 
 _SLOWEST_RANK = timedelta(hours=2)
@@ -118,9 +118,10 @@ class Saver:
                 dist.destroy_process_group(self._ranks.group)
 
     def save(self, step: int, model: Model) -> None:
-        """Copy the model, and write it while training goes on. Collective, with no wait for it.
+        """Copy the model, and write it while training goes on.
 
         Waits for the save before. What is changed after the return does not reach the checkpoint.
+        Collective: one all-reduce of BatchNorm's statistics.
 
         Raises:
             CheckpointError: If the save before failed.
@@ -170,11 +171,15 @@ class Saver:
             self.last = pending.result()
 
     def _files(self, model: Model) -> Staged:
-        """The files of this rank, of the live tensors."""
+        """The files of this rank, of the live tensors. Collective."""
         head, files = model.head, {}
         head.optimizer.settle()
+        means = mean_statistics(model.backbone, self._runtime.ranks)
+        if means and self._ranks.size > 1:
+            name = checkpoint_folder.statistics_of(self._ranks.rank)
+            files[name] = statistics(model.backbone)
         if self._runtime.leads:
-            files["backbone"] = model.backbone.state_dict()
+            files["backbone"] = {**model.backbone.state_dict(), **means}
             states = model.optimizer.state_dict()["state"]
             files["optimizer"] = {
                 f"{number}.{name}": value

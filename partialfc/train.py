@@ -20,7 +20,7 @@ from partialfc.metrics import write_text
 from partialfc.preemption import Preempted
 from partialfc.preflight import Finding, preflight, report
 from partialfc.recorder import Recorder
-from partialfc.runtime import Runtime, average_buffers, from_leader, refuse_interrupted
+from partialfc.runtime import Runtime, from_leader, refuse_interrupted
 from partialfc.saver import Saver
 from partialfc.schedule import learning_rate
 from partialfc.start import start_from
@@ -193,7 +193,6 @@ class _Loop:
             return
         self.recorder.refuse_unsound()
         with self.recorder.pausing():
-            average_buffers(self.model.backbone, self.runtime.ranks)
             if verify:  # before the checkpoint, so that no kill leaves a step without it
                 self._verify(step)
             if save:

@@ -1,5 +1,6 @@
 """What several ranks of the trainer must agree on."""
 
+import json
 import re
 
 import numpy as np
@@ -7,9 +8,27 @@ import pytest
 import torch
 from torch import nn
 
-from partialfc import CurricularFace, RowAdagrad, RowSGD, Softmax, SubCenterArcFace, checkpoint
+from partialfc import (
+    ArcFace,
+    CurricularFace,
+    PartialFC,
+    RowAdagrad,
+    RowSGD,
+    Softmax,
+    SubCenterArcFace,
+    checkpoint,
+    checkpoint_folder,
+)
+from partialfc.build import assemble
 from partialfc.disk import Disk
-from partialfc.runtime import all_agree, average_buffers, from_leader, largest
+from partialfc.runtime import (
+    all_agree,
+    from_leader,
+    largest,
+    mean_statistics,
+    statistics,
+    with_mean_statistics,
+)
 from partialfc.staging import Placement
 from partialfc.train_step import train_step
 from tests.models import batch, flat_model, runtime, settings, share, weights
@@ -63,16 +82,78 @@ def test_one_ranks_bad_image_changes_no_ranks_weights(poisoned):
         assert skipped == 1
 
 
-def buffers_on_rank(rank, world_size):
-    module = nn.BatchNorm1d(3)
+def statistics_on_rank(rank, world_size):
+    module, ranks = nn.BatchNorm1d(3), runtime().ranks
     module.running_mean.fill_(rank)
-    module.num_batches_tracked.fill_(7)
-    average_buffers(module, runtime().ranks)
-    return module.running_mean.tolist(), module.num_batches_tracked.item()
+    mean = mean_statistics(module, ranks)["running_mean"].tolist()
+    with with_mean_statistics(module, ranks):
+        inside = module.running_mean.tolist()
+    return mean, inside, module.running_mean.tolist()
 
 
-def test_batch_norm_statistics_become_their_mean_over_ranks():
-    assert run_on_ranks(4, buffers_on_rank) == [([1.5, 1.5, 1.5], 7)] * 4
+def test_batch_norm_statistics_are_averaged_for_use_and_stay_each_ranks_own():
+    found = run_on_ranks(4, statistics_on_rank)
+    assert found == [([1.5] * 3, [1.5] * 3, [float(rank)] * 3) for rank in range(4)]
+
+
+def normed_model():
+    config = settings()
+    torch.manual_seed(0)
+    layers = (nn.Flatten(), nn.Linear(3 * 8 * 8, 16), nn.BatchNorm1d(16))
+    head = PartialFC(40, 16, ArcFace(scale=16), sample_rate=0.5, optimizer=RowSGD(lr=0.1))
+    return config, assemble(config, runtime(), nn.Sequential(*layers), head)
+
+
+def train_and_stop_on_rank(rank, world_size, folder, stops):
+    """Six steps; at each of ``stops`` the model is saved, and one new from its file goes on."""
+    config, model = normed_model()
+    for step in range(6):
+        images, identities = (share(part, rank, world_size) for part in batch(step, 24))
+        train_step(model, config, images, identities, 0.05)
+        if step in stops:
+            path = checkpoint.save(folder, step, model, FACTS, runtime(), keep=9)
+            _, model = normed_model()
+            checkpoint.load(path, model, FACTS, runtime())
+    own = {name: value.numpy().copy() for name, value in statistics(model.backbone).items()}
+    return own, [value.numpy() for value in weights(model)]
+
+
+def test_where_a_run_was_stopped_decides_no_bit_of_batch_norm(tmp_path):
+    """Averages over ranks of averages over ranks round, so a checkpoint has each rank's own."""
+    straight = run_on_ranks(2, train_and_stop_on_rank, tmp_path, ())
+    stopped = run_on_ranks(2, train_and_stop_on_rank, tmp_path, (1, 2, 4))
+    for (own, expected), (found, values) in zip(straight, stopped, strict=True):
+        assert {"2.running_mean", "2.running_var"} == own.keys()
+        for name in own:
+            assert np.array_equal(own[name], found[name]), name
+        assert all(map(np.array_equal, expected, values))
+    assert not np.array_equal(straight[0][0]["2.running_mean"], straight[1][0]["2.running_mean"])
+
+
+def load_statistics_on_rank(rank, world_size, folder):
+    _, model = normed_model()
+    try:
+        checkpoint.load(folder / "step_00000002", model, FACTS, runtime())
+    except checkpoint.CheckpointError as error:
+        return str(error)
+    return statistics(model.backbone)["2.running_mean"].tolist()
+
+
+def test_another_number_of_ranks_goes_on_with_the_mean_of_their_statistics(tmp_path):
+    """And R3: as many ranks as wrote it do not go on without the file of one of them."""
+    saved = run_on_ranks(3, train_and_stop_on_rank, tmp_path, (2,))
+    assert len(saved) == 3
+    path = tmp_path / "step_00000002"
+    own = run_on_ranks(3, load_statistics_on_rank, tmp_path)
+    assert own[0] != own[1] != own[2]
+    for found in run_on_ranks(2, load_statistics_on_rank, tmp_path):
+        np.testing.assert_allclose(found, np.mean(own, axis=0), rtol=1e-6)
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["files"]["statistics_000001.safetensors"], manifest["sha256"]
+    manifest["sha256"] = checkpoint_folder._digest_of(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    refused = run_on_ranks(3, load_statistics_on_rank, tmp_path)
+    assert refused[1].endswith("it lacks statistics_000001.safetensors")
 
 
 def agree_on_rank(rank, world_size):
