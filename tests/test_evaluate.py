@@ -143,12 +143,13 @@ def test_ranks_and_batch_do_not_change_a_digit(model, ijb, megaface, tmp_path):
 
 
 def test_every_mode_is_printed_beside_its_numbers(model, ijb, capsys):
-    words = [str(model), str(ijb), "--image-size", str(SIZE), "--device", "cpu"]
+    words = [str(model), str(ijb), str(SETS[0]), "--image-size", str(SIZE), "--device", "cpu"]
     modes = ["--no-flip", "--no-norms", "--no-detector", "--compat", "insightface"]
     assert evaluate.main([*words, *modes]) == 0
     shown = capsys.readouterr().out
     assert "F0 N0 D0" in shown
-    assert "thresholds as insightface" in shown
+    assert "ten-fold verification, thresholds as insightface" in shown
+    assert "val_at_far_0.001 val: " in shown
     assert "G1+G2" in shown
 
 

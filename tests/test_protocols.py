@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from partialfc.protocols.identification import first_of_each, rank_k
-from partialfc.protocols.verification import roc, verify
+from partialfc.protocols.verification import roc, tar_at_far, validate, verify
 
 
 def pairs_at(cosines):
@@ -89,6 +89,85 @@ def test_eer_and_auc_by_hand():
     result = verify(pairs_at(scores), same, folds=2)
     assert result.auc == pytest.approx(15 / 16)  # one of 16 comparisons is lost
     assert result.eer == pytest.approx(0.25)
+
+
+def at_distances(*distances):
+    """Embeddings of pairs with these squared distances."""
+    return pairs_at(1 - np.asarray(distances) / 2)
+
+
+@pytest.mark.parametrize(
+    ("target", "second", "first"),
+    [
+        # FAR of the first fold: 0 up to 0.500, 1/4 from 0.501, so 0.1 is at 0.5004, which takes the
+        # pairs at 0.5003 where a threshold of the grid would not; and 0.05 at 0.5002.
+        (0.1, (1 / 3, 1 / 2), (1, 0)),
+        (0.05, (0, 0), (1, 0)),
+        # A level of that height ends at 1.000: before the pair at 1.0002, which 1.0003 takes.
+        (0.25, (1 / 3, 1 / 2), (1, 0)),
+        (0.325, (2 / 3, 1 / 2), (1, 0)),
+        # The second fold's level of 1/2 goes from 0.501 to 3.000; the first's ends at 1.500.
+        (0.5, (2 / 3, 1 / 2), (1, 1)),
+        # An impostor at 4 is below no threshold: the second fold's FAR ends at 1/2, too low.
+        (0.75, (2 / 3, 1 / 2), (0, 0)),
+    ],
+)
+def test_val_by_hand(target, second, first):
+    """Two folds: the threshold of one is interpolated in the other's false accept rates."""
+    folds = at_distances(*(0.5007, 1.0005, 1.5005, 2.0005, 0.2), *(0.5003, 1.0002, 2.9, 0.5003, 4))
+    same = np.array([False] * 4 + [True] * 4 + [False] * 2)
+    result = validate(folds, same, target, folds=2)
+    assert result.val == pytest.approx((first[0] + second[0]) / 2)
+    assert result.val_std == pytest.approx(abs(first[0] - second[0]) / 2)
+    assert result.far == pytest.approx((first[1] + second[1]) / 2)
+
+
+def test_val_with_ties_by_hand():
+    """Right angles are a squared distance of 2, a threshold itself, below which they are not."""
+    right, near = [[1.0, 0], [0, 1]], [[1.0, 0], [1, 0.01]]
+    kinds = [(right, False), (right, False), (right, True), (near, True)]
+    embeddings = np.array([pair for pair, _ in 2 * kinds]).reshape(-1, 2)
+    same = np.array([kind for _, kind in 2 * kinds])
+    # The FAR is 0 up to 2.000 and 1 from 2.001: both impostors at once, for any target below 1 at
+    # a threshold above 2, so that the genuine pair there is accepted, and the impostors with it.
+    result = validate(embeddings, same, 1e-3, folds=2)
+    assert (result.val, result.val_std, result.far) == (1.0, 0.0, 1.0)
+    exact = tar_at_far(-np.array([2.0, 2, 2, 0] * 2), same, [0.3])
+    assert exact == {0.3: 0.5}, "no threshold has a FAR between 0 and 1: the exact rate is 0"
+
+
+def test_val_is_the_spline_of_an_old_scipy():
+    """arcface_torch's loop; its interp1d(kind="slinear") up to scipy 1.8 made this very spline."""
+    spline = pytest.importorskip("scipy.interpolate").BSpline.construct_fast
+    generator = np.random.default_rng(4)
+    for digits, target in ((2, 1e-1), (4, 1e-2), (16, 1e-3)):  # many ties, some, none
+        same = generator.random(3000) < 0.5
+        cosine = np.where(same, 0.5, 0.1) + generator.normal(0, 0.15, 3000)
+        embeddings = pairs_at(np.round(cosine, digits).clip(-1, 1))
+        unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+        distance = ((unit[0::2] - unit[1::2]) ** 2).sum(1)
+        grid, vals, fars = np.arange(0, 4, 0.001), [], []
+        for test in np.split(np.arange(3000), 10):
+            train = np.delete(np.arange(3000), test)
+            impostors = distance[train][~same[train]]
+            far = np.array([(impostors < threshold).mean() for threshold in grid])
+            threshold = spline(np.r_[far[0], far, far[-1]], grid, 1)(target)
+            accepted = distance[test] < threshold
+            vals.append(accepted[same[test]].mean())
+            fars.append(accepted[~same[test]].mean())
+        result = validate(embeddings, same, target)
+        assert result.val == pytest.approx(np.mean(vals), abs=1e-12)
+        assert result.val_std == pytest.approx(np.std(vals), abs=1e-12)
+        assert result.far == pytest.approx(np.mean(fars), abs=1e-12)
+        assert 0.1 < result.val < 1
+
+
+def test_val_of_a_fold_without_a_kind_is_unknown():
+    same = np.array([True, True, False, False])
+    result = validate(at_distances(0.1, 0.1, 3, 3), same, folds=2)
+    assert math.isnan(result.val)
+    with pytest.raises(ValueError, match=r"target must be in \(0, 1\]"):
+        validate(at_distances(0.1, 0.1, 3, 3), same, 0.0, folds=2)
 
 
 @pytest.mark.parametrize(

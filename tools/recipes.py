@@ -5,7 +5,8 @@
 The files are in the repository; a test makes them again and compares. The learning rate follows the
 global batch and nothing else: SGD 0.1 for 1,024 images, AdamW 0.001 for 24,576, both in proportion.
 A run keeps its batch on any number of GPUs, so its rate does not follow them; where a GPU cannot
-hold its share, optimizer.accumulation cuts it.
+hold its share, optimizer.accumulation cuts it. Memory, time of a step and hours of training in the
+table are what tools/estimate.py predicts for eight H100 of one node.
 """
 
 import sys
@@ -14,9 +15,20 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
+from rich.console import Console
+from rich.progress import track
+
+from partialfc.config import load
 from partialfc.metrics import write_text
+from tools.estimate import memory_of, totals
+from tools.estimating.backbone import GIB, Counted, count_backbone
+from tools.estimating.head import shard_of
+from tools.estimating.time import GPUS as MODULES
+from tools.estimating.time import Cluster, seconds_of
 
 GPUS = (1, 8, 16, 32, 64)
 SGD_RATE, SGD_BATCH = 0.1, 1024
@@ -40,7 +52,8 @@ class DataSet:
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """A backbone; ``most`` are the images that a GPU of 80 GiB holds at once in bf16."""
+    """A backbone; ``most`` are the images that a GPU of 80 GiB holds at once in bf16,
+    with room to spare as estimated."""
 
     title: str
     backbone: str
@@ -81,6 +94,7 @@ NETWORKS = {
     "vit_b": Network("ViT-B", "vit_b", 256),
     "vit_l": Network("ViT-L", "vit_l", 128),
 }
+EVERY = [(data, network) for data in DATA for network in NETWORKS]
 TARGETS = {
     ("ms1mv2", "r50"): "75.13 / 95.97 / 94.07",
     ("ms1mv2", "r100"): "78.12 / 96.37 / 94.27",
@@ -209,26 +223,65 @@ def _commands(data: str, network: str) -> list[str]:
     return lines
 
 
-def table() -> str:
-    """Return the table of all recipes in markdown."""
+@dataclass(frozen=True, slots=True)
+class Predicted:
+    """What tools/estimate.py says of a recipe: bytes of a GPU, whether they fit, and the times."""
+
+    bytes: int
+    fits: bool
+    step_seconds: float
+    hours: float
+
+    def cells(self) -> str:
+        """Return them as cells of the table."""
+        step, hours = f"{self.step_seconds * 1e3:,.0f} ms", f"{self.hours:.1f}"
+        hours = hours if self.hours < 9.95 else f"{self.hours:.0f}"
+        return f"{self.bytes / GIB:.0f} GiB | {step} | {hours} h"
+
+
+def predict(folder: Path, data: str, network: str, gpus: int = 8, gpu: str = "h100") -> Predicted:
+    """Return the estimate of a recipe in a folder, on nodes of eight GPUs and 400 Gbit/s."""
+    parts, images = accumulation(data, network, gpus), DATA[data]
+    file = folder / f"{data}_{network}.toml"
+    config = load(file, [f"optimizer.accumulation={parts}"])
+    cluster = Cluster(MODULES[gpu], "cuda", -(-gpus // 8), min(gpus, 8), 400e9 / 8)
+    counted = _counted(
+        folder, network, config.data.global_batch // gpus // parts, gpus > 1, parts > 1
+    )
+    needed = max(totals(memory_of(config, counted, images.identities, cluster)))
+    shard = shard_of(config, images.identities, gpus, "cuda")
+    step = sum(seconds for _, seconds, _ in seconds_of(config, counted, shard, cluster))
+    steps = images.images // config.data.global_batch * (config.run.epochs or 0)
+    return Predicted(needed, needed <= cluster.gpu.memory, step, steps * step / 3600)
+
+
+@cache
+def _counted(folder: Path, network: str, micro_batch: int, several: bool, cut: bool) -> Counted:
+    """Count a network once for all data sets: nothing else of a recipe changes what is counted."""
+    ranks, parts = 1 + several, 1 + cut
+    words = [f"data.global_batch={micro_batch * ranks * parts}", f"optimizer.accumulation={parts}"]
+    return count_backbone(load(folder / f"ms1mv3_{network}.toml", words), ranks)
+
+
+def table(predicted: Callable[[str, str], str]) -> str:
+    """Return the table of all recipes in markdown; ``predicted`` makes three cells of a recipe."""
     lines = [
-        "| recipe | batch | lr | sample rate | MFR-ALL / IJB-C 1e-4 / 1e-5, published | ours |",
-        "|---|---|---|---|---|---|",
+        "| recipe | batch | lr | sample rate | GPU's memory, predicted | step, predicted | "
+        "run, predicted | MFR-ALL / IJB-C 1e-4 / 1e-5, published | ours, measured |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for data, images in DATA.items():
-        for network, net in NETWORKS.items():
-            name = f"{data}_{network}"
-            text = recipe(data, network)
-            rate = text.split("sample_rate = ")[1].split("\n")[0]
-            lines.append(
-                f"| [{images.title} {net.title}](recipes/{name}.toml) | "
-                f"{batch_of(data, network):,} | {learning_rate(data, network):.3g} | {rate} | "
-                f"{TARGETS.get((data, network), '–')} | |"
-            )
+    for data, network in EVERY:
+        images, net, name = DATA[data], NETWORKS[network], f"{data}_{network}"
+        rate = recipe(data, network).split("sample_rate = ")[1].split("\n")[0]
+        lines.append(
+            f"| [{images.title} {net.title}](recipes/{name}.toml) | {batch_of(data, network):,} | "
+            f"{learning_rate(data, network):.3g} | {rate} | {predicted(data, network)} | "
+            f"{TARGETS.get((data, network), '–')} | |"
+        )
     return "\n".join(lines)
 
 
-def with_table(text: str) -> str:
+def with_table(text: str, predicted: Callable[[str, str], str]) -> str:
     """Return the README of the settings with the table put in.
 
     Raises:
@@ -238,7 +291,7 @@ def with_table(text: str) -> str:
     _, end, after = rest.partition(END)
     if not mark or not end:
         raise ValueError(f"the marks {START} and {END} must be there.")
-    return f"{before}{START}\n{table()}\n{END}{after}"
+    return f"{before}{START}\n{table(predicted)}\n{END}{after}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -250,18 +303,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("readme", type=Path, help="where the table goes")
     options = parser.parse_args(arguments)
     try:
-        text = with_table(options.readme.read_text())
+        text = options.readme.read_text()
+        with_table(text, lambda data, network: "")
     except (OSError, ValueError) as error:
         print(f"{options.readme}: {error}", file=sys.stderr)
         return 2
     options.folder.mkdir(parents=True, exist_ok=True)
-    for data in DATA:
-        for network in NETWORKS:
-            write_text(options.folder / f"{data}_{network}.toml", recipe(data, network))
-    write_text(options.readme, text)
-    print(
-        f"{len(DATA) * len(NETWORKS)} recipes in {options.folder}, their table in {options.readme}"
-    )
+    for data, network in EVERY:
+        write_text(options.folder / f"{data}_{network}.toml", recipe(data, network))
+    cells = {
+        one: predict(options.folder, *one).cells()
+        for one in track(EVERY, "estimating", console=Console(stderr=True))
+    }
+    write_text(options.readme, with_table(text, lambda *of: cells[of]))
+    print(f"{len(EVERY)} recipes in {options.folder}, their table in {options.readme}")
     return 0
 
 

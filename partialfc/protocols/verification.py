@@ -18,6 +18,9 @@ from partialfc.protocols import unit_rows
 _THRESHOLD_T = np.arange(0, 4, 0.01)
 """Squared L2 distances of unit embeddings, as in arcface_torch; a pair is "same" below."""
 
+_FINE_T = np.arange(0, 4, 0.001)
+"""Those of its VAL, which are finer."""
+
 FAR_TARGETS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 
 
@@ -51,6 +54,22 @@ class Verification:
     num_pairs: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Validation:
+    """VAL at a FAR as arcface_torch has it; NaN where a fold has no pair of a kind.
+
+    Attributes:
+        val: Mean over the folds of the part of their genuine pairs that is accepted.
+        val_std: Its population standard deviation over the folds.
+        far: Mean over the folds of the part of their impostor pairs that is accepted, which may
+            exceed the target: the threshold comes from the other folds.
+    """
+
+    val: float
+    val_std: float
+    far: float
+
+
 def verify(embeddings: np.ndarray, same: np.ndarray, folds: int = 10) -> Verification:
     """Return the numbers of one verification set.
 
@@ -64,15 +83,7 @@ def verify(embeddings: np.ndarray, same: np.ndarray, folds: int = 10) -> Verific
         ValueError: If a shape or ``folds`` is wrong, a kind of pairs is missing, or an
             embedding's norm is zero or not finite.
     """
-    same_N = _both_kinds(same)
-    unit = unit_rows(embeddings, "embeddings")
-    if len(unit) != 2 * len(same_N):
-        raise ValueError(
-            f"embeddings must have two rows per pair, got {len(unit)} for {len(same_N)}."
-        )
-    if not 2 <= folds <= len(same_N):
-        raise ValueError(f"folds must be in [2, {len(same_N)}], the number of pairs; got {folds}.")
-    distance_N = ((unit[0::2] - unit[1::2]) ** 2).sum(axis=1)
+    distance_N, same_N = _distances(embeddings, same, folds)
     correct_FT, size_F = _correct_by_fold(distance_N, same_N, folds)
     correct_T = correct_FT.sum(axis=0)
     best_F = (correct_T - correct_FT).argmax(axis=1)  # over the other folds, the first best
@@ -89,6 +100,42 @@ def verify(embeddings: np.ndarray, same: np.ndarray, folds: int = 10) -> Verific
         auc=float((np.diff(far_V) * (tar_V[1:] + tar_V[:-1]) / 2).sum()),
         num_pairs=len(same_N),
     )
+
+
+def validate(
+    embeddings: np.ndarray, same: np.ndarray, target: float = 1e-3, folds: int = 10
+) -> Validation:
+    """Return VAL at a FAR, the number beside the accuracy in arcface_torch's verification.
+
+    The threshold of a fold is where the FAR of the other folds, linear between thresholds 0.001
+    apart, reaches the target: on a level of that height its last threshold, 0 where the FAR stays
+    below the target. (There it is scipy's ``slinear``, which since 1.9 refuses levels.)
+
+    Args:
+        embeddings: As of :func:`verify`.
+        same: Likewise.
+        target: In (0, 1].
+        folds: Likewise.
+
+    Raises:
+        ValueError: As :func:`verify`, or if the target is out of range.
+    """
+    if not 0 < target <= 1:
+        raise ValueError(f"target must be in (0, 1], got {target}.")
+    distance_N, same_N = _distances(embeddings, same, folds)
+    fold_N = np.repeat(np.arange(folds), _sizes(len(same_N), folds))
+    val_F, far_F = np.empty(folds), np.empty(folds)
+    for fold in range(folds):
+        test_N = fold_N == fold
+        others = np.sort(distance_N[~test_N & ~same_N])
+        far_T = np.searchsorted(others, _FINE_T) / (len(others) or math.nan)
+        threshold = np.interp(target, far_T, _FINE_T) if far_T[-1] >= target else 0.0
+        for part_F, kind_N in ((val_F, same_N), (far_F, ~same_N)):
+            tested = distance_N[test_N & kind_N]
+            part_F[fold] = (tested < threshold).sum() / (len(tested) or math.nan)
+        if not len(others):
+            val_F[fold] = far_F[fold] = math.nan
+    return Validation(val=float(val_F.mean()), val_std=float(val_F.std()), far=float(far_F.mean()))
 
 
 def tar_at_far(
@@ -166,13 +213,33 @@ def _both_kinds(same: np.ndarray) -> np.ndarray:
     return same_N
 
 
+def _distances(
+    embeddings: np.ndarray, same: np.ndarray, folds: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the squared L2 distance of each pair and whether it is genuine; [N] both."""
+    same_N = _both_kinds(same)
+    unit = unit_rows(embeddings, "embeddings")
+    if len(unit) != 2 * len(same_N):
+        raise ValueError(
+            f"embeddings must have two rows per pair, got {len(unit)} for {len(same_N)}."
+        )
+    if not 2 <= folds <= len(same_N):
+        raise ValueError(f"folds must be in [2, {len(same_N)}], the number of pairs; got {folds}.")
+    return ((unit[0::2] - unit[1::2]) ** 2).sum(axis=1), same_N
+
+
+def _sizes(num_pairs: int, folds: int) -> np.ndarray:
+    """Return the pairs of each contiguous fold, the first ones one larger; [F]."""
+    size_F = np.full(folds, num_pairs // folds)
+    size_F[: num_pairs % folds] += 1
+    return size_F
+
+
 def _correct_by_fold(
     distance_N: np.ndarray, same_N: np.ndarray, folds: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the right answers of each fold at each threshold, int [F, T], and its pairs [F]."""
-    num_pairs, num_thresholds = len(same_N), len(_THRESHOLD_T)
-    size_F = np.full(folds, num_pairs // folds)
-    size_F[: num_pairs % folds] += 1
+    num_thresholds, size_F = len(_THRESHOLD_T), _sizes(len(same_N), folds)
     fold_N = np.repeat(np.arange(folds), size_F)
     # Pair n is accepted from threshold first_N[n] on: distance < threshold.
     first_N = np.searchsorted(_THRESHOLD_T, distance_N, side="right")
