@@ -17,7 +17,14 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
 
 from launch.submitting import jobs
-from launch.submitting.submission import Job, submission_text, submit, train_here
+from launch.submitting.submission import (
+    REQUEUES,
+    REQUEUES_HERE,
+    Job,
+    submission_text,
+    submit,
+    train_here,
+)
 from partialfc.config import ConfigError
 
 ACTIONS: dict[str, Callable[..., int]] = {
@@ -77,13 +84,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--account", help="whom Slurm charges")
     add("--qos", help="Slurm's quality of service")
     add("--lead", type=_positive, default=120, help="seconds to save before the time limit (120)")
-    add("--max-requeues", type=int, default=100, help="starts after the first one (100)")
+    add("--max-requeues", type=_count, help="starts after the first one (100; with --local 5)")
     add("--name", help="of the job; left out, the folder of the run")
     add("--setup", action="append", default=[], help="a shell line before training, e.g. a module")
     add("--slurm", action="append", default=[], metavar="KEY=VALUE", help="any sbatch option")
     add("--jobs", type=Path, default=Path("jobs"), help="folder of scripts and logs (jobs)")
-    add("--dry-run", action="store_true", help="print the sbatch script and submit nothing")
-    add("--local", action="store_true", help="run the same job here, without Slurm")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
+        "--dry-run", action="store_true", help="print the sbatch script and submit nothing"
+    )
+    how.add_argument("--local", action="store_true", help="run the same job here, without Slurm")
     return parser
 
 
@@ -99,6 +109,8 @@ def _job(options: argparse.Namespace) -> Job:
             f"--gpus-per-node = {options.gpus_per_node} with --tasks-per-node = "
             f"{options.tasks_per_node}: set one of them, the ranks of a node."
         )
+    if options.max_requeues is None:
+        options.max_requeues = REQUEUES_HERE if options.local else REQUEUES
     asked = {field.name: getattr(options, field.name, ()) for field in dataclasses.fields(Job)}
     return Job(**asked | {"configs": tuple(configs), "overrides": tuple(overrides)})
 
@@ -106,6 +118,12 @@ def _job(options: argparse.Namespace) -> Job:
 def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be an integer >= 1")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} must be an integer >= 0")
     return int(text)
 
 

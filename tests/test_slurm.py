@@ -1,6 +1,7 @@
 """launch/slurm.py without Slurm: the script that it would submit, and mistakes."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from launch import slurm
 from launch.submitting.job import TOO_MANY_REQUEUES, Training
+from partialfc.preemption import Preempted
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "data" / "slurm"
@@ -45,12 +47,27 @@ def test_the_script_is_the_golden_one(name, words, capsys, monkeypatch):
         (["configs/demo.toml", "configs/demo.toml", "--tasks-per-node=2"], "run.folder"),
         (["configs/demo.yaml", "--tasks-per-node=2"], "must be a settings file"),
         (["configs/demo.toml", "--tasks-per-node=2", "--nodes=2", "--local"], "one node"),
+        (
+            ["configs/demo.toml", "--tasks-per-node=2", "--local", "--qos=a", "--slurm=exclusive"],
+            "--local with --qos, --slurm: only Slurm",
+        ),
+        (["configs/demo.toml", "--tasks-per-node=2", "--local", "--cpus-per-task=2"], "--cpus-per"),
+        (
+            ["configs/demo.toml", "--tasks-per-node=2", "--local", "--max-requeues=6"],
+            "at most 6 times",
+        ),
     ],
 )
 def test_a_mistake_is_found_before_anything_is_submitted(words, message, tmp_path, capsys):
     assert slurm.main([*words, f"--jobs={tmp_path / 'jobs'}"]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "jobs").exists()
+
+
+def test_a_script_for_slurm_and_a_run_without_it_are_not_asked_for_together(capsys):
+    with pytest.raises(SystemExit):
+        slurm.main(["configs/demo.toml", "--tasks-per-node=2", "--local", "--dry-run"])
+    assert "not allowed with" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("time", ["24:00", "1:2:3:4", "x", "0"])
@@ -80,6 +97,59 @@ def test_a_job_that_started_too_often_does_not_train():
     )
     assert done.returncode == TOO_MANY_REQUEUES
     assert "this is start 4, and --max-requeues is 2" in done.stdout
+
+
+EVERY_END = """
+import os, signal, sys
+import launch.train
+from launch.submitting.job import Training
+from partialfc import preemption
+for code in map(int, sys.argv[1:]):
+    for number in (None, signal.SIGTERM, signal.SIGUSR2):
+        preemption._received.clear()
+        def main(words):
+            if number:
+                os.kill(os.getpid(), number)
+            return code
+        launch.train.main = main
+        print(f"case {code} {number and number.name}", flush=True)
+        try:
+            Training((), 5)()
+        except SystemExit as end:
+            print(f"exit {end.code}", flush=True)
+"""
+
+
+def test_only_what_a_signal_stopped_goes_back_to_the_queue(tmp_path):
+    """Of every exit code that the README has: a crash loop, or a fault, is not started again.
+
+    scontrol is a script here, which does to the task what Slurm does: it ends it.
+    """
+    table = (ROOT / "README.md").read_text().partition("| exit code | cause |")[2]
+    codes = [int(code) for code in re.findall(r"^\| (\d+) \|", table.partition("\n\n")[0], re.M)]
+    assert {0, 2, 8, Preempted.exit_code, 130} < set(codes)
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\necho "scontrol $*"\nkill -TERM $PPID\n')
+    scontrol.chmod(0o755)
+    environment = {**os.environ, "SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "7"}
+    environment |= {"SLURM_JOB_NODELIST": "n1", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}
+    environment |= {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        [sys.executable, "-c", EVERY_END, *map(str, codes)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    cases = dict(re.findall(r"case (\d+ \w+)\n(.*?)(?=case|\Z)", done.stdout, re.S))
+    assert len(cases) == 3 * len(codes), done.stdout
+    assert [case for case, text in cases.items() if "queue" in text] == ["75 SIGUSR2"]
+    assert "queued again for start 2 of at most 6" in cases["75 SIGUSR2"]
+    for case, text in cases.items():
+        code = case.split()[0]
+        assert text.endswith(f"exit {code}\n") or code == "0", case
 
 
 def test_what_is_pickled_is_words():

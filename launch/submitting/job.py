@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from submitit import JobEnvironment
 from submitit.helpers import TorchDistributedEnvironment
@@ -58,8 +59,20 @@ class Training:
 
 
 def restart_count() -> int:
-    """How often Slurm has started this job again; it counts without an accounting database."""
-    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    """How often this job was started again; Slurm counts without an accounting database."""
+    if _in_slurm():
+        return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    return int(_counter().read_text()) if _counter().exists() else 0
+
+
+def _in_slurm() -> bool:
+    """Not whether there is a Slurm job: ``--local`` may run inside of one."""
+    return os.environ["SUBMITIT_EXECUTOR"] == "slurm"
+
+
+def _counter() -> Path:
+    """submitit's local executor does not count: rank 0 does, before the ranks start again."""
+    return Path(os.environ["SUBMITIT_FOLDER"]) / "restarts"
 
 
 def _requeue(restarts: int, limit: int) -> None:
@@ -67,8 +80,10 @@ def _requeue(restarts: int, limit: int) -> None:
     job = JobEnvironment()
     _say(f"queued again for start {restarts + 2} of at most {limit + 1}.")
     if job.global_rank == 0:
+        if not _in_slurm():
+            _counter().write_text(str(restarts + 1))
         job._requeue(limit - restarts - 1)
-    if "SLURM_JOB_ID" in os.environ:  # a task that ended by itself would be taken for a failure
+    if _in_slurm():  # a task that ended by itself would be taken for a failure
         until = time.monotonic() + _SECONDS_TO_BE_KILLED
         while not preemption.received(signal.SIGTERM) and time.monotonic() < until:
             time.sleep(0.1)

@@ -21,6 +21,12 @@ ROOT = Path(__file__).resolve().parents[2]
 # Until Python installs a handler, SIGUSR2 would end a task; ignored, nothing is lost: no step yet.
 PYTHON = f"env --ignore-signal=USR2 {shlex.quote(sys.executable)}"
 
+REQUEUES = 100
+REQUEUES_HERE = 5
+"""submitit's local executor starts nothing more often than six times."""
+
+_SLURM_ONLY = ("cpus_per_task", "partition", "account", "qos", "slurm")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -115,13 +121,23 @@ def train_here(job: Job) -> int:
     """Run the job on this machine through submitit, and show rank 0's log until it ends.
 
     Raises:
-        ConfigError: If the settings are wrong, or are not of one run on one node.
+        ConfigError: If the settings are wrong, are not of one run on one node, or only Slurm knows
+            them.
     """
     runs = job.folders()
     if job.nodes > 1 or len(runs) > 1:
         raise ConfigError(
             f"--local with {job.nodes} nodes and {len(runs)} settings files: this machine is one "
             "node and takes one run at a time."
+        )
+    asked = [name for name in _SLURM_ONLY if getattr(job, name)]
+    if asked:
+        words = ", ".join(f"--{name.replace('_', '-')}" for name in asked)
+        raise ConfigError(f"--local with {words}: only Slurm can do that. Leave it out here.")
+    if job.max_requeues > REQUEUES_HERE:
+        raise ConfigError(
+            f"--local with --max-requeues = {job.max_requeues}: submitit starts a job here at most "
+            f"{REQUEUES_HERE + 1} times. Set {REQUEUES_HERE} or fewer."
         )
     executor = LocalExecutor(_make_folder(job, runs), python=PYTHON)
     executor.update_parameters(

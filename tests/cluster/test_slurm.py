@@ -107,6 +107,20 @@ def test_the_time_limit_saves_and_goes_on_and_requeues_are_bounded(slurm, submit
     assert "not queued again: --max-requeues is 1" in log
 
 
+@pytest.mark.slow
+def test_a_run_that_comes_no_further_is_not_queued_again(slurm, submit, packs, tmp_path):
+    """Exit code 5 of images that are none, and 8 of the start after it: each ends its job."""
+    for name in ("train.rec", "train.idx"):
+        data = (packs / name).read_bytes()
+        (tmp_path / name).write_bytes(data.replace(b"\xff\xd8\xff", b"non"))
+    for code in (5, 8):
+        broken = [f"data.train={tmp_path / 'train.rec'}", "run.fruitless_starts=1"]
+        job, _, _ = submit("run.steps=50", "--nodes=1", "--tasks-per-node=1", *broken)
+        wait_for(lambda: slurm.job(job)["JobState"] == "FAILED")  # noqa: B023
+        assert slurm.job(job)["ExitCode"] == f"{code}:0"
+        assert slurm.job(job)["Restarts"] == "0"
+
+
 def test_status_logs_attach_and_cancel(slurm, submit):
     """Without an accounting database; a cancelled job saves, and is not queued again."""
     job, folder, jobs = submit("run.steps=1000000", "checkpoint.every_steps=0")
@@ -195,10 +209,36 @@ def test_local_runs_the_same_job_and_starts_it_again(slurm, packs, tmp_path):
         stdout=subprocess.PIPE,
         text=True,
     )
-    wait_for(lambda: last_step(folder) >= 3, every=0.02)
-    for process in processes(folder):
-        os.kill(process, signal.SIGUSR2)
-    output, _ = running.communicate(timeout=120)
+    preempt_here(folder, after=3)
+    output, _ = running.communicate(timeout=300)
     assert running.returncode == 0, output
     assert output.count("stopped as asked") == 1
     assert sorted(losses(folder)) == list(range(1, 151))
+
+
+def preempt_here(folder, after):
+    wait_for(lambda: last_step(folder) >= after, every=0.02)
+    for process in processes(folder):
+        os.kill(process, signal.SIGUSR2)
+
+
+@pytest.mark.slow
+def test_local_starts_again_are_counted_and_bounded(packs, tmp_path):
+    folder = tmp_path / "run"
+    words = [*arguments(packs, folder, "run.steps=1000000"), "--local", "--tasks-per-node=1"]
+    # As it is where somebody tries it out inside of a Slurm job.
+    within = {**os.environ, "OMP_NUM_THREADS": "1", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "9"}
+    running = subprocess.Popen(
+        [sys.executable, "launch/slurm.py", *words, "--max-requeues=1", f"--jobs={tmp_path}/jobs"],
+        cwd=ROOT,
+        env=within,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    preempt_here(folder, after=3)
+    preempt_here(folder, after=last_step(folder) + 3)
+    output, _ = running.communicate(timeout=300)
+    assert running.returncode == 1
+    assert output.count("stopped as asked") == 2
+    assert "queued again for start 2 of at most 2" in output
+    assert "not queued again: --max-requeues is 1" in output
