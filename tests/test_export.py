@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 
 from partialfc.backbones import build_backbone
+from partialfc.data.align import TEMPLATE, align
 from partialfc.data.jpeg import decode
 from partialfc.data.pairs import read_pairs
 from partialfc.data.torch_loader import resize
@@ -43,6 +44,15 @@ def exported(request, model, tmp_path_factory):
     return request.param, out
 
 
+def embedded(model, images):
+    """What the original makes of RGB images."""
+    backbone = build_backbone("convnet_s", embedding_dim=DIM, image_size=SIZE).eval()
+    backbone.load_state_dict(torch.load(model, weights_only=True))
+    values = (np.stack(images).astype(np.float32) - 127.5) / 127.5
+    with torch.no_grad():
+        return backbone(torch.from_numpy(values.transpose(0, 3, 1, 2).copy())).numpy()
+
+
 class ArcFaceOnnx:
     """What insightface's runtime does with a file: shapes, names of nodes, one output."""
 
@@ -71,17 +81,51 @@ def test_insightfaces_runtime_makes_the_originals_embeddings(exported, model, fi
     images = [decode(np.frombuffer(i, np.uint8)) for i in read_pairs(PAIRS).images[:7]]
     images = [resize(pixels, SIZE) for pixels in images]
     runtime = ArcFaceOnnx(out / file)
-    backbone = build_backbone("convnet_s", embedding_dim=DIM, image_size=SIZE).eval()
-    backbone.load_state_dict(torch.load(model, weights_only=True))
-    values = (np.stack(images).astype(np.float32) - 127.5) / 127.5
-    with torch.no_grad():
-        wanted = backbone(torch.from_numpy(values.transpose(0, 3, 1, 2).copy())).numpy()
+    wanted = embedded(model, images)
     for number in (1, len(images)):
         found = runtime.embed(images[:number])
         cosine = (found * wanted[:number]).sum(1) / (
             np.linalg.norm(found, axis=1) * np.linalg.norm(wanted[:number], axis=1)
         )
         assert cosine.min() > smallest
+
+
+@pytest.mark.parametrize(("file", "smallest"), [("model.onnx", 0.9999), ("model_fp16.onnx", 0.999)])
+def test_insightface_itself_opens_the_files(exported, model, file, smallest):
+    """Its own class, with its own blob of images, where it is installed (pip install insightface).
+
+    Shown with insightface 2.1: it takes shape, name, mean and std, inside and outside.
+    """
+    arcface_onnx = pytest.importorskip("insightface.model_zoo.arcface_onnx", exc_type=ImportError)
+    kind, out = exported
+    theirs = arcface_onnx.ArcFaceONNX(model_file=str(out / file))
+    theirs.prepare(-1)
+    assert theirs.input_size == (SIZE, SIZE)
+    assert (theirs.input_mean, theirs.input_std) == (
+        (0.0, 1.0) if kind == "inside" else (127.5, 127.5)
+    )
+    images = [decode(np.frombuffer(i, np.uint8)) for i in read_pairs(PAIRS).images[:7]]
+    images = [resize(pixels, SIZE) for pixels in images]
+    found, wanted = (
+        theirs.get_feat([pixels[:, :, ::-1] for pixels in images]),
+        embedded(model, images),
+    )
+    norms = np.linalg.norm(found, axis=1) * np.linalg.norm(wanted, axis=1)
+    cosine = (found * wanted).sum(1) / norms
+    assert cosine.min() > smallest
+
+
+def test_a_face_is_aligned_as_insightface_does_it():
+    """Its template, its transform of five points that are turned, small and noisy, its pixels."""
+    face_align = pytest.importorskip("insightface.utils.face_align", exc_type=ImportError)
+    np.testing.assert_allclose(TEMPLATE, face_align.arcface_dst, atol=1e-4)
+    generator = np.random.default_rng(0)
+    coarse = generator.integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    photo = resize(coarse, 300)
+    turn = np.array([[0.9, -0.5], [0.5, 0.9]])
+    points = TEMPLATE @ turn.T + [90, 60] + generator.normal(0, 2, (5, 2))
+    theirs = face_align.norm_crop(photo, landmark=points, image_size=112)
+    assert np.abs(align(photo, points).astype(int) - theirs).max() <= 3
 
 
 def test_every_format_is_written_and_the_card_says_what_is_known(exported):
