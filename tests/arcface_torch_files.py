@@ -14,9 +14,10 @@ from partialfc.backbones import build_backbone
 SIZE, DIM, SCALE, ANGULAR = 32, 64, 64.0, 0.5
 
 
-def loss_of(backbone, centers, images, identities):
-    """ArcFace as they compute it: the margin is a constant in backward."""
-    cosine = F.normalize(backbone(images)) @ F.normalize(centers).T
+def loss_of(backbone, centers, images, identities, ranks):
+    """ArcFace as they compute it: the margin is a constant in backward, BatchNorm is a rank's."""
+    embeddings = torch.cat([backbone(part) for part in images.chunk(ranks)])
+    cosine = F.normalize(embeddings) @ F.normalize(centers).T
     cosine = cosine.clamp(-1, 1)
     own = F.one_hot(identities, len(centers)).bool()
     with torch.no_grad():
@@ -45,12 +46,12 @@ class Training:
         )
         self.step = 0
 
-    def take(self, batches, total_steps, lr):
+    def take(self, batches, total_steps, lr, ranks=1):
         losses = []
         for images, identities in batches:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr * (1 - self.step / total_steps)
-            loss = loss_of(self.backbone, self.centers, images, identities)
+            loss = loss_of(self.backbone, self.centers, images, identities, ranks)
             self.optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.backbone.parameters(), 5)

@@ -12,16 +12,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from partialfc import checkpoint
 from partialfc.backbones import build_backbone
 from partialfc.build import build
 from partialfc.config import ConfigError, load
+from partialfc.data.dataset import open_dataset
 from partialfc.data.records import open_pack
+from partialfc.facts import facts_of
 from partialfc.foreign import ForeignError, read, read_backbone, recognise
 from partialfc.train_step import train_step
 from partialfc.trained import open_trained
 from tests.arcface_torch_files import DIM, SETTINGS, SIZE, Training, cut
-from tests.models import runtime
-from tools import convert_checkpoint, omniglot
+from tests.models import runtime, share
+from tests.ranks import run_on_ranks
+from tools import convert_checkpoint, evaluate, omniglot
 from tools.converting import layouts, settings
 from tools.converting.fill import fill
 
@@ -129,6 +133,72 @@ def test_their_training_goes_on_here_as_it_would_have_there(optimizer, our_setti
     assert found[-1] != pytest.approx(found[0], rel=1e-2), "it must have moved"
     moved = (model.head.centers - theirs.centers).norm() / theirs.centers.norm()
     assert moved < 5e-3
+
+
+LR = 5e-3
+CHOSEN = f"optimizer={{name = 'sgd', weight_decay = 5e-4, lr = {LR}}}"
+
+
+def go_on(rank, world_size, run):
+    """Three steps from the checkpoint of a run; the step it was of, and the losses."""
+    here, config = runtime(), load(run / "config.toml")
+    dataset = open_dataset(config.data.train, ())
+    model = build(config, here, dataset.num_identities)
+    found = checkpoint.newest(run / "checkpoints", here)
+    begun, losses = checkpoint.load(found, model, facts_of(config, dataset), here), []
+    for step, batch in enumerate(batches(3, start=5), begun):
+        images, identities = (share(tensor, rank, world_size) for tensor in batch)
+        done = train_step(model, config, images, identities, LR * (1 - step / 30))
+        losses.append(float(done.loss))
+    return begun, losses
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("layout", "ranks", "now"),
+    [("checkpoint", 3, 2), ("softmax_fc", 1, 2), ("rank", 5, 2), ("rank", 2, 1), ("model", 1, 2)],
+)
+def test_every_layout_goes_on_here_on_other_ranks_as_it_would_there(
+    layout, ranks, now, our_settings, tmp_path
+):
+    """Converted, loaded by other ranks and trained: losses of their own training on so many.
+
+    Rows or momentum of another rank, or a step that is lost, would show in the first three losses.
+    What their files leave out (states, or the centers) begins anew on both sides.
+    """
+    theirs, out = Training(IDENTITIES), tmp_path / "ours"
+    theirs.take(batches(5), 30, LR)
+    theirs.save(tmp_path / "theirs", layout, ranks)
+    assert convert(tmp_path / "theirs", out, "--settings", our_settings, CHOSEN) == 0
+    if layout != "checkpoint":
+        kept = theirs.optimizer.state[theirs.centers] if layout == "rank" else None
+        theirs.optimizer.state.clear()
+        if kept:
+            theirs.optimizer.state[theirs.centers] = kept
+        theirs.step = 0
+    if layout == "model":
+        (file,) = out.glob("checkpoints/*/centers_*.safetensors")
+        theirs.centers.data.copy_(load_file(file)["centers"])
+    begun, found = run_on_ranks(now, go_on, out)[0] if now > 1 else go_on(0, 1, out)
+    assert begun == theirs.step
+    expected = theirs.take(batches(3, start=5), 30, LR, ranks=now)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    assert expected[0] != pytest.approx(expected[-1], rel=1e-3), "it must have moved"
+
+
+def test_a_converted_checkpoint_verifies_as_their_model_does(packs, our_settings, tmp_path):
+    """tools/evaluate.py on the run that was made and on the model.pt of it: the same digits."""
+    theirs, out = Training(IDENTITIES), tmp_path / "ours"
+    theirs.take(batches(2), 30, LR)
+    theirs.save(tmp_path / "theirs", "checkpoint", 2)
+    assert convert(tmp_path / "theirs", out, "--settings", our_settings) == 0
+    assert convert_checkpoint.main(["out", str(out), str(tmp_path / "back.pt")]) == 0
+    numbers = []
+    for model in (tmp_path / "theirs" / "model.pt", out, tmp_path / "back.pt"):
+        words = [str(model), str(packs / "heldout_pairs.bin"), f"--image-size={SIZE}"]
+        assert evaluate.main([*words, "--device=cpu", "--out", str(tmp_path / "results")]) == 0
+        numbers.append(json.loads((tmp_path / "results" / "results.json").read_text())["sets"])
+    assert numbers[0] == numbers[1] == numbers[2]
 
 
 def test_training_goes_on_at_its_step_on_two_ranks_and_comes_back_as_model_pt(

@@ -146,7 +146,13 @@ def test_every_format_is_written_and_the_card_says_what_is_known(exported):
     assert str(out.parent) not in card, "no path of this machine"
     with safe_open(out / "model.safetensors", "pt") as file:
         assert file.metadata()["backbone"] == "convnet_s"
-    int8 = onnx.load(out / "model_int8.onnx")
+    fp32, int8 = onnx.load(out / "model.onnx"), onnx.load(out / "model_int8.onnx")
+    (opset,) = (entry.version for entry in fp32.opset_import if entry.domain == "")
+    assert opset == 18, "the README says so"
+    (first,) = fp32.graph.input
+    dims = first.type.tensor_type.shape.dim
+    assert dims[0].dim_param, "the batch is free"
+    assert [dim.dim_value for dim in dims[1:]] == [3, SIZE, SIZE]
     assert sum(node.op_type == "QuantizeLinear" for node in int8.graph.node) > 5
     assert (out / "model_int8.onnx").stat().st_size < 0.6 * (out / "model.onnx").stat().st_size
 

@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 
+from partialfc.protocols.curves import curves
 from partialfc.protocols.identification import first_of_each, rank_k
 from partialfc.protocols.verification import roc, tar_at_far, validate, verify
 
@@ -233,3 +234,33 @@ def test_gallery_is_the_first_image_of_each():
     gallery, probes = first_of_each([4, 2, 4, 2, 9])
     assert gallery.tolist() == [0, 1, 4]
     assert probes.tolist() == [2, 3]
+
+
+def test_curves_by_hand():
+    """Vertices of the ROC from the first false accept on, and shares of a histogram."""
+    scores, same = np.array([0.9, 0.7, 0.7, 0.5, 0.3]), np.array([True, True, False, True, False])
+    found = curves(scores, same)
+    vertices = list(zip(found.far, found.tar, strict=True))
+    assert set(vertices) == {(0, 0), (0, 0.33333), (0.5, 0.66667), (0.5, 1), (1, 1)}
+    assert vertices == sorted(vertices)
+    assert (found.edges[0], found.edges[-1], len(found.edges)) == (-0.2, 0.9, 61)
+    assert sum(found.same) == pytest.approx(1, abs=1e-4)
+    width = 1.1 / 60
+    for score, kind, part in ((0.9, found.same, 1 / 3), (0.3, found.different, 1 / 2)):
+        at = min(int((score + 0.2) / width), 59)
+        assert kind[at] == pytest.approx(part, abs=1e-4)
+
+
+def test_curves_of_many_pairs_stay_short_and_keep_the_low_rates():
+    """A million pairs would be megabytes in a page; the first false accepts are what is read."""
+    generator = np.random.default_rng(1)
+    same = generator.random(200_000) < 0.5
+    scores = np.where(same, 0.5, 0.1) + generator.normal(0, 0.1, len(same))
+    found = curves(scores, same)
+    assert len(found.far) <= 403
+    whole = {
+        (float(f"{x:.5g}"), float(f"{y:.5g}")) for x, y, _ in zip(*roc(scores, same), strict=True)
+    }
+    assert set(zip(found.far, found.tar, strict=True)) <= whole
+    lowest = [value for value in found.far if value > 0]
+    assert lowest[0] == pytest.approx(1 / (~same).sum(), rel=1e-4)
