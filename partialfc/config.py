@@ -39,8 +39,9 @@ class Data(Section):
     """The training images and how they reach the backbone."""
 
     train: Annotated[tuple[UserPath, ...], OneOrMore, Field(strict=False, min_length=1)]
-    """The pack to train on, a .rec file with its .idx beside it; or several, one after the other:
-    the identities of each follow those of the packs before it."""
+    """The pack to train on, a .rec file with its .idx beside it; or a folder with a folder of
+    images for each identity, or a list of lines path<TAB>identity. Of several, one after the other,
+    the identities of each follow those of the ones before it."""
 
     skip: Annotated[tuple[UserPath, ...], OneOrMore] = Field(default=(), strict=False)
     """Lists of images to leave out, as ``tools/validate.py --bad`` and training write them."""

@@ -10,8 +10,8 @@ import platform
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,6 +24,7 @@ from partialfc.collectives import gather_rows, sum_to_owner
 from partialfc.config import Config, ConfigError
 from partialfc.console import show_table
 from partialfc.data.dataset import DataSet
+from partialfc.data.source import files_of
 from partialfc.data.stream import Batches
 from partialfc.monitor import package_version
 from partialfc.runtime import Runtime, all_agree, collective_device, local_rank
@@ -210,8 +211,8 @@ def _decoding(runtime: Runtime, open_batches: Callable[[], Batches]) -> Iterator
 
 def _pack(runtime: Runtime, dataset: DataSet) -> Iterator[Finding]:
     """From the disk, not from memory: one rank of each host reads a stretch of the largest pack."""
-    path = max((pack.path for pack in dataset.packs), key=lambda path: path.stat().st_size)
-    speed = _of_all([_read_speed(path) if local_rank() == 0 else 0.0], runtime)[:, 0]
+    files = files_of(max(dataset.packs, key=len))
+    speed = _of_all([_read_speed(files) if local_rank() == 0 else 0.0], runtime)[:, 0]
     hosts = speed[speed > 0]
     value = f"{hosts.min().item() / 2**20:,.0f} MiB/s read on the slowest of {len(hosts)} hosts"
     slow = _ranks_with(((speed > 0) & (speed < _SLOW * hosts.median())).tolist())
@@ -226,16 +227,18 @@ def _pack(runtime: Runtime, dataset: DataSet) -> Iterator[Finding]:
         yield Finding("data.train", value)
 
 
-def _read_speed(path: Path) -> float:
-    """Bytes a second of a file, after asking the system to forget it."""
-    count = 0
-    with path.open("rb", buffering=0) as file:
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        start = time.monotonic()
-        while count < _READ_BYTES and (block := file.read(1 << 20)):
-            count += len(block)
-    return count / (time.monotonic() - start)
+def _read_speed(files: Iterable[Path]) -> float:
+    """Bytes a second of files, after asking the system to forget them."""
+    count, start = 0, time.monotonic()
+    for path in files:
+        with suppress(OSError), path.open("rb", buffering=0) as file:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            while count < _READ_BYTES and (block := file.read(1 << 20)):
+                count += len(block)
+        if count >= _READ_BYTES:
+            break
+    return max(count, 1) / (time.monotonic() - start)
 
 
 def _disk(config: Config, runtime: Runtime, dataset: DataSet) -> Iterator[Finding]:

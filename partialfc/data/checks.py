@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from partialfc.data.jpeg import check_jpeg, decode
+from partialfc.data.formats import check_image as check_bytes
+from partialfc.data.formats import decode_image
 from partialfc.data.recordio import LABEL_LIMIT, RecordError
 from partialfc.data.records import Pack
 from partialfc.data.skip_list import BadRecord
@@ -105,8 +106,8 @@ def check_image(pack: Pack, image: int) -> ImageChecked:
     """Decode one image."""
     try:
         view = pack.jpeg_view(image)
-        check_jpeg(view)
-        return ImageChecked("", decode(view))
+        check_bytes(view)
+        return ImageChecked("", decode_image(view))
     except RecordError as error:
         return ImageChecked(error.problem)
     except ValueError as error:

@@ -1,4 +1,6 @@
-"""The images that a run trains on: those of one or several packs, without the skipped ones.
+"""The images that a run trains on: those of packs, folders and lists, without the skipped ones.
+
+Packs stands for all three.
 
 Shape suffixes: B = images asked for, P = packs, S = skipped images.
 """
@@ -11,24 +13,24 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from partialfc.data.labels import BAD, labels
+from partialfc.data.labels import BAD
 from partialfc.data.recordio import RecordError
-from partialfc.data.records import Pack, open_pack
 from partialfc.data.skip_list import BadRecord, read_skip_lists
+from partialfc.data.source import Source, labels_of, open_source
 
 
 def open_dataset(packs: Sequence[Path], skip: Sequence[Path] = ()) -> "DataSet":
     """Open packs as one data set.
 
     Args:
-        packs: ``.rec`` files, in the order of their identities.
+        packs: ``.rec`` files, folders of folders and lists, in the order of their identities.
         skip: Lists of images that are left out; see :mod:`partialfc.data.skip_list`.
 
     Raises:
         ValueError: If a pack or a list breaks a rule, or no image is left.
         OSError: If a file cannot be read.
     """
-    opened = [open_pack(path) for path in packs]
+    opened = [open_source(path) for path in packs]
     return DataSet(opened, read_skip_lists(skip, opened) if skip else None)
 
 
@@ -47,7 +49,7 @@ class DataSet:
     """
 
     def __init__(
-        self, packs: Sequence[Pack], skipped: Sequence[NDArray[np.int64]] | None = None
+        self, packs: Sequence[Source], skipped: Sequence[NDArray[np.int64]] | None = None
     ) -> None:
         self.packs = tuple(packs)
         prints = [pack.fingerprint for pack in self.packs]
@@ -98,12 +100,12 @@ class DataSet:
         digest.update(self._skipped_S.astype("<i8").tobytes())
         return digest.hexdigest()
 
-    def locate(self, sample: int) -> tuple[Pack, int]:
+    def locate(self, sample: int) -> tuple[Source, int]:
         """Return the pack of a sample and its image index there."""
         pack_B, image_B = self._locate(np.asarray([sample], np.int64))
         return self.packs[int(pack_B[0])], int(image_B[0])
 
-    def bad(self, sample: int, problem: str) -> tuple[Pack, BadRecord]:
+    def bad(self, sample: int, problem: str) -> tuple[Source, BadRecord]:
         """Return the pack of a sample, and that its record has a problem."""
         pack, image = self.locate(sample)
         return pack, BadRecord.of(pack, image, problem)
@@ -169,7 +171,7 @@ class DataSet:
         pack = self.packs[number]
         start, stop = self._start_P[number : number + 2]
         skipped = self._skipped_S[(self._skipped_S >= start) & (self._skipped_S < stop)] - start
-        label_N = labels(pack)
+        label_N = labels_of(pack)
         if len(skipped):
             label_N = np.delete(label_N, skipped)
         wrong = np.flatnonzero(label_N == BAD)

@@ -40,7 +40,7 @@ def open_index(file: RecordFile) -> RecordIndex:
     index = _kept(file, stamp)
     if index is not None:
         return index
-    with _alone(file.path):  # of several ranks one reads the .idx, the others what it kept
+    with alone(file.path):  # of several ranks one reads the .idx, the others what it kept
         index = _kept(file, stamp)
         if index is not None:
             return index
@@ -70,12 +70,10 @@ def kept_column(file: RecordFile, name: str, count: int) -> NDArray[np.int32] | 
     stamp = _stamp(file)
     for place in cache_places(file.path, name):
         with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-            with place.open("rb") as stream:
-                header = json.loads(stream.read(_HEADER))
-                size = os.fstat(stream.fileno()).st_size
-            if header["stamp"] != stamp or size != _HEADER + 4 * count:
+            header, content = read_kept(place)
+            if header["stamp"] != stamp or len(content) != 4 * count:
                 continue
-            values: NDArray[np.int32] = np.memmap(place, "<i4", "r", _HEADER).view(np.ndarray)
+            values: NDArray[np.int32] = content.view("<i4")
             if header["digest"] == _digest(values):
                 return values
     return None
@@ -84,7 +82,7 @@ def kept_column(file: RecordFile, name: str, count: int) -> NDArray[np.int32] | 
 def keep_column(file: RecordFile, name: str, values: NDArray[np.int32]) -> None:
     """Keep numbers of a pack, if there is a place for them."""
     header = {"stamp": _stamp(file), "digest": _digest(values)}
-    _write(cache_places(file.path, name), header, [np.ascontiguousarray(values, "<i4")])
+    write_kept(cache_places(file.path, name), header, [np.ascontiguousarray(values, "<i4")])
 
 
 def _digest(values: NDArray[np.int32]) -> str:
@@ -113,16 +111,14 @@ def _load(path: Path, file: RecordFile, stamp: dict[str, Any]) -> RecordIndex:
 
     It is hashed, so damage is found; every offset is checked again when its record is read.
     """
-    with path.open("rb") as stream:
-        header = json.loads(stream.read(_HEADER))
-        size = os.fstat(stream.fileno()).st_size
+    header, content = read_kept(path)
     if {name: header[name] for name in stamp} != stamp:
         raise ValueError("of another pack")
     count, first = header["records"], header["first_key"]
     columns = 1 if first is not None else 2
-    if not isinstance(count, int) or count < 1 or size != _HEADER + 8 * columns * count:
+    if not isinstance(count, int) or count < 1 or len(content) != 8 * columns * count:
         raise ValueError("not whole")
-    values: NDArray[np.int64] = np.memmap(path, "<i8", "r", _HEADER).view(np.ndarray)
+    values: NDArray[np.int64] = content.view("<i8")
     if first is not None and not (isinstance(first, int) and 0 <= first < 1 << 62):
         raise ValueError("no key")
     keys = range(first, first + count) if first is not None else values[count:]
@@ -142,11 +138,22 @@ def _keep(file: RecordFile, stamp: dict[str, Any], index: RecordIndex) -> bool:
     }
     columns = [index.offset_M] if consecutive else [index.offset_M, np.asarray(index.key_M)]
     columns = [np.ascontiguousarray(column, "<i8") for column in columns]
-    return _write(cache_places(file.path, "index"), header, columns)
+    return write_kept(cache_places(file.path, "index"), header, columns)
 
 
-def _write(places: list[Path], header: dict[str, Any], columns: list[NDArray[Any]]) -> bool:
-    """Whether header and columns could be written to one of the places, whole."""
+def read_kept(path: Path) -> tuple[dict[str, Any], NDArray[np.uint8]]:
+    """Return the header of a kept file, unchecked, and all bytes behind it, mapped.
+
+    Raises:
+        ValueError, OSError: If there is no such file.
+    """
+    with path.open("rb") as stream:
+        header = json.loads(stream.read(_HEADER))
+    return header, np.memmap(path, np.uint8, "r", _HEADER).view(np.ndarray)
+
+
+def write_kept(places: list[Path], header: dict[str, Any], columns: list[NDArray[Any]]) -> bool:
+    """Return whether header and columns could be written to one of the places, whole."""
     for path in places:
         temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
         try:
@@ -165,9 +172,12 @@ def _write(places: list[Path], header: dict[str, Any], columns: list[NDArray[Any
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Hold the lock of a file, where its file system has locks."""
-    with path.open("rb") as stream:
+def alone(path: Path) -> Iterator[None]:
+    """Hold the lock of a file or folder, where its file system has locks."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
         with suppress(OSError):
-            fcntl.flock(stream, fcntl.LOCK_EX)
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(handle)

@@ -2,7 +2,8 @@
 
 ``{"pack": "train.rec", "fingerprint": "0f3c…", "image": 6, "key": 7, "offset": 1234, "problem":
 "the JPEG is truncated"}``: ``fingerprint`` and ``image`` say which record of which pack it is, the
-rest is for people. ``image`` is null of a record that is no image. ``tools/validate.py``,
+rest is for people. ``image`` is null of a record that is no image; an image in a file of its own
+has its ``file`` too. ``tools/validate.py``,
 ``tools/clean.py`` and training write such lists, and ``data.skip`` reads them.
 """
 
@@ -14,35 +15,45 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from partialfc.data.records import Pack
+from partialfc.data.image_files import ImageFiles
+from partialfc.data.source import Source
 
 _LONGEST_LINE = 1 << 16
 
 
 class BadRecord(NamedTuple):
-    """A record that cannot be used: its image index, if it has one, key, offset, and why."""
+    """A record that cannot be used: its image index, if it has one, key, offset, and why.
+
+    ``file`` is the name of an image that is in a file of its own, "" in a pack.
+    """
 
     image: int | None
     key: int
     offset: int
     problem: str
+    file: str = ""
 
     @classmethod
-    def of(cls, pack: Pack, image: int, problem: str) -> "BadRecord":
+    def of(cls, pack: Source, image: int, problem: str) -> "BadRecord":
         """Return that one image of a pack has a problem."""
-        return cls(image, pack.key(image), pack.offset(image), problem)
+        file = pack.file_name(image) if isinstance(pack, ImageFiles) else ""
+        return cls(image, pack.key(image), pack.offset(image), problem, file)
 
-    def line(self, pack: Pack) -> str:
+    def line(self, pack: Source) -> str:
         """Return the line of a list that says so of a record of ``pack``."""
         entry = {"pack": pack.path.name, "fingerprint": pack.fingerprint, **self._asdict()}
+        if not self.file:
+            del entry["file"]
         return json.dumps(entry, ensure_ascii=False) + "\n"
 
     def __str__(self) -> str:
+        if self.file:
+            return f"image {self.image}, {self.file}: {self.problem}"
         image = "no image" if self.image is None else f"image {self.image}"
         return f"{image}, key {self.key}, offset {self.offset}: {self.problem}"
 
 
-def write_skip_list(path: Path, records: Iterable[tuple[Pack, BadRecord]]) -> None:
+def write_skip_list(path: Path, records: Iterable[tuple[Source, BadRecord]]) -> None:
     """Write a list of records of packs, whole or not at all."""
     temporary = path.with_name(f"{path.name}.partial")
     with temporary.open("w") as file:
@@ -50,7 +61,7 @@ def write_skip_list(path: Path, records: Iterable[tuple[Pack, BadRecord]]) -> No
     temporary.replace(path)
 
 
-def read_skip_lists(paths: Sequence[Path], packs: Sequence[Pack]) -> list[NDArray[np.int64]]:
+def read_skip_lists(paths: Sequence[Path], packs: Sequence[Source]) -> list[NDArray[np.int64]]:
     """Return the listed images of each pack, sorted and unique.
 
     Raises:

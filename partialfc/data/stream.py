@@ -17,10 +17,10 @@ from torch import Tensor
 
 from partialfc.data.augment import Augmentation, Draw, draw
 from partialfc.data.dataset import DataSet
-from partialfc.data.jpeg import check_jpeg
+from partialfc.data.formats import check_image
 from partialfc.data.order import Order
-from partialfc.data.records import Pack
 from partialfc.data.skip_list import BadRecord
+from partialfc.data.source import Source
 
 MOST_IN_A_ROW = 256
 """Positions that are tried for a replacement."""
@@ -30,7 +30,7 @@ class Replaced(NamedTuple):
     """A sample that could not be used: its pack, and what is wrong with its record there."""
 
     sample_id: int
-    pack: Pack
+    pack: Source
     bad: BadRecord
 
 
@@ -58,7 +58,7 @@ class Encoded(NamedTuple):
 
     Attributes:
         sample_id_B: Samples of the data set; of a replaced one that which stands for it.
-        jpegs: B views of the packs' bytes.
+        jpegs: B images as they are stored; views of a pack's bytes.
         resize_B: Which images are not S x S yet.
         identity_B: int64, in [0, num_identities).
         draw: What happens to each image.
@@ -120,7 +120,7 @@ class Stream:
         """Return the batch that follows ``samples_seen`` images of all ranks.
 
         An image is usable if its record keeps the rules of the pack, its headers those of
-        :func:`~partialfc.data.jpeg.check_jpeg`, and no loader has said that it is not.
+        :func:`~partialfc.data.formats.check_image`, and no loader has said that it is not.
 
         Raises:
             ValueError: If ``MOST_IN_A_ROW`` images are not usable; the message names the last.
@@ -164,7 +164,7 @@ class Stream:
                 continue
             identity, jpeg = record
             try:
-                frame = check_jpeg(jpeg)
+                frame = check_image(jpeg)
             except ValueError as error:
                 found.append(str(error))
             else:

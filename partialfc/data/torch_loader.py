@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from partialfc.data.augment import Draw
-from partialfc.data.jpeg import decode
+from partialfc.data.formats import decode_image
 from partialfc.data.stream import Batch, Batches, Stream
 
 
@@ -56,7 +56,7 @@ def decoded_batch(stream: Stream, samples_seen: int) -> Batch:
         batch, complete = stream.batch(samples_seen), True
         for i, jpeg in enumerate(batch.jpegs):
             try:
-                pixels = decode(jpeg)
+                pixels = decode_image(jpeg)
             except ValueError as error:
                 stream.cannot_decode(int(batch.sample_id_B[i]), str(error))
                 complete = False

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 
 SIZE = 112
+PACE = 1000
+"""Images per second that are taken while memory is measured: a loader waits, as in training."""
 
 
 def main(arguments: list[str]) -> int:
@@ -133,13 +135,16 @@ def memory(pack: str, batch: int, seconds: float, loader: Any) -> dict[str, Any]
     opened = open_batches(
         stream_of(pack, batch), 0, device=torch.device("cpu"), loader=loader, threads=2
     )
-    samples, images, ends = [], 0, time.monotonic() + seconds
+    samples: list[tuple[float, int]] = []
+    images, start = 0, time.monotonic()
     with closing(opened):
         for one in opened:
             images += len(one.images)
+            time.sleep(max(0.0, start + images / PACE - time.monotonic()))
             now = time.monotonic()
-            samples.append((now, _anonymous_bytes()))
-            if now > ends:
+            if len(samples) < now - start:  # one a second
+                samples.append((now, _anonymous_bytes()))
+            if now > start + seconds:
                 break
     times, sizes = np.array(samples).T
     half = times > times[0] + 0.2 * seconds  # buffers have their size by then

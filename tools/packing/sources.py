@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 from rich.progress import track
 
+from partialfc.data.file_index import in_order, list_lines
+
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
 _LONGEST_LABEL = 256
 
@@ -108,7 +110,7 @@ def is_image(name: str) -> bool:
 def _folders(path: Path, survey: Survey) -> Source:
     with os.scandir(path) as scan:
         entries = list(scan)
-    names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+    names = in_order(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
     if not names:
         raise ValueError(f"{path} holds no folders, must hold one per identity.")
     survey.ignored = len(entries) - len(names)
@@ -117,16 +119,8 @@ def _folders(path: Path, survey: Survey) -> Source:
 
 def _list(path: Path) -> Source:
     images: dict[str, list[str]] = defaultdict(list)
-    with path.open() as lines:
-        for number, line in enumerate(lines, 1):
-            text = line.rstrip("\n")
-            file, tab, identity = text.rpartition("\t") if "\t" in text else text.rpartition(" ")
-            if not (tab and file.strip() and 0 < len(identity.strip()) <= _LONGEST_LABEL):
-                raise ValueError(
-                    f"{path}: line {number}: {text[:60]!r} must be the path of an image, a tab and "
-                    f"its identity."
-                )
-            images[identity.strip()].append(file.strip())
+    for _, file, identity in list_lines(path):
+        images[identity].append(file)
     return _listed(path.parent, images, path)
 
 
@@ -166,6 +160,5 @@ def _listed(root: Path, images: dict[str, list[str]], source: Path) -> Source:
     """Identities in the order of their numbers if all are numbers, else of their names."""
     if not images:
         raise ValueError(f"{source} holds no images.")
-    numbers = all(name.isdecimal() for name in images)
-    names = sorted(images, key=lambda name: (int(name), name) if numbers else (0, name))
+    names = in_order(images)
     return Source(root, names, {number: images[name] for number, name in enumerate(names)})

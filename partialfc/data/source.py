@@ -1,0 +1,41 @@
+"""What a data set is made of: packs, and images in files of their own."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from partialfc.data.file_index import NO_FILE
+from partialfc.data.image_files import ImageFiles, open_image_files
+from partialfc.data.labels import labels
+from partialfc.data.records import Pack, open_pack
+
+Source: TypeAlias = Pack | ImageFiles
+"""Images by index, with their identities and bytes."""
+
+
+def open_source(path: Path) -> Source:
+    """Open a ``.rec``, a folder with a folder of images for each identity, or a list of images.
+
+    Raises:
+        ValueError: If it breaks a rule.
+        OSError: If it cannot be read.
+    """
+    is_pack = path.suffix == ".rec" and not path.is_dir()
+    return open_pack(path) if is_pack else open_image_files(path)
+
+
+def labels_of(source: Source) -> NDArray[np.int32]:
+    """Return the identities [N] of all images; see :func:`~partialfc.data.labels.labels`."""
+    return labels(source) if isinstance(source, Pack) else source.index.identity_N
+
+
+def files_of(source: Source) -> Iterator[Path]:
+    """Yield the files that the images are in, those that are there."""
+    if isinstance(source, Pack):
+        yield source.path
+        return
+    for image in np.flatnonzero(source.index.size_N != NO_FILE).tolist():
+        yield source.root / source.index.name(image)
