@@ -163,9 +163,8 @@ def test_what_the_hash_leaves_out_exists() -> None:
             [],
             "data.train: required, and not set. It takes a path or list of paths. The pack to "
             "train on, a .rec file with its .idx beside it; or a folder with a folder of images "
-            "for each identity, or a list of lines path<TAB>identity. Of several, one after the "
-            "other, the identities of each follow those of the ones before it. Add train = ... "
-            "below [data], or data.train=... on the command line.",
+            "for each identity, or a list of lines path<TAB>identity. Add train = ... below "
+            "[data], or data.train=... on the command line.",
         ),
         (  # unknown setting
             MINIMAL + "[checkpoint]\nkep = 3\n",
