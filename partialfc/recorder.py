@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -285,7 +286,8 @@ class Recorder:
         )
 
     def _show(self, summary: dict[str, Any]) -> None:
-        folder = self._config.run.folder
+        folder, here = self._config.run.folder, Path.cwd()
+        folder = folder.relative_to(here) if folder.is_relative_to(here) else folder
         rows = {
             "time": f"{summary['seconds']:.0f} s, {summary['images_per_second']:,.0f} images/s",
             "ranks": f"{summary['world_size']} on {summary['device']}",

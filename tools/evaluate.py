@@ -129,13 +129,17 @@ def lines_of(numbers: dict[str, Any], prefix: str = "") -> list[str]:
     lines = []
     for name, value in numbers.items():
         if isinstance(value, dict) and all(not isinstance(v, dict) for v in value.values()):
-            items = ", ".join(f"{_text(k)}: {_text(v)}" for k, v in value.items())
+            items = ", ".join(f"{_key(k)}: {_text(v)}" for k, v in value.items())
             lines.append(f"{prefix}{name} {items}")
         elif isinstance(value, dict):
             lines += lines_of(value, f"{prefix}{name} ")
         else:
             lines.append(f"{prefix}{name} {_text(value)}")
     return lines
+
+
+def _key(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _text(value: Any) -> str:

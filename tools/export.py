@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from partialfc.config import ConfigError
 from partialfc.data.pairs import Pairs, read_pairs
@@ -119,8 +119,10 @@ def _write(
 ) -> Run:
     """Write one file, and return how it is run."""
     path, size = out / FILES[name], trained.known.image_size
+    partial = path.with_name(f"partial{path.suffix}")
     if name == "safetensors":
-        save_file(trained.state, path, metadata=_metadata(trained, inside=False))
+        partial.write_bytes(save(trained.state, metadata=_metadata(trained, inside=False)))
+        partial.replace(path)
         again = Trained(path, trained.known, read_backbone(path)).backbone()
         return lambda images: again(torch.from_numpy(images)).numpy()
     if name == "pt2":
@@ -128,7 +130,6 @@ def _write(
         program = torch.export.export(
             backbone, example, dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
         )
-        partial = path.with_name("partial.pt2")
         torch.export.save(program, partial)
         partial.replace(path)
         loaded = torch.export.load(path).module()

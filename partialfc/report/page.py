@@ -153,18 +153,20 @@ def _verification(runs: Sequence[RunRecord]) -> str:
             rows.append(
                 [
                     f"{run.name}: {name}" if len(runs) > 1 else name,
-                    f"{100 * numbers['accuracy']:.2f} ± {100 * numbers['accuracy_std']:.2f}",
-                    *("–" if tar is None else f"{100 * tar:.2f}" for tar in tars),
-                    f"{100 * numbers['eer']:.2f}",
+                    f"{100 * numbers['accuracy']:.2f} ± {100 * numbers['accuracy_std']:.2f} %",
+                    *("–" if tar is None else f"{100 * tar:.2f} %" for tar in tars),
+                    f"{100 * numbers['eer']:.2f} %",
                     f"{numbers['auc']:.5f}",
                     f"{numbers['num_pairs']:,}",
                 ]
             )
-    head = ["set", "accuracy %", *(f"TAR@FAR {far} %" for far in _FARS), "EER %", "AUC", "pairs"]
+    tars_at = [f"TAR@{far}" for far in _FARS.values()]
+    head = ["set", "accuracy", *tars_at, "EER", "AUC", "pairs"]
     return (_table(head, rows) if rows else "") + _grid(figures)
 
 
-_FARS = ("0.1", "0.01", "0.001", "0.0001", "1e-05", "1e-06")
+_FARS = {f"{10.0**-power:g}": f"1e-{power}" for power in range(1, 7)}
+"""False accept rates as summary.json has them, and as people write them."""
 
 
 def _time(runs: Sequence[RunRecord]) -> str:

@@ -5,7 +5,9 @@ eight nodes: a "Sub…" and a "Mul…" among them mean that the model normalises
 they are given as 0 to 255; else it subtracts 127.5 and divides by 127.5.
 """
 
+import logging
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,16 +61,19 @@ def write_onnx(
         metadata: Goes into the file.
     """
     module = Normalised(backbone) if inside else backbone
-    program = torch.onnx.export(
-        module.eval(),
-        (torch.zeros(2, 3, image_size, image_size),),
-        dynamo=True,
-        opset_version=OPSET,
-        input_names=[INPUT],
-        output_names=[OUTPUT],
-        dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
-        verbose=False,
-    )
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # that torchvision is not installed
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its own
+        program = torch.onnx.export(
+            module.eval(),
+            (torch.zeros(2, 3, image_size, image_size),),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+            verbose=False,
+        )
     assert program is not None
     model = program.model_proto
     for number, node in enumerate(model.graph.node):
