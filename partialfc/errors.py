@@ -45,3 +45,12 @@ class CrashLoopError(RuntimeError):
 def exit_code_of(error: BaseException) -> int:
     """Return the exit code of a process that an error ends."""
     return 130 if isinstance(error, KeyboardInterrupt) else int(getattr(error, "exit_code", 1))
+
+
+def in_words(error: Exception) -> str:
+    """Return what a user is told: a file by its name, a package by how it is installed."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error.name} is not installed: pip install -e '.[export,search]'"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)

@@ -15,6 +15,7 @@ from partialfc.config import Config, ConfigError
 from partialfc.data.pairs import Image, Pairs, read_pairs
 from partialfc.data.records import Pack, open_pack
 from partialfc.embedding import embed_images
+from partialfc.errors import in_words
 from partialfc.protocols import unit_rows
 from partialfc.protocols.identification import Identification, first_of_each, rank_k
 from partialfc.protocols.verification import Verification, verify
@@ -160,5 +161,6 @@ def _open(key: str, paths: tuple[Path, ...], opener: Callable[[Path], Opened]) -
         try:
             opened[path.stem] = opener(path)
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{key}: {path}: {error}") from error
+            said = in_words(error).removeprefix(f"{path}: ")
+            raise ConfigError(f"{key}: {path}: {said}") from error
     return opened

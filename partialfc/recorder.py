@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from partialfc.bad_images import BadImages
 from partialfc.checkpoint_folder import count_invalid
 from partialfc.config import Config
-from partialfc.console import ProgressBar, show_table
+from partialfc.console import ProgressBar, from_here, show_table
 from partialfc.environment import environment
 from partialfc.errors import NonFiniteError
 from partialfc.evaluation import Results, Verified
@@ -286,8 +285,7 @@ class Recorder:
         )
 
     def _show(self, summary: dict[str, Any]) -> None:
-        folder, here = self._config.run.folder, Path.cwd()
-        folder = folder.relative_to(here) if folder.is_relative_to(here) else folder
+        folder = from_here(self._config.run.folder)
         rows = {
             "time": f"{summary['seconds']:.0f} s, {summary['images_per_second']:,.0f} images/s",
             "ranks": f"{summary['world_size']} on {summary['device']}",

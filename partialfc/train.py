@@ -11,6 +11,7 @@ from partialfc import checkpoint, guidance, preemption
 from partialfc.agreement import any_rank
 from partialfc.build import Model, build
 from partialfc.config import Config, ConfigError, to_toml
+from partialfc.console import from_here
 from partialfc.data.stream import Batches
 from partialfc.errors import CrashLoopError
 from partialfc.evaluation import Evaluation
@@ -131,7 +132,10 @@ def _restore(config: Config, runtime: Runtime, model: Model, facts: dict[str, ob
     if found is None and config.run.resume_from is not None:
         found = checkpoint.named(config.run.resume_from, runtime)
     if found is not None:
-        return checkpoint.load(found, model, facts, runtime)
+        step = checkpoint.load(found, model, facts, runtime)
+        if runtime.leads:
+            print(f"going on from {from_here(found)}", flush=True)
+        return step
     if config.run.start_from is not None:
         start_from(config.run.start_from, config, model, runtime)
     return 0

@@ -1,5 +1,6 @@
 """Exported files next to the original, on real handwriting, and as insightface would open them."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -176,3 +177,13 @@ def test_a_file_that_is_not_the_original_is_told(model, tmp_path, monkeypatch, c
 def test_what_cannot_be_exported_is_refused(model, tmp_path, words, message, capsys):
     assert export.main([str(model), str(tmp_path), *words, *SIZED]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named_before_anything_is_done(model, tmp_path, monkeypatch, capsys):
+    """A newcomer without the extra gets the command that installs it, not a stack trace."""
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.delitem(sys.modules, "tools.exporting.onnx_file", raising=False)
+    words = [str(model), str(tmp_path / "out"), "--check", str(PAIRS), *SIZED]
+    assert export.main(words) == 2
+    assert "onnxruntime is not installed: pip install" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

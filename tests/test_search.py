@@ -1,6 +1,7 @@
 """From photos to names: embed, write, read, search, compare, calibrate."""
 
 import csv
+import sys
 
 import numpy as np
 import pytest
@@ -162,3 +163,13 @@ def test_files_that_are_not_embeddings_are_refused(tmp_path, capsys):
     np.save(tmp_path / "o.npy", np.array([{}], dtype=object), allow_pickle=True)
     for name in ("b.parquet", "o.npy", "g.txt"):
         assert search.main([good, str(tmp_path / name), "--threshold", "0"]) == 2
+
+
+def test_a_missing_package_is_named_before_images_are_embedded(
+    model, photos, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setattr(embed, "embed_images", None)
+    assert run(model, photos, tmp_path / "a.parquet") == 2
+    assert "pyarrow is not installed: pip install" in capsys.readouterr().err
+    assert run(model, tmp_path / "none", tmp_path / "a.npy", "--landmarks", "none.txt") == 2

@@ -30,6 +30,7 @@ from partialfc import checkpoint, foreign
 from partialfc.build import Model, build
 from partialfc.checkpoint import CheckpointError
 from partialfc.config import Config, ConfigError, load, to_toml
+from partialfc.console import from_here
 from partialfc.data.dataset import open_dataset
 from partialfc.facts import facts_of
 from partialfc.foreign import ForeignError
@@ -111,7 +112,7 @@ def _finish(
     if problem is not None:
         raise CheckpointError(f"{path}: {problem}")
     step, ranks = path.name.removeprefix("step_"), len(layout.shards)
-    table = Table(title=str(path), show_header=False, title_justify="left", title_style="bold")
+    table = Table(show_header=False)
     rows = {
         "found": layout.kind + (f" of {ranks} ranks" if ranks else ""),
         "backbone": f"{config.backbone.name}, every tensor as it was",
@@ -122,9 +123,12 @@ def _finish(
     }
     for name, value in rows.items():
         table.add_row(name, value)
+    print(from_here(path))
     Console().print(table)
-    print(*(f"note: {note}" for note in notes), sep="\n")
-    print(f"torchrun --nproc-per-node=N launch/train.py {config.run.folder / 'config.toml'}")
+    for note in notes:
+        print(f"note: {note}")
+    settings_file = from_here(config.run.folder) / "config.toml"
+    print(f"torchrun --standalone --nproc-per-node=N launch/train.py {settings_file}")
 
 
 def take_out(run: Path, model: Path) -> int:

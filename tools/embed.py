@@ -31,7 +31,7 @@ from partialfc.data.benchmarks import read_image
 from partialfc.data.pairs import Image
 from partialfc.data.records import open_pack
 from partialfc.embedding import embed_images
-from partialfc.errors import DataError
+from partialfc.errors import DataError, in_words
 from partialfc.foreign import ForeignError
 from partialfc.runtime import running
 from partialfc.trained import open_trained
@@ -56,6 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.out.suffix not in (".npy", ".parquet"):
             raise ValueError(f"--out {options.out}: must end in .npy or .parquet.")
+        if options.out.suffix == ".parquet":
+            import pyarrow  # noqa: F401  # before the images are embedded
         trained = open_trained(options.model, image_size=options.image_size)
         size = trained.known.image_size
         images = _images(options.images, options.landmarks)
@@ -83,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return error.exit_code
     except (ValueError, OSError, ImportError) as error:
-        print(error, file=sys.stderr)
+        print(in_words(error), file=sys.stderr)
         return 2
     return 0
 

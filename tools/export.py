@@ -25,7 +25,7 @@ from safetensors.torch import save
 
 from partialfc.config import ConfigError
 from partialfc.data.pairs import Pairs, read_pairs
-from partialfc.errors import DataError
+from partialfc.errors import DataError, in_words
 from partialfc.foreign import ForeignError, read_backbone
 from partialfc.trained import Trained, open_trained
 from tools.exporting.card import write_card
@@ -52,6 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"--formats: {unknown[0]}: must be some of {','.join(FILES)}.", file=sys.stderr)
         return 2
     try:
+        if {"onnx", "fp16", "int8"} & set(formats):
+            import tools.exporting.onnx_file  # noqa: F401  # what is missing is said at once
         trained = open_trained(options.model, image_size=options.image_size)
         path = _check_set(options.check, trained)
         pairs = read_pairs(path)
@@ -60,8 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, ForeignError, DataError) as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    except (OSError, ValueError) as error:
-        print(f"--check: {error}", file=sys.stderr)
+    except (OSError, ValueError, ImportError) as error:
+        print(in_words(error), file=sys.stderr)
         return 2
     write_card(
         options.out / "README.md",

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from partialfc.errors import in_words
 from partialfc.protocols import unit_rows
 from partialfc.protocols.all_to_all import combine, search
 from tools.embedding.files import Embeddings, read_embeddings
@@ -59,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.out is not None:
             _write(options.out, rows)
     except (ValueError, OSError, ImportError) as error:
-        print(error, file=sys.stderr)
+        print(in_words(error), file=sys.stderr)
         return 2
     _show(rows)
     accepted = sum(row[5] for row in rows if row[1] == 1)

@@ -15,6 +15,7 @@ from partialfc.data.align import align
 from partialfc.data.benchmarks import read_ijb, read_image, read_megaface
 from partialfc.data.pairs import Image, read_pairs
 from partialfc.data.records import open_pack
+from partialfc.errors import in_words
 from partialfc.protocols import all_to_all, unit_rows
 from partialfc.protocols.curves import Curves, curves
 from partialfc.protocols.distractors import with_distractors
@@ -92,7 +93,8 @@ def open_set_of(word: str, ways: Ways) -> Set:
     try:
         return _KINDS[kind](Path(rest).expanduser(), ways)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{word}: {error}") from error
+        said = in_words(error).removeprefix(f"{Path(rest).expanduser()}: ")
+        raise ConfigError(f"{word}: {said}") from error
 
 
 def _kind_of(path: Path) -> str:
@@ -199,7 +201,7 @@ def _all(path: Path, ways: Ways) -> Set:
         found = all_to_all.combine([whole], identity_N, ways.targets)
         return Measured("all-to-all 1:1 verification, exact threshold", asdict(found))
 
-    return Set(path.stem, measure)
+    return Set(f"all:{path.stem}", measure)
 
 
 def _of_all_ranks(scores_K: NDArray[np.float64], runtime: Runtime) -> NDArray[np.float64]:
