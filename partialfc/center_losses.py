@@ -19,9 +19,9 @@ from partialfc.tiles import (
     leave_out_,
     operand_dtype,
     precision,
-    sampled_keys,
     scaled_products,
     unit,
+    unit_keys,
 )
 
 
@@ -96,7 +96,7 @@ def inter_class_loss(
     largest_B = torch.full_like(own_BD[:, 0], -torch.inf)
     place_B = torch.full_like(target_B, NOT_LOCAL)
     with precision(logits.compute, own_BD.device):
-        for start, key_TD in sampled_keys(query_BD, centers_CD, sample.rows, logits, workspace):
+        for start, key_TD in unit_keys(query_BD, centers_CD, sample.rows, logits, workspace):
             cosine_TB = scaled_products(key_TD, query_BD, 1.0)
             for number in range(logits.per_identity):
                 row_B = sample.target_B + number - start

@@ -195,6 +195,7 @@ class RowOptimizer(torch.optim.Optimizer):
         if kept:
             with self._beside():
                 self._update(group, kept, skips)
+            self.workspace.take_back(tensor for one in kept for tensor in one.spend())
         if self._staging is not None:
             self._staging.close()
         group["steps"] += 1
@@ -258,18 +259,18 @@ class RowOptimizer(torch.optim.Optimizer):
         update = None
         if fused:
             update = self._fused(group, centers, states, rows, own, step_key, skip)
-        for start, stop, gradient_TD in second_pass(
+        for start, stop, gradient_TD, factor_T1 in second_pass(
             centers, rows, kept, workspace, compact=compact
         ):
             if update is not None:
                 update(start, stop, gradient_TD)
                 continue
             tile = Tile(centers, states, rows, start, stop, self._first, workspace, compact)
-            own.add_(gradient_TD, start)
+            own.add_(gradient_TD, start, factor_T1)
             if unit:
                 # Pass 2 is done with the keys of this tile.
                 scratch_TD = workspace("key", (*gradient_TD.shape,), torch.float32, centers.device)
-                project_(gradient_TD, tile.row_TD, scratch_TD)
+                project_(gradient_TD, tile.row_TD, scratch_TD, factor_T1)
             self.rule.update_(group, tile.row_TD, gradient_TD, tile.states)
             tile.write(step_key, skip=skip)
         if _MISSED in group:

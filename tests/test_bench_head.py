@@ -45,6 +45,8 @@ def test_a_record_has_every_figure(world_size, rate, tmp_path):
     assert (row["world"], row["classes"], row["batch"], row["rate"]) == (world_size, 2000, 16, rate)
     positive(row["ceilings"], {"fp32", "bf16", "copy"})
     positive(row, {"times_faster_than_textbook"})
+    positive(row["three_products_seconds"], TIMES)
+    assert row["three_products_seconds"]["min"] < row["heads"]["ours"]["step_seconds"]["min"]
     for head in (row["heads"]["ours"], row["heads"]["textbook"]):
         positive(head["step_seconds"], TIMES)
         # At this size a step may fit into what the process held before.

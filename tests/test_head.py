@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from partialfc import ArcFace, CosFace, PartialFC, RowAdamW, RowSGD
+from partialfc import ArcFace, CosFace, PartialFC, RowAdamW, RowSGD, tiles
 from partialfc.centers import fill_initial_
 from partialfc.row_format import decode
 from partialfc.tiles import passes
@@ -401,6 +401,58 @@ def test_inputs_are_not_changed():
     PartialFC(200, 32, ArcFace(), sample_rate=0.1)(embeddings.requires_grad_(), labels).backward()
     assert torch.equal(embeddings.detach(), kept[0])
     assert torch.equal(labels, kept[1])
+
+
+def test_rows_of_any_length_give_the_gradients_of_their_directions():
+    """The largest exponential over the shortest norm would leave fp32, and the sums with it."""
+    embeddings, labels = problem(batch=8, identities=40)
+    head = PartialFC(40, 32, CosFace(additive=0.0), optimizer=PLAIN)
+    head.centers.data.copy_(torch.nn.functional.normalize(head.centers.data))
+    other = next(i for i in range(40) if i not in labels.tolist())
+    head.centers.data[other] = torch.nn.functional.normalize(embeddings[0], dim=0)  # logit 64
+    length = 10.0 ** torch.linspace(-9.5, 9.5, 40)
+    length[other] = 2e-10
+    head.centers.data.mul_(length.unsqueeze(1))
+    truth = reference.gradients_of(
+        embeddings, head.centers.detach(), labels, reference.positive_logit(head.margin), scale=64.0
+    )
+    wanted = embeddings.clone().requires_grad_()
+    loss = head(wanted, labels)
+    loss.backward()
+    assert loss.item() == pytest.approx(float(truth[0]), rel=1e-6)
+    assert reference.relative_error(wanted.grad, truth[1]) < 1e-5
+    before = head.centers.detach()
+    kept = head.optimizer._kept[0]
+    for start, stop, gradient_TD, factor_T1 in passes.second_pass(
+        before, None, [kept], head.optimizer.workspace
+    ):
+        tiles.positives(None, [kept]).add_(gradient_TD, start, factor_T1)
+        tiles.project_(gradient_TD, before[start:stop], torch.empty_like(gradient_TD), factor_T1)
+        for row, true in zip(gradient_TD, truth[2][start:stop], strict=True):
+            assert reference.relative_error(row, true) < 1e-4
+
+
+def test_a_graph_outlives_its_step_and_another_forward():
+    """Exponentials lie in buffers of former steps: not in those that somebody still reads."""
+    embeddings, labels = problem()
+    twice, once = (PartialFC(200, 32, ArcFace(), optimizer=PLAIN) for _ in range(2))
+
+    def steps(head, between):
+        for part in (slice(0, 12), slice(12, 24)):
+            wanted = embeddings[part].clone().requires_grad_()
+            loss = head(wanted, labels[part])
+            between(head, part)
+            loss.backward(retain_graph=True)
+            head.optimizer.step()
+        between(head, slice(0, 12))
+        loss.backward()  # of a batch whose exponentials were given up
+        head.optimizer.step()
+        return head.centers.detach()
+
+    def another_forward(head, part):
+        head(embeddings[part].flip(0).requires_grad_(), labels[part])
+
+    assert torch.equal(steps(twice, another_forward), steps(once, lambda *_: None))
 
 
 def test_positive_at_zero_angle_gives_finite_exact_gradient():

@@ -6,7 +6,7 @@ its matrix products, ``positives`` what is left out of them. The other steps of 
 """
 
 from partialfc.tiles.parts import FirstPass, Kept, Logits, Pull
-from partialfc.tiles.passes import first_pass, positives, sampled_keys, second_pass
+from partialfc.tiles.passes import first_pass, positives, second_pass, unit_keys
 from partialfc.tiles.products import Compute, operand_dtype, precision, scaled_products
 from partialfc.tiles.torch import leave_out_, project_, take_rows, unit
 from partialfc.tiles.workspace import Workspace
@@ -24,9 +24,9 @@ __all__ = [
     "positives",
     "precision",
     "project_",
-    "sampled_keys",
     "scaled_products",
     "second_pass",
     "take_rows",
     "unit",
+    "unit_keys",
 ]

@@ -17,7 +17,7 @@ from partialfc.permutation import FINAL, MULTIPLIERS, ROUNDS
 from partialfc.tiles.workspace import Workspace
 
 _LARGEST_DIM = 4096
-_SMALLEST_NORM = tl.constexpr(1e-12)
+_SMALLEST_NORM = tl.constexpr(1e-10)
 """A shorter vector has no direction: its unit vector and its gradient are zero."""
 
 _COLUMNS, _ROWS_AT_ONCE, _ROWS = 128, 16, 128
@@ -32,7 +32,7 @@ def unit_rows(
 ) -> None:
     """Write the unit centers of rows ``start:stop`` of the sample to ``out_TD``, fp32 or bf16.
 
-    A row with norm <= 1e-12 gives zeros; one that is not finite, or whose norm in fp32 is not,
+    A row with norm <= 1e-10 gives zeros; one that is not finite, or whose norm in fp32 is not,
     gives NaN.
 
     Args:
@@ -62,6 +62,7 @@ def exponentials(
     sum_B: Tensor | None,
     dtype: torch.dtype,
     workspace: Workspace | None = None,
+    factor_T1: Tensor | None = None,
 ) -> Tensor:
     """Return exp(logit - shift) times the bend's slope [T, B], and 0 at the positives.
 
@@ -74,8 +75,10 @@ def exponentials(
         sum_B: fp32; the sums over the tile's negatives are added to it. ``None``: not wanted.
         dtype: Of the result, fp32 or bf16. The sum is that of the fp32 values.
         workspace: Not used.
+        factor_T1: None: the keys are unit rows.
     """
     rows, columns = logit_TB.shape
+    assert factor_T1 is None
     assert logit_TB.is_contiguous()
     exp_TB = logit_TB
     if not logit_TB.dtype == dtype == torch.float32:

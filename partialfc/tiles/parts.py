@@ -46,10 +46,17 @@ class Logits:
 
 @dataclass(frozen=True, slots=True)
 class KeptTile:
-    """E of one tile, [T, B], and the row maximum that it is relative to, if there is one."""
+    """E of one tile.
+
+    Attributes:
+        exp_TB: E, times ``factor_T1``.
+        maximum_B: The row maximum that it is relative to, or ``None``.
+        factor_T1: Reciprocal norms of the keys, or ``None`` for keys of unit length.
+    """
 
     exp_TB: Tensor
     maximum_B: Tensor | None
+    factor_T1: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,3 +135,9 @@ class Kept:
     def bytes(self) -> int:
         """Memory of the exponentials."""
         return sum(tile.exp_TB.nbytes for tile in self.exponentials)
+
+    def spend(self) -> list[Tensor]:
+        """Give up the exponentials, for their memory to be used again; pass 2 can do without."""
+        tensors = [tile.exp_TB for tile in self.exponentials]
+        self.exponentials.clear()
+        return tensors

@@ -5,7 +5,8 @@ as it is. Logits exist one tile of classes at a time: pass 1 leaves the row sums
 exponentials E and those exponentials times the keys; pass 2 leaves the gradient of its keys. E is
 kept between the passes as far as a byte budget allows and computed again beyond it, so that pass 2
 takes one matrix product or two. Neither the logits [n, B] nor the gradient of the keys [n, D] is
-ever whole.
+ever whole. Centers in the dtype of the products are multiplied as they are, and what is wanted of
+unit keys gets the reciprocal norms, a factor for each key, on [T, B] instead of [T, D].
 
 Shape suffixes: B = rows of the gathered batch, D = embedding, n = sampled rows, T = rows of a tile.
 """
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from partialfc.margins.base import Bend
 from partialfc.tiles import torch as torch_steps
-from partialfc.tiles.dispatch import steps_for
+from partialfc.tiles.dispatch import has_kernels, steps_for
 from partialfc.tiles.parts import FirstPass, Kept, KeptTile, Logits
 from partialfc.tiles.positives import Positives
 from partialfc.tiles.products import (
@@ -74,11 +75,17 @@ def first_pass(
     sigmoid_B = None if logits.offset is None else torch.zeros_like(sum_B)
     exponentials: list[KeptTile] = []
     with precision(logits.compute, query_BD.device):
-        for start, key_TD in sampled_keys(query_BD, centers_CD, rows, logits, workspace):
+        for start, stop in tiles(query_BD, centers_CD, rows, logits.per_identity):
+            dtype = query_BD.dtype
+            key_TD, factor_T1 = _keys(centers_CD, rows, start, stop, dtype, logits, workspace)
             if key_sum_D is not None:
-                key_sum_D.add_(key_TD.sum(0, dtype=torch.float32))
+                unit_TD = key_TD if factor_T1 is None else key_TD * factor_T1
+                key_sum_D.add_(unit_TD.sum(0, dtype=torch.float32))
             column_B = target_B - start
-            logit_TB = _logits(key_TD, query_BD, column_B, logits)
+            keep_bytes -= len(key_TD) * query_BD.shape[0] * query_BD.element_size()
+            logit_TB = _logits(
+                key_TD, factor_T1, query_BD, column_B, logits, workspace, lend=keep_bytes >= 0
+            )
             logit_TB, slope_TB, bend = _bent_first(logit_TB, column_B, logits, workspace)
             if maximum_B is not None:
                 larger_B = torch.maximum(maximum_B, _largest(logit_TB, column_B))
@@ -87,16 +94,16 @@ def first_pass(
                 if pull_BD is not None:
                     pull_BD.mul_(shrink_B.unsqueeze(1))
                 maximum_B = larger_B
+            sums = sum_B, sigmoid_B
             exp_TB = _exponentials(
-                logit_TB, column_B, logits, bend, maximum_B, sum_B, sigmoid_B, query_BD, workspace
+                logit_TB, column_B, logits, bend, maximum_B, sums, factor_T1, query_BD, workspace
             )
             if slope_TB is not None:
                 exp_TB.mul_(slope_TB)
             if pull_BD is not None:
                 add_product_(pull_BD, exp_TB.T, key_TD)
-            keep_bytes -= exp_TB.nbytes
             if keep_bytes >= 0:
-                exponentials.append(KeptTile(exp_TB, maximum_B))
+                exponentials.append(KeptTile(exp_TB, maximum_B, factor_T1))
     total = len(centers_CD) if rows is None else len(rows)
     return FirstPass(sum_B, sigmoid_B, maximum_B, pull_BD, key_sum_D, total, exponentials)
 
@@ -108,11 +115,12 @@ def second_pass(
     workspace: Workspace,
     *,
     compact: bool = False,
-) -> Iterator[tuple[int, int, Tensor]]:
-    """Yield (start, stop, gradient [T, D] fp32) by the keys of every tile; no collective.
+) -> Iterator[tuple[int, int, Tensor, Tensor | None]]:
+    """Yield (start, stop, gradient [T, D] fp32, factor [T, 1]) of every tile; no collective.
 
-    It is that of the negatives; :func:`positives` has the rest. The tile's rows and the gradient
-    may be changed by the caller before the next one is asked for.
+    The gradient is that of the negatives by the keys, times the factor: their reciprocal norms, or
+    ``None`` for 1. :func:`positives` has the rest. The tile's rows and the gradient may be changed
+    by the caller before the next one is asked for.
 
     Args:
         centers_CD: This rank's class centers, as in pass 1.
@@ -130,25 +138,36 @@ def second_pass(
     ):
         gradient_TD = workspace("gradient", (stop - start, dim), torch.float32, device)
         key_TD: Tensor | None = None
+        factor_T1: Tensor | None = None
         for part in parts:
             query_BD, logits, maximum_B = part.kept.query_BD, part.kept.logits, part.kept.maximum_B
             weighted_BD = part.weighted_BD
             with precision(logits.compute, device):
                 if number < len(part.exponentials):
                     tile = part.exponentials[number]
-                    exp_TB = tile.exp_TB
+                    exp_TB, factor_T1 = tile.exp_TB, tile.factor_T1
                     if maximum_B is not None and tile.maximum_B is not None:
                         shrink_B = (tile.maximum_B - maximum_B).exp()
                         weighted_BD = weighted_BD * shrink_B.unsqueeze(1).to(weighted_BD.dtype)
                 else:
                     if key_TD is None:
                         dtype = query_BD.dtype
-                        key_TD = _keys(centers_CD, index, start, stop, dtype, logits, workspace)
+                        key_TD, factor_T1 = _keys(
+                            centers_CD, index, start, stop, dtype, logits, workspace
+                        )
                     column_B = part.target_B - start
-                    logit_TB = _logits(key_TD, query_BD, column_B, logits)
+                    logit_TB = _logits(key_TD, factor_T1, query_BD, column_B, logits, workspace)
                     logit_TB, slope_TB, bend = _bent_first(logit_TB, column_B, logits, workspace)
                     exp_TB = _exponentials(
-                        logit_TB, column_B, logits, bend, maximum_B, None, None, query_BD, workspace
+                        logit_TB,
+                        column_B,
+                        logits,
+                        bend,
+                        maximum_B,
+                        (None, None),
+                        factor_T1,
+                        query_BD,
+                        workspace,
                     )
                     if slope_TB is not None:
                         exp_TB.mul_(slope_TB)
@@ -156,11 +175,11 @@ def second_pass(
                     exp_TB.mul_(part.present_n[start:stop].unsqueeze(1))
                 add_product_(gradient_TD, exp_TB, weighted_BD, keep=part is not parts[0])
             if part.kept.even_D is not None:
-                if part.present_n is None:
-                    gradient_TD.sub_(part.kept.even_D)
-                else:
-                    gradient_TD.sub_(part.present_n[start:stop].unsqueeze(1) * part.kept.even_D)
-        yield start, stop, gradient_TD
+                even_TD = part.kept.even_D if factor_T1 is None else part.kept.even_D * factor_T1
+                if part.present_n is not None:
+                    even_TD = part.present_n[start:stop].unsqueeze(1) * even_TD
+                gradient_TD.sub_(even_TD)
+        yield start, stop, gradient_TD, factor_T1
 
 
 def positives(rows: Tensor | None, kept: Sequence[Kept]) -> Positives:
@@ -177,19 +196,19 @@ def positives(rows: Tensor | None, kept: Sequence[Kept]) -> Positives:
     return Positives.of(targets, slopes, directions)
 
 
-def sampled_keys(
+def unit_keys(
     query_BD: Tensor,
     centers_CD: Tensor,
     rows: Tensor | None,
     logits: Logits,
     workspace: Workspace,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield (start, keys [T, D]) of every tile; arguments as in :func:`first_pass`.
+    """Yield (start, unit keys [T, D]) of every tile; arguments as in :func:`first_pass`.
 
     The keys are in the dtype of the queries, valid until the next tile is asked for.
     """
     for start, stop in tiles(query_BD, centers_CD, rows, logits.per_identity):
-        yield start, _keys(centers_CD, rows, start, stop, query_BD.dtype, logits, workspace)
+        yield start, _unit_keys(centers_CD, rows, start, stop, query_BD.dtype, workspace)
 
 
 def tiles(
@@ -257,18 +276,56 @@ def _keys(
     dtype: torch.dtype,
     logits: Logits,
     workspace: Workspace,
+) -> tuple[Tensor, Tensor | None]:
+    """The keys of a tile in the operand dtype, and the factor that is still to do, if any.
+
+    They are a view where they are the centers themselves.
+    """
+    as_stored = centers_CD.dtype == dtype
+    if logits.unit and (has_kernels(centers_CD) or not as_stored):
+        return _unit_keys(centers_CD, rows, start, stop, dtype, workspace), None
+    buffer_TD = None
+    if rows is not None and as_stored:
+        buffer_TD = workspace("key", (stop - start, centers_CD.shape[1]), dtype, centers_CD.device)
+    key_TD = torch_steps.take_rows(centers_CD, rows, start, stop, out=buffer_TD).to(dtype)
+    return key_TD, torch_steps.reciprocal_norms(key_TD) if logits.unit else None
+
+
+def _unit_keys(
+    centers_CD: Tensor,
+    rows: Tensor | None,
+    start: int,
+    stop: int,
+    dtype: torch.dtype,
+    workspace: Workspace,
 ) -> Tensor:
-    """The keys of a tile in the operand dtype; a view where they are the centers themselves."""
-    if not logits.unit:
-        return torch_steps.take_rows(centers_CD, rows, start, stop).to(dtype)
     key_TD = workspace("key", (stop - start, centers_CD.shape[1]), dtype, centers_CD.device)
     steps_for(centers_CD).unit_rows(centers_CD, rows, start, stop, key_TD)
     return key_TD
 
 
-def _logits(key_TD: Tensor, query_BD: Tensor, column_B: Tensor, logits: Logits) -> Tensor:
-    """The logits of a tile; -inf at all but the nearest of an identity's K centers."""
-    logit_TB = scaled_products(key_TD, query_BD, logits.scale)
+def _logits(
+    key_TD: Tensor,
+    factor_T1: Tensor | None,
+    query_BD: Tensor,
+    column_B: Tensor,
+    logits: Logits,
+    workspace: Workspace,
+    *,
+    lend: bool = False,
+) -> Tensor:
+    """The logits of a tile; -inf at all but the nearest of an identity's K centers.
+
+    In fp32 they are in a buffer that E will take over: one to ``lend``, or that of every tile.
+    """
+    out_TB, size = None, (len(key_TD), len(query_BD))
+    if lend and key_TD.dtype == torch.float32:
+        out_TB = workspace.lend(size, key_TD.device)
+    elif key_TD.dtype == torch.float32:
+        out_TB = workspace("logit", size, torch.float32, key_TD.device)
+    logit_TB = scaled_products(key_TD, query_BD, logits.scale, out_TB)
+    if factor_T1 is not None:
+        logit_TB.mul_(factor_T1)
     if logits.per_identity > 1:
         torch_steps.keep_nearest_(logit_TB, column_B, logits.per_identity)
     return logit_TB
@@ -280,16 +337,22 @@ def _exponentials(
     logits: Logits,
     bend: Bend | None,
     maximum_B: Tensor | None,
-    sum_B: Tensor | None,
-    sigmoid_B: Tensor | None,
+    sums: tuple[Tensor | None, Tensor | None],
+    factor_T1: Tensor | None,
     query_BD: Tensor,
     workspace: Workspace,
 ) -> Tensor:
     """E of a tile in the dtype of the queries, or what an offset has in its place."""
+    sum_B, sigmoid_B = sums
     if logits.offset is not None:
-        sums = None if sum_B is None or sigmoid_B is None else (sum_B, sigmoid_B)
+        both = None if sum_B is None or sigmoid_B is None else (sum_B, sigmoid_B)
         return torch_steps.sigmoids(
-            logit_TB, column_B, logits.offset, sums=sums, dtype=query_BD.dtype
+            logit_TB,
+            column_B,
+            logits.offset,
+            sums=both,
+            dtype=query_BD.dtype,
+            factor_T1=factor_T1,
         )
     exp_TB: Tensor = steps_for(query_BD).exponentials(
         logit_TB,
@@ -299,6 +362,7 @@ def _exponentials(
         sum_B=sum_B,
         dtype=query_BD.dtype,
         workspace=workspace,
+        factor_T1=factor_T1,
     )
     return exp_TB
 

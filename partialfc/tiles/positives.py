@@ -44,14 +44,16 @@ class Positives:
         every = torch.arange(rows + 1, device=self.target_P.device)
         return torch.searchsorted(self.target_P, every)
 
-    def add_(self, gradient_TD: Tensor, start: int) -> None:
-        """Add their share to the gradient by the keys of the tile at ``start``."""
+    def add_(self, gradient_TD: Tensor, start: int, factor_T1: Tensor | None = None) -> None:
+        """Add their share, times ``factor_T1``, to the gradient of the tile at ``start``."""
         low, high = (self._before(row) for row in (start, start + len(gradient_TD)))
         if low == high:
             return
-        order = self.order_P[low:high]
-        share_PD = self.embedding_PD[order].float() * self.slope_P[order].unsqueeze(1)
-        gradient_TD.index_add_(0, self.target_P[low:high] - start, share_PD)
+        order, place = self.order_P[low:high], self.target_P[low:high] - start
+        slope_P1 = self.slope_P[order].unsqueeze(1)
+        if factor_T1 is not None:
+            slope_P1 = slope_P1 * factor_T1[place]
+        gradient_TD.index_add_(0, place, self.embedding_PD[order].float() * slope_P1)
 
     def _before(self, row: int) -> int:
         """How many come before a row of the sample."""

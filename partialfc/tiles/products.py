@@ -33,11 +33,16 @@ def precision(compute: Compute, device: torch.device) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def scaled_products(key_TD: Tensor, query_BD: Tensor, scale: float) -> Tensor:
-    """Return scale * product [T, B]: fp32, or bf16 where the device has no other of bf16."""
+def scaled_products(
+    key_TD: Tensor, query_BD: Tensor, scale: float, out_TB: Tensor | None = None
+) -> Tensor:
+    """Return scale * product [T, B]: fp32, or bf16 where the device has no other of bf16.
+
+    It is in ``out_TB``, of the operands' dtype, if that is given and has the dtype of the result.
+    """
     if key_TD.dtype == torch.bfloat16 and key_TD.is_cuda:
         return torch.mm(key_TD, query_BD.T, out_dtype=torch.float32).mul_(scale)
-    logit_TB = key_TD.new_empty(len(key_TD), len(query_BD))
+    logit_TB = key_TD.new_empty(len(key_TD), len(query_BD)) if out_TB is None else out_TB
     return torch.addmm(logit_TB, key_TD, query_BD.T, beta=0, alpha=scale, out=logit_TB)
 
 

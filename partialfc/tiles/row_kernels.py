@@ -47,7 +47,7 @@ def sgd_(
 
     With w the row, ŵ its unit row, and g the sum of ``gradient_TD`` and of the positives' part,
     ``g <- (g - ŵ (g·ŵ)) / |w|``, ``v <- momentum v + g + weight_decay w``, ``w <- w - lr v``, all
-    in fp32. The v that moves w is the one before it is rounded. A row with norm <= 1e-12 has g = 0.
+    in fp32. The v that moves w is the one before it is rounded. A row with norm <= 1e-10 has g = 0.
 
     Args:
         centers_CD: fp32, bf16 or fp16, contiguous, D <= 4096; changed in place.

@@ -11,8 +11,9 @@ from torch import Tensor
 from partialfc.margins.base import Bend
 from partialfc.tiles.workspace import Workspace
 
-_SMALLEST_NORM = 1e-12
-"""A shorter vector has no direction: its unit vector and its gradient are zero."""
+_SMALLEST_NORM = 1e-10
+"""A shorter vector has no direction: its unit vector and its gradient are zero. exp(64) over
+any other stays inside fp32's range."""
 
 
 LEFT_OUT = -1e6
@@ -25,7 +26,7 @@ def unit_rows(
     """Write the unit centers of rows ``start:stop`` of the sample to ``out_TD``, any dtype."""
     in_place = rows is not None and out_TD.dtype == centers_CD.dtype
     row_TD = take_rows(centers_CD, rows, start, stop, out=out_TD if in_place else None).float()
-    torch.mul(row_TD, _reciprocal_norms(row_TD), out=out_TD)
+    torch.mul(row_TD, reciprocal_norms(row_TD), out=out_TD)
 
 
 def exponentials(
@@ -37,6 +38,7 @@ def exponentials(
     sum_B: Tensor | None,
     dtype: torch.dtype,
     workspace: Workspace,
+    factor_T1: Tensor | None = None,
 ) -> Tensor:
     """Return exp(logit - shift) times the bend's slope [T, B], 0 at the positives.
 
@@ -50,6 +52,7 @@ def exponentials(
         sum_B: fp32; the sums over the tile's negatives are added to it. ``None``: not wanted.
         dtype: Of the result. The sum is that of the fp32 values.
         workspace: Buffers of what a bend needs.
+        factor_T1: fp32 factor of the result, and not of the sum.
     """
     leave_out_(logit_TB, column_B)
     logit_TB = logit_TB.float()
@@ -64,6 +67,8 @@ def exponentials(
         sum_B.add_(exp_TB.sum(0))
     if slope_TB is not None:
         exp_TB.mul_(slope_TB)
+    if factor_T1 is not None:
+        exp_TB.mul_(factor_T1)
     return exp_TB.to(dtype)
 
 
@@ -74,6 +79,7 @@ def sigmoids(
     *,
     sums: tuple[Tensor, Tensor] | None,
     dtype: torch.dtype,
+    factor_T1: Tensor | None = None,
 ) -> Tensor:
     """Return sigmoid(logit - offset) [T, B], 0 at the positives; ``logit_TB`` is used up.
 
@@ -84,6 +90,7 @@ def sigmoids(
         sums: fp32 [B] each; log(1 + exp(logit - offset)) and the sigmoids over the tile's negatives
             are added to them. ``None``: not wanted.
         dtype: Of the result.
+        factor_T1: As in :func:`exponentials`.
     """
     leave_out_(logit_TB, column_B)
     logit_TB = logit_TB.float().sub_(offset)
@@ -92,6 +99,8 @@ def sigmoids(
     logit_TB.sigmoid_()
     if sums is not None:
         sums[1].add_(logit_TB.sum(0))
+    if factor_T1 is not None:
+        logit_TB.mul_(factor_T1)
     return logit_TB.to(dtype)
 
 
@@ -156,19 +165,27 @@ def unit(row_TD: Tensor) -> tuple[Tensor, Tensor]:
     A non-finite row stays non-finite, so that the loss shows it.
     """
     row_TD = row_TD.float()
-    reciprocal_T1 = _reciprocal_norms(row_TD)
+    reciprocal_T1 = reciprocal_norms(row_TD)
     return row_TD * reciprocal_T1, reciprocal_T1
 
 
-def project_(gradient_TD: Tensor, row_TD: Tensor, scratch_TD: Tensor) -> None:
-    """Turn the gradient by the unit centers into that by the fp32 rows, in place."""
-    reciprocal_T1 = _reciprocal_norms(row_TD)
+def project_(
+    gradient_TD: Tensor, row_TD: Tensor, scratch_TD: Tensor, factor_T1: Tensor | None = None
+) -> None:
+    """Turn the gradient by the unit centers into that by the fp32 rows, in place.
+
+    ``factor_T1`` are the reciprocal norms of the rows, if the gradient was multiplied by them.
+    """
+    if factor_T1 is None:
+        factor_T1 = reciprocal_norms(row_TD)
+        gradient_TD.mul_(factor_T1)
     torch.mul(gradient_TD, row_TD, out=scratch_TD)
     along_T1 = scratch_TD.sum(1, keepdim=True)
-    gradient_TD.mul_(reciprocal_T1).addcmul_(row_TD, along_T1 * reciprocal_T1**3, value=-1)
+    gradient_TD.addcmul_(row_TD, along_T1 * factor_T1.square(), value=-1)
 
 
-def _reciprocal_norms(row_TD: Tensor) -> Tensor:
-    norm_T1 = torch.linalg.vector_norm(row_TD, dim=1, keepdim=True)
+def reciprocal_norms(row_TD: Tensor) -> Tensor:
+    """Return 1 / norm of rows [T, 1] in fp32; 0 without a direction, NaN if not finite."""
+    norm_T1 = torch.linalg.vector_norm(row_TD, dim=1, keepdim=True, dtype=torch.float32)
     nothing_T1 = norm_T1 - norm_T1  # 0, or NaN where the norm is not finite
     return F.threshold(norm_T1, _SMALLEST_NORM, torch.inf).reciprocal_().add_(nothing_T1)

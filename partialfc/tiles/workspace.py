@@ -1,5 +1,7 @@
 """Buffers that the tiles of all steps use again."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ class Workspace:
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._returned: dict[tuple[int, ...], list[Tensor]] = {}
 
     def __call__(
         self, name: str, size: tuple[int, ...], dtype: torch.dtype, device: torch.device
@@ -27,3 +30,23 @@ class Workspace:
                 buffer = torch.empty(count, dtype=dtype, device=device)
             self._buffers[name, dtype] = buffer
         return buffer[:count].view(size)
+
+    def lend(self, size: tuple[int, ...], device: torch.device) -> Tensor:
+        """Return an fp32 tensor of one's own, until :meth:`take_back`; what it holds is undefined.
+
+        It is one that was given back, if the last step had one of that size.
+        """
+        free = self._returned.get(size)
+        if free and device.type == "cpu":
+            return free.pop()
+        return torch.empty(size, device=device)
+
+    def take_back(self, tensors: Iterable[Tensor]) -> None:
+        """Lend these again, which nobody reads any more, and none of those before.
+
+        A GPU has an allocator that does so.
+        """
+        self._returned = {}
+        for tensor in tensors:
+            if tensor.device.type == "cpu" and tensor.dtype == torch.float32:
+                self._returned.setdefault((*tensor.shape,), []).append(tensor)

@@ -4,7 +4,8 @@
     python tools/bench/head.py --margins all --json OUT.json
     python tools/bench/head.py --plot OUT.png --from a.json b.json
 
-A row is one full step: forward, backward to the embeddings' gradient, update of the centers. The
+A row is one full step: forward, backward to the embeddings' gradient, update of the centers; "3
+GEMMs" are the matrix products of such a step alone, in caches, timed in the same turns. The
 textbook head (tests/reference.py) is the algorithm of arcface_torch's PartialFC_V2: all logits in
 fp32, a dense gradient, dense SGD. --margins compares ours with other margins instead, each against
 a plain normalised softmax. Lists separated by commas give every combination. Under torchrun
@@ -127,7 +128,7 @@ def table(rows: list[Row]) -> Table:
     shown = Table(title="One step of the head; memory beyond centers and states, largest rank")
     for name in ("C", "B", "r", "W", "head", "median", "p10-p90", "against", "memory"):
         shown.add_column(name, justify="left" if name == "head" else "right")
-    for name in ("4-GEMM floor", "of it", "row I/O"):
+    for name in ("4-GEMM floor", "of it", "row I/O", "3 GEMMs"):
         shown.add_column(name, justify="right")
     for row in rows:
         for name, head in row["heads"].items():
@@ -146,6 +147,7 @@ def table(rows: list[Row]) -> Table:
                 f"{head['floor_seconds'] * 1e3:.1f} ms",
                 f"{head['fraction_of_floor']:.0%}",
                 f"{head['row_io_seconds'] * 1e3:.1f} ms",
+                f"{row['three_products_seconds']['median'] * 1e3:.1f} ms",
             )
     return shown
 

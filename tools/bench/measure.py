@@ -16,7 +16,6 @@ sys.path[0] = str(ROOT)
 import gc
 import importlib
 import json
-import math
 import os
 import resource
 import time
@@ -29,6 +28,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from tools.bench.ceilings import ceilings_of, over_ranks, three_products, timed
 
 TEXTBOOKS = ("textbook", "textbook_tf32")
 WARM_UP = 3
@@ -102,15 +103,6 @@ def joined(case: Case) -> Iterator[torch.device]:
     finally:
         if several:
             dist.destroy_process_group()
-
-
-def over_ranks(value: float, operation: str, device: torch.device) -> float:
-    """Return the MAX or SUM over ranks. Collective: one all-reduce."""
-    if not dist.is_initialized():
-        return value
-    shared = torch.tensor(value, dtype=torch.float64, device=device)
-    dist.all_reduce(shared, getattr(dist.ReduceOp, operation))
-    return float(shared.item())
 
 
 def build(name: str, case: Case, device: torch.device) -> tuple[Any, Step]:
@@ -189,25 +181,9 @@ def sampled_rows(head: Any, identities_B: Tensor) -> int:
     return len(head.centers) if rows is None else len(rows)
 
 
-def timed(device: torch.device, run: Callable[..., Any], *arguments: object) -> tuple[float, Any]:
-    """Return the seconds and the result of a call, begun on all ranks together.
-
-    On a GPU the clock runs to the end of all streams, so what the head does beside is included.
-    """
-    if dist.is_initialized():
-        dist.barrier()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    result = run(*arguments)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start, result
-
-
 def times_of(case: Case, device: torch.device) -> Result:
     """Time the heads in turns, and the machine's ceilings before and after; collective."""
-    before = ceilings_of(case, device)
+    before = ceilings_of(case.dim, case.batch, device)
     heads: dict[str, tuple[Any, Step]] = {}
     found: dict[str, Result] = {name: {} for name in case.heads}
     for name in case.heads:
@@ -215,7 +191,7 @@ def times_of(case: Case, device: torch.device) -> Result:
         heads[name] = build(name, case, device)
         seconds = time.perf_counter() - start
         found[name]["construction_seconds"] = over_ranks(seconds, "MAX", device)
-    times, losses, identities_B = _take_turns(case, heads, device)
+    times, products, losses, identities_B = _take_turns(case, heads, device)
     for name, (head, _) in heads.items():
         if not np.isfinite(losses[name]):
             raise FloatingPointError(f"the loss of {name} is {losses[name]}")
@@ -229,17 +205,24 @@ def times_of(case: Case, device: torch.device) -> Result:
         }
     del head, centers, states
     heads.clear()
-    after = ceilings_of(case, device)
-    return {"heads": found, "ceilings": {key: max(before[key], after[key]) for key in before}}
+    after = ceilings_of(case.dim, case.batch, device)
+    ceilings = {key: max(before[key], after[key]) for key in before}
+    return {"heads": found, "ceilings": ceilings, "three_products_seconds": percentiles(products)}
 
 
 def _take_turns(
     case: Case, heads: dict[str, tuple[Any, Step]], device: torch.device
-) -> tuple[dict[str, list[float]], dict[str, float], Tensor]:
-    """A B A B ... on the same batches, a new one each round.
+) -> tuple[dict[str, list[float]], list[float], dict[str, float], Tensor]:
+    """A B A B ... on the same batches, a new one each round, and the bare products at its end.
 
-    Returns the seconds of the slowest rank after the warm-up, the last losses, the last identities.
+    Returns the seconds of the slowest rank after the warm-up, those of the products, the last
+    losses, the last identities.
     """
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    rows = max(1, round(case.rate * case.classes / size))
+    dtype = torch.bfloat16 if case.dtype == "bf16" else torch.float32
+    bare = three_products(rows, case.dim, case.batch, dtype, device)
+    products: list[float] = []
     times: dict[str, list[float]] = {name: [] for name in heads}
     losses: dict[str, float] = {}
     number, start, passed = 0, 0.0, 0.0
@@ -254,9 +237,12 @@ def _take_turns(
             losses[name] = float(loss)
             if number >= WARM_UP:
                 times[name].append(over_ranks(seconds, "MAX", device))
+        seconds, _ = timed(device, bare)
+        if number >= WARM_UP:
+            products.append(over_ranks(seconds, "MAX", device))
         number += 1
         passed = over_ranks(time.perf_counter() - start, "MAX", device) if start else 0.0
-    return times, losses, identities_B
+    return times, products, losses, identities_B
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
@@ -348,52 +334,6 @@ def memory_of(case: Case, device: torch.device) -> Result:
         "stored_bytes": int(over_ranks(stored, "MAX", device)),
         "peak_was_reset": reset,
     }
-
-
-def ceilings_of(case: Case, device: torch.device) -> dict[str, float]:
-    """Measure what the machine can do, all ranks at once, summed over ranks; collective.
-
-    Returns:
-        FLOP/s of matrix products by dtype, the best of shapes like the head's (T x D by D x B) and
-        of a square; bytes/s, read and written, of copying an array far larger than the caches.
-    """
-    gpu = device.type == "cuda"
-    square, rows = (8192, (16384, 131072)) if gpu else (2048, (1024, 8192))
-    shapes = [*((row, case.dim, case.batch) for row in rows), (square, square, square)]
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    if gpu:
-        dtypes["tf32"] = torch.float32
-    found = {}
-    for name, dtype in dtypes.items():
-        torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
-        best = max(_matmul_rate(shape, dtype, device) for shape in shapes)
-        found[name] = over_ranks(best, "SUM", device)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    source = torch.ones(2**28 if gpu else 2**25, device=device)
-    target = torch.empty_like(source)
-    best = _best_seconds(lambda: target.copy_(source), device)
-    found["copy"] = over_ranks(2 * bytes_of([source]) / best, "SUM", device)
-    return found
-
-
-def _matmul_rate(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> float:
-    rows, inner, columns = shape
-    left = torch.randn(rows, inner, device=device, dtype=dtype)
-    right = torch.randn(columns, inner, device=device, dtype=dtype).T
-    out = torch.empty(rows, columns, device=device, dtype=dtype)
-    seconds = _best_seconds(lambda: torch.mm(left, right, out=out), device)
-    return 2 * rows * inner * columns / seconds
-
-
-def _best_seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Least seconds of a call among many, ten to a measurement on a GPU; at least 0.1 s of them."""
-    inner = 10 if device.type == "cuda" else 1
-    timed(device, run)
-    best, total = math.inf, 0.0
-    while over_ranks(total, "MAX", device) < 0.1:
-        seconds, _ = timed(device, lambda: [run() for _ in range(inner)])
-        best, total = min(best, seconds / inner), total + seconds
-    return best
 
 
 if __name__ == "__main__":
