@@ -141,7 +141,7 @@ def _draw_roc(
     axes.step(far_V, tar_V, where="post", color=_BLUE, linewidth=2, label="trained")
     if untrained_scores is not None:
         far_U, tar_U, _ = roc(np.asarray(untrained_scores), same)
-        axes.step(far_U, tar_U, where="post", color=_FAINT, linewidth=1.5, label="untrained")
+        axes.step(far_U, tar_U, where="post", color=_FAINT, linewidth=1.5, label="at step 0")
         axes.legend(frameon=False, fontsize=10, loc="lower right")
     axes.set_xscale("log")
     axes.set_xlim(1 / int((~same).sum()), 1)

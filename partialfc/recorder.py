@@ -295,7 +295,7 @@ class Recorder:
             numbers = summary["verification"]
             untrained = numbers["accuracy_untrained"]
             rows["verification"] = f"{numbers['accuracy']:.4f} ten-fold accuracy" + (
-                f" (untrained: {untrained:.4f})" if untrained is not None else ""
+                f" (at step 0: {untrained:.4f})" if untrained is not None else ""
             )
         if "identification" in summary:
             rows["identification"] = f"{summary['identification']['rank_1']:.4f} rank-1"

@@ -12,7 +12,7 @@ from partialfc.data.augment import Augmentation
 from partialfc.data.dataset import DataSet, open_dataset
 from partialfc.data.order import Order
 from partialfc.data.stream import Batch, Batches, Stream
-from partialfc.errors import DataError
+from partialfc.errors import DataError, in_words
 from partialfc.runtime import Runtime
 
 
@@ -54,7 +54,7 @@ def open_training_data(config: Config) -> TrainingData:
             ),
         )
     except (OSError, ValueError) as error:
-        raise ConfigError(f"data.train: {error}") from error
+        raise ConfigError(f"data.train: {in_words(error)}") from error
     steps = config.run.steps
     if steps is None:
         assert config.run.epochs is not None

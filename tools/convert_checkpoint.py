@@ -32,6 +32,7 @@ from partialfc.checkpoint import CheckpointError
 from partialfc.config import Config, ConfigError, load, to_toml
 from partialfc.console import from_here
 from partialfc.data.dataset import open_dataset
+from partialfc.errors import in_words
 from partialfc.facts import facts_of
 from partialfc.foreign import ForeignError
 from partialfc.metrics import write_text
@@ -88,7 +89,8 @@ def bring_in(options: argparse.Namespace) -> int:
             dataset = open_dataset(config.data.train, config.data.skip)
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"data.train: {error} A checkpoint belongs to the pack that it goes on with."
+                f"data.train: {in_words(error).rstrip('.')}. A checkpoint belongs to the pack that "
+                "it goes on with."
             ) from error
         model = build(config, runtime, dataset.num_identities)
         fill(model, layout, step)

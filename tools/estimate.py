@@ -2,7 +2,7 @@
 
 python tools/estimate.py CONFIG.toml [key.sub=value ...] --nodes N --gpus-per-node G --gpu h200
 
-Memory is counted where it can be (tools/estimator.py) and assumed where it says so. Time is
+Memory is counted where it can be (tools/estimating) and assumed where it says so. Time is
 arithmetic on rates that are all printed. Exit code: 0 fits, 1 does not, 2 a mistake in the request.
 """
 
@@ -26,6 +26,7 @@ from rich.table import Table
 
 from partialfc.config import Config, ConfigError, load
 from partialfc.data.dataset import open_dataset
+from partialfc.errors import in_words
 from tools.estimating.backbone import (
     GIB,
     MOMENTS,
@@ -214,8 +215,8 @@ def identities_of(config: Config, given: int | None) -> int:
         return open_dataset(config.data.train, config.data.skip).num_identities
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"data.train: {error}. The number of identities is the pack's: point data.train at a "
-            "pack on this machine, or give --identities."
+            f"data.train: {in_words(error).rstrip('.')}. The number of identities is the pack's: "
+            "point data.train at a pack on this machine, or give --identities."
         ) from error
 
 

@@ -93,7 +93,7 @@ def _headline(runs: Sequence[RunRecord]) -> str:
     rows: list[tuple[str, list[str]]] = []
     numbers: tuple[tuple[str, Callable[[RunRecord], str]], ...] = (
         ("ten-fold accuracy", lambda run: _of(run, _percent, "verification", "accuracy")),
-        ("untrained", lambda run: _of(run, _percent, "verification", "accuracy_untrained")),
+        ("at step 0", lambda run: _of(run, _percent, "verification", "accuracy_untrained")),
         ("TAR at FAR 1e-3", lambda run: _of(run, _percent, "verification", "tar_at_far", "0.001")),
         ("equal error rate", lambda run: _of(run, _percent, "verification", "eer")),
         ("rank 1", lambda run: _of(run, _percent, "identification", "rank_1")),
