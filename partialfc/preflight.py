@@ -116,7 +116,7 @@ def _versions(runtime: Runtime) -> Iterator[Finding]:
     if differ:
         yield Finding(
             "versions",
-            f"{_named(differ)} differ from the others; rank {runtime.ranks.rank} has {text}",
+            f"others on {_named(differ)}; rank {runtime.ranks.rank} has {text}",
             "refused",
             "Give all hosts the same environment.",
         )
@@ -133,7 +133,7 @@ def _clocks(runtime: Runtime) -> Iterator[Finding]:
         ranks = _ranks_with((away > _SKEW_SECONDS).tolist())
         yield Finding(
             "clocks",
-            f"{skew:.1f} s between the ranks; {_named(ranks)} are away from the others",
+            f"{skew:.1f} s between {_named(ranks)} and the others",
             "warning",
             "Run a time service: records and alerts compare times of hosts.",
         )

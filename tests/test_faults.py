@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -88,6 +89,44 @@ def test_a_killed_rank_of_two_hosts_ends_both_and_is_named(start, tmp_path):
     assert re.search(r"LostRankError: rank 1 was lost at step \d+", first.text())
     assert re.search(r"exitcode  : 7", first.text())
     assert re.search(r"rank      : 1 .*\n.*exitcode  : -9", second.text())
+
+
+def test_a_late_rank_is_named_and_a_nan_of_one_ends_all_with_one_code(packs, tmp_path):  # noqa: F811
+    """R15, R12: within 50 steps; and no rank has changed a weight, a state or a statistic."""
+    words = [f"data.train={packs / 'train.rec'}", f"run.folder={tmp_path / 'run'}", *COMMON]
+    words += ["run.steps=1000", "log.every_steps=10", "data.loader=torch", "log.progress=false"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "tests/faulty_rank.py", tmp_path, "configs/omniglot.toml", *words],
+            cwd=ROOT,
+            env={
+                **os.environ,
+                **where,
+                "OMP_NUM_THREADS": "1",
+                "GLOO_SOCKET_IFNAME": "lo",
+                "WORLD_SIZE": "2",
+                "LOCAL_WORLD_SIZE": "2",
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=180) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [3, 3], said
+    assert re.search(r"rank 1 is slow: the others wait \d+ ms for it in every step", said[0][0])
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    slow = [one["slowest_rank"] for one in records if one["step"] <= 50 and one["slow_ranks"]]
+    assert 1 in slow, records
+    for rank, (_, errors) in enumerate(said):
+        assert f"rank {rank}: the loss was not finite in 0 steps, and 1 steps changed no" in errors
+        assert json.loads((tmp_path / f"rank_{rank}.json").read_text()), "nothing was changed"
 
 
 @pytest.fixture

@@ -1,6 +1,8 @@
 """What a look at the machines finds, on one rank; tests/cluster has two hosts."""
 
+import re
 import sys
+import time
 
 import pytest
 
@@ -10,6 +12,7 @@ from partialfc.config import ConfigError
 from partialfc.preflight import Finding, checkpoint_bytes, report
 from partialfc.saver import Saver
 from tests.models import runtime, settings
+from tests.ranks import run_on_ranks
 
 
 @pytest.mark.parametrize(
@@ -40,9 +43,13 @@ def test_the_size_of_a_checkpoint_is_known_before(sections, tmp_path):
 
 
 def test_what_is_refused_is_one_message_and_a_warning_is_none(capsys):
-    warning = Finding("clocks", "3 s between the ranks", "warning", "Run a time service.")
+    warning = Finding(
+        "clocks", "3 s between rank 1 and the others", "warning", "Run a time service."
+    )
     report([warning], runtime())
-    assert "warning: 3 s between the ranks. Run a time service." in capsys.readouterr().out
+    assert (
+        "warning: 3 s between rank 1 and the others. Run a time service." in capsys.readouterr().out
+    )
     with pytest.raises(ConfigError, match=r"preflight, disk: full\. Make room\."):
         report([warning, Finding("disk", "full", "refused", "Make room.")], runtime())
 
@@ -60,7 +67,28 @@ def test_ranks_that_differ_are_the_minority(monkeypatch):
         many = _Three()
         (finding,) = preflight._versions(many)
         assert finding.level == "refused"
-        assert finding.value.startswith("rank 1 differ")
+        assert finding.value.startswith("others on rank 1; rank 0 has python ")
+
+
+def clocks_on_rank(rank, world_size, ahead):
+    time.time = lambda right=time.time: right() + ahead[rank]
+    try:
+        (finding,) = preflight._clocks(runtime())
+    finally:
+        time.time = time.time.__defaults__[0]
+    return finding.level, finding.value
+
+
+@pytest.mark.distributed
+def test_ranks_whose_clocks_are_away_from_the_others_are_named():
+    """Clocks of real processes; all ranks come to the same verdict."""
+    (level, value), *others = run_on_ranks(3, clocks_on_rank, (0, 0.1, 0))
+    assert level == "fine"
+    assert 90 < float(value.removeprefix("within ").removesuffix(" ms")) < 500
+    assert others == [(level, value)] * 2
+    for level, value in run_on_ranks(3, clocks_on_rank, (0, 0.1, -40)):
+        assert level == "warning"
+        assert re.fullmatch(r"(39|40)\.\d s between rank 2 and the others", value)
 
 
 class _Digest:

@@ -232,6 +232,21 @@ def test_an_interface_that_no_other_host_reaches_is_refused_with_a_hint(agents):
         assert f"Set GLOO_SOCKET_IFNAME=ve{i}" in two.log(i)
 
 
+def test_a_host_whose_clock_is_wrong_is_named_and_the_run_may_go_on(agents, tmp_path):
+    """Every process of one host has a clock that is an hour ahead."""
+    clock = tmp_path / "clock"
+    clock.mkdir()
+    ahead = "import time\nright = time.time\ntime.time = lambda: right() + 3600\n"
+    (clock / "sitecustomize.py").write_text(ahead)
+    two = agents("--nnodes=2", "--nproc-per-node=1", "--rdzv-id=h", script="launch/preflight.py")
+    two.start(0)
+    two.start(1, PYTHONPATH=str(clock))
+    assert two.codes(180) == [0, 0], two.log(0) + two.log(1)
+    table = re.sub(r"[│\s]+", " ", two.log(0))
+    assert re.search(r"clocks warning: 3[56]\d\d\.\d s between rank 1 and the others", table), table
+    assert "Run a time service" in table
+
+
 def test_preflight_measures_both_hosts_and_refuses_too_little_room(agents, tmp_path):
     """As the run would be started; and as the run's first phase."""
     two = agents("--nnodes=2", "--nproc-per-node=1", "--rdzv-id=f", script="launch/preflight.py")

@@ -75,6 +75,29 @@ def test_ranks_do_not_change_the_training_with_every_loss():
         np.testing.assert_allclose(result[2], alone[2], rtol=1e-4, atol=1e-6)
 
 
+def poison_on_rank(rank, world_size, what):
+    config, model = settings(), flat_model(settings(), rate=1.0)
+    for step in range(2):
+        images, identities = (share(part, rank, world_size) for part in batch(step, 24))
+        if step == 1:
+            if rank == 1 and what == "embedding":
+                model.backbone.register_forward_hook(lambda *_: _[2] * torch.nan)
+            if rank == 1 and what == "gradient":
+                model.backbone.project.bias.register_hook(lambda gradient: gradient * torch.inf)
+            if rank == 1 and what == "center":
+                model.head.centers.data[3, 2] = torch.nan
+            before = [value.view(torch.uint8) for value in weights(model)]
+        done = train_step(model, config, images, identities, 0.05)
+    after = [value.view(torch.uint8) for value in weights(model)]
+    return done.skipped.item(), all(map(torch.equal, before, after))
+
+
+@pytest.mark.parametrize("what", ["embedding", "gradient", "center"])
+def test_what_is_not_finite_on_one_rank_changes_no_ranks_weights(what):
+    """R12: byte for byte, momentum too."""
+    assert run_on_ranks(2, poison_on_rank, what) == [(1, True)] * 2
+
+
 @pytest.mark.parametrize("poisoned", [0, 1])
 def test_one_ranks_bad_image_changes_no_ranks_weights(poisoned):
     for _, unchanged, _, skipped in run_on_ranks(2, steps_on_rank, 1, poisoned):

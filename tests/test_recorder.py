@@ -1,0 +1,42 @@
+"""When a run is no longer sound."""
+
+import pytest
+import torch
+
+from partialfc.errors import NonFiniteError
+from partialfc.ledger import Ledger
+from partialfc.recorder import Recorder
+from partialfc.train_step import Step
+from tests.models import runtime, settings
+
+
+def record(tmp_path, compute, steps):
+    """Note steps: "." counts, "s" is skipped, "n" has a loss that is not finite."""
+    config = settings(
+        run={"folder": str(tmp_path)},
+        precision={"compute": compute},
+        log={"every_steps": 5, "tensorboard": False, "progress": False},
+    )
+    with Recorder(config, runtime(), 0, 1000, 100, Ledger(None)) as recorder:
+        for number, kind in enumerate(steps, 1):
+            loss = torch.tensor(torch.inf if kind == "n" else 2.0)
+            skipped = torch.tensor(float(kind != "."))
+            recorder.stepped(number, Step(loss, loss, skipped, torch.tensor(8.0)), 0.1)
+
+
+def test_fp16_may_skip_but_not_twenty_times_in_a_row(tmp_path):
+    """R12: it looks for its loss scale; what it skipped is counted."""
+    record(tmp_path, "fp16", "." + "s" * 19 + "." + "s" * 19)
+    assert '"skipped_steps": 38.0' in (tmp_path / "metrics.jsonl").read_text()
+    with pytest.raises(NonFiniteError, match="20 of them in a row, up to step 25"):
+        record(tmp_path, "fp16", "." + "s" * 20 + "....")
+
+
+@pytest.mark.parametrize(
+    ("compute", "steps"), [("fp32", "..s.."), ("bf16", "..s.."), ("fp16", "..n..")]
+)
+def test_elsewhere_one_step_ends_the_run_at_the_next_record(tmp_path, compute, steps):
+    """R12: and nothing of it is recorded."""
+    with pytest.raises(NonFiniteError, match="up to step 5"):
+        record(tmp_path, compute, steps)
+    assert not (tmp_path / "metrics.jsonl").read_text()
