@@ -59,7 +59,8 @@ class Slurm:
         self.run("sbatch", "-p", "high", "-N3", "--exclusive", *output, "--wrap", "sleep 0.2")
 
 
-def wait_for(condition, seconds: float = 90, every: float = 0.1) -> None:
+def wait_for(condition, seconds: float = 180, every: float = 0.1) -> None:
+    """Until something happens; the seconds are for a machine that others keep busy."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:

@@ -125,16 +125,16 @@ def test_a_lost_host_and_one_that_joins(agents, tmp_path):
     )
     two.start(0)
     two.start(1)
-    wait_for(lambda: last_step(run) >= 12, 180)
+    wait_for(lambda: last_step(run) >= 12)
     before, lost = last_step(run), time.monotonic()
     two.kill_host(1)
-    wait_for(lambda: world_size(run) == 1, 180)
-    wait_for(lambda: last_step(run) > before + 2, 60)
+    wait_for(lambda: world_size(run) == 1)
+    wait_for(lambda: last_step(run) > before + 2)
     alone = time.monotonic()
     two.start(1)
-    wait_for(lambda: world_size(run) == 2, 180)
+    wait_for(lambda: world_size(run) == 2)
     now = last_step(run)
-    wait_for(lambda: last_step(run) > now + 2, 60)
+    wait_for(lambda: last_step(run) > now + 2)
     print(
         f"lost host to new steps {alone - lost:.1f} s, joined to more "
         f"{time.monotonic() - alone:.1f} s"
@@ -161,7 +161,7 @@ def test_a_killed_rank_ends_both_hosts_and_is_named(agents, tmp_path):
     two = agents("--nnodes=2", "--nproc-per-node=2", "--max-restarts=0", "--rdzv-id=b")
     two.start(0)
     two.start(1)
-    wait_for(lambda: last_step(tmp_path / "run") >= 5, 120)
+    wait_for(lambda: last_step(tmp_path / "run") >= 5)
     ranks = [*two.ranks(0).values(), *two.ranks(1).values()]
     assert len(ranks) == 4
     os.kill(two.ranks(1)[1], signal.SIGKILL)
@@ -188,7 +188,7 @@ def test_a_cut_link_is_found_and_a_healed_one_goes_on(agents, hosts, tmp_path):
     )
     two.start(0)
     two.start(1)
-    wait_for(lambda: last_step(run) >= 7, 180)
+    wait_for(lambda: last_step(run) >= 7)
     ranks = [*two.ranks(0).values(), *two.ranks(1).values()]
     hosts.cut(1)
     cut = time.monotonic()
@@ -196,7 +196,7 @@ def test_a_cut_link_is_found_and_a_healed_one_goes_on(agents, hosts, tmp_path):
     found = time.monotonic() - cut
     hosts.heal(1)
     healed, before = time.monotonic(), last_step(run)
-    wait_for(lambda: last_step(run) > before + 2, 180)
+    wait_for(lambda: last_step(run) > before + 2)
     print(
         f"cut link to the last rank gone {found:.1f} s, healed to new steps "
         f"{time.monotonic() - healed:.1f} s"
@@ -210,7 +210,7 @@ def test_a_stopped_rank_on_the_other_host_is_named(agents, tmp_path):
     two = agents("--nnodes=2", "--nproc-per-node=1", "--max-restarts=0", "--rdzv-id=d")
     two.start(0)
     two.start(1)
-    wait_for(lambda: last_step(tmp_path / "run") >= 5, 120)
+    wait_for(lambda: last_step(tmp_path / "run") >= 5)
     os.kill(two.ranks(1)[0], signal.SIGSTOP)
     stopped = time.monotonic()
     wait_for(lambda: "rank 1 gave no sign of life" in two.log(0), 120)
@@ -224,9 +224,7 @@ def test_an_interface_that_no_other_host_reaches_is_refused_with_a_hint(agents):
     two = agents("--nnodes=2", "--nproc-per-node=1", "--max-restarts=0", "--rdzv-id=e")
     two.start(0, GLOO_SOCKET_IFNAME="lo")
     two.start(1, GLOO_SOCKET_IFNAME="lo")
-    began = time.monotonic()
-    assert all(two.codes(60))
-    assert time.monotonic() - began < 60
+    assert all(two.codes(180))
     for i in (0, 1):
         assert "GLOO_SOCKET_IFNAME = 'lo' is 127.0.0.1, which no other host can reach" in two.log(i)
         assert f"Set GLOO_SOCKET_IFNAME=ve{i}" in two.log(i)
@@ -252,7 +250,7 @@ def test_preflight_measures_both_hosts_and_refuses_too_little_room(agents, tmp_p
     two = agents("--nnodes=2", "--nproc-per-node=1", "--rdzv-id=f", script="launch/preflight.py")
     two.start(0)
     two.start(1)
-    assert two.codes(120) == [0, 0], two.log(0) + two.log(1)
+    assert two.codes(180) == [0, 0], two.log(0) + two.log(1)
     table = two.log(0)
     for word in ("all-gather", "reduce-scatter", "GB/s", "images/s", "MiB/s written", "clocks"):
         assert word in table
@@ -265,6 +263,6 @@ def test_preflight_measures_both_hosts_and_refuses_too_little_room(agents, tmp_p
     )
     wide.start(0)
     wide.start(1)
-    assert all(wide.codes(120))
+    assert all(wide.codes(180))
     assert "checkpoint.keep = 100000000 needs" in wide.log(0)
     assert not losses(tmp_path / "run")

@@ -51,7 +51,7 @@ def test_a_run_is_seen_in_prometheus_and_ctrl_c_ends_all_of_it(packs, tmp_path):
         return len(json.loads(text)["data"]["result"]) if text else 0
 
     try:
-        wait_for(lambda: running.poll() is not None or ranks_seen() == 2, 120)
+        wait_for(lambda: running.poll() is not None or ranks_seen() == 2)
         assert running.poll() is None, running.communicate()
         assert "running" in read(f"http://127.0.0.1:{page}")
         below = processes_below(running.pid)

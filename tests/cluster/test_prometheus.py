@@ -43,7 +43,7 @@ def start(ranks, words, **environment):
 
 def stop(process):
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=180)
     return output
 
 
@@ -62,8 +62,8 @@ def scraped(packs, tmp_path_factory):
     with Prometheus(folder) as prometheus:
         process = start(2, words)
         # 2m windows need two samples, and rules a moment more.
-        wait_for(lambda: prometheus.value("partialfc:lateness:ratio") is not None, 120)
-        wait_for(lambda: prometheus.value("partialfc:checkpoint_age_seconds") is not None, 60)
+        wait_for(lambda: prometheus.value("partialfc:lateness:ratio") is not None)
+        wait_for(lambda: prometheus.value("partialfc:checkpoint_age_seconds") is not None)
         yield prometheus, run, process
         if process.poll() is None:
             stop(process)
@@ -96,8 +96,10 @@ def test_what_a_rank_exports_is_small_quick_and_tells_nothing_private(scraped):
     counts = {sample["metric"]["rank"]: int(sample["value"][1]) for sample in series}
     assert sorted(counts) == ["0", "1"]
     assert max(counts.values()) <= 100, counts
-    seconds = prometheus.value('max(scrape_duration_seconds{job="partialfc"})')
-    assert seconds < 0.5
+    # The quickest of each rank: another one may have waited for a busy machine.
+    quickest = 'max(min_over_time(scrape_duration_seconds{job="partialfc"}[10m]))'
+    seconds = prometheus.value(quickest)
+    assert seconds < 0.1
     print(f"series {counts}, a scrape {1e3 * seconds:.0f} ms")
     address = prometheus.query("up")[0]["metric"]["instance"]
     with urllib.request.urlopen(f"http://{address}/metrics") as reply:
@@ -152,7 +154,7 @@ def test_a_stopped_rank_answers_and_its_last_step_grows_old(scraped):
     finally:
         os.kill(victim, signal.SIGCONT)
     now = last_step(run)
-    wait_for(lambda: last_step(run) > now, 30)
+    wait_for(lambda: last_step(run) > now)
 
 
 def test_targets_are_gone_when_the_run_ends(scraped):
@@ -162,7 +164,7 @@ def test_targets_are_gone_when_the_run_ends(scraped):
     assert [entry["labels"]["rank"] for entry in json.loads(path.read_text())] == ["0", "1"]
     stop(process)
     assert not path.exists()
-    wait_for(lambda: not prometheus.query('up{job="partialfc"}'), 30)
+    wait_for(lambda: not prometheus.query('up{job="partialfc"}'))
 
 
 def test_a_taken_port_and_a_folder_that_cannot_be_written_do_not_stop_training(packs, tmp_path):
@@ -171,7 +173,7 @@ def test_a_taken_port_and_a_folder_that_cannot_be_written_do_not_stop_training(p
     (tmp_path / "file").write_text("")
     words = arguments(packs, tmp_path / "run", "run.steps=3", f"monitor.port={port}")
     process = start(2, [*words, f"monitor.targets={tmp_path / 'file'}"])
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=180)
     held.close()
     assert process.returncode == 0, output
     assert f"port {port} is taken; metrics are on port" in output
@@ -222,7 +224,7 @@ def test_tls_with_client_certificates(packs, certificates, tmp_path):
     with Prometheus(tmp_path, tls_config={**tls, "key_file": files["client.key"]}) as prometheus:
         process = start(1, words)
         try:
-            wait_for(lambda: prometheus.value("partialfc_step") is not None, 90)
+            wait_for(lambda: prometheus.value("partialfc_step") is not None)
             address = prometheus.query("up")[0]["metric"]["instance"]
             context = ssl.create_default_context(cafile=files["ca.pem"])
             with pytest.raises(OSError):
@@ -233,7 +235,7 @@ def test_tls_with_client_certificates(packs, certificates, tmp_path):
             stop(process)
     wrong = [*words[:-2], f"monitor.key={certificates / 'client.key'}"]
     process = start(1, wrong)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=180)
     assert process.returncode == 1
     assert "monitor.certificate" in output
 
@@ -271,15 +273,15 @@ def test_prometheus_reads_many_ranks(tmp_path, ranks):
         write_targets(
             targets_path(prometheus.targets, tmp_path / "big"), addresses, run="big", scheme="http"
         )
-        wait_for(lambda: advance() and prometheus.value('sum(up{run="big"})') == ranks, 60)
-        wait_for(lambda: advance() and prometheus.query("partialfc:lateness:ratio"), 60)
+        wait_for(lambda: advance() and prometheus.value('sum(up{run="big"})') == ranks)
+        wait_for(lambda: advance() and prometheus.query("partialfc:lateness:ratio"))
         panels = {title: query.replace("$run", "big") for title, query in QUERIES}
 
         def latest():
             samples = prometheus.query(panels["Whom the others wait for"])
             return max(samples, key=lambda sample: float(sample["value"][1]))["metric"]["rank"]
 
-        wait_for(lambda: advance() and latest() == str(ranks - 7), 60)
+        wait_for(lambda: advance() and latest() == str(ranks - 7))
         for title in ("Oldest last steps", "Whom the others wait for"):
             assert len(prometheus.query(panels[title])) == 8, title
         seconds = prometheus.value('quantile(0.99, scrape_duration_seconds{run="big"})')

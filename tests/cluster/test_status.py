@@ -68,7 +68,7 @@ def served(packs, tmp_path_factory):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    wait_for(lambda: last_step(run) > 90, 120)
+    wait_for(lambda: last_step(run) > 90)
     server = subprocess.Popen(
         [sys.executable, "launch/status.py", str(run), "--port=0", "--every=60"],
         cwd=ROOT,
@@ -77,10 +77,10 @@ def served(packs, tmp_path_factory):
     )
     yield server.stdout.readline().strip(), run, training
     server.send_signal(signal.SIGINT)
-    assert server.wait(20) == 0
+    assert server.wait(60) == 0
     if training.poll() is None:
         training.send_signal(signal.SIGINT)
-        training.wait(60)
+        training.wait(180)
 
 
 def test_a_browser_shows_what_the_run_is_doing(served, tmp_path):
@@ -117,7 +117,7 @@ def test_a_stopped_run_says_so(served):
     """The last test of this run."""
     address, _, training = served
     training.send_signal(signal.SIGINT)
-    training.wait(60)
+    training.wait(180)
     assert "stopped" in words_of(browse(address))
 
 
