@@ -1,12 +1,15 @@
 """What Prometheus would read, and where it would find it, without Prometheus."""
 
 import json
+import socket
 import threading
 import urllib.request
 
 import pytest
 import torch
+from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
+from torch.overrides import TorchFunctionMode
 
 from partialfc import collectives
 from partialfc.collectives import Ranks
@@ -80,6 +83,37 @@ def test_a_run_of_one_rank_exports_its_records_phases_and_checkpoint(tmp_path):
     assert not [name for name in found if str(tmp_path) in str(name)]
     monitor.close()
     assert not list((tmp_path / "targets").iterdir())
+
+
+class NoTensor(TorchFunctionMode):
+    """Anything that asks a tensor for something may wait for its device."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        raise AssertionError(f"{function} during a scrape")
+
+
+def test_a_scrape_asks_no_tensor(tmp_path):
+    """So it never synchronises a GPU, whatever is exported."""
+    config = settings(run={"folder": str(tmp_path)}, monitor={"port": 0})
+    monitor = Monitor(config, runtime(), Ledger(None), 100)
+    monitor.stepped(1)
+    monitor.write(1, {metric.name: 1.0 for metric in TABLE})
+    with NoTensor():
+        with pytest.raises(AssertionError, match="during a scrape"):
+            torch.ones(1).item()
+        families = list(monitor._exporter.collect())
+        text = generate_latest(monitor._exporter)
+    assert len(families) > 40
+    assert b"partialfc_loss 1.0" in text
+    monitor.close()
+
+
+def test_by_default_only_this_machine_may_ask():
+    exporter = Exporter((Exported("step", "x"),), type(settings().monitor)().host, 0)
+    with socket.socket() as outside:  # 127.0.0.2 is this machine too, but not where it listens
+        outside.settimeout(3)
+        assert outside.connect_ex(("127.0.0.2", exporter.port))
+    exporter.close()
 
 
 def test_scrapes_while_the_training_writes(tmp_path):

@@ -159,14 +159,19 @@ def _ranks(seen: Seen) -> Iterator[str]:
     if not seen.ranks:
         if seen.starts and not seen.ended:
             count = seen.starts[-1].entries[0].get("ranks", "?")
+            how = (
+                "They answer to those with a certificate of monitor.client_ca, and this page has "
+                "none."
+                if seen.closed
+                else "With monitor.port and monitor.targets each of them shows its last step here."
+            )
             yield (
-                f"<div class=box><h2>Ranks</h2><span class=dim>{escape(str(count))} ranks. With "
-                "monitor.port and monitor.targets each of them shows its last step here."
+                f"<div class=box><h2>Ranks</h2><span class=dim>{escape(str(count))} ranks. {how}"
                 "</span></div>"
             )
         return
     furthest = max((one.step or 0 for one in seen.ranks), default=0)
-    yield f"<div class=box><h2>Last step of {len(seen.ranks)} ranks</h2>"
+    yield f"<div class=box><h2>Last step of {_ranks_of(seen)}</h2>"
     yield f'<div class=ranks style="--w:{"64px" if len(seen.ranks) <= 64 else "30px"}">'
     for one in seen.ranks:
         colour = _colour(one, furthest)
@@ -199,6 +204,10 @@ def _ranks(seen: Seen) -> Iterator[str]:
         ]
         yield _table(("rank", "address", "last step", "ago"), rows)
     yield "</div>"
+
+
+def _ranks_of(seen: Seen) -> str:
+    return "1 rank" if len(seen.ranks) == 1 else f"{len(seen.ranks)} ranks"
 
 
 def _colour(one: Rank, furthest: int) -> str:

@@ -5,10 +5,12 @@ metrics.jsonl and ledger.jsonl grow; they are read on from where the last look e
 
 import json
 import shutil
+import ssl
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -17,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from partialfc import checkpoint_folder, ledger
 from partialfc.config import Config, ConfigError, load
+from partialfc.config_monitor import Monitor
 from partialfc.targets import targets_path
 
 _THREADS = 32
@@ -94,6 +97,7 @@ class Seen:
         starts: Of the ledger.
         spent: Seconds by kind over all starts, ``wall`` and ``goodput`` with them.
         ranks: What each answered, by rank; empty where none serves metrics.
+        closed: Whether they serve them, and not to us.
         checkpoints: Newest first.
         free, size: Bytes of the file system.
         summary: Whether the run has come to its end.
@@ -106,6 +110,7 @@ class Seen:
     starts: list[ledger.Start]
     spent: Mapping[str, float]
     ranks: list[Rank] = field(default_factory=list)
+    closed: bool = False
     checkpoints: list[Checkpoint] = field(default_factory=list)
     free: int = 0
     size: int = 0
@@ -160,10 +165,14 @@ class RunFolder:
         disk = shutil.disk_usage(self.folder)
         seen.free, seen.size = disk.free, disk.total
         if config is not None and config.monitor.targets is not None:
-            seen.ranks = self._ask(targets_path(config.monitor.targets, config.run.folder))
+            path = targets_path(config.monitor.targets, config.run.folder)
+            try:
+                seen.ranks = self._ask(path, _way_in(config.monitor))
+            except ssl.SSLError:
+                seen.closed = True
         return seen
 
-    def _ask(self, path: Path) -> list[Rank]:
+    def _ask(self, path: Path, context: ssl.SSLContext | None) -> list[Rank]:
         """Ask every rank of a targets file, at most every few seconds."""
         when, ranks = self._ranks
         if time.monotonic() - when < _SECONDS_BETWEEN_LOOKS_AT_RANKS:
@@ -173,20 +182,45 @@ class RunFolder:
         except (OSError, ValueError):
             return []
         with ThreadPoolExecutor(_THREADS) as pool:
-            ranks = list(pool.map(_answer, entries))
+            ranks = list(pool.map(partial(_answer, context=context), entries))
         self._ranks = (time.monotonic(), ranks)
         return ranks
 
 
-def _answer(entry: Mapping[str, Any]) -> Rank:
+def _way_in(monitor: Monitor) -> ssl.SSLContext | None:
+    """Trust the certificate of the run and no other, and show it where one is asked for.
+
+    Raises:
+        ssl.SSLError: If its files are not here, or not for us.
+    """
+    if monitor.certificate is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False  # it may be for another name of its host
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    try:
+        context.load_verify_locations(monitor.certificate)
+        context.load_cert_chain(monitor.certificate, monitor.key)
+    except OSError as error:
+        raise ssl.SSLError(str(error)) from error
+    return context
+
+
+def _answer(entry: Mapping[str, Any], *, context: ssl.SSLContext | None) -> Rank:
     labels, address = entry["labels"], entry["targets"][0]
     rank = Rank(int(labels["rank"]), address)
     try:
         with urlopen(
-            f"{labels['__scheme__']}://{address}/metrics", timeout=_SECONDS_TO_ANSWER
+            f"{labels['__scheme__']}://{address}/metrics",
+            timeout=_SECONDS_TO_ANSWER,
+            context=context,
         ) as reply:
             text = reply.read().decode()
-    except OSError:
+    except ssl.SSLError:
+        raise
+    except OSError as error:
+        if isinstance(reason := getattr(error, "reason", None), ssl.SSLError):
+            raise reason from error
         return rank
     samples = [
         sample for family in text_string_to_metric_families(text) for sample in family.samples

@@ -12,6 +12,8 @@ import urllib.request
 
 import pytest
 
+from launch.showing.page import page
+from launch.showing.run import RunFolder
 from partialfc.exporter import Exported, Exporter
 from partialfc.targets import targets_path, write_targets
 from tests.cluster.conftest import need
@@ -209,6 +211,10 @@ def certificates(tmp_path_factory):
     return folder
 
 
+def page_of(run):
+    return page(RunFolder(run).look(), every=5)
+
+
 def test_tls_with_client_certificates(packs, certificates, tmp_path):
     """Prometheus reads with a certificate; without one nobody does."""
     need("prometheus")
@@ -225,6 +231,9 @@ def test_tls_with_client_certificates(packs, certificates, tmp_path):
         process = start(1, words)
         try:
             wait_for(lambda: prometheus.value("partialfc_step") is not None)
+            shown = page_of(tmp_path / "run")
+            assert "Last step of 1 rank<" in shown
+            assert "No answer" not in shown
             address = prometheus.query("up")[0]["metric"]["instance"]
             context = ssl.create_default_context(cafile=files["ca.pem"])
             with pytest.raises(OSError):
@@ -233,6 +242,22 @@ def test_tls_with_client_certificates(packs, certificates, tmp_path):
                 urllib.request.urlopen(f"http://{address}/metrics", timeout=10)
         finally:
             stop(process)
+    # A run whose certificate is not one of its clients': the page says so, not that it died.
+    lone = ["req", "-newkey", "rsa:2048", "-nodes", "-x509", "-days", "2", "-subj", "/CN=lone"]
+    files = ["-keyout", "lone.key", "-out", "lone.pem"]
+    subprocess.run(["openssl", *lone, *files], cwd=tmp_path, check=True, capture_output=True)
+    other = [
+        word for word in words if not word.startswith(("monitor.cert", "monitor.key", "run.f"))
+    ]
+    other += [f"run.folder={tmp_path / 'lone'}", f"monitor.certificate={tmp_path / 'lone.pem'}"]
+    process = start(1, [*other, f"monitor.key={tmp_path / 'lone.key'}"])
+    try:
+        wait_for(lambda: last_step(tmp_path / "lone") > 0)
+        shown = page_of(tmp_path / "lone")
+        assert "They answer to those with a certificate of monitor.client_ca" in shown
+        assert "No answer" not in shown
+    finally:
+        stop(process)
     wrong = [*words[:-2], f"monitor.key={certificates / 'client.key'}"]
     process = start(1, wrong)
     output, _ = process.communicate(timeout=180)

@@ -124,12 +124,20 @@ def test_a_run_that_comes_no_further_is_not_queued_again(slurm, submit, packs, t
 def test_status_logs_attach_and_cancel(slurm, submit):
     """Without an accounting database; a cancelled job saves, and is not queued again."""
     job, folder, jobs = submit("run.steps=1000000", "checkpoint.every_steps=0")
-    assert jobs.stat().st_mode & 0o777 == 0o700
+    for private in (jobs, *jobs.iterdir()):
+        assert private.stat().st_mode & 0o777 == 0o700, "who writes there runs as you"
     wait_for(lambda: last_step(folder) >= 3)
     status = launch(slurm, "status", f"--jobs={jobs}").stdout
     assert re.search(rf"{job} .*RUNNING.* 1 .*{folder.name}", status)
     assert "step 1/1000000" in launch(slurm, "logs", job, "--rank=0", f"--jobs={jobs}").stdout
-    follow = [sys.executable, "launch/slurm.py", "attach", job, f"--jobs={jobs}"]
+    follow = [sys.executable, "-u", "launch/slurm.py", "attach", job, f"--jobs={jobs}"]
+    left = subprocess.Popen(
+        follow, cwd=ROOT, env=slurm.environment, stdout=subprocess.PIPE, text=True
+    )
+    assert left.stdout.readline(), "it has begun to follow"
+    left.send_signal(signal.SIGINT)
+    assert left.wait(60) == 130
+    assert slurm.job(job)["JobState"] == "RUNNING", "Ctrl-C leaves it running"
     attached = subprocess.Popen(
         follow, cwd=ROOT, env=slurm.environment, stdout=subprocess.PIPE, text=True
     )

@@ -94,6 +94,8 @@ def test_a_browser_shows_what_the_run_is_doing(served, tmp_path):
     browse(address, shot=shot)
     with Image.open(shot) as picture:
         assert np.asarray(picture.convert("L")).std() > 10, "the picture is not blank"
+    if SHOTS:
+        shot.rename(f"{SHOTS}/run.png")
 
 
 def test_nothing_is_loaded_from_elsewhere_and_nothing_can_be_changed(served):
@@ -121,18 +123,20 @@ def test_a_stopped_run_says_so(served):
     assert "stopped" in words_of(browse(address))
 
 
-@pytest.fixture
-def many(packs, tmp_path):
-    """512 ranks that are told of as a run would; some are late, lost or behind."""
+@pytest.fixture(params=[64, 512])
+def many(packs, tmp_path, request):
+    """Ranks that are told of as a run would; one each is behind, lost and late."""
+    count = request.param
+    behind, lost, late = count - 7, count // 7, count // 11
     run = tmp_path / "large"
     words = arguments(packs, run, "run.steps=200000", "monitor.port=0")
     config = load(ROOT / words[0], [*words[1:], f"monitor.targets={tmp_path / 'targets'}"])
     run.mkdir()
     (run / "config.toml").write_text(to_toml(config))
-    ledger = Ledger(run / "ledger.jsonl", ranks=512)
+    ledger = Ledger(run / "ledger.jsonl", ranks=count)
     ledger.at(0, now=True)
-    ledger.end("LostRankError: rank 77 was lost at step 61200 (train)", 7)
-    ledger = Ledger(run / "ledger.jsonl", ranks=512)
+    ledger.end("LostRankError: rank 3 was lost at step 61200 (train)", 7)
+    ledger = Ledger(run / "ledger.jsonl", ranks=count)
     ledger.switch("train")
     ledger.at(120_000, now=True)
     with (run / "metrics.jsonl").open("w") as file:
@@ -153,44 +157,48 @@ def many(packs, tmp_path):
             "collective_wait_seconds_total",
         )
     )
-    exporters = [Exporter(table, "127.0.0.1", 0) for _ in range(512)]
+    exporters = [Exporter(table, "127.0.0.1", 0) for _ in range(count)]
     for rank, exporter in enumerate(exporters):
-        exporter.set("step", 120_000 - 40 * (rank == 300))
+        exporter.set("step", 120_000 - 40 * (rank == behind))
         exporter.set("steps_total", 1000)
-        exporter.set("last_step_timestamp_seconds", time.time() - 90 * (rank == 300))
-        exporter.set("collective_wait_seconds_total", 0.0 if rank == 44 else 100.0)
+        exporter.set("last_step_timestamp_seconds", time.time() - 90 * (rank == behind))
+        exporter.set("collective_wait_seconds_total", 0.0 if rank == late else 100.0)
     addresses = [f"127.0.0.1:{exporter.port}" for exporter in exporters]
-    exporters.pop(77).close()
+    exporters.pop(lost).close()
     path = targets_path(config.monitor.targets, config.run.folder)
     write_targets(path, addresses, run="large", scheme="http")
-    yield run
+    yield run, count, behind, lost, late
     close_all(exporters)
 
 
-def test_a_page_of_512_ranks_is_quick_small_and_readable(many, tmp_path):
+def test_a_page_of_many_ranks_is_quick_small_and_readable(many, tmp_path):
     need("chromium")
-    folder = RunFolder(many)
+    run, count, behind, lost, late = many
+    folder = RunFolder(run)
     began = time.monotonic()
     document = page(folder.look(), every=5)
     first = time.monotonic() - began
     began = time.monotonic()
     page(folder.look(), every=5)
     print(
-        f"512 ranks: first page {first:.1f} s, next {time.monotonic() - began:.2f} s, "
+        f"{count} ranks: first page {first:.1f} s, next {time.monotonic() - began:.2f} s, "
         f"{len(document) / 1024:.0f} KiB"
     )
     assert len(document) < 300_000
     text = words_of(document)
-    assert "Last step of 512 ranks" in text
-    assert "No answer from rank 77 (of 512)" in text
-    assert "Behind the others: rank 300 (of 512)" in text
-    assert "The others wait for rank 44" in text
-    assert "LostRankError: rank 77 was lost at step 61200" in text
+    assert f"Last step of {count} ranks" in text
+    assert f"No answer from rank {lost} (of {count})" in text
+    assert f"Behind the others: rank {behind} (of {count})" in text
+    assert f"The others wait for rank {late}" in text
+    assert "LostRankError: rank 3 was lost at step 61200" in text
     (tmp_path / "page.html").write_text(document, encoding="utf-8")
-    shot = tmp_path / "large.png"
-    browse(f"file://{tmp_path / 'page.html'}", height=1500, shot=shot)
-    if SHOTS:
-        shot.rename(f"{SHOTS}/large.png")
+    for width, height in ((1280, 1500), (390, 2600)):
+        shot = tmp_path / f"{count}_{width}.png"
+        browse(f"file://{tmp_path / 'page.html'}", width=width, height=height, shot=shot)
+        with Image.open(shot) as picture:
+            assert np.asarray(picture.convert("L")).std() > 10, "the picture is not blank"
+        if SHOTS:
+            shot.rename(f"{SHOTS}/{shot.name}")
 
 
 def test_a_name_that_is_markup_is_shown_as_text(tmp_path):
