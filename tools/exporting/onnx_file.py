@@ -107,16 +107,20 @@ def write_int8(source: Path, path: Path, images: NDArray[np.float32]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         prepared, made = Path(folder) / "prepared.onnx", Path(folder) / "int8.onnx"
         quant_pre_process(source, prepared, skip_symbolic_shape=True)
-        quantize_static(
-            prepared,
-            made,
-            _Reader(images),
-            quant_format=QuantFormat.QDQ,
-            per_channel=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            calibrate_method=CalibrationMethod.MinMax,
-        )
+        logging.disable(logging.WARNING)  # a line for each vector, which has no channels
+        try:
+            quantize_static(
+                prepared,
+                made,
+                _Reader(images),
+                quant_format=QuantFormat.QDQ,
+                per_channel=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                calibrate_method=CalibrationMethod.MinMax,
+            )
+        finally:
+            logging.disable(logging.NOTSET)
         model = onnx.load(made)
     for entry in onnx.load(source, load_external_data=False).metadata_props:
         if entry.key not in {kept.key for kept in model.metadata_props}:
