@@ -78,6 +78,7 @@ def loaders(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 "threads": number,
             },
             f"torch, Pillow, {number}": {"measure": "ours", "loader": "pillow", "threads": number},
+            f"DataLoader, Pillow, {number}": {"measure": "ordinary", "threads": number},
         }
         if torch.cuda.is_available():
             rows[f"DALI mixed, {number}"] = {

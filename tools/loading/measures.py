@@ -38,17 +38,27 @@ def forget(path: Path) -> None:
 
 
 def rate(batches: Iterator[int], seconds: float) -> dict[str, float]:
-    """Return images per second, by the clock and by CPU time, after two batches to warm up."""
-    next(batches)
-    next(batches)
-    start, cpu, images = time.perf_counter(), time.process_time(), 0
+    """Return images per second, by the clock and by CPU time, after some batches to warm up."""
+    for _ in range(8):  # more than any loader has ready
+        next(batches)
+    start, cpu, images = time.perf_counter(), _cpu_seconds(), 0
     while time.perf_counter() < start + seconds:
         images += next(batches)
     spent = time.perf_counter() - start
     return {
         "images_per_second": images / spent,
-        "images_per_cpu_second": images / (time.process_time() - cpu),
+        "images_per_cpu_second": images / (_cpu_seconds() - cpu),
     }
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of its workers that run."""
+    ticks = 0
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    for process in ("self", *children):
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def stream_of(pack: str, batch: int, block: int | None = None) -> Any:
@@ -124,6 +134,13 @@ def mxnet_reader(pack: str, batch: int, seconds: float, threads: int) -> dict[st
     from tools.loading.mxnet import mxnet_batches
 
     return rate(mxnet_batches(pack, batch, threads, SIZE), seconds)
+
+
+def ordinary(pack: str, batch: int, seconds: float, threads: int) -> dict[str, Any]:
+    """Torch's own DataLoader with Pillow, an image at a time in worker processes."""
+    from tools.loading.ordinary import ordinary_batches
+
+    return rate(ordinary_batches(pack, batch, threads), seconds)
 
 
 def memory(pack: str, batch: int, seconds: float, loader: Any) -> dict[str, Any]:
