@@ -28,7 +28,7 @@ from rich.progress import track
 from rich.table import Table
 
 from tools.bench.conditions import conditions
-from tools.loading.packs import write_faces, write_huge
+from tools.loading.packs import write_faces, write_files, write_huge
 
 PARTS = ("loaders", "cold", "memory", "index")
 BATCH = 128
@@ -67,7 +67,10 @@ def loaders(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Images per second of the reader, our loaders and DALI's own reader."""
     threads = [int(number) for number in options.threads.split(",")]
     base = {"pack": str(faces(options, folder)), "batch": BATCH, "seconds": options.seconds}
-    rows: dict[str, dict[str, Any]] = {"reader alone": {"measure": "reader"}}
+    rows: dict[str, dict[str, Any]] = {
+        "reader alone": {"measure": "reader"},
+        "reader alone, image files": {"measure": "reader", "pack": str(files(options, folder))},
+    }
     for number in threads:
         rows |= {
             f"DALI, {number}": {"measure": "ours", "loader": "dali", "threads": number},
@@ -96,7 +99,7 @@ def loaders(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def cold(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Images per second from a disk whose pages are not in memory, in both orders."""
+    """Images per second from a disk; pages are dropped by posix_fadvise(DONTNEED) before each."""
     base = {
         "measure": "cold_epoch",
         "pack": str(faces(options, folder)),
@@ -105,6 +108,7 @@ def cold(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "cold": True,
     }
     rows = {"shuffled": base, "blocks of 256": base | {"block": 256}}
+    rows["image files, shuffled"] = base | {"pack": str(files(options, folder))}
     rows["shuffled, warm"] = base | {"cold": False}
     measured = in_turns(rows, options.rounds)
     show("from disk", measured, ("images_per_second", "disk_bytes_per_byte"))
@@ -140,6 +144,14 @@ def faces(options: argparse.Namespace, folder: Path) -> Path:
     path = folder / f"faces{options.images}.rec"
     if not path.exists():
         write_faces(path, options.images)
+    return path
+
+
+def files(options: argparse.Namespace, folder: Path) -> Path:
+    """Return the folder of the same faces, written if it is not there."""
+    path = folder / f"faces{options.images}"
+    if not path.exists():
+        write_files(faces(options, folder), path)
     return path
 
 

@@ -31,10 +31,11 @@ def main(arguments: list[str]) -> int:
 
 
 def forget(path: Path) -> None:
-    """Drop a file from the page cache; no process may have it mapped."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    """Drop a file, or those of a folder, from the page cache; no process may have it mapped."""
+    for name in path.rglob("*.jpg") if path.is_dir() else [path]:
+        with name.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def rate(batches: Iterator[int], seconds: float) -> dict[str, float]:

@@ -9,6 +9,7 @@ from rich.progress import track
 from partialfc.data.jpeg import encode
 from partialfc.data.record_writer import PackWriter
 from partialfc.data.recordio import MAGIC, PART_HEADER, RECORD_HEADER
+from partialfc.data.records import open_pack
 from partialfc.data.synthetic import render
 
 IMAGES, IDENTITIES = 42_474_557, 2_059_906
@@ -26,6 +27,15 @@ def write_faces(path: Path, images: int) -> None:
     with PackWriter(path) as writer:
         for key in range(images):
             writer.write(key, key % _DISTINCT, jpegs[key * 7919 % _DISTINCT])
+
+
+def write_files(pack: Path, folder: Path) -> None:
+    """Write the images of a pack as files, a folder for each identity."""
+    images = open_pack(pack)
+    for image in track(range(len(images)), "files"):
+        identity, jpeg = images.record(image)
+        (folder / f"{identity:03d}").mkdir(parents=True, exist_ok=True)
+        (folder / f"{identity:03d}" / f"{image:08d}.jpg").write_bytes(jpeg.tobytes())
 
 
 def write_huge(folder: Path) -> None:
