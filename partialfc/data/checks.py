@@ -104,6 +104,7 @@ def check_labels(images_C: NDArray[np.int64]) -> list[str]:
 
 def check_image(pack: Pack, image: int) -> ImageChecked:
     """Decode one image."""
+    pack.will_need(np.array([image]))
     try:
         view = pack.jpeg_view(image)
         check_bytes(view)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from partialfc.data.labels import BAD
 from partialfc.data.recordio import RecordError
+from partialfc.data.records import Pack
 from partialfc.data.skip_list import BadRecord, read_skip_lists
 from partialfc.data.source import Source, labels_of, open_source
 
@@ -118,6 +119,14 @@ class DataSet:
         """Return the JPEG bytes of one sample as :meth:`~partialfc.data.records.Pack.jpeg_view`."""
         pack, image = self.locate(sample)
         return pack.jpeg_view(image)
+
+    def will_need(self, samples: NDArray[np.int64], stretch: int = 1) -> None:
+        """Begin to read samples [B], those of packs; see :meth:`~.records.Pack.will_need`."""
+        pack_B, image_B = self._locate(samples)
+        for number in np.unique(pack_B).tolist():
+            pack = self.packs[number]
+            if isinstance(pack, Pack):
+                pack.will_need(image_B[pack_B == number], stretch)
 
     def records(self, samples: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.uint8]] | str]:
         """Yield identity and JPEG bytes of each sample [B], or what is wrong with its record."""

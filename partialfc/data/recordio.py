@@ -10,7 +10,9 @@ the JPEG image.
 Shape suffixes: N = records asked for, L = labels of one record.
 """
 
+import mmap
 import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +31,7 @@ LABEL_LIMIT = 1 << 24
 _WHOLE, _FIRST, _MIDDLE, _LAST = range(4)
 _DAMAGED = "The file is damaged, or its .idx belongs to another pack: copy both again."
 _CHUNK = 1 << 16
+_MOST_AHEAD = 1 << 26
 
 
 class RecordError(ValueError):
@@ -70,7 +73,9 @@ class RecordFile:
         self.size = path.stat().st_size
         if self.size == 0:
             raise RecordError(f"{path}: offset 0: the file is empty. {_DAMAGED}")
-        self._bytes = np.memmap(path, np.uint8, mode="r").view(np.ndarray)
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_READ)
+        self._bytes = np.frombuffer(self._map, np.uint8)
         self._buffer = self._bytes.data
         self._words = self._bytes[: self.size // 4 * 4].view("<u4")
 
@@ -103,6 +108,20 @@ class RecordFile:
             for start in range(0, len(offset_N), _CHUNK)
         ] or [self._headers(offset_N)]
         return Headers(*(np.concatenate(column) for column in zip(*chunks, strict=True)))
+
+    def will_need(self, start_R: NDArray[np.int64], stop_R: NDArray[np.int64]) -> None:
+        """Ask the system to read ranges [R] of the file now, all at once and nothing around them.
+
+        Left alone, the first look at a page of a file that is not in memory waits for it and for as
+        much around it as the disk is set to read ahead, which may be a thousand images.
+        """
+        if not hasattr(mmap, "MADV_WILLNEED"):
+            return
+        for start, stop in zip(start_R.tolist(), stop_R.tolist(), strict=True):
+            page = start // mmap.PAGESIZE * mmap.PAGESIZE
+            if 0 <= start < stop <= self.size and stop - start <= _MOST_AHEAD:
+                with suppress(OSError):
+                    self._map.madvise(mmap.MADV_WILLNEED, page, stop - page)
 
     def next_offset(self, offset: int) -> int:
         """Return where the record after the one at ``offset`` begins; ``size`` after the last."""

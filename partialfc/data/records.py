@@ -141,6 +141,15 @@ class Pack:
         """Return the sizes [B] in bytes of images ``indices`` [B]; 0 for one that is missing."""
         return self._headers(indices)[1].image_bytes_N
 
+    def will_need(self, indices: NDArray[np.int64], stretch: int = 1) -> None:
+        """Begin to read images [B], or the whole stretches of neighbours that they are in."""
+        first_R = np.unique(indices // stretch) * stretch
+        end_R = self.images.start + np.minimum(first_R + stretch, len(self))
+        last = len(self.index) - 1
+        following_R = self.index.offset_M[np.minimum(end_R, last)]
+        stop_R = np.where(end_R <= last, following_R, self.file.size)
+        self.file.will_need(self._offset_N[first_R], stop_R)
+
     def offset(self, index: int) -> int:
         """Return where the record of one image begins in the file, in bytes."""
         if not 0 <= index < len(self):

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from partialfc.data.arrangements import Blocks
 from partialfc.data.augment import Augmentation, Draw, draw
 from partialfc.data.dataset import DataSet
 from partialfc.data.formats import check_image
@@ -128,6 +129,8 @@ class Stream:
         epoch = self.order.epoch(samples_seen)
         positions = self.order.positions(samples_seen, self.rank, self.world_size)
         wanted_B, repeat_B = self.order.at(epoch, positions)
+        blocks = self.order.arrangement
+        self.dataset.will_need(wanted_B, blocks.block if isinstance(blocks, Blocks) else 1)
         sample_id_B, usable, replaced = wanted_B.copy(), [], []
         for i, found in enumerate(self._look(wanted_B)):
             if isinstance(found, str):

@@ -7,7 +7,7 @@ import numpy as np
 from rich.progress import track
 
 from partialfc.data.jpeg import encode
-from partialfc.data.record_writer import PackWriter
+from partialfc.data.record_writer import PackWriter, write_insightface_pack
 from partialfc.data.recordio import MAGIC, PART_HEADER, RECORD_HEADER
 from partialfc.data.records import open_pack
 from partialfc.data.synthetic import render
@@ -27,6 +27,14 @@ def write_faces(path: Path, images: int) -> None:
     with PackWriter(path) as writer:
         for key in range(images):
             writer.write(key, key % _DISTINCT, jpegs[key * 7919 % _DISTINCT])
+
+
+def write_sorted(path: Path, pack: Path) -> None:
+    """Write the images of a pack as InsightFace does: it opens without a look at its images."""
+    images = open_pack(pack)
+    count = len(images)
+    samples = ((i * _DISTINCT // count, images.jpeg(i)) for i in range(count))
+    write_insightface_pack(path, samples, _DISTINCT)
 
 
 def write_files(pack: Path, folder: Path) -> None:
