@@ -63,6 +63,55 @@ def test_a_folder_becomes_a_pack(source, tmp_path):
     assert not (tmp_path / "a.parts").exists()
 
 
+def write_table(path, rows, structs):
+    """Rows of (image bytes, label) in row groups of two, as datasets writes them."""
+    arrow = pytest.importorskip("pyarrow", reason="pip install 'partialfc[search]'")
+    import pyarrow.parquet as parquet
+
+    images = [{"bytes": data, "path": "x"} if structs else data for data, _ in rows]
+    labels = [label for _, label in rows]
+    columns = {"image": images, "label": labels, "width": [112] * len(rows)}
+    parquet.write_table(arrow.table(columns), path, row_group_size=2)
+
+
+@pytest.mark.parametrize("structs", [True, False])
+def test_parquet_becomes_the_pack_that_the_folder_becomes(source, tmp_path, structs):
+    """Its rows are in any order, in several files and row groups, and labels are text."""
+    rows = [(path.read_bytes(), path.parent.name) for path in sorted(source.glob("*/*"))]
+    mixed = [rows[i] for i in (8, 4, 0, 5, 1, 6, 2, 3, 7)]  # each identity's in their order
+    (tmp_path / "tables").mkdir()
+    write_table(tmp_path / "tables" / "0.parquet", mixed[:5], structs)
+    write_table(tmp_path / "tables" / "1.parquet", mixed[5:], structs)
+    for name, words in (("a", [tmp_path / "tables"]), ("b", [source])):
+        done = tool("pack.py", *words, tmp_path / f"{name}.rec", "--workers", 2)
+        assert done.returncode == 0, done.stderr
+    for suffix in (".rec", ".idx", ".identities.json"):
+        one, two = ((tmp_path / f"{n}{suffix}").read_bytes() for n in "ab")
+        assert one == two, suffix
+
+
+def test_parquet_with_anything_wrong_in_it_is_named(source, tmp_path):
+    jpeg = (source / "zoe" / "0.jpg").read_bytes()
+    write_table(
+        tmp_path / "a.parquet", [(jpeg, "x"), (None, "x"), (jpeg, None), (b"no", "y")], True
+    )
+    done = tool("pack.py", tmp_path / "a.parquet", tmp_path / "a.rec", "--workers", 1)
+    assert done.returncode == 2
+    for problem in ("a.parquet:0:1: ValueError: the row has no bytes", "a.parquet:1:0: the row has "
+                    "no identity", "a.parquet:1:1: UnidentifiedImageError"):  # fmt: skip
+        assert problem in done.stderr
+    done = tool("pack.py", tmp_path / "a.parquet", tmp_path / "a.rec", "--skip-broken")
+    assert done.returncode == 0, done.stderr
+    assert len(open_pack(tmp_path / "a.rec")) == 1
+    (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
+    write_table(tmp_path / "c.parquet", [("text", "x")], False)
+    for name, message in (("b", "pack: "), ("c", "must have one column of images")):
+        done = tool("pack.py", tmp_path / f"{name}.parquet", tmp_path / f"{name}.rec")
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+
+
 def test_workers_do_not_change_a_byte(source, tmp_path):
     for workers in (1, 2):
         done = tool("pack.py", source, tmp_path / f"{workers}.rec", "--workers", workers)

@@ -1,13 +1,14 @@
-"""Make a pack from a folder with one folder of images per identity, a list, or tar shards.
+"""Make a pack from a folder with a folder of images per identity, a list, tar or parquet files.
 
 A list is a text file with a line ``path<TAB>identity`` for each image, paths relative to it. Tar
 shards (a .tar, or a folder of them) are as WebDataset writes them: the identity of ``x.jpg`` is in
-``x.cls``, or is the folder that it is in. The identities are 0, 1, ... in the order of their names,
-or of their numbers if all are numbers; OUT.identities.json lists them in that order. A JPEG image
-that is SIZE x SIZE and upright is stored byte for byte; any other is turned as its EXIF says, made
-RGB, resized to a square and stored as JPEG. The same images give the same bytes with any number of
-workers. Finished work is kept in OUT.parts until the pack is
-complete: start a stopped run again with the same words and it goes on from there.
+``x.cls``, or is the folder that it is in. Parquet files (one, or a folder of them) have a column of
+images and one of labels, as Hugging Face's datasets. The identities are 0, 1, ... in the order of
+their names, or of their numbers if all are numbers; OUT.identities.json lists them in that order. A
+JPEG image that is SIZE x SIZE and upright is stored byte for byte; any other is turned as its EXIF
+says, made RGB, resized to a square and stored as JPEG. The same images give the same bytes with any
+number of workers. Finished work is kept in OUT.parts until the pack is complete: start a stopped
+run again with the same words and it goes on from there.
 """
 
 import sys
@@ -27,11 +28,13 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from io import BytesIO
 from itertools import count, islice
 from multiprocessing.connection import wait
 from typing import NamedTuple
 
+import numpy as np
 import PIL
 from PIL import Image, ImageOps
 from rich.console import Console
@@ -103,7 +106,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", type=Path, help="folder of folders, list, or tar shards")
+    parser.add_argument("source", type=Path, help="folder of folders, list, tar or parquet files")
     parser.add_argument("out", type=Path, help="the pack to write, a name that ends with .rec")
     parser.add_argument("--size", type=int, default=112, help="width and height in pixels")
     parser.add_argument("--quality", type=int, default=95, help="of JPEG images made here, 1...100")
@@ -144,7 +147,7 @@ def make_pack(arguments: argparse.Namespace, console: Console) -> None:
     pieces: list[Piece] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
-        row = bar.add_task("identities read", total=len(names))
+        row = bar.add_task("identities read", total=None if opened.rows else len(names))
         for task, piece in run(recipe, tasks(opened, survey), arguments.workers):
             pieces.append(piece)
             bar.update(row, completed=task.images[-1][0] + 1)
@@ -262,12 +265,20 @@ def stored_images(
     parts: Path, pieces: list[Piece], folders: list[int]
 ) -> Iterator[tuple[int, bytes]]:
     """Yield (identity, JPEG) of all pieces; identities are numbered without gaps."""
-    identity_of = {folder: identity for identity, folder in enumerate(folders)}
-    for number, piece in enumerate(pieces):
-        if piece.images:
-            pack = open_pack(parts / f"{number:06d}.rec")
-            for i, folder in enumerate(pack.identities(range(len(pack))).tolist()):
-                yield identity_of[folder], pack.jpeg(i)
+    identity_of = np.zeros(max(folders) + 1, np.int64)
+    identity_of[folders] = np.arange(len(folders))
+    part = lru_cache(maxsize=256)(lambda number: open_pack(parts / f"{number:06d}.rec"))
+    counts = np.array([piece.images for piece in pieces])
+    of_pieces = [
+        identity_of[part(number).identities(range(count))]
+        for number, count in enumerate(counts.tolist())
+        if count
+    ]
+    identity_N = np.concatenate(of_pieces)
+    piece_N = np.repeat(np.arange(len(pieces)), counts)
+    first_N = np.repeat(np.cumsum(counts) - counts, counts)
+    for image in np.argsort(identity_N, kind="stable").tolist():
+        yield int(identity_N[image]), part(int(piece_N[image])).jpeg(image - int(first_N[image]))
 
 
 def report_faults(faults: list[Fault], skip: bool) -> None:

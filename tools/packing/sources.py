@@ -1,7 +1,8 @@
-"""Where images to be packed come from: a folder of folders, a list of files, tar shards.
+"""Where images to be packed come from: folders, a list of files, tar shards, parquet files.
 
 Each gives the names of its identities and, in the order of the pack, images as (number of the
-identity, where), where ``where`` is a path inside the source, with ``:offset:size`` inside a tar.
+identity, where), where ``where`` is a path inside the source, with ``:offset:size`` inside a tar
+and ``:row group:row`` inside a parquet file. Those of parquet files come in their own order.
 """
 
 import os
@@ -15,6 +16,7 @@ from typing import NamedTuple
 from rich.progress import track
 
 from partialfc.data.file_index import in_order, list_lines
+from tools.packing import parquet
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
 _LONGEST_LABEL = 256
@@ -43,18 +45,31 @@ class Source:
         root: Paths of images are relative to it.
         names: Of the identities, in the order of the pack.
         listed: Images of each identity by number; ``None`` lists the folders as they are reached.
+        rows: Parquet files, whose rows are read as they lie there.
     """
 
     root: Path
     names: list[str]
     listed: dict[int, list[str]] | None = None
+    rows: tuple[Path, ...] = ()
 
     def images(self, survey: Survey) -> Iterator[tuple[int, str]]:
-        """Yield the images in the order of the pack; ``survey`` notes the rest."""
+        """Yield the images, sorted by identity but for ``rows``; ``survey`` notes the rest."""
+        if self.rows:
+            yield from self._rows(survey)
+            return
         for number, name in enumerate(self.names):
             chosen = self._folder(name, survey) if self.listed is None else self.listed[number]
             for image in chosen:
                 yield number, image
+
+    def _rows(self, survey: Survey) -> Iterator[tuple[int, str]]:
+        number_of = {name: number for number, name in enumerate(self.names)}
+        for label, where in parquet.rows_of(list(self.rows)):
+            if label in number_of:
+                yield number_of[label], where
+            else:
+                survey.faults.append(Fault(where, "the row has no identity"))
 
     def _folder(self, name: str, survey: Survey) -> list[str]:
         with os.scandir(self.root / name) as entries:
@@ -67,26 +82,33 @@ class Source:
 
 
 def open_source(path: Path, survey: Survey) -> Source:
-    """Return what there is at a path: folders, tar shards, or a list of files.
+    """Return what there is at a path: folders, tar shards, parquet files, or a list of files.
 
     Raises:
         ValueError: If it is none of them.
     """
     if path.is_dir():
+        tables = sorted(path.glob(f"*{parquet.SUFFIX}"))
+        if tables:
+            return _tables(path, tables)
         shards = sorted(path.glob("*.tar"))
         return _tars(path, shards, survey) if shards else _folders(path, survey)
     if path.suffix == ".tar":
         return _tars(path.parent, [path], survey)
+    if path.suffix == parquet.SUFFIX:
+        return _tables(path.parent, [path])
     if path.is_file():
         return _list(path)
     raise ValueError(
-        f"{path} is not a folder, a .tar or a list: it must be a folder of folders, a folder of "
-        f"tar shards, or a text file of lines path<TAB>identity."
+        f"{path} is not a folder, a .tar, a .parquet or a list: it must be a folder of folders, of "
+        f"tar shards or of parquet files, or a text file of lines path<TAB>identity."
     )
 
 
 def read(root: Path, where: str) -> bytes:
     """Return the bytes of an image."""
+    if f"{parquet.SUFFIX}:" in where:
+        return parquet.read_row(root, where)
     path, _, place = where.partition(".tar:")
     if not place:
         return (root / where).read_bytes()
@@ -98,8 +120,11 @@ def read(root: Path, where: str) -> bytes:
 
 def file_of(root: Path, where: str) -> Path:
     """Return the file that an image is in."""
-    path, _, place = where.partition(".tar:")
-    return root / (f"{path}.tar" if place else where)
+    for suffix in (".tar", parquet.SUFFIX):
+        path, _, place = where.partition(f"{suffix}:")
+        if place:
+            return root / f"{path}{suffix}"
+    return root / where
 
 
 def is_image(name: str) -> bool:
@@ -154,6 +179,13 @@ def _tars(root: Path, shards: list[Path], survey: Survey) -> Source:
                 name = f"{shard.name}: {stem}"
                 survey.faults.append(Fault(name, "no .cls beside it, and in no folder"))
     return _listed(root, images, root)
+
+
+def _tables(root: Path, shards: list[Path]) -> Source:
+    names = in_order(parquet.labels_of(shards))
+    if not names:
+        raise ValueError(f"{root} holds no images.")
+    return Source(root, names, rows=tuple(shards))
 
 
 def _listed(root: Path, images: dict[str, list[str]], source: Path) -> Source:
