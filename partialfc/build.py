@@ -208,6 +208,7 @@ def _head(config: Config, runtime: Runtime, num_identities: int) -> PartialFC:
             center_format=settings.center_format,
             keep_bytes=None if settings.keep_mib is None else settings.keep_mib << 20,
             placement=Placement(settings.centers_in, settings.states_in, settings.host_folder),
+            fused=settings.fused,
             overlap=settings.overlap,
             center_weight=config.losses.center.weight,
             inter_class_weight=config.losses.inter_class.weight,

@@ -204,6 +204,10 @@ class Head(Section):
     """Where what is in ``host`` is mapped from files, which vanish with the process, for more than
     the memory holds: a folder on a fast local disk. Left out, it is in memory."""
 
+    fused: bool = False
+    """Do each pass of the head in one kernel: on Hopper, in bf16, with SGD and a softmax over unit
+    centers, one an identity. Changes the result by rounding alone."""
+
     overlap: bool = False
     """On a GPU, update the centers while the backbone's backward runs. Then a gradient of the
     backbone that is not finite stops the run after the centers have moved in memory; nothing of
@@ -342,7 +346,7 @@ _CHANGES_NO_RESULT: dict[str, Any] = {
     "checkpoint": True,
     "log": True,
     "monitor": True,
-    "head": {"keep_mib", "overlap", "centers_in", "states_in", "host_folder"},
+    "head": {"keep_mib", "fused", "overlap", "centers_in", "states_in", "host_folder"},
 }
 
 

@@ -29,6 +29,7 @@ from partialfc.sampling import KeyedSampler, Sample
 from partialfc.sharding import Sharding, default_canonical_shards
 from partialfc.staging import Placement, host_tensor, row_tensor
 from partialfc.tiles import Compute
+from partialfc.tiles.fused import unable
 
 _KEEP_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 
@@ -53,6 +54,8 @@ class PartialFC(nn.Module):
             does not depend on it. ``None``: 256 MiB on a CPU, 2 GiB on a GPU.
         placement: Where class centers and optimizer states lie between steps; ``None`` for the
             device. In host memory, a step's rows travel to the device and back.
+        fused: Do each pass in one kernel, whose logits and gradients stay on the chip; the result
+            is the same to rounding. On Hopper, in bf16, with SGD and a softmax over unit centers.
         overlap: On a GPU, update the centers beside the backbone's backward; a loss scale or a
             verdict (``found_inf``) on that backward cannot be had then.
         seed: Initial centers, negatives and rounding are functions of it and of global ids.
@@ -85,6 +88,7 @@ class PartialFC(nn.Module):
         center_format: Literal["fp32", "bf16", "fp16"] = "fp32",
         keep_bytes: int | None = None,
         placement: Placement | None = None,
+        fused: bool = False,
         overlap: bool = False,
         center_weight: float = 0.0,
         inter_class_weight: float = 0.0,
@@ -165,6 +169,7 @@ class PartialFC(nn.Module):
             seed=seed,
             placement=placement,
             device=self.device,
+            fused=fused,
             overlap=overlap,
         )
         # Whoever reads or writes centers finds all of them there, and none on their way.
@@ -172,6 +177,9 @@ class PartialFC(nn.Module):
         self.register_load_state_dict_pre_hook(_settle)  # type: ignore[no-untyped-call]
         for name, value in margin.new_state(num_identities).items():
             self.register_buffer(f"margin_{name}", torch.tensor(value, device=self.device))
+        self.fused = fused
+        if fused:
+            self._refuse_fused()
         self.center_weight, self.inter_class_weight = center_weight, inter_class_weight
         self.terms: dict[str, Tensor] = {}
         """Losses beside the softmax in the last forward pass, without their weights."""
@@ -296,6 +304,19 @@ class PartialFC(nn.Module):
         known_B = torch.cat([fixed.identities_B, identities_B])
         every = expand(self.sampler(fixed.step, known_B), self.centers_per_identity)
         return Sample(fixed.rows, every.target_B[len(fixed.identities_B) :])
+
+    def _refuse_fused(self) -> None:
+        why = unable(
+            unit=self.margin.unit_centers,
+            per_identity=self.centers_per_identity,
+            offset=self.margin.offset(self.margin_state()) is not None,
+            dim=self.embedding_dim,
+            sgd=isinstance(self.optimizer.rule, RowSGD),
+            compute=self.compute,
+            like=torch.empty(0, device=self.device),
+        )
+        if why is not None:
+            raise ValueError(f"fused = True: {why}; remove it.")
 
     def refuse_foreign(self, identities_B: Tensor) -> None:
         """Refuse an identity outside [0, C): all ranks see the same ones, so all refuse together.

@@ -16,7 +16,7 @@ from partialfc.collectives import gather_batch, max_over_ranks, sum_over_ranks, 
 from partialfc.margins import Margin, Positive, Rows
 from partialfc.permutation import key
 from partialfc.sampling import NOT_LOCAL, Sample
-from partialfc.tiles import FirstPass, Kept, Logits, first_pass, operand_dtype, unit
+from partialfc.tiles import FirstPass, Kept, Logits, first_pass, fused, operand_dtype, unit
 
 if TYPE_CHECKING:
     from partialfc.head import PartialFC
@@ -80,7 +80,7 @@ class MarginLoss(torch.autograd.Function):
             bend=margin.bend(moved, rows),
             offset=margin.offset(moved),
         )
-        negatives = first_pass(
+        negatives = (fused.first_pass if head.fused else first_pass)(
             query_BD,
             centers_CD,
             index,

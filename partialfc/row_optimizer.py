@@ -22,7 +22,7 @@ from partialfc.permutation import key
 from partialfc.row_rules import RowRule, RowSGD, States
 from partialfc.row_tile import AT_STEP, CENTERS, SCALE, Tile
 from partialfc.staging import Placement, Staging, host_tensor, row_tensor
-from partialfc.tiles import Kept, Workspace, positives, project_, second_pass, take_rows
+from partialfc.tiles import Kept, Workspace, fused, positives, project_, second_pass, take_rows
 from partialfc.tiles.dispatch import has_kernels
 from partialfc.tiles.positives import Positives
 
@@ -43,6 +43,7 @@ class RowOptimizer(torch.optim.Optimizer):
         seed: Stochastic rounding is a function of it.
         placement: Where the rows lie between steps.
         device: Where they are needed; ``None`` for where the centers are.
+        fused: Whether the fused kernels do pass 2.
         overlap: On a GPU, :meth:`step` runs beside what the current stream does since the head's
             backward. ``found_inf`` or a loss scale makes it wait for that stream all the same.
     """
@@ -58,9 +59,10 @@ class RowOptimizer(torch.optim.Optimizer):
         seed: int = 0,
         placement: Placement | None = None,
         device: torch.device | None = None,
+        fused: bool = False,
         overlap: bool = False,
     ) -> None:
-        self.rule = rule
+        self.rule, self._fused = rule, fused
         self._device = device or centers.device
         self._placement = placement or Placement()
         self._staging: Staging | None = None
@@ -255,15 +257,17 @@ class RowOptimizer(torch.optim.Optimizer):
         kept, workspace = self._unscaled(kept), self.workspace
         own = positives(rows, kept)
         unit = kept[0].logits.unit
-        fused = isinstance(self.rule, RowSGD) and has_kernels(centers) and unit
         update = None
-        if fused:
-            update = self._fused(group, centers, states, rows, own, step_key, skip)
-        for start, stop, gradient_TD, factor_T1 in second_pass(
-            centers, rows, kept, workspace, compact=compact
-        ):
+        tiles = second_pass(centers, rows, kept, workspace, compact=compact)
+        if isinstance(self.rule, RowSGD) and has_kernels(centers) and unit:
+            arguments = self._kernel_arguments(group, centers, states, rows, own, step_key, skip)
+            update = partial(import_module("partialfc.tiles.row_kernels").sgd_, **arguments)
+            if self._fused:
+                fused.second_pass(rows, kept, own, arguments, workspace)
+                tiles = iter(())
+        for start, stop, gradient_TD, factor_T1 in tiles:
             if update is not None:
-                update(start, stop, gradient_TD)
+                update(start=start, stop=stop, gradient_TD=gradient_TD)
                 continue
             tile = Tile(centers, states, rows, start, stop, self._first, workspace, compact)
             own.add_(gradient_TD, start, factor_T1)
@@ -283,7 +287,7 @@ class RowOptimizer(torch.optim.Optimizer):
             )
             _fill(states[AT_STEP], rows, len(group[_MISSED]) - 1)
 
-    def _fused(
+    def _kernel_arguments(
         self,
         group: dict[str, Any],
         centers: Tensor,
@@ -292,28 +296,27 @@ class RowOptimizer(torch.optim.Optimizer):
         own: Positives,
         step_key: int,
         skip: Tensor | None,
-    ) -> Callable[[int, int, Tensor], None]:
-        """The same update of a tile as one kernel."""
+    ) -> dict[str, Any]:
+        """What the kernels of the same update are given, but for the tile."""
         sample = len(centers) if rows is None else len(rows)
         settings = {name: group[name] for name in ("lr", "weight_decay", "momentum")}
-        return partial(
-            import_module("partialfc.tiles.row_kernels").sgd_,
-            centers,
-            states.get(CENTERS + SCALE),
-            states.get("momentum"),
-            states.get("momentum" + SCALE),
-            rows,
-            first_n1=own.first(sample),
-            order_P=own.order_P,
-            slope_P=own.slope_P,
-            embedding_PD=own.embedding_PD,
-            center_key=key(step_key, CENTERS),
-            momentum_key=key(step_key, "momentum"),
-            first_identity=self._first,
-            skip=skip,
-            compact=rows is not None and self._placement.stages,
+        return {
+            "centers_CD": centers,
+            "center_scale_C1": states.get(CENTERS + SCALE),
+            "momentum_CD": states.get("momentum"),
+            "momentum_scale_C1": states.get("momentum" + SCALE),
+            "rows_n": rows,
+            "first_n1": own.first(sample),
+            "order_P": own.order_P,
+            "slope_P": own.slope_P,
+            "embedding_PD": own.embedding_PD,
+            "center_key": key(step_key, CENTERS),
+            "momentum_key": key(step_key, "momentum"),
+            "first_identity": self._first,
+            "skip": skip,
+            "compact": rows is not None and self._placement.stages,
             **settings,
-        )
+        }
 
     def states(self) -> States:
         """Row states by name, each with one row per class center; made when first asked for."""

@@ -177,7 +177,7 @@ def test_what_the_hash_leaves_out_exists() -> None:
             [],
             "head.embedding_dim = 256: unknown setting. Did you mean backbone.embedding_dim? "
             "[head] takes sample_rate, canonical_shards, compute, center_format, keep_mib, "
-            "centers_in, states_in, host_folder, overlap, [head.margin], [head.optimizer].",
+            "centers_in, states_in, host_folder, fused, overlap, [head.margin], [head.optimizer].",
         ),
         (  # unknown section
             MINIMAL + "[sched]\nname = 'linear'\n",

@@ -727,7 +727,8 @@ print(len(set(map(id, compiled))), len(compiled))
 def test_the_record_is_of_kernels_without_spills_atomics_or_fused_rounding():
     record = json.loads((ROOT / "tools/bench/results/kernels_sm90.json").read_text())
     rows = record["kernels"]
-    assert {row["kernel"] for row in rows} == {"unit_rows", "exponentials", "sgd_", "permute"}
+    kernels = {"unit_rows", "exponentials", "sgd_", "permute", "pull_", "update_"}
+    assert {row["kernel"] for row in rows} == kernels
     assert not any(row["spill_bytes"] for row in rows)
     assert not any(row["atomics"] for row in rows), "sums would depend on the order of blocks"
     assert not any(row["fma"] for row in rows if row["kernel"] == "sgd_"), "bytes would differ"

@@ -3,8 +3,10 @@
 ``passes`` is the loop over tiles, ``parts`` what goes into it and between the passes, ``products``
 its matrix products, ``positives`` what is left out of them. The other steps of a tile are in
 ``torch`` for any device and in ``kernels`` and ``row_kernels`` for GPUs; ``dispatch`` chooses.
+``fused`` and ``fused_kernels`` are both passes once more, as one kernel each.
 """
 
+from partialfc.tiles import fused
 from partialfc.tiles.parts import FirstPass, Kept, Logits, Pull
 from partialfc.tiles.passes import first_pass, positives, second_pass, unit_keys
 from partialfc.tiles.products import Compute, operand_dtype, precision, scaled_products
@@ -19,6 +21,7 @@ __all__ = [
     "Pull",
     "Workspace",
     "first_pass",
+    "fused",
     "leave_out_",
     "operand_dtype",
     "positives",

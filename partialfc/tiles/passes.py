@@ -185,7 +185,7 @@ def second_pass(
 def positives(rows: Tensor | None, kept: Sequence[Kept]) -> Positives:
     """Return the positives' share of the same gradient; arguments as in :func:`second_pass`."""
     every = [
-        (_align(target_P, one.rows, rows), slope_P, direction_PD)
+        (align(target_P, one.rows, rows), slope_P, direction_PD)
         for one in kept
         for target_P, slope_P, direction_PD in (
             (one.target_B, one.positive_B, one.positive_BD),
@@ -241,7 +241,7 @@ class _Part:
 
     @classmethod
     def of(cls, kept: Kept, rows: Tensor | None, *, like: Tensor) -> "_Part":
-        target_B, present_n = _align(kept.target_B, kept.rows, rows), _present(kept.rows, rows)
+        target_B, present_n = align(kept.target_B, kept.rows, rows), present(kept.rows, rows)
         factor_B1 = kept.negative_B.unsqueeze(1)
         same_tiles = kept.rows is rows and kept.query_BD.shape == like.shape
         return cls(
@@ -253,7 +253,7 @@ class _Part:
         )
 
 
-def _align(target_P: Tensor, sampled: Tensor | None, rows: Tensor | None) -> Tensor:
+def align(target_P: Tensor, sampled: Tensor | None, rows: Tensor | None) -> Tensor:
     """Places among ``sampled`` as places among its superset ``rows``."""
     if sampled is rows or rows is None or sampled is None or not len(sampled):
         return target_P
@@ -261,7 +261,7 @@ def _align(target_P: Tensor, sampled: Tensor | None, rows: Tensor | None) -> Ten
     return torch.where(target_P >= 0, torch.searchsorted(rows, row_P), target_P)
 
 
-def _present(sampled: Tensor | None, rows: Tensor | None) -> Tensor | None:
+def present(sampled: Tensor | None, rows: Tensor | None) -> Tensor | None:
     """Which of ``rows`` are among ``sampled``; ``None`` for all."""
     if sampled is rows or rows is None or sampled is None:
         return None

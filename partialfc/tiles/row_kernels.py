@@ -175,11 +175,13 @@ def _sgd(
     if skip is not None:
         written = tl.load(skip) == 0
     lanes = tl.cdiv(D, 4)
-    bits = _noise(identity * lanes + lane + center_key)
-    _store(centers, center_scale, column, row, w, bits, mask & written, written)
+    bits = noise(identity * lanes + lane + center_key)
+    largest = tl.max(tl.max(tl.abs(w), 1), 0)
+    store(centers + column, center_scale, row, w, largest, bits, mask & written, written)
     if momentum is not None:
-        bits = _noise(identity * lanes + lane + momentum_key)
-        _store(momentum, momentum_scale, column, row, v, bits, mask & written, written)
+        bits = noise(identity * lanes + lane + momentum_key)
+        largest = tl.max(tl.max(tl.abs(v), 1), 0)
+        store(momentum + column, momentum_scale, row, v, largest, bits, mask & written, written)
 
 
 @triton.jit
@@ -188,7 +190,7 @@ def _sum(value):
 
 
 @triton.jit
-def _noise(bits):
+def noise(bits):
     """16 random bits of each of four columns, from their int64 lane and key."""
     bits = (bits ^ ((bits >> 33) & 0x7FFFFFFF)) * _MIX_1
     bits = (bits ^ ((bits >> 33) & 0x7FFFFFFF)) * _MIX_2
@@ -197,27 +199,24 @@ def _noise(bits):
 
 
 @triton.jit
-def _store(stored, scale, column, row, value, noise, mask, written):
-    """Write one row in its format: ``partialfc.row_format.encode``."""
-    FORMAT: tl.constexpr = stored.dtype.element_ty
+def store(pointer, scale, row, value, largest, noise, mask, written):
+    """Write rows in their format: ``partialfc.row_format.encode``; ``largest`` is of each row."""
+    FORMAT: tl.constexpr = pointer.dtype.element_ty
     if tl.float32 == FORMAT:
-        tl.store(stored + column, value, mask=mask)
+        tl.store(pointer, value, mask=mask)
     elif tl.bfloat16 == FORMAT:
-        tl.store(stored + column, _truncate(value, noise, 0xFFFF).to(tl.bfloat16), mask=mask)
+        tl.store(pointer, _truncate(value, noise, 0xFFFF).to(tl.bfloat16), mask=mask)
     else:
-        largest = tl.max(tl.max(tl.abs(value), 1), 0)
         if tl.float16 == FORMAT:
             exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, _EXPONENT_FLOOR)
             inverse = ((267 - exponent) << 23).to(tl.float32, bitcast=True)  # 2**(140 - exponent)
-            tl.store(
-                stored + column, _truncate(value * inverse, noise, 0x1FFF).to(tl.float16), mask=mask
-            )
+            tl.store(pointer, _truncate(value * inverse, noise, 0x1FFF).to(tl.float16), mask=mask)
             step = ((exponent - 13) << 23).to(tl.float32, bitcast=True)
         else:
             inverse = tl.where(largest > 0, tl.div_rn(127.0, largest), 0.0)
             level = tl.floor(value * inverse + (noise.to(tl.float32) + 0.5) * 0.0000152587890625)
             level = tl.minimum(tl.maximum(level, -127.0), 127.0)
-            tl.store(stored + column, level.to(tl.int8), mask=mask)
+            tl.store(pointer, level.to(tl.int8), mask=mask)
             step = tl.div_rn(largest, 127.0)
         tl.store(scale + row, step, mask=written)
 

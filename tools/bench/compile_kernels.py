@@ -6,7 +6,7 @@ stops every launch behind the compiler, so it compiles what a launch on a GPU co
 if a variant spills registers.
 
 Shape suffixes: B = rows of the gathered batch, C = rows of a shard, D = embedding, n = sampled
-rows, P = positives, T = rows of a tile.
+rows, P = positives, S = splits of a tile, T = rows of a tile.
 """
 
 import sys
@@ -36,13 +36,14 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from partialfc.margins import Bend
-from partialfc.tiles import kernels, row_kernels
+from partialfc.tiles import fused_kernels, fused_update_kernels, kernels, row_kernels
 
 Row = dict[str, Any]
 Variant = tuple[str, dict[str, str], Callable[[], object]]
 """Kernel, what sets the variant apart, and a call of its launch wrapper."""
 
 CAPABILITY = 90
+KERNELS = ("unit_rows", "exponentials", "sgd_", "permute", "pull_", "update_")
 DTYPES = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -58,7 +59,7 @@ _SM_REGISTERS, _SM_WARPS, _SM_BLOCKS, _SM_SHARED = 65536, 64, 32, 228 * 1024
 def main() -> int:
     """Compile, print a table and write the record; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", choices=("unit_rows", "exponentials", "sgd_", "permute"))
+    parser.add_argument("--only", choices=KERNELS)
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the table to OUT")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as cache:
@@ -140,6 +141,17 @@ def variants() -> Iterator[Variant]:
         yield _sgd(centers, momentum, "bf16", "compact", 512)
     for inverse in (False, True):
         yield _permute(inverse)
+    for dim, bend, maximum, kept in itertools.product((128, 500, 512), "ny", "ny", "ny"):
+        if "y" not in (maximum, kept) or maximum != kept:
+            yield _pull(dim, bend, maximum, kept)
+    for centers, momentum in (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "int8")):
+        for kept in "yn":
+            yield _update(512, centers, momentum, kept=kept)
+        yield _update(512, centers, momentum, part="last")
+    for dim in (128, 500):
+        yield _update(dim, "fp16", "int8")
+    yield _update(512, "fp32", "no", bend="y", maximum="y")
+    yield _update(512, "fp32", "fp32", part="first")
 
 
 def _unit_rows(centers: str, unit: str, rows: str, dim: int) -> Variant:
@@ -207,6 +219,85 @@ def _permute(inverse: bool) -> Variant:
     return "permute", {"inverse": "y" if inverse else "n"}, call
 
 
+def _pull(dim: int, bend: str, maximum: str, kept: str) -> Variant:
+    def call() -> object:
+        splits = fused_kernels.splits_of(64)
+        fused_kernels.pull_(
+            torch.empty(64, dim, dtype=torch.bfloat16),
+            torch.empty(64, dim, dtype=torch.bfloat16),
+            torch.zeros(64, dtype=torch.int64),
+            scale=64.0,
+            bend=_bend(bend),
+            sum_SB=torch.empty(splits, 64),
+            maximum_SB=torch.empty(splits, 64) if maximum == "y" else None,
+            pull_SBD=torch.empty(splits, 64, dim),
+            exp_TB=torch.empty(64, 64, dtype=torch.bfloat16) if kept == "y" else None,
+        )
+        return None
+
+    return "pull_", {"bend": bend, "maximum": maximum, "kept": kept, "dim": str(dim)}, call
+
+
+def _update(
+    dim: int,
+    centers: str,
+    momentum: str,
+    *,
+    bend: str = "n",
+    maximum: str = "n",
+    kept: str = "n",
+    part: str = "only",
+) -> Variant:
+    """``part``: which of the micro-batches; all but the only one have label smoothing."""
+
+    def call() -> object:
+        scale_C1, rows = torch.ones(64, 1), torch.arange(64)
+        bf16 = torch.empty(64, dim, dtype=torch.bfloat16)
+        fused_update_kernels.update_(
+            torch.empty(64, dim, dtype=DTYPES[centers]),
+            scale_C1 if centers == "fp16" else None,
+            None if momentum == "no" else torch.empty(64, dim, dtype=DTYPES[momentum]),
+            scale_C1 if momentum == "int8" else None,
+            rows,
+            0,
+            64,
+            query_BD=bf16,
+            key_TD=None if kept == "y" else bf16,
+            target_B=rows,
+            factor_B=torch.zeros(64),
+            scale=64.0,
+            maximum_B=torch.zeros(64) if maximum == "y" else None,
+            bend=_bend(bend),
+            even_D=None if part == "only" else torch.zeros(dim),
+            present_n=None if part == "only" else torch.ones(64, dtype=torch.bool),
+            exp_TB=torch.empty(64, 64, dtype=torch.bfloat16) if kept == "y" else None,
+            gradient_TD=torch.empty(64, dim),
+            earlier_TD=torch.empty(64, dim) if part == "last" else None,
+            last=part in ("only", "last"),
+            first_n1=torch.zeros(65, dtype=torch.int64),
+            order_P=rows,
+            place_P=rows,
+            slope_P=torch.zeros(64),
+            embedding_PD=bf16,
+            lr=0.1,
+            weight_decay=5e-4,
+            momentum=0.9,
+            center_key=1 << 60,
+            momentum_key=1 << 61,
+            first_identity=0,
+            skip=torch.tensor(False),
+            compact=False,
+        )
+        return None
+
+    variant = {"centers": centers, "momentum": momentum, "bend": bend, "maximum": maximum}
+    return "update_", {**variant, "kept": kept, "part": part, "dim": str(dim)}, call
+
+
+def _bend(bend: str) -> Bend | None:
+    return Bend(torch.zeros(64), torch.zeros(3)) if bend == "y" else None
+
+
 def _resources(kernel: Any) -> Row:
     """What cubin and PTX say of themselves, and how many warps an SM holds."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -221,7 +312,7 @@ def _resources(kernel: Any) -> Row:
     per_warp = -(-registers * 32 // 256) * 256  # registers are handed out by 256
     blocks = min(_SM_BLOCKS, _SM_WARPS // warps, _SM_REGISTERS // (per_warp * warps))
     blocks = min(blocks, _SM_SHARED // (shared + 1024))  # the system keeps 1 KiB a block
-    ptx = kernel.asm["ptx"]
+    ptx, gpu = kernel.asm["ptx"], kernel.asm["ttgir"]
     return {
         "registers": registers,
         "spill_bytes": stack + local,
@@ -230,6 +321,7 @@ def _resources(kernel: Any) -> Row:
         "warps_per_sm": blocks * warps,
         "bf16_rounding": sorted(set(re.findall(r"cvt\.(r\w)\.bf16(?:x2)?\.f32", ptx))),
         "fma": len(re.findall(r"\bfma\.rn\.f32", ptx)),
+        "mma_warps": sorted(set(re.findall(r"warpsPerCTA = \[(\d+, \d+)\], instr", gpu))),
         "atomics": len(re.findall(r"^\s*(?:@\S+\s+)?(?:atom|red)\.", ptx, re.MULTILINE)),
     }
 

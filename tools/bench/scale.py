@@ -8,8 +8,9 @@
 A row is a process of its own. A step is forward, backward to the embeddings and the update of the
 sampled rows. ``--state`` is how centers and momentum are stored, ``--place`` where they lie between
 steps: on the ``device``, ``states`` alone or both in ``host`` memory, both in mapped ``files`` of
---folder. Lists separated by commas give every combination. Extra memory is what the process grew by
-over centers and momentum, whole.
+--folder; ``--passes`` goes through the classes in ``tiles`` or by the ``fused`` kernels. Lists
+separated by commas give every combination. Extra memory is what the process grew by over centers
+and momentum, whole.
 ``--checkpoint`` also saves, verifies and loads each row's state there, and says what that took.
 """
 
@@ -48,6 +49,9 @@ from partialfc.staging import Placement
 from tools.bench.conditions import conditions
 
 _WARM_UP = 3
+_H200 = 770e12
+"""What an H200 multiplies in bf16 in a second, FLOP; the floor is four products at that rate."""
+
 _FACTS = {"bench": "scale"}
 
 
@@ -65,6 +69,7 @@ class Case:
     device: str
     folder: str
     checkpoint: str
+    passes: str
     threads: int
     seconds: float
 
@@ -117,6 +122,7 @@ def measure(case: Case) -> dict[str, Any]:
         center_format=case.centers,
         compute="fp32" if device.type == "cpu" else "bf16",
         placement=placement,
+        fused=case.passes == "fused",
         device=device,
     )
     states = head.optimizer.states()
@@ -128,15 +134,18 @@ def measure(case: Case) -> dict[str, Any]:
     with peak(device) as memory:
         seconds = steps_of(head, case, device)
     sampled = head.sampler(0, torch.arange(case.batch, device=device)).rows
+    rows = len(head.centers) if sampled is None else len(sampled)
     found = {
-        "sampled_rows": len(head.centers) if sampled is None else len(sampled),
+        "sampled_rows": rows,
         "build_seconds": built,
         "step_seconds": {name: _quantile(seconds, q) for name, q in (("p50", 0.5), ("p10", 0.1))},
         "steps": len(seconds),
         "held_bytes": held,
         "bytes_per_identity": held / case.identities,
         "extra_bytes": memory[0],
-        "flops": 6 * case.batch * case.dim * (0 if sampled is None else len(sampled)),
+        "floor_seconds": 8 * case.batch * case.dim * rows / _H200
+        if device.type == "cuda"
+        else None,
     }
     if case.checkpoint:
         found["saved"] = checkpointed(head, case, device)
@@ -237,8 +246,10 @@ def _quantile(ascending: list[float], share: float) -> float:
 
 
 def _cases(options: argparse.Namespace) -> Iterator[Case]:
-    for identities, dim, state, place in product(
-        options.identities, options.dim, options.state.split(","), options.place.split(",")
+    for identities, dim, state, place, passes in product(
+        options.identities,
+        options.dim,
+        *(getattr(options, name).split(",") for name in ("state", "place", "passes")),
     ):
         centers, _, momentum = state.partition("+")
         rates = [n / identities for n in options.rows] if options.rows else options.rate
@@ -254,6 +265,7 @@ def _cases(options: argparse.Namespace) -> Iterator[Case]:
                 device=options.device,
                 folder=str(options.folder or tempfile.gettempdir()),
                 checkpoint=str(options.checkpoint or ""),
+                passes=passes,
                 threads=options.threads,
                 seconds=options.seconds,
             )
@@ -263,7 +275,14 @@ def table(rows: list[dict[str, Any]]) -> Table:
     """Return what people read of the record."""
     made = Table(
         *("identities", "D", "rows a step", "centers+momentum", "in", "built, s"),
-        *("step, ms (p10)", "held, GiB", "B/identity", "extra, MiB", "save/verify/load, s"),
+        *(
+            "step, ms (p10)",
+            "of the floor",
+            "held, GiB",
+            "B/identity",
+            "extra, MiB",
+            "save/verify/load, s",
+        ),
     )
     for row in rows:
         saved, step = row.get("saved", {}), row["step_seconds"]
@@ -272,9 +291,10 @@ def table(rows: list[dict[str, Any]]) -> Table:
             str(row["dim"]),
             f"{row['sampled_rows']:,}",
             f"{row['centers']}+{row['momentum']}",
-            row["place"],
+            f"{row['place']}, {row['passes']}",
             f"{row['build_seconds']:.0f}",
             f"{step['p50'] * 1e3:.1f} ({step['p10'] * 1e3:.1f})",
+            f"{row['floor_seconds'] / step['p50']:.0%}" if row["floor_seconds"] else "",
             f"{row['held_bytes'] / 2**30:.2f}",
             f"{row['bytes_per_identity']:.0f}",
             f"{row['extra_bytes'] / 2**20:.0f}",
@@ -305,6 +325,7 @@ def _parser() -> argparse.ArgumentParser:
         "--state", default="fp32+fp32", help="fp32, bf16 or fp16 + fp32, bf16, int8"
     )
     parser.add_argument("--place", default="device", help="device, states, host, files")
+    parser.add_argument("--passes", default="tiles", help="tiles, fused (a kernel each)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--folder", type=Path, help="of mapped files (the system's for temporary)")
     parser.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="save and load there too")
