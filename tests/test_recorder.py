@@ -1,5 +1,8 @@
 """When a run is no longer sound."""
 
+import json
+import time
+
 import pytest
 import torch
 
@@ -40,3 +43,20 @@ def test_elsewhere_one_step_ends_the_run_at_the_next_record(tmp_path, compute, s
     with pytest.raises(NonFiniteError, match="up to step 5"):
         record(tmp_path, compute, steps)
     assert not (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_the_time_that_a_step_waits_for_data_is_a_metric(tmp_path):
+    """Issue 5: the mean of the steps since the last record, and no other time."""
+    log = {"every_steps": 2, "tensorboard": False, "progress": False}
+    config = settings(run={"folder": str(tmp_path)}, log=log)
+    loss = torch.tensor(2.0)
+    with Recorder(config, runtime(), 0, 1000, 100, Ledger(None)) as recorder:
+        for step, wait in enumerate((0.03, 0.05, 0.0, 0.0), 1):
+            with recorder.waiting():
+                time.sleep(wait)
+            time.sleep(0.01)
+            recorder.stepped(step, Step(loss, loss, torch.tensor(0.0), torch.tensor(8.0)), 0.1)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    waits = [json.loads(line)["data_wait_seconds"] for line in lines]
+    assert waits[0] >= 0.04
+    assert 0 <= waits[1] < waits[0] / 2
