@@ -143,7 +143,7 @@ class PartialFC(nn.Module):
         )
         self.device = torch.empty(0, device=device).device
         placement = placement or Placement()
-        _check_placement(placement, sample_rate, optimizer)
+        _check_placement(placement, sample_rate)
         size = len(self.owned_rows), embedding_dim + margin.bias
         dtype = DTYPES[center_format]
         if placement.centers == "host":
@@ -349,15 +349,11 @@ def _settle(head: PartialFC, *_: object) -> None:
     head.optimizer.settle()
 
 
-def _check_placement(placement: Placement, sample_rate: float, optimizer: RowRule | None) -> None:
+def _check_placement(placement: Placement, sample_rate: float) -> None:
     if placement.stages and sample_rate == 1:
         raise ValueError(
             "sample_rate = 1 with rows in host memory would bring all of them to the device at "
             "every step; keep them on the device, or sample."
-        )
-    if placement.stages and getattr(optimizer, "unsampled", "stay") == "move":
-        raise ValueError(
-            "unsampled = 'move' needs its rows on the device; keep them there, or use 'stay'."
         )
 
 

@@ -26,7 +26,7 @@ from partialfc.tiles import Kept, Workspace, fused, positives, project_, second_
 from partialfc.tiles.dispatch import has_kernels
 from partialfc.tiles.positives import Positives
 
-_CATCH_UP_ROWS = 4096
+_CATCH_UP_ROWS, _STAGED_ROWS = 4096, 1 << 16
 _MISSED = "missed_steps"
 
 
@@ -164,21 +164,27 @@ class RowOptimizer(torch.optim.Optimizer):
         Args:
             rows: int64 [n] rows; ``None`` for all.
         """
-        group = self.param_groups[0]
-        centers: Tensor = group["params"][0]
-        states = self.state[centers]
-        table: Tensor | None = group.get(_MISSED)
-        if table is None or not states or not len(centers):
+        table: Tensor | None = self.param_groups[0].get(_MISSED)
+        total = len(self.param_groups[0]["params"][0]) if rows is None else len(rows)
+        if table is None or len(table) == 1:
             return
         step_key = key(self._seed, "catch up", self.steps)
-        total = len(centers) if rows is None else len(rows)
+        if rows is None and self._placement.stages:
+            for start in range(0, total, _STAGED_ROWS):
+                stop = min(start + _STAGED_ROWS, total)
+                self.catch_up(torch.arange(start, stop, device=self._device))
+            self.settle()
+            return
+        compact = self._placement.stages
+        centers, states = self._working(rows)
+        index = None if compact else rows
         for start in range(0, total, _CATCH_UP_ROWS):
             stop = min(start + _CATCH_UP_ROWS, total)
-            at_T1 = take_rows(states[AT_STEP], rows, start, stop)
-            tile = Tile(centers, states, rows, start, stop, self._first, self.workspace)
+            at_T1 = take_rows(states[AT_STEP], index, start, stop)
+            tile = Tile(centers, states, rows, start, stop, self._first, self.workspace, compact)
             unsampled.catch_up_(table, at_T1, tile.row_TD, tile.states.get("momentum"))
             tile.write(step_key, skip=None)
-        _fill(states[AT_STEP], rows, len(table) - 1)
+        _fill(states[AT_STEP], index, len(table) - 1)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -285,7 +291,7 @@ class RowOptimizer(torch.optim.Optimizer):
                 weight_decay=group["weight_decay"],
                 skip=skip,
             )
-            _fill(states[AT_STEP], rows, len(group[_MISSED]) - 1)
+            _fill(states[AT_STEP], None if compact else rows, len(group[_MISSED]) - 1)
 
     def _kernel_arguments(
         self,
@@ -324,10 +330,6 @@ class RowOptimizer(torch.optim.Optimizer):
         states: States = self.state[centers]
         if not states:
             states.update(self._new_states(centers))
-            if _MISSED in self.param_groups[0]:
-                states[AT_STEP] = torch.zeros(
-                    len(centers), 1, dtype=torch.int32, device=centers.device
-                )
         return states
 
     def _new_states(self, centers: Tensor) -> States:
@@ -335,6 +337,8 @@ class RowOptimizer(torch.optim.Optimizer):
         wanted = dict(self.rule.new_states(centers.to("meta")))
         if centers.dtype == torch.float16:
             wanted[CENTERS + SCALE] = torch.empty(len(centers), 1, device="meta")
+        if _MISSED in self.param_groups[0]:
+            wanted[AT_STEP] = torch.empty(len(centers), 1, dtype=torch.int32, device="meta")
         placement, states = self._placement, {}
         for name, like in wanted.items():
             if placement.states == "host":

@@ -10,15 +10,26 @@ import itertools
 import pytest
 import torch
 
-from partialfc import ArcFace, PartialFC, RowAdagrad, RowAdamW, RowSGD, SubCenterArcFace
+from partialfc import (
+    ArcFace,
+    PartialFC,
+    RowAdagrad,
+    RowAdamW,
+    RowSGD,
+    SubCenterArcFace,
+    row_optimizer,
+)
 from partialfc.staging import Placement, Staging, host_tensor
 
 IDENTITIES, DIM, BATCH, STEPS = 400, 16, 24, 30
 HOST = Placement("host", "host")
+HOSTED = (("centers", "host"), ("states", "host"))
 RULES = {
     "sgd": (RowSGD(), "fp32"),
     "sgd bf16": (RowSGD(momentum_format="bf16"), "bf16"),
     "sgd fp16 int8": (RowSGD(momentum_format="int8"), "fp16"),
+    "sgd move": (RowSGD(unsampled="move"), "fp32"),
+    "sgd move fp16 int8": (RowSGD(momentum_format="int8", unsampled="move"), "fp16"),
     "adamw": (RowAdamW(), "fp32"),
     "adagrad": (RowAdagrad(), "fp32"),
 }
@@ -102,6 +113,22 @@ def test_micro_batches_with_one_sample_and_with_several(fixed):
     settings = {"parts": 3, "fixed": fixed, "prefetch": fixed}
     expected = trained(head_of(*rule, None), **settings)
     assert_equal(trained(head_of(*rule, HOST), **settings), expected)
+
+
+@pytest.mark.parametrize("rule", ["sgd move", "sgd move fp16 int8"])
+@pytest.mark.parametrize("where", ["states", "centers", "both"])
+def test_all_rows_catch_up_where_they_lie(rule, where, monkeypatch):
+    """What an export writes: rows that no step has visited for long, in pieces."""
+    monkeypatch.setattr(row_optimizer, "_STAGED_ROWS", 64)
+    wanted, found = results = [], []
+    placement = Placement(*(w if where in (n, "both") else "device" for n, w in HOSTED))
+    for given, result in zip((None, placement), results, strict=True):
+        head = head_of(*RULES[rule], given)
+        trained(head, given=batches(9))
+        head.optimizer.catch_up(None)
+        result += [head.centers.detach().clone(), *head.optimizer.states().values()]
+        result.append(trained(head, given=batches(12)[9:])[1])
+    assert all(torch.equal(*pair) for pair in zip(wanted, found, strict=True))
 
 
 def test_a_wrong_prefetch_changes_nothing():
@@ -248,7 +275,6 @@ def test_a_folder_that_cannot_hold_the_rows_is_refused(tmp_path, blocked):
     ("settings", "message"),
     [
         ({"sample_rate": 1.0}, "sample_rate = 1 with rows in host memory"),
-        ({"optimizer": RowSGD(unsampled="move")}, "unsampled = 'move' needs its rows on the dev"),
     ],
 )
 def test_what_host_memory_cannot_do_is_refused(settings, message):

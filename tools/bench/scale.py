@@ -47,8 +47,13 @@ from partialfc.config import Config
 from partialfc.runtime import Runtime
 from partialfc.staging import Placement
 from tools.bench.conditions import conditions
+from tools.estimating.time import GPUS, HEAD_SHARE, MEMORY, PRODUCTS
 
 _WARM_UP = 3
+_START, _LOCKED, _HOST_ROWS = 10.0, 2e9, 3e9
+"""Guesses for a machine with a GPU: seconds until a process has its head, and bytes/s at which host
+memory is locked and filled, and at which two threads gather or scatter its rows."""
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 _H200 = 770e12
 """What an H200 multiplies in bf16 in a second, FLOP; the floor is four products at that rate."""
 
@@ -81,6 +86,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps(measure(Case(**json.loads(options.worker)))))
         return 0
     cases = list(_cases(options))
+    if options.device == "cuda":
+        expected = sum(expected_seconds(case) for case in cases)
+        sys.stderr.write(f"{len(cases)} rows, about {expected / 60:.1f} minutes on an H200\n")
+    if options.dry_run:
+        return 0
     rows: list[dict[str, Any]] = []
     with Progress(console=Console(stderr=True), refresh_per_second=1) as progress:
         task = progress.add_task("measuring", total=len(cases))
@@ -100,6 +110,18 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console()
     Console(width=max(console.width, 120)).print(table(rows))
     return 0
+
+
+def expected_seconds(case: Case) -> float:
+    """Return what a row should take on an H200, by the rates that tools/estimate.py assumes."""
+    gpu, rows = GPUS["h200"], case.rate * case.identities
+    center, state = (_BYTES[name] * case.dim * rows for name in (case.centers, case.momentum))
+    step = 8 * case.batch * case.dim * rows / (gpu.bf16 * PRODUCTS * HEAD_SHARE)
+    step += (4 * center + 2 * state) / (gpu.bandwidth * MEMORY)
+    moved = {"device": 0.0, "states": state}.get(case.place, center + state)
+    step = max(step, 2 * moved / _HOST_ROWS)
+    held = moved / case.rate  # locked, and written once
+    return _START + held / _LOCKED + max((_WARM_UP + 5) * step, case.seconds + _WARM_UP * step)
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -331,6 +353,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="save and load there too")
     parser.add_argument("--threads", type=int, default=2, help="of torch (2)")
     parser.add_argument("--seconds", type=float, default=5, help="of steps, at least (5)")
+    parser.add_argument("--dry-run", action="store_true", help="say how long it should take")
     parser.add_argument("--json", type=Path, metavar="OUT")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser
