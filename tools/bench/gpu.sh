@@ -32,7 +32,7 @@ scale() {
 
 b=$(few 4096 32) m1=$(few 1000000 2000)
 if wants tests; then
-    timeout 150 "$python" -m pytest tests/gpu -q | tee "$out/gpu_tests.txt" || failed=1
+    timeout 200 "$python" -m pytest tests/gpu -q | tee "$out/gpu_tests.txt" || failed=1
 fi
 if wants head; then
     head --classes "$(few 100000,1000000 500,2000)" --batch "$b" --rate 1,0.1,0.01 --dtype $bf16 \

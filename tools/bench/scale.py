@@ -92,24 +92,26 @@ def main(arguments: list[str] | None = None) -> int:
     if options.dry_run:
         return 0
     rows: list[dict[str, Any]] = []
+    failed = False
     with Progress(console=Console(stderr=True), refresh_per_second=1) as progress:
         task = progress.add_task("measuring", total=len(cases))
         for case in cases:
             command = [sys.executable, __file__, "--worker", json.dumps(asdict(case))]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
+            progress.advance(task)
+            if done.returncode:  # the others may have room
                 sys.stderr.write(done.stderr)
-                return 1
+                failed = True
+                continue
             no_paths = {"folder": bool(case.folder), "checkpoint": bool(case.checkpoint)}
             found = json.loads(done.stdout.splitlines()[-1])
             rows.append({**asdict(case), **no_paths, **found})
             if options.json:
                 record = {**conditions(), "rows": rows}
                 options.json.write_text(json.dumps(record, indent=2) + "\n")
-            progress.advance(task)
     console = Console()
     Console(width=max(console.width, 120)).print(table(rows))
-    return 0
+    return int(failed)
 
 
 def expected_seconds(case: Case) -> float:
