@@ -126,6 +126,17 @@ def test_a_list_is_what_the_pack_of_it_is(folder, tmp_path):
     assert {files.index.name(i).split("/")[1] for i in range(4)} == {"2"}
 
 
+def test_a_list_is_sorted_in_pieces_and_may_be_a_link(folder, tmp_path, monkeypatch):
+    """The paths of a link to a list begin where the link is."""
+    expected = open_image_files(listed(folder))
+    monkeypatch.setattr("partialfc.data.file_index._SORTED", 5)
+    (tmp_path / "lists").mkdir()
+    folder.with_name("list.txt").rename(tmp_path / "lists" / "all.txt")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "lists" / "all.txt")
+    files = open_image_files(tmp_path / "link.txt")
+    assert [files.jpeg(i) for i in range(13)] == [expected.jpeg(i) for i in range(13)]
+
+
 def test_identities_are_numbered_without_gaps_and_mixed_with_packs(folder, tmp_path):
     """No center without images; those of a folder follow the pack's before it."""
     (tmp_path / "list.txt").write_text("photos/9/0.jpg\t7000000\nphotos/9/1.jpg -3\n")
@@ -245,7 +256,7 @@ def test_the_index_is_kept_mapped_and_made_again_when_the_folder_changes(folder,
     assert open_image_files(path).fingerprint != before
 
 
-@pytest.mark.parametrize("damage", ["cut", "name", "header", "forged"])
+@pytest.mark.parametrize("damage", ["cut", "name", "header", "../secret.jpg", "a\0b.jpg", "/a.jpg"])
 def test_a_damaged_or_forged_index_is_made_again_or_stays_inside(folder, damage, tmp_path):
     """Somebody may put an index with right times and any content beside a folder."""
     (tmp_path / "secret.jpg").write_bytes(encoded(lopsided(32, 32, 1)))
@@ -261,7 +272,7 @@ def test_a_damaged_or_forged_index_is_made_again_or_stays_inside(folder, damage,
         data[-1] ^= 1
         kept.write_bytes(data)
     else:
-        out = "../secret.jpg"
+        out = damage
         header = json.loads(data[:4096])
         header |= {"count": 1, "identities": 1, "names": len(out)}
         columns = struct.pack("<qqii", 0, len(out), 0, 9) + out.encode()

@@ -34,6 +34,7 @@ NO_FILE = -1
 _FORMAT = "partialfc files 1"
 _THREADS = 16  # they wait for the file system, not for a core
 _CHUNK = 4096
+_SORTED = 1 << 20  # names that are moved at a time: it takes 16 bytes for each of theirs
 _LONGEST_LINE = 1 << 16
 _LONGEST_LABEL = 256
 
@@ -213,13 +214,24 @@ def _sorted(names: list[str], found: list[Files]) -> FileIndex:
     identity_N = identity_N.astype(np.int32)
     if (identity_N[1:] < identity_N[:-1]).any():
         order_N = np.argsort(identity_N, kind="stable")
-        begin_N = (np.cumsum(length_N) - length_N)[order_N]
+        start_N = (np.cumsum(length_N) - length_N)[order_N]
         identity_N, size_N, length_N = identity_N[order_N], size_N[order_N], length_N[order_N]
-        place = np.repeat(begin_N - (np.cumsum(length_N) - length_N), length_N)
-        text = text[place + np.arange(len(text))]
+        chunks = [slice(at, at + _SORTED) for at in range(0, len(order_N), _SORTED)]
+        text = np.concatenate([_texts(text, start_N[part], length_N[part]) for part in chunks])
     return FileIndex(
         len(some), np.concatenate([[0], np.cumsum(length_N)]), identity_N, size_N, text
     )
+
+
+def _texts(
+    text: NDArray[np.uint8], start_N: NDArray[np.int64], length_N: NDArray[np.int64]
+) -> NDArray[np.uint8]:
+    """Pieces of a text, one after the other."""
+    first_N = np.cumsum(length_N) - length_N
+    pieces: NDArray[np.uint8] = text[
+        np.repeat(start_N - first_N, length_N) + np.arange(length_N.sum())
+    ]
+    return pieces
 
 
 def _folders(root: Path) -> list[tuple[str, int]]:

@@ -32,7 +32,7 @@ def open_image_files(path: str | Path) -> "ImageFiles":
         ValueError: If there is no image, or the list breaks a rule; images are checked when read.
         OSError: If it cannot be read.
     """
-    path = Path(path).resolve()
+    path = Path(path).absolute()
     return ImageFiles(path, open_file_index(path))
 
 
@@ -124,7 +124,7 @@ class ImageFiles:
     def _read(self, name: str) -> bytes:
         """The bytes of a file below the root."""
         *folders, last = name.split("/")
-        if ".." in folders or "" in folders[:1]:
+        if ".." in folders or "" in folders[:1] or "\0" in name:
             raise self._error(name, "the path leads out of its folder")
         at = self._root
         try:
@@ -145,7 +145,10 @@ class ImageFiles:
                 raise self._error(
                     name, f"the file has {status.st_size} bytes, must be in [1, {MAX_BYTES}]"
                 )
-            return os.read(file, status.st_size)
+            data = os.read(file, status.st_size)
+            while len(data) < status.st_size and (more := os.read(file, MAX_BYTES)):
+                data += more  # some network file systems give less than is asked for
+            return data
         finally:
             os.close(file)
 
