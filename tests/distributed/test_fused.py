@@ -20,7 +20,14 @@ def trained(rank, world_size, fused):
     os.environ["TRITON_INTERPRET"] = "1"  # before this process imports the kernels
     dispatch.FORCED = fused
     try:
-        head = PartialFC(151, 20, MARGINS[margin], sample_rate=0.6, optimizer=RowSGD(), fused=fused)
+        head = PartialFC(
+            151,
+            20,
+            ArcFace(scale=128, label_smoothing=0.1),
+            sample_rate=0.6,
+            optimizer=RowSGD(),
+            fused=fused,
+        )
         losses = []
         for step in range(2):
             generator = torch.Generator().manual_seed(10 * step + rank)
