@@ -136,7 +136,7 @@ def assemble(config: Config, runtime: Runtime, backbone: nn.Module, head: Partia
         replica=replica,
         optimizer=_optimizer(config, backbone),
         head=head,
-        losses=_embedding_losses(config),
+        losses=embedding_losses(config),
         scaler=torch.amp.GradScaler(
             runtime.device.type,
             init_scale=getattr(config.precision, "initial_loss_scale", 1.0),
@@ -183,7 +183,7 @@ def margin_of(config: Config) -> Margin:
         raise ConfigError(f"head.{error}") from error
 
 
-def _embedding_losses(config: Config) -> EmbeddingLosses:
+def embedding_losses(config: Config) -> EmbeddingLosses:
     """Return those with a weight."""
     losses = {}
     for name, kind in LOSSES.items():

@@ -80,6 +80,17 @@ class EmbeddingLosses(nn.Module):
         return loss
 
 
+def sums_of(
+    losses: Mapping[str, Weighted], unit_BD: Tensor, identities_B: Tensor, anchors: slice
+) -> tuple[Tensor, Tensor]:
+    """Return the sums [T] over this rank's anchors, with their gradient, and the counts [T]."""
+    pairs = Pairs.of(unit_BD, identities_B, anchors)
+    parts = [one.loss.sums(pairs) for one in losses.values()]
+    # A loss that leaves out pairs with NaN must be NaN too.
+    sum_T = torch.cat([part[0] for part in parts]) + 0 * unit_BD.sum()
+    return sum_T, torch.cat([part[1] for part in parts])
+
+
 class _OverRanks(torch.autograd.Function):
     """Everything that needs other ranks happens in forward; backward only weighs the result."""
 
@@ -95,11 +106,7 @@ class _OverRanks(torch.autograd.Function):
         want_gradient = ctx.needs_input_grad[0]
         with torch.set_grad_enabled(want_gradient):
             unit_BD = unit_BD.detach().requires_grad_(want_gradient)
-            pairs = Pairs.of(unit_BD, identities_B, anchors)
-            parts = [one.loss.sums(pairs) for one in weighted.values()]
-            # A loss that leaves out pairs with NaN must be NaN too.
-            sum_T = torch.cat([part[0] for part in parts]) + 0 * unit_BD.sum()
-        count_T = torch.cat([part[1] for part in parts])
+            sum_T, count_T = sums_of(module.losses, unit_BD, identities_B, anchors)
         totals = sum_over_ranks(torch.stack([sum_T.detach(), count_T]), ranks)
         count_T = totals[1].clamp(min=1)
         with torch.set_grad_enabled(want_gradient):

@@ -17,7 +17,7 @@ import importlib.util
 import json
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cache
 
@@ -37,6 +37,7 @@ from tools.estimating.backbone import (
     count_backbone,
 )
 from tools.estimating.head import head_parts, shard_of
+from tools.estimating.losses import Beside, count_losses, loss_parts
 from tools.estimating.time import (
     ALLOCATOR_SLACK,
     CPU_BANDWIDTH,
@@ -60,16 +61,22 @@ from tools.estimating.time import (
 
 
 def memory_of(
-    config: Config, counted: Counted, identities: int, cluster: Cluster
+    config: Config,
+    counted: Counted,
+    losses: Sequence[Beside],
+    identities: int,
+    cluster: Cluster,
 ) -> dict[str, list[Part]]:
     """Return the parts of a rank's memory by group; identities decide the head's only."""
     shard = shard_of(config, identities, cluster.ranks, cluster.device)
     parts = {
         "head": head_parts(config, shard, cluster.ranks, cluster.device),
+        "losses": loss_parts(config, losses),
         "backbone": backbone_parts(config, counted, cluster.ranks),
         "data": data_parts(config, cluster.ranks, cluster.device),
     }
     moving = max(counted.saved, counted.backward, counted.inference) + shard.kept
+    moving += sum(loss.peak for loss in losses)
     return {**parts, "process": process_parts(config, cluster, moving)}
 
 
@@ -79,11 +86,14 @@ def totals(parts: dict[str, list[Part]]) -> tuple[int, ...]:
     return tuple(sum(part.bytes[i] for part in every) for i in range(len(MOMENTS)))
 
 
-def most_identities(config: Config, counted: Counted, cluster: Cluster) -> int:
+def most_identities(
+    config: Config, counted: Counted, losses: Sequence[Beside], cluster: Cluster
+) -> int:
     """Return the largest number of identities that fits, 0 if none does."""
 
     def fits(identities: int) -> bool:
-        return max(totals(memory_of(config, counted, identities, cluster))) <= cluster.gpu.memory
+        parts = memory_of(config, counted, losses, identities, cluster)
+        return max(totals(parts)) <= cluster.gpu.memory
 
     low = max(1, cluster.ranks)
     if not fits(low):
@@ -246,9 +256,10 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    parts = memory_of(config, counted, identities, cluster)
-    times = seconds_of(config, counted, shard, cluster)
-    most = most_identities(config, counted, cluster)
+    losses = count_losses(config, shard, cluster.ranks, cluster.device)
+    parts = memory_of(config, counted, losses, identities, cluster)
+    times = seconds_of(config, counted, losses, shard, cluster)
+    most = most_identities(config, counted, losses, cluster)
     needed, memory = totals(parts), cluster.gpu.memory
     images = config.data.global_batch / sum(seconds for _, seconds, _ in times)
     fits = max(needed) <= memory

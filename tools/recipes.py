@@ -27,6 +27,7 @@ from partialfc.metrics import write_text
 from tools.estimate import memory_of, totals
 from tools.estimating.backbone import GIB, Counted, count_backbone
 from tools.estimating.head import shard_of
+from tools.estimating.losses import count_losses
 from tools.estimating.time import GPUS as MODULES
 from tools.estimating.time import Cluster, seconds_of
 
@@ -248,9 +249,10 @@ def predict(folder: Path, data: str, network: str, gpus: int = 8, gpu: str = "h1
     counted = _counted(
         folder, network, config.data.global_batch // gpus // parts, gpus > 1, parts > 1
     )
-    needed = max(totals(memory_of(config, counted, images.identities, cluster)))
     shard = shard_of(config, images.identities, gpus, "cuda")
-    step = sum(seconds for _, seconds, _ in seconds_of(config, counted, shard, cluster))
+    losses = count_losses(config, shard, gpus, "cuda")
+    needed = max(totals(memory_of(config, counted, losses, images.identities, cluster)))
+    step = sum(seconds for _, seconds, _ in seconds_of(config, counted, losses, shard, cluster))
     steps = images.images // config.data.global_batch * (config.run.epochs or 0)
     return Predicted(needed, needed <= cluster.gpu.memory, step, steps * step / 3600)
 

@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
                 _save(options, rows)  # after each: the rows before a failure are kept
     if leads:
         console = Console()
-        Console(width=max(console.width, 120)).print(table(rows))
+        Console(width=max(console.width, 140)).print(table(rows))
     return 0
 
 

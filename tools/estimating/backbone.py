@@ -85,7 +85,7 @@ class Ledger(TorchDispatchMode):
         self._storages: Any = weakref.WeakKeyDictionary()
         for tensor in known:
             self._storages[tensor.untyped_storage()] = _Storage(0)
-        self.live = self.gradients = self.flops = 0
+        self.live = self.gradients = self.flops = self.made = 0
         self.peak: tuple[int, int] = (0, 0)
         """``live`` and ``gradients`` when their sum was largest."""
 
@@ -113,6 +113,7 @@ class Ledger(TorchDispatchMode):
         self._storages[storage] = known = _Storage(size)
         weakref.finalize(storage, self._end, known)
         self.live += size
+        self.made += size
         if self.live + self.gradients > sum(self.peak):
             self.peak = self.live, self.gradients
 

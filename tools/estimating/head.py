@@ -32,6 +32,7 @@ class Shard:
     rows: int
     sampled: int
     tile: int
+    per_identity: int
     kept: int
     """Bytes of exponentials kept between the passes."""
     exponentials: int
@@ -79,7 +80,7 @@ def shard_of(config: Config, identities: int, world_size: int, device: Device) -
     if exponentials > budget_bytes:
         one = max(1, (stop - start) * micro_batch * operand)
         kept = budget_bytes // one * one
-    return Shard(rows, sampled, stop - start, kept, exponentials)
+    return Shard(rows, sampled, stop - start, per_identity, kept, exponentials)
 
 
 def dim_of(config: Config, margin: Margin) -> int:
@@ -127,6 +128,7 @@ def head_parts(config: Config, shard: Shard, world_size: int, device: Device) ->
         name: bool(elsewhere) and where == "host"
         for name, where in (("centers", settings.centers_in), ("states", settings.states_in))
     }
+    pooled = device == "cpu" and operand == 4  # their buffers wait for the next step
     staged = 0
     if "host" in (settings.centers_in, settings.states_in):
         staged = 3 * n * row_bytes  # of this step, the next and the last
@@ -150,7 +152,7 @@ def head_parts(config: Config, shard: Shard, world_size: int, device: Device) ->
         ),
         Part(
             "kept exponentials",
-            (shard.kept, shard.kept, shard.kept, 0),
+            (shard.kept, shard.kept, shard.kept, shard.kept if pooled else 0),
             f"{n:,} sampled rows x {config.data.global_batch:,} x {operand} B{limited}",
         ),
         Part(

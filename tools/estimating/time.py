@@ -1,6 +1,7 @@
 """What a training step takes: rates of GPUs and networks, and every assumption with its number."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from partialfc.build import head_compute
 from partialfc.config import Config
 from tools.estimating.backbone import GIB, MIB, Counted, Device
 from tools.estimating.head import Shard, head_parts
+from tools.estimating.losses import Beside
 
 TERA, GIGA = 1e12, 1e9
 
@@ -84,7 +86,7 @@ class Cluster:
 
 
 def seconds_of(
-    config: Config, counted: Counted, shard: Shard, cluster: Cluster
+    config: Config, counted: Counted, losses: Sequence[Beside], shard: Shard, cluster: Cluster
 ) -> list[tuple[str, float, str]]:
     """Return (name, seconds, arithmetic) of the parts of a step, which add up to it."""
     gpu, ranks = cluster.gpu, cluster.ranks
@@ -114,6 +116,8 @@ def seconds_of(
         "reduce-scatter": batch * dim * 4,
     }
     hop = LATENCY if cluster.nodes == 1 else NETWORK_LATENCY
+    if losses:
+        moved["losses' collectives"] = parts * sum(loss.moved for loss in losses)
     found = [
         (
             "backbone",
@@ -139,6 +143,17 @@ def seconds_of(
             f"{weight_bytes / GIGA:.2f} GB of weights, gradients and states",
         ),
     ]
+    for loss in losses:
+        rate = getattr(gpu, loss.compute) * PRODUCTS
+        seconds = parts * (loss.flops / rate + 3 * loss.made / (gpu.bandwidth * MEMORY))
+        found.append(
+            (
+                f"losses: {loss.name}",
+                seconds,
+                f"{parts * loss.flops / GIGA:.2f} GFLOP; {parts * loss.made / GIGA:.3f} GB made, "
+                "read twice and written once",
+            )
+        )
     if ranks > 1:
         turns = (ranks - 1) / ranks
         for name, size in moved.items():
