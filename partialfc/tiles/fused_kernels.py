@@ -1,4 +1,4 @@
-"""Pass 1 as one Triton kernel: neither logits nor exponentials leave the chip.
+"""Pass 1 as one Triton kernel: of logits and exponentials nothing is written but what is kept.
 
 It has the shape of attention whose keys are its values: a program keeps a block of queries and the
 sum of what pulls them, and streams the classes. It gives what
