@@ -107,7 +107,8 @@ def cold(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "measure": "cold_epoch",
         "pack": str(pack),
         "batch": BATCH,
-        "images": options.images // 8 // BATCH * BATCH,  # a large pack is read everywhere a little
+        # Of a large pack: read everywhere a little.
+        "images": max(1, options.images // 8 // BATCH) * BATCH,
         "cold": True,
     }
     rows = {"shuffled": base, "blocks of 256": base | {"block": 256}}
