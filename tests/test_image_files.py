@@ -449,6 +449,7 @@ PNGS = {
     "no header": (b"\x89PNG\r\n\x1a\n" + chunk(b"IDAT", b"0" * 13) + chunk(b"IEND", b""), "begin"),
     "chunks": (raw_png(8, 8, body=chunk(b"tEXt", b"") * 20_000), "more than 16384 chunks"),
     "length": (raw_png(8, 8, body=b"\xff\xff\xff\xffIDAT"), "truncated"),
+    "two headers": (raw_png(8, 8, body=raw_png(11000, 11000)[8:33]), "a second header"),
 }
 
 
@@ -467,10 +468,51 @@ def test_a_mutated_png_is_an_image_or_a_value_error(data):
     for _ in range(data.draw(st.integers(1, 6))):
         at = data.draw(st.integers(0, len(good) - 1))
         good[at : at + data.draw(st.integers(0, 4))] = data.draw(st.binary(max_size=4))
-    view = np.frombuffer(bytes(good), np.uint8)
+    is_image_or_value_error(bytes(good))
+
+
+KINDS = [b"IHDR", b"PLTE", b"tRNS", b"acTL", b"fcTL", b"fdAT", b"iCCP", b"zTXt", b"eXIf", b"IDAT"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_a_png_with_odd_chunks_is_an_image_or_a_value_error(data):
+    """Their checksums are right, so a decoder looks at them."""
+    palette = Image.fromarray(lopsided(16, 16, 1)).quantize(16)
+    good = png(lopsided(16, 16, 1)) if data.draw(st.booleans()) else png(np.asarray(palette))
+    at, chunks = 8, []
+    while at < len(good):
+        length, kind = struct.unpack_from(">I4s", good, at)
+        chunks.append((kind, good[at + 8 : at + 8 + length]))
+        at += 12 + length
+    for _ in range(data.draw(st.integers(1, 3))):
+        odd = (data.draw(st.sampled_from(KINDS)), data.draw(st.binary(max_size=30)))
+        at = data.draw(st.integers(1, len(chunks)))
+        chunks[at : at + data.draw(st.integers(0, 1))] = [odd]
+    is_image_or_value_error(good[:8] + b"".join(chunk(*one) for one in chunks))
+
+
+@pytest.mark.parametrize("kind", ["a palette's transparency alone", "a profile of no bytes"])
+def test_whatever_a_decoder_raises_of_a_png_is_a_value_error(kind):
+    """A run leaves the image out, and does not end: Pillow asserts, and is out of its range."""
+    pixels = chunk(b"IDAT", zlib.compress(bytes(9 * 8)))
+    if kind.startswith("a palette"):
+        data = raw_png(8, 8, colour=3, body=chunk(b"tRNS", b"\xff\0") + pixels)
+    else:
+        data = raw_png(8, 8, colour=0, body=pixels + chunk(b"iCCP", b""))
+    view = np.frombuffer(data, np.uint8)
+    check_image(view)
+    with pytest.raises(ValueError, match="Error: "):
+        decode_image(view)
+
+
+def is_image_or_value_error(data: bytes) -> None:
+    view = np.frombuffer(data, np.uint8)
     try:
-        frame = check_image(view)
-        pixels = decode_image(view)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's of an odd animation
+            frame = check_image(view)
+            pixels = decode_image(view)
     except ValueError:
         return
     assert pixels.shape == (frame.height, frame.width, 3)

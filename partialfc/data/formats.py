@@ -49,8 +49,10 @@ def decode_image(view: NDArray[np.uint8]) -> NDArray[np.uint8]:
     try:
         with Image.open(BytesIO(view.tobytes()), formats=["PNG"]) as image:
             return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError) as error:  # Pillow's own of a broken chunk
-        raise ValueError(str(error)) from None
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow raises anything on a broken chunk
+        raise ValueError(f"{type(error).__name__}: {error}") from None
 
 
 def _is_png(view: NDArray[np.uint8]) -> bool:
@@ -58,7 +60,7 @@ def _is_png(view: NDArray[np.uint8]) -> bool:
 
 
 def _check_png(view: NDArray[np.uint8]) -> Frame:
-    """Walk from chunk to chunk: the header must come first and the end must be there."""
+    """Walk from chunk to chunk: one header, which comes first, and the end must be there."""
     if len(view) > MAX_BYTES:
         raise _refusal(f"the PNG has {len(view)} bytes, at most {MAX_BYTES} are allowed")
     frame, at = None, len(_SIGNATURE)
@@ -70,6 +72,8 @@ def _check_png(view: NDArray[np.uint8]) -> Frame:
             if kind != b"IHDR" or length < _HEADER.size or at + 21 > len(view):
                 raise _refusal("the PNG does not begin with its header")
             frame = _read_header(view, at + _CHUNK.size)
+        elif kind == b"IHDR":  # decoders go by the last one, which is of any size
+            raise _refusal("the PNG has a second header")
         if kind == b"IEND":
             return frame
         at += _CHUNK.size + length + _CHECKSUM
