@@ -27,6 +27,7 @@ def line_chart(points: Points, *, log: bool = False, percent: bool = False) -> s
     stretches = _stretches(points)
     values = [y for stretch in stretches for y in stretch[1:]]
     low, high = _range(min(values), max(values), log)
+    low = max(low, 0.0) if not log and min(values) >= 0 else low
     high = min(high, 1.0) if percent else high
 
     def place(x: float, y: float) -> str:

@@ -230,6 +230,7 @@ def test_an_interface_that_no_other_host_reaches_is_refused_with_a_hint(agents):
         assert f"Set GLOO_SOCKET_IFNAME=ve{i}" in two.log(i)
 
 
+@pytest.mark.slow
 def test_a_host_whose_clock_is_wrong_is_named_and_the_run_may_go_on(agents, tmp_path):
     """Every process of one host has a clock that is an hour ahead."""
     clock = tmp_path / "clock"

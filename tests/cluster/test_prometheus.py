@@ -215,18 +215,24 @@ def page_of(run):
     return page(RunFolder(run).look(), every=5)
 
 
+def secure(packs, folder, certificates, certificate):
+    """Arguments of a run that serves over TLS, to those with a certificate of the authority."""
+    words = arguments(packs, folder / "run", "run.steps=1000000", "monitor.port=0")
+    return [
+        *words,
+        f"monitor.targets={folder / 'targets'}",
+        f"monitor.client_ca={certificates / 'ca.pem'}",
+        f"monitor.certificate={certificate.with_suffix('.pem')}",
+        f"monitor.key={certificate.with_suffix('.key')}",
+    ]
+
+
 def test_tls_with_client_certificates(packs, certificates, tmp_path):
-    """Prometheus reads with a certificate; without one nobody does."""
+    """Prometheus and the page read with a certificate; without one nobody does."""
     need("prometheus")
     files = {name: str(certificates / name) for name in ("ca.pem", "client.pem", "client.key")}
     tls = {"ca_file": files["ca.pem"], "cert_file": files["client.pem"]}
-    words = arguments(packs, tmp_path / "run", "run.steps=1000000", "monitor.port=0")
-    words += [
-        f"monitor.targets={tmp_path / 'targets'}",
-        f"monitor.certificate={certificates / 'server.pem'}",
-        f"monitor.key={certificates / 'server.key'}",
-        f"monitor.client_ca={certificates / 'ca.pem'}",
-    ]
+    words = secure(packs, tmp_path, certificates, certificates / "server")
     with Prometheus(tmp_path, tls_config={**tls, "key_file": files["client.key"]}) as prometheus:
         process = start(1, words)
         try:
@@ -242,27 +248,29 @@ def test_tls_with_client_certificates(packs, certificates, tmp_path):
                 urllib.request.urlopen(f"http://{address}/metrics", timeout=10)
         finally:
             stop(process)
-    # A run whose certificate is not one of its clients': the page says so, not that it died.
-    lone = ["req", "-newkey", "rsa:2048", "-nodes", "-x509", "-days", "2", "-subj", "/CN=lone"]
-    files = ["-keyout", "lone.key", "-out", "lone.pem"]
-    subprocess.run(["openssl", *lone, *files], cwd=tmp_path, check=True, capture_output=True)
-    other = [
-        word for word in words if not word.startswith(("monitor.cert", "monitor.key", "run.f"))
-    ]
-    other += [f"run.folder={tmp_path / 'lone'}", f"monitor.certificate={tmp_path / 'lone.pem'}"]
-    process = start(1, [*other, f"monitor.key={tmp_path / 'lone.key'}"])
-    try:
-        wait_for(lambda: last_step(tmp_path / "lone") > 0)
-        shown = page_of(tmp_path / "lone")
-        assert "They answer to those with a certificate of monitor.client_ca" in shown
-        assert "No answer" not in shown
-    finally:
-        stop(process)
-    wrong = [*words[:-2], f"monitor.key={certificates / 'client.key'}"]
+    wrong = [*words[:-1], f"monitor.key={certificates / 'client.key'}"]
     process = start(1, wrong)
     output, _ = process.communicate(timeout=180)
     assert process.returncode == 1
     assert "monitor.certificate" in output
+
+
+@pytest.mark.slow
+def test_the_page_of_ranks_that_are_closed_to_it_does_not_call_them_lost(
+    packs, certificates, tmp_path
+):
+    """The run's own certificate, which the page shows them, is not of their clients' authority."""
+    new = ["req", "-newkey", "rsa:2048", "-nodes", "-x509", "-days", "2", "-subj", "/CN=lone"]
+    files = ["-keyout", "lone.key", "-out", "lone.pem"]
+    subprocess.run(["openssl", *new, *files], cwd=tmp_path, check=True, capture_output=True)
+    process = start(1, secure(packs, tmp_path, certificates, tmp_path / "lone"))
+    try:
+        wait_for(lambda: last_step(tmp_path / "run") > 0)
+        shown = page_of(tmp_path / "run")
+        assert "They answer to those with a certificate of monitor.client_ca" in shown
+        assert "No answer" not in shown
+    finally:
+        stop(process)
 
 
 @pytest.mark.slow
