@@ -144,4 +144,7 @@ def _pass_on(lines: IO[str], ending: threading.Event) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:  # while it was being set up
+        sys.exit(130)

@@ -143,7 +143,7 @@ class RunFolder:
             Lines(folder / "metrics.jsonl"),
             Lines(folder / "ledger.jsonl"),
         )
-        self._ranks: tuple[float, list[Rank]] = (0.0, [])
+        self._ranks: tuple[float, list[Rank] | None] = (0.0, [])
 
     def look(self) -> Seen:
         """Return what is to be seen now."""
@@ -166,14 +166,16 @@ class RunFolder:
         seen.free, seen.size = disk.free, disk.total
         if config is not None and config.monitor.targets is not None:
             path = targets_path(config.monitor.targets, config.run.folder)
-            try:
-                seen.ranks = self._ask(path, _way_in(config.monitor))
-            except ssl.SSLError:
-                seen.closed = True
+            ranks = self._ask(path, config.monitor)
+            seen.ranks, seen.closed = ranks or [], ranks is None
         return seen
 
-    def _ask(self, path: Path, context: ssl.SSLContext | None) -> list[Rank]:
-        """Ask every rank of a targets file, at most every few seconds."""
+    def _ask(self, path: Path, monitor: Monitor) -> list[Rank] | None:
+        """Ask every rank of a targets file, at most every few seconds.
+
+        Returns:
+            What each answered; ``None`` if they do not let us in.
+        """
         when, ranks = self._ranks
         if time.monotonic() - when < _SECONDS_BETWEEN_LOOKS_AT_RANKS:
             return ranks
@@ -181,32 +183,31 @@ class RunFolder:
             entries = json.loads(path.read_text())
         except (OSError, ValueError):
             return []
+        try:
+            ask = partial(_answer, context=_way_in(monitor))
+        except OSError:  # its files are not here, or not for us
+            return None
         with ThreadPoolExecutor(_THREADS) as pool:
-            ranks = list(pool.map(partial(_answer, context=context), entries))
+            answers = [answer for answer in pool.map(ask, entries) if answer is not None]
+        ranks = answers if answers or not entries else None
         self._ranks = (time.monotonic(), ranks)
         return ranks
 
 
 def _way_in(monitor: Monitor) -> ssl.SSLContext | None:
-    """Trust the certificate of the run and no other, and show it where one is asked for.
-
-    Raises:
-        ssl.SSLError: If its files are not here, or not for us.
-    """
+    """Trust the certificate of the run and no other, and show it where one is asked for."""
     if monitor.certificate is None:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False  # it may be for another name of its host
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-    try:
-        context.load_verify_locations(monitor.certificate)
-        context.load_cert_chain(monitor.certificate, monitor.key)
-    except OSError as error:
-        raise ssl.SSLError(str(error)) from error
+    context.load_verify_locations(monitor.certificate)
+    context.load_cert_chain(monitor.certificate, monitor.key)
     return context
 
 
-def _answer(entry: Mapping[str, Any], *, context: ssl.SSLContext | None) -> Rank:
+def _answer(entry: Mapping[str, Any], *, context: ssl.SSLContext | None) -> Rank | None:
+    """What a rank says; ``None`` if it lives and does not let us in."""
     labels, address = entry["labels"], entry["targets"][0]
     rank = Rank(int(labels["rank"]), address)
     try:
@@ -216,12 +217,9 @@ def _answer(entry: Mapping[str, Any], *, context: ssl.SSLContext | None) -> Rank
             context=context,
         ) as reply:
             text = reply.read().decode()
-    except ssl.SSLError:
-        raise
     except OSError as error:
-        if isinstance(reason := getattr(error, "reason", None), ssl.SSLError):
-            raise reason from error
-        return rank
+        refused = isinstance(getattr(error, "reason", error), ssl.SSLError)
+        return None if refused else rank
     samples = [
         sample for family in text_string_to_metric_families(text) for sample in family.samples
     ]
