@@ -218,8 +218,10 @@ def _answer(entry: Mapping[str, Any], *, context: ssl.SSLContext | None) -> Rank
         ) as reply:
             text = reply.read().decode()
     except OSError as error:
-        refused = isinstance(getattr(error, "reason", error), ssl.SSLError)
-        return None if refused else rank
+        reason = getattr(error, "reason", None)
+        cause = reason if isinstance(reason, OSError) else error
+        refused = isinstance(cause, ssl.SSLError | ConnectionResetError | BrokenPipeError)
+        return None if refused and context is not None else rank
     samples = [
         sample for family in text_string_to_metric_families(text) for sample in family.samples
     ]

@@ -14,7 +14,9 @@ import pytest
 
 from launch.showing.page import page
 from launch.showing.run import RunFolder
+from partialfc.config import load, to_toml
 from partialfc.exporter import Exported, Exporter
+from partialfc.ledger import Ledger
 from partialfc.targets import targets_path, write_targets
 from tests.cluster.conftest import need
 from tests.cluster.prometheus import MONITORING, Prometheus, close_all
@@ -23,6 +25,7 @@ from tests.cluster.training import ENVIRONMENT, ROOT, arguments, last_step
 
 pytestmark = pytest.mark.cluster
 
+LAST_STEP = "last_step_timestamp_seconds"
 DASHBOARD = json.loads((MONITORING / "dashboard.json").read_text())
 QUERIES = [
     (panel["title"], target["expr"])
@@ -255,22 +258,37 @@ def test_tls_with_client_certificates(packs, certificates, tmp_path):
     assert "monitor.certificate" in output
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("own", ["server", "lone"])
 def test_the_page_of_ranks_that_are_closed_to_it_does_not_call_them_lost(
-    packs, certificates, tmp_path
+    packs, certificates, tmp_path, own
 ):
-    """The run's own certificate, which the page shows them, is not of their clients' authority."""
-    new = ["req", "-newkey", "rsa:2048", "-nodes", "-x509", "-days", "2", "-subj", "/CN=lone"]
-    files = ["-keyout", "lone.key", "-out", "lone.pem"]
-    subprocess.run(["openssl", *new, *files], cwd=tmp_path, check=True, capture_output=True)
-    process = start(1, secure(packs, tmp_path, certificates, tmp_path / "lone"))
-    try:
-        wait_for(lambda: last_step(tmp_path / "run") > 0)
-        shown = page_of(tmp_path / "run")
-        assert "They answer to those with a certificate of monitor.client_ca" in shown
-        assert "No answer" not in shown
-    finally:
-        stop(process)
+    """It shows them the run's own certificate, which may not be of their clients' authority."""
+    if own == "lone":
+        new = ["req", "-newkey", "rsa:2048", "-nodes", "-x509", "-days", "2", "-subj", "/CN=lone"]
+        files = ["-keyout", "lone.key", "-out", "lone.pem"]
+        subprocess.run(["openssl", *new, *files], cwd=tmp_path, check=True, capture_output=True)
+    at = (tmp_path if own == "lone" else certificates) / own
+    words = secure(packs, tmp_path, certificates, at)
+    config, run = load(ROOT / words[0], words[1:]), tmp_path / "run"
+    run.mkdir()
+    (run / "config.toml").write_text(to_toml(config))
+    Ledger(run / "ledger.jsonl", ranks=2).at(0, now=True)
+    table = tuple(Exported(name, "x") for name in ("step", "steps_total", LAST_STEP))
+    tls = config.monitor.model_dump(include={"certificate", "key", "client_ca"})
+    exporters = [Exporter(table, "127.0.0.1", 0, **tls) for _ in range(2)]
+    for exporter in exporters:
+        exporter.set("step", 7)
+        exporter.set("steps_total", 7)
+        exporter.set(LAST_STEP, time.time())
+    addresses = [f"127.0.0.1:{exporter.port}" for exporter in exporters]
+    write_targets(targets_path(tmp_path / "targets", run), addresses, run="run", scheme="https")
+    shown = page_of(run)
+    assert ("Last step of 2 ranks" in shown) == (own == "server")
+    assert ("certificate of monitor.client_ca, and this page has none" in shown) == (own == "lone")
+    assert "No answer" not in shown
+    exporters.pop().close()
+    assert "No answer from rank 1" in page_of(run)
+    close_all(exporters)
 
 
 @pytest.mark.slow
