@@ -1,6 +1,7 @@
 # make demo: see it train and verify. make test: lint, types, tests. Both set themselves up.
 PYTHON ?= python3
 BIN := .venv/bin
+GPU_TESTS := tests/gpu tests/test_kernels.py tests/test_fused_kernels.py -k "cuda or gpu"
 
 .PHONY: demo test test-gpu test-cluster monitor omniglot lint clean
 
@@ -11,7 +12,7 @@ test: .venv/installed lint
 	$(BIN)/python -m pytest $(TESTS)
 
 test-gpu: .venv/installed
-	$(BIN)/python -m pytest tests/gpu
+	$(BIN)/python -m pytest $(GPU_TESTS)
 
 # What needs real Slurm, Prometheus, a browser and network namespaces: as root on Debian.
 test-cluster: .venv/installed

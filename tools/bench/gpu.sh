@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # All that needs a CUDA device, in one command, or a part of it:
 #   bash tools/bench/gpu.sh OUT_FOLDER [python] [all|tests|head|scale|data]
-# tests: tests/gpu. head: against the textbook head (fp32, and TF32 on). scale: ten, fifty and a
-# hundred million identities, tile by tile and by the fused kernels, under eight minutes on an H200;
-# it says how long it should take. data: loaders.
+# tests: tests/gpu and all kernels. head: against the textbook head (fp32, and TF32 on). scale: ten,
+# fifty and a hundred million identities, tile by tile and by the fused kernels, under eight minutes
+# on an H200; it says how long it should take. data: loaders.
 # DRY=1 runs every command on the CPU at a hundredth of the sizes, to find what is misspelt.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
@@ -32,7 +32,8 @@ scale() {
 
 b=$(few 4096 32) m1=$(few 1000000 2000)
 if wants tests; then
-    timeout 200 "$python" -m pytest tests/gpu -q | tee "$out/gpu_tests.txt" || failed=1
+    timeout 400 "$python" -m pytest -q tests/gpu tests/test_kernels.py tests/test_fused_kernels.py \
+        -k "cuda or gpu" | tee "$out/gpu_tests.txt" || failed=1
 fi
 if wants head; then
     head --classes "$(few 100000,1000000 500,2000)" --batch "$b" --rate 1,0.1,0.01 --dtype $bf16 \
