@@ -5,8 +5,8 @@ as it is. Logits exist one tile of classes at a time: pass 1 leaves the row sums
 exponentials E and those exponentials times the keys; pass 2 leaves the gradient of its keys. E is
 kept between the passes as far as a byte budget allows and computed again beyond it, so that pass 2
 takes one matrix product or two. Neither the logits [n, B] nor the gradient of the keys [n, D] is
-ever whole. Centers in the dtype of the products are multiplied as they are, and what is wanted of
-unit keys gets the reciprocal norms, a factor for each key, on [T, B] instead of [T, D].
+ever whole. fp32 centers are multiplied as they are in fp32, and what is wanted of unit keys gets the
+reciprocal norms, a factor for each key, on [T, B] instead of [T, D]. In bf16 that would round worse.
 
 Shape suffixes: B = rows of the gathered batch, D = embedding, n = sampled rows, T = rows of a tile.
 """
@@ -282,7 +282,7 @@ def _keys(
     They are a view where they are the centers themselves.
     """
     as_stored = centers_CD.dtype == dtype
-    if logits.unit and (has_kernels(centers_CD) or not as_stored):
+    if logits.unit and (has_kernels(centers_CD) or not as_stored or dtype == torch.bfloat16):
         return _unit_keys(centers_CD, rows, start, stop, dtype, workspace), None
     buffer_TD = None
     if rows is not None and as_stored:
