@@ -5,8 +5,8 @@ as it is. Logits exist one tile of classes at a time: pass 1 leaves the row sums
 exponentials E and those exponentials times the keys; pass 2 leaves the gradient of its keys. E is
 kept between the passes as far as a byte budget allows and computed again beyond it, so that pass 2
 takes one matrix product or two. Neither the logits [n, B] nor the gradient of the keys [n, D] is
-ever whole. fp32 centers are multiplied as they are in fp32, and what is wanted of unit keys gets the
-reciprocal norms, a factor for each key, on [T, B] instead of [T, D]. In bf16 that would round worse.
+ever whole. In fp32, centers are multiplied as they are, and what is wanted of unit keys gets the
+reciprocal norms, a factor for each key, on [T, B] instead of [T, D]; bf16 would round worse so.
 
 Shape suffixes: B = rows of the gathered batch, D = embedding, n = sampled rows, T = rows of a tile.
 """
