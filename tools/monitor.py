@@ -27,6 +27,8 @@ import yaml
 from tools.demo import ROOT, render
 
 _RUN = "run.folder"
+_OURS = {"run", "targets", "data", "prometheus.yml"}
+"""What is in --folder, and goes when it is emptied."""
 
 
 def main(arguments: list[str]) -> int:
@@ -46,7 +48,7 @@ def main(arguments: list[str]) -> int:
     if _RUN in keys:
         parser.error(f"{_RUN}: the run is in --folder, beside what Prometheus keeps.")
     folder, port = options.folder.absolute(), options.prometheus_port
-    if folder.exists() and any(folder.iterdir()) and not (folder / "targets").is_dir():
+    if folder.exists() and not _is_ours(folder):
         parser.error(f"--folder = {str(folder)!r}: it would be emptied, and is not ours.")
     for name in ("metrics_port", "prometheus_port", "page_port"):
         if not _is_free(getattr(options, name)):
@@ -87,6 +89,12 @@ def main(arguments: list[str]) -> int:
     return code
 
 
+def _is_ours(folder: Path) -> bool:
+    """Whether nothing is lost with what is in a folder; a folder of runs may have targets too."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {""}
+    return not names or "targets" in names <= _OURS
+
+
 def _is_free(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) != 0
@@ -123,6 +131,7 @@ def _process(*command: str, quiet: bool = False) -> Iterator["subprocess.Popen[s
         stdout=subprocess.DEVNULL if quiet else None,
         stderr=subprocess.DEVNULL if quiet else subprocess.PIPE,
         text=True,
+        errors="replace",
         start_new_session=True,
     )
     ending = threading.Event()

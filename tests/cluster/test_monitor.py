@@ -88,10 +88,13 @@ def exists(process):
         (["run.folder=elsewhere"], "run.folder: the run is in --folder"),
         (["--page-port={taken}"], "it is taken"),
         (["--folder={full}"], "it would be emptied"),
+        (["--folder={full}/mine.txt"], "it would be emptied"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_starts(tmp_path, words, message):
+    """A folder of runs may have targets in it, and is no monitor's for that."""
     (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / "targets").mkdir()
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
