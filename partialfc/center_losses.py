@@ -56,15 +56,16 @@ def center_loss(
         dim: Elements of a query that are its embedding.
         ranks: Those that share the centers.
     """
-    local_B = target_B != NOT_LOCAL
-    with torch.enable_grad():
-        query_BD = query_BD.float().detach().requires_grad_()
-        own_BD = own_BD.detach().requires_grad_()
-        cosine_B = F.cosine_similarity(query_BD[:, :dim], own_BD[:, :dim])
-        loss = torch.where(local_B, 1 - cosine_B, 0.0).mean()
-        by_query_BD, by_key_BD = torch.autograd.grad(loss, (query_BD, own_BD))
-    pull = Pull(target_B, torch.ones_like(cosine_B).detach(), by_key_BD)
-    return CenterTerm(sum_over_ranks(loss.detach(), ranks), [pull], by_query_BD)
+    # Its derivatives by hand: autograd does nothing in inference mode.
+    local_B1, pad = (target_B != NOT_LOCAL).unsqueeze(1), query_BD.shape[1] - dim
+    (unit_BD, far_B1), (key_BD, near_B1) = unit(query_BD[:, :dim]), unit(own_BD[:, :dim])
+    cosine_B1 = (unit_BD * key_BD).sum(1, keepdim=True)
+    loss = torch.where(local_B1, 1 - cosine_B1, 0.0).mean()
+    share_B1 = local_B1 / len(query_BD)
+    by_query_BD = (unit_BD * cosine_B1 - key_BD) * (far_B1 * share_B1)
+    by_key_BD = (key_BD * cosine_B1 - unit_BD) * (near_B1 * share_B1)
+    pull = Pull(target_B, torch.ones_like(share_B1[:, 0]), F.pad(by_key_BD, (0, pad)))
+    return CenterTerm(sum_over_ranks(loss, ranks), [pull], F.pad(by_query_BD, (0, pad)))
 
 
 def inter_class_loss(

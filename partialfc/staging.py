@@ -97,6 +97,7 @@ class Staging:
         self._ahead: deque[_Ahead] = deque()
         self._writing: list[Future[None]] = []
 
+    @torch.inference_mode(False)  # training may ask for the same rows next
     def open(self, step: int, rows: Tensor) -> dict[str, Tensor]:
         """Return the compact tensors of ``rows``; those opened before are closed.
 

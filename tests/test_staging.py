@@ -164,6 +164,26 @@ def test_evaluation_between_steps_changes_nothing():
     assert_equal(results[1][1], results[0][1])
 
 
+def test_rows_that_inference_mode_has_opened_can_be_trained():
+    """The rows of a step that was fixed are the same for both; losses on centers do without
+    autograd."""
+    results = []
+    for placement in (None, HOST):
+        head = head_of(*RULES["sgd"], placement)
+        head.center_weight = head.inter_class_weight = 0.5
+        embeddings, labels = batches(1)[0]
+        head.sample_step(labels)
+        with torch.inference_mode():
+            seen = head(embeddings, labels)
+        loss = head(embeddings.requires_grad_(), labels)
+        loss.backward()
+        head.optimizer.step()
+        head.optimizer.settle()
+        assert seen.item() == loss.item()
+        results.append(([loss.item()], head.centers.detach(), dict(head.optimizer.states())))
+    assert_equal(*results)
+
+
 def test_state_dicts_move_between_placements():
     """The state is complete at any time, and loading goes where the rows lie."""
     straight = head_of(*RULES["sgd fp16 int8"], HOST)
