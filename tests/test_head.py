@@ -130,9 +130,8 @@ def test_bf16_is_no_worse_than_plain_bf16_code(margin):
         assert mine <= 1.02 * theirs
 
 
-def test_bf16_centers_multiplied_as_they_are_lose_nothing():
-    """Against the same centers in fp32, whose unit rows are rounded to bf16: a logit that is
-    rounded before and behind the reciprocal norm loses a third more."""
+def test_bf16_products_of_bf16_centers_are_as_exact_as_of_fp32_ones():
+    """A logit that is rounded before and behind the reciprocal norm loses a third more."""
     errors = {"bf16": 0.0, "fp32": 0.0}
     for seed in range(8):
         embeddings, labels = problem(identities=1000, seed=seed)

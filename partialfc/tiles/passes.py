@@ -325,7 +325,7 @@ def _logits(
         out_TB = workspace("logit", size, torch.float32, key_TD.device)
     logit_TB = scaled_products(key_TD, query_BD, logits.scale, out_TB)
     if factor_T1 is not None:
-        logit_TB = logit_TB.float().mul_(factor_T1)  # not rounded to 16 bits once more
+        logit_TB.mul_(factor_T1)
     if logits.per_identity > 1:
         torch_steps.keep_nearest_(logit_TB, column_B, logits.per_identity)
     return logit_TB
