@@ -43,7 +43,7 @@ def train(config: Config, runtime: Runtime) -> None:
     if config.run.preflight:
         report(look_before(config, runtime), runtime)
     folder, settings = config.run.folder, to_toml(config)
-    data = open_training_data(config)
+    data = open_training_data(config, runtime)
     evaluation = Evaluation(config, runtime)
     model = build(config, runtime, data.dataset.num_identities)
     facts = facts_of(config, data.dataset)
@@ -95,7 +95,7 @@ def train(config: Config, runtime: Runtime) -> None:
 
 def look_before(config: Config, runtime: Runtime) -> list[Finding]:
     """Return what a look at the machines finds, before a run or instead of it. Collective."""
-    data = open_training_data(config)
+    data = open_training_data(config, runtime)
     return preflight(config, runtime, data.dataset, lambda: open_batches(config, runtime, data, 0))
 
 

@@ -13,7 +13,7 @@ from partialfc.data.dataset import DataSet, open_dataset
 from partialfc.data.order import Order
 from partialfc.data.stream import Batch, Batches, Stream
 from partialfc.errors import DataError, in_words
-from partialfc.runtime import Runtime
+from partialfc.runtime import Runtime, all_agree, from_leader
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ class TrainingData:
     steps: int
 
 
-def open_training_data(config: Config) -> TrainingData:
-    """Open what the settings name.
+def open_training_data(config: Config, runtime: Runtime) -> TrainingData:
+    """Open what the settings name. Collective: the ranks agree that it is the same on all.
 
     Raises:
-        ConfigError: If an image source or the order cannot be, or the warm-up is no shorter than
-            the run.
+        ConfigError: If an image source or the order cannot be, another rank has other images, or
+            the warm-up is no shorter than the run.
     """
     try:
         data = config.data
@@ -55,6 +55,7 @@ def open_training_data(config: Config) -> TrainingData:
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"data.train: {in_words(error)}") from error
+    _refuse_other_images(dataset, runtime)
     steps = config.run.steps
     if steps is None:
         assert config.run.epochs is not None
@@ -65,6 +66,17 @@ def open_training_data(config: Config) -> TrainingData:
             f"{steps} steps of the run ({order.steps_per_epoch} steps an epoch)."
         )
     return TrainingData(dataset, order, steps)
+
+
+def _refuse_other_images(dataset: DataSet, runtime: Runtime) -> None:
+    """A host with a copy of its own, or a folder that still grows, would train on other labels."""
+    own = int(dataset.fingerprint[:15], 16)
+    if not all_agree(own == from_leader(own, runtime.ranks), runtime.ranks):
+        raise ConfigError(
+            f"data.train: not all ranks have the same images. Rank {runtime.ranks.rank} has "
+            f"{len(dataset):,} of {dataset.num_identities:,} identities, fingerprint "
+            f"{dataset.fingerprint}. Give all hosts the same files, which nobody changes."
+        )
 
 
 def open_batches(config: Config, runtime: Runtime, data: TrainingData, step: int) -> Batches:

@@ -20,6 +20,7 @@ from partialfc import (
     checkpoint_folder,
 )
 from partialfc.build import assemble
+from partialfc.config import ConfigError
 from partialfc.disk import Disk
 from partialfc.runtime import (
     all_agree,
@@ -31,6 +32,7 @@ from partialfc.runtime import (
 )
 from partialfc.staging import Placement
 from partialfc.train_step import train_step
+from partialfc.training_data import open_training_data
 from tests.models import batch, flat_model, runtime, settings, share, weights
 from tests.ranks import run_on_ranks
 
@@ -73,6 +75,27 @@ def test_ranks_do_not_change_the_training_with_every_loss():
     for result in run_on_ranks(2, steps_on_rank, 1, None, losses):
         assert result[0] == pytest.approx(alone[0], rel=1e-5)
         np.testing.assert_allclose(result[2], alone[2], rtol=1e-4, atol=1e-6)
+
+
+def images_of_rank(rank, world_size, packs):
+    config = settings(data={"train": str(packs[rank]), "global_batch": 4}, run={"steps": 4})
+    try:
+        return len(open_training_data(config, runtime()).dataset)
+    except ConfigError as error:
+        return str(error)
+
+
+def test_ranks_with_other_images_are_refused(tmp_path):
+    """Each would go through its own order and give the classes its own numbers, and say nothing."""
+    for host, people in (("a", "01"), ("b", "02")):
+        for person in people:
+            (tmp_path / host / person).mkdir(parents=True)
+            for number in range(3):
+                (tmp_path / host / person / f"{number}.jpg").write_bytes(b"x" * (9 + number))
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert run_on_ranks(2, images_of_rank, [a, a]) == [6, 6]
+    for rank, said in enumerate(run_on_ranks(2, images_of_rank, [a, b])):
+        assert f"not all ranks have the same images. Rank {rank} has 6 of 2 identities" in str(said)
 
 
 def poison_on_rank(rank, world_size, what):
