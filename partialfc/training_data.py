@@ -84,6 +84,7 @@ def open_batches(config: Config, runtime: Runtime, data: TrainingData, step: int
 
     Raises:
         ConfigError: If the loader that the settings name cannot do what they ask for.
+        DataError: From the batches, if too many images in a row cannot be used.
     """
     stream = Stream(
         dataset=data.dataset,
@@ -94,7 +95,7 @@ def open_batches(config: Config, runtime: Runtime, data: TrainingData, step: int
         world_size=runtime.ranks.size,
     )
     try:
-        return loader.open_batches(
+        batches = loader.open_batches(
             stream,
             step * config.data.global_batch,
             device=runtime.device,
@@ -104,6 +105,7 @@ def open_batches(config: Config, runtime: Runtime, data: TrainingData, step: int
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    return _refused(batches)
 
 
 def augmentation_of(config: Config) -> Augmentation:
@@ -113,20 +115,16 @@ def augmentation_of(config: Config) -> Augmentation:
 
 
 def with_next(batches: Batches, *, want_next: bool) -> Iterator[tuple[Batch, Tensor | None]]:
-    """Yield every batch and, if wanted, the identities of the one behind it.
-
-    Raises:
-        DataError: If more images cannot be decoded than the settings allow.
-    """
-    batch = _next(batches)
+    """Yield every batch and, if wanted, the identities of the one behind it."""
+    batch = next(batches)
     while True:
-        ahead = _next(batches) if want_next else None
+        ahead = next(batches) if want_next else None
         yield batch, None if ahead is None else ahead[1]
-        batch = _next(batches) if ahead is None else ahead
+        batch = next(batches) if ahead is None else ahead
 
 
-def _next(batches: Batches) -> Batch:
+def _refused(batches: Batches) -> Batches:
     try:
-        return next(batches)
+        yield from batches
     except ValueError as error:
         raise DataError(str(error)) from error

@@ -13,6 +13,8 @@ from partialfc.data.records import open_pack
 from partialfc.data.skip_list import BadRecord
 from partialfc.data.stream import Replaced
 from partialfc.errors import DataError
+from partialfc.train import look_before
+from tests.models import runtime, settings
 from tests.test_launch import packs, run  # noqa: F401  (packs is a fixture)
 
 GOLDEN = Path(__file__).parent / "data" / "records" / "insightface.rec"
@@ -68,6 +70,16 @@ def test_above_the_share_the_run_stops_on_every_rank_before_it_saves(damaged, tm
     assert "had to be replaced, and data.bad_share = 0 allows 0" in done.stderr
     assert "exitcode  : 5" in done.stderr
     assert not list((tmp_path / "run" / "checkpoints").glob("step_*"))
+
+
+def test_no_image_that_can_be_used_is_said_of_the_data_before_the_run_too(tmp_path):
+    """Not as a stack trace of the look before it, which decodes the first batches."""
+    (tmp_path / "person").mkdir()
+    for number in range(8):
+        (tmp_path / "person" / f"{number}.jpg").write_text("no image")
+    config = settings(data={"train": str(tmp_path), "global_batch": 4}, run={"steps": 4})
+    with pytest.raises(DataError, match="256 images in a row cannot be used"):
+        look_before(config, runtime())
 
 
 @pytest.mark.parametrize(
