@@ -60,10 +60,11 @@ def gather_batch(
     It moves D * itemsize + 8 bytes a row, and 4 more for its norm.
 
     Returns:
-        queries_BD: In the dtype of ``queries_bD``, bit for bit.
+        queries_BD: In the dtype of ``queries_bD``, bit for bit; contiguous.
         identities_B: int64.
         norms_B: fp32, or ``None``.
     """
+    queries_bD = queries_bD.contiguous()
     if ranks.size == 1:
         return queries_bD, identities_b, norms_b
     # As bytes: gloo knows no 16-bit integers, and no backend mixes two dtypes.

@@ -51,7 +51,8 @@ class PartialFC(nn.Module):
         center_format: How centers are stored: ``"fp32"``, ``"bf16"``, or ``"fp16"`` with a scale a
             row in the optimizer's state; see :mod:`partialfc.row_format`.
         keep_bytes: Most memory of the exponentials that spare pass 2 a matrix product; the result
-            does not depend on it. ``None``: 256 MiB on a CPU, 2 GiB on a GPU.
+            does not depend on it, but for rounding where ``fused`` or a logit may be above 64.
+            ``None``: 256 MiB on a CPU, 2 GiB on a GPU.
         placement: Where class centers and optimizer states lie between steps; ``None`` for the
             device. In host memory, a step's rows travel to the device and back.
         fused: Do each pass in one kernel, whose logits and gradients stay on the chip; the result

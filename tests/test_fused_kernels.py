@@ -150,7 +150,9 @@ def _trained(device, forced, margin, formats, dim, settings, parts):
         losses = []
         for step in range(2):
             generator = torch.Generator().manual_seed(step)
-            embeddings = torch.randn(BATCH, dim, generator=generator).to(device).requires_grad_()
+            # Transposed in memory, as an embedding may be.
+            embeddings = torch.randn(BATCH, dim, generator=generator).T.contiguous().T
+            embeddings = embeddings.to(device).requires_grad_()
             labels = torch.randint(0, 40, (BATCH,), generator=generator).to(device)
             if parts > 0:
                 head.sample_step(labels)

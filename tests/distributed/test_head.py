@@ -294,3 +294,17 @@ def test_every_rank_refuses_a_foreign_identity_of_one():
     messages = run_on_ranks(2, refuse_on_rank)
     assert messages[0] == messages[1]
     assert "got 10 at position 1" in messages[0]
+
+
+def transposed_on_rank(rank, world_size):
+    """The loss of embeddings whose elements lie row by row, and of the same column by column."""
+    head = PartialFC(10, 8, ArcFace())
+    embeddings = torch.randn(2, 8, generator=torch.Generator().manual_seed(rank))
+    labels = torch.tensor([rank, 5])
+    return [head(value, labels).item() for value in (embeddings, embeddings.T.contiguous().T)]
+
+
+def test_embeddings_may_lie_in_memory_in_any_order():
+    """Ranks send bytes, which a transposed view has in another order."""
+    rows, columns = run_on_ranks(2, transposed_on_rank)[0]
+    assert rows == columns
