@@ -69,7 +69,8 @@ def write_table(path, rows, structs):
     import pyarrow.parquet as parquet
 
     images = [{"bytes": data, "path": "x"} if structs else data for data, _ in rows]
-    labels = [label for _, label in rows]
+    labels = arrow.array([label for _, label in rows])
+    labels = labels if structs else labels.dictionary_encode()  # pandas' categories
     columns = {"image": images, "label": labels, "width": [112] * len(rows)}
     parquet.write_table(arrow.table(columns), path, row_group_size=2)
 
@@ -105,7 +106,9 @@ def test_parquet_with_anything_wrong_in_it_is_named(source, tmp_path):
     assert len(open_pack(tmp_path / "a.rec")) == 1
     (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
     write_table(tmp_path / "c.parquet", [("text", "x")], False)
-    for name, message in (("b", "pack: "), ("c", "must have one column of images")):
+    write_table(tmp_path / "d.parquet", [(jpeg, 1.5)], True)  # not the identities of its widths
+    column = "must have one column of images"
+    for name, message in (("b", "b.parquet: "), ("c", column), ("d", column)):
         done = tool("pack.py", tmp_path / f"{name}.parquet", tmp_path / f"{name}.rec")
         assert done.returncode == 2
         assert message in done.stderr

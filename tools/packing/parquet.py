@@ -67,19 +67,24 @@ def _columns(path: Path) -> tuple[str, str]:
     """Names of the columns of images and of labels."""
     kinds = arrow.types
     images, labels = [], []
-    for column in parquet.read_schema(path):
+    try:
+        schema = parquet.read_schema(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    for column in schema:
         kind = column.type
+        kind = kind.value_type if kinds.is_dictionary(kind) else kind
         has_bytes = kinds.is_struct(kind) and "bytes" in {part.name for part in kind}
         if has_bytes or kinds.is_binary(kind) or kinds.is_large_binary(kind):
             images.append(column.name)
         elif kinds.is_integer(kind) or kinds.is_string(kind) or kinds.is_large_string(kind):
             labels.append(column.name)
-    if len(labels) > 1:
+    if len(labels) > 1 or not set(_LABELS).isdisjoint(schema.names):
         labels = [name for name in labels if name in _LABELS]
     if len(images) != 1 or len(labels) != 1:
         raise ValueError(
             f"{path}: it must have one column of images (bytes, or a struct with bytes) and one of "
             f"identities (whole numbers or text; of several, one that is named "
-            f"{', '.join(_LABELS)}), and has {', '.join(parquet.read_schema(path).names)}."
+            f"{', '.join(_LABELS)}), and has {', '.join(schema.names)}."
         )
     return images[0], labels[0]
