@@ -5,6 +5,8 @@ JPEG's, its headers are read before a decoder allocates a byte.
 """
 
 import struct
+import zlib
+from collections.abc import Iterator
 from io import BytesIO
 
 import numpy as np
@@ -16,8 +18,12 @@ from partialfc.data.jpeg import MAX_BYTES, MAX_PIXELS, Frame, check_jpeg
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _CHUNK = struct.Struct(">I4s")
-_CHECKSUM = 4
+_CRC = struct.Struct(">I")
 _HEADER = struct.Struct(">IIBB")
+_HEADER_BYTES = 13
+_CRITICAL = frozenset({b"IHDR", b"PLTE", b"IDAT", b"IEND"})
+_ANCILLARY = 0x20
+_PALETTE, _COLOUR_AT = 3, 25
 _MAX_CHUNKS = 1 << 14
 _COMPONENTS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}
 _REMEDY = "Encode it again as an RGB PNG of 8 bits or as a JPEG, or leave it out."
@@ -60,24 +66,42 @@ def _is_png(view: NDArray[np.uint8]) -> bool:
 
 
 def _check_png(view: NDArray[np.uint8]) -> Frame:
-    """Walk from chunk to chunk: one header, which comes first, and the end must be there."""
+    """One header, which comes first, and an end; nothing that not every decoder takes."""
     if len(view) > MAX_BYTES:
         raise _refusal(f"the PNG has {len(view)} bytes, at most {MAX_BYTES} are allowed")
-    frame, at = None, len(_SIGNATURE)
-    for _ in range(_MAX_CHUNKS):
-        if at + _CHUNK.size + _CHECKSUM > len(view):
-            raise _refusal("the PNG is truncated: it has no end marker")
-        length, kind = _CHUNK.unpack_from(view.data, at)
+    frame, seen = None, set()
+    for kind, at, length in _chunks(view):
         if frame is None:
-            if kind != b"IHDR" or length < _HEADER.size or at + 21 > len(view):
+            if kind != b"IHDR" or length != _HEADER_BYTES:
                 raise _refusal("the PNG does not begin with its header")
-            frame = _read_header(view, at + _CHUNK.size)
+            frame = _read_header(view, at)
         elif kind == b"IHDR":  # decoders go by the last one, which is of any size
             raise _refusal("the PNG has a second header")
+        if (
+            zlib.crc32(view.data[at - 4 : at + length])
+            != _CRC.unpack_from(view.data, at + length)[0]
+        ):
+            raise _refusal(f"the PNG is damaged: the checksum of its {kind!r} is wrong")
+        if kind[0] & _ANCILLARY == 0 and kind not in _CRITICAL:
+            raise _refusal(f"the PNG has a chunk {kind!r} that is not in the standard")
+        if kind == b"IDAT" and view[_COLOUR_AT] == _PALETTE and b"PLTE" not in seen:
+            raise _refusal("the PNG has no palette before its pixels")
         if kind == b"IEND":
             return frame
-        at += _CHUNK.size + length + _CHECKSUM
+        seen.add(kind)
     raise _refusal(f"the PNG has more than {_MAX_CHUNKS} chunks")
+
+
+def _chunks(view: NDArray[np.uint8]) -> Iterator[tuple[bytes, int, int]]:
+    """The kind of each chunk, where its bytes begin and how many they are; all are there."""
+    at = len(_SIGNATURE) + _CHUNK.size
+    for _ in range(_MAX_CHUNKS):
+        fits = at + _CRC.size <= len(view)
+        length, kind = _CHUNK.unpack_from(view.data, at - _CHUNK.size) if fits else (0, b"")
+        if not fits or at + length + _CRC.size > len(view):
+            raise _refusal("the PNG is truncated: it has no end marker")
+        yield kind, at, length
+        at += length + _CRC.size + _CHUNK.size
 
 
 def _read_header(view: NDArray[np.uint8], at: int) -> Frame:
