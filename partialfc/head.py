@@ -244,7 +244,8 @@ class PartialFC(nn.Module):
             identities: int64 [b], global, in [0, C).
 
         Raises:
-            ValueError: If a shape, a dtype or an identity is wrong.
+            ValueError: If a shape, a dtype or an identity is wrong, or was not given to
+                :meth:`sample_step`.
         """
         if embeddings.ndim != 2 or embeddings.shape[1] != self.embedding_dim:
             raise ValueError(
@@ -301,10 +302,25 @@ class PartialFC(nn.Module):
         if fixed is None or fixed.step != self.optimizer.steps:
             sample = self.sampler(self.optimizer.steps, identities_B)
             return expand(sample, self.centers_per_identity)
+        self._refuse_unfixed(identities_B, fixed.identities_B)
         # The set of positives is that of the step, so the rows are; the targets are this batch's.
         known_B = torch.cat([fixed.identities_B, identities_B])
         every = expand(self.sampler(fixed.step, known_B), self.centers_per_identity)
         return Sample(fixed.rows, every.target_B[len(fixed.identities_B) :])
+
+    def _refuse_unfixed(self, identities_B: Tensor, fixed_P: Tensor) -> None:
+        """Refuse an identity that the sample of the step was not fixed for: it has no target."""
+        fixed_P = fixed_P.sort().values
+        place_B = torch.searchsorted(fixed_P, identities_B).clamp(max=len(fixed_P) - 1)
+        unfixed_B = fixed_P[place_B] != identities_B
+        if unfixed_B.device.type != "cpu":
+            torch._assert_async(~unfixed_B.any(), "an identity was not given to sample_step")
+        elif unfixed_B.any():
+            raise ValueError(
+                f"identity {int(identities_B[unfixed_B][0])} was not given to sample_step, which "
+                "fixed the centers of this step; give it those of all micro-batches, or call it "
+                "after what is only looked at."
+            )
 
     def _refuse_fused(self) -> None:
         why = unable(

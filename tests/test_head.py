@@ -150,6 +150,15 @@ def test_bf16_products_of_bf16_centers_are_as_exact_as_of_fp32_ones():
     assert errors["bf16"] <= 1.02 * errors["fp32"]
 
 
+def test_an_identity_that_the_sample_was_not_fixed_for_is_refused():
+    """It had the target of another row, and a loss of its own making."""
+    head = PartialFC(100, 8, ArcFace(), sample_rate=0.2)
+    head.sample_step(torch.arange(12))
+    head(torch.randn(3, 8), torch.tensor([11, 0, 5]))
+    with pytest.raises(ValueError, match="identity 12 was not given to sample_step"):
+        head(torch.randn(3, 8), torch.tensor([11, 12, 50]))
+
+
 @pytest.mark.parametrize("center_format", ["bf16", "fp16"])
 def test_stored_bits_are_read_exactly(center_format):
     """The loss is that of the stored centers, whatever their scale is; gradients too."""
