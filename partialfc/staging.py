@@ -67,11 +67,12 @@ class Staged:
 
 @dataclass(frozen=True, slots=True)
 class _Ahead:
-    """Rows on their way to the device for a step to come."""
+    """Rows on their way to the device for a step to come; how often rows were closed before."""
 
     step: int
     rows: Tensor
     tensors: "Future[dict[str, Tensor]]"
+    closed: int
 
 
 class Staging:
@@ -96,6 +97,7 @@ class Staging:
         self._last: Staged | None = None
         self._ahead: deque[_Ahead] = deque()
         self._writing: list[Future[None]] = []
+        self._closed = 0
 
     @torch.inference_mode(False)  # training may ask for the same rows next
     def open(self, step: int, rows: Tensor) -> dict[str, Tensor]:
@@ -110,7 +112,9 @@ class Staging:
         ahead = None
         while self._ahead and self._ahead[0].step <= step:
             ahead = self._ahead.popleft()  # the last for a step; what came before it is of no use
-        if ahead is not None and ahead.step == step and _same(ahead.rows, rows):
+        # Of what was written since it was gathered, only the last rows are still here.
+        fresh = ahead is not None and ahead.step == step and self._closed - ahead.closed <= 1
+        if ahead is not None and fresh and _same(ahead.rows, rows):
             compact = self._arrived(ahead.tensors)
             if self._last is not None:
                 _carry_over(self._last, rows, compact)
@@ -124,8 +128,9 @@ class Staging:
         return self._open.tensors
 
     def prefetch(self, step: int, rows: Tensor) -> None:
-        """Begin to gather the rows of a step to come; the steps between have no other rows open."""
-        self._ahead.append(_Ahead(step, rows, self._gather(rows)))
+        """Begin to gather the rows of a step to come: of use if no others than those of the present
+        one are open before."""
+        self._ahead.append(_Ahead(step, rows, self._gather(rows), self._closed))
 
     def close(self) -> None:
         """Write the open rows back: at once on the device, by the thread to host memory."""
@@ -138,6 +143,7 @@ class Staging:
         self._writing = [write for write in self._writing if not _finished(write)]
         self._writing.append(self._thread.submit(self._scatter, staged, self._event()))
         self._last = staged
+        self._closed += 1
 
     def settle(self) -> None:
         """Close, wait until the host tensors hold everything, and forget what is gathered ahead."""

@@ -184,6 +184,22 @@ def test_rows_that_inference_mode_has_opened_can_be_trained():
     assert_equal(*results)
 
 
+@pytest.mark.parametrize("where", [HOST, Placement(centers="host")], ids=["both", "centers"])
+def test_rows_that_an_evaluation_moved_are_not_older_in_the_next_step(where):
+    """They were gathered for it before; with the step that they are at on the device, they missed
+    what had moved them."""
+    results = []
+    for placement in (None, where):
+        head = head_of(*RULES["sgd move"], placement)
+        given = batches(8)
+        trained(head, given=given[:5])
+        head.prefetch(given[6][1])
+        with torch.no_grad():
+            head(*given[6])
+        results.append(trained(head, given=given[5:], prefetch=False))
+    assert_equal(results[1], results[0])
+
+
 def test_state_dicts_move_between_placements():
     """The state is complete at any time, and loading goes where the rows lie."""
     straight = head_of(*RULES["sgd fp16 int8"], HOST)
