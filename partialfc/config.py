@@ -189,8 +189,9 @@ class Head(Section):
     bits; both are rounded stochastically."""
 
     keep_mib: Annotated[int | None, Field(ge=0), Unit("MiB")] = None
-    """Most memory per rank that spares the second pass of the head a matrix product. Does not
-    change the result. Left out, it is 256 on a CPU and 2048 on a GPU."""
+    """Most memory per rank that spares the second pass of the head a matrix product. The result is
+    the same, for logits above 64 or with fused to rounding. Left out: 256 on a CPU, 2048 on a
+    GPU."""
 
     centers_in: Literal["device", "host"] = "device"
     """Where class centers lie between steps. ``host`` is the machine's memory, from which a step's
