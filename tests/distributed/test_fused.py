@@ -1,7 +1,6 @@
 """The fused passes on two ranks, in Triton's interpreter: each has the keys of its own shard."""
 
 import importlib.util
-import os
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ pytestmark = pytest.mark.distributed
 
 
 def trained(rank, world_size, fused):
-    os.environ["TRITON_INTERPRET"] = "1"  # before this process imports the kernels
     dispatch.FORCED = fused
     try:
         head = PartialFC(
