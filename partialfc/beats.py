@@ -80,6 +80,8 @@ def verdict(seen: Mapping[int, Seen], now: float, seconds: float) -> tuple[list[
             f"{names_of(silent)} gave no sign of life for {now - last.alive:.0f} s; when last "
             f"heard of it was at step {last.beat.step} ({last.beat.kind})"
         )
+    if not seen:
+        return None
     least = min(one.beat.place for one in seen.values())
     behind = [rank for rank, one in seen.items() if one.beat.place == least]
     patience = max(seen[rank].beat.patience for rank in behind)

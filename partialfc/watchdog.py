@@ -108,7 +108,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         now = time.monotonic()
-        while not self._ended.wait(self.interval):
+        while True:  # the first beat at once: who is killed before the second was there, too
             self._arm()
             before, now = now, time.monotonic()
             if now - before > self._seconds:  # this process was stopped: nothing was seen meanwhile
@@ -126,6 +126,8 @@ class Watchdog:
                 silent = time.monotonic() - self._answered
                 if silent > self._seconds:
                     self._stop(LostRankError(self._no_answer(silent, str(error).splitlines()[0])))
+            if self._ended.wait(self.interval):
+                return
 
     def _no_answer(self, seconds: float, problem: str) -> str:
         return (

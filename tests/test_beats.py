@@ -1,14 +1,34 @@
 """Who holds up the others, as a function of what the ranks last told."""
 
+from datetime import timedelta
+
 import pytest
+import torch.distributed as dist
 
 from partialfc.beats import Beat, Seen, names_of, verdict
+from partialfc.collectives import Ranks
+from partialfc.watchdog import Watchdog
 
 SECONDS = 10
 
 
 def seen(step=5, kind="train", collectives=9, *, alive=100.0, moved=100.0, first=False):
     return Seen(Beat(1, step, kind, collectives, first), alive, moved)
+
+
+def test_nobody_is_named_where_all_have_left():
+    """The thread that watches died of it, with a stack trace."""
+    assert verdict({}, 100, SECONDS) is None
+
+
+def test_a_rank_is_heard_of_before_its_first_wait(tmp_path):
+    """A rank that was killed within two seconds of its start was lost without a name."""
+    store = dist.HashStore()
+    watchdog = Watchdog(Ranks(0, 2), tmp_path, 60, store)
+    try:
+        store.wait(["watchdog/beat/0"], timedelta(seconds=watchdog.interval / 2))
+    finally:
+        watchdog.close()
 
 
 def test_the_silent_rank_is_named_even_while_all_are_waiting():
