@@ -205,16 +205,18 @@ def row_tensor(size: Sequence[int], dtype: torch.dtype, device: torch.device) ->
     """Return zeros [C, ...] on a device; in huge pages on a CPU that has them.
 
     A step reads and writes rows all over them: with pages of 4 KiB, a CPU looks up nearly every one
-    in tables that are not in its caches.
+    in tables that are not in its caches. All of the memory is there on return, so a host without
+    room for it ends a run at its start, and no later step waits for the system to find pages.
     """
     size_bytes = math.prod(size) * dtype.itemsize
     advice = getattr(mmap, "MADV_HUGEPAGE", None)
     if device.type != "cpu" or advice is None or size_bytes < _HUGE:
         return torch.zeros(*size, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, size_bytes)
+    # Shared memory, which is mmap's default, gets huge pages by another setting, mostly off.
+    memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel without them
         memory.madvise(advice)
-    return torch.frombuffer(memory, dtype=dtype).view(*size)
+    return torch.frombuffer(memory, dtype=dtype).view(*size).zero_()
 
 
 def host_tensor(

@@ -6,6 +6,8 @@ of the moving is real; what a GPU adds is a stream, see tests/gpu.
 
 import copy
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from partialfc import (
     SubCenterArcFace,
     row_optimizer,
 )
-from partialfc.staging import Placement, Staging, host_tensor
+from partialfc.staging import Placement, Staging, host_tensor, row_tensor
 
 IDENTITIES, DIM, BATCH, STEPS = 400, 16, 24, 30
 HOST = Placement("host", "host")
@@ -317,3 +319,29 @@ def test_what_host_memory_cannot_do_is_refused(settings, message):
     settings = {"sample_rate": 0.5, **settings}
     with pytest.raises(ValueError, match=message):
         PartialFC(10, 4, ArcFace(), placement=Placement(states="host"), **settings)
+
+
+def huge_pages_wanted() -> bool:
+    """Whether this kernel gives them to whoever asks."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return setting.exists() and "[never]" not in setting.read_text()
+
+
+@pytest.mark.skipif(not huge_pages_wanted(), reason="a kernel without huge pages")
+def test_many_rows_lie_in_huge_pages_from_the_start():
+    """Shared memory gets none of them here, and a step that finds its pages takes half as long."""
+    rows = row_tensor((1 << 15, 512), torch.float32, torch.device("cpu"))
+    first, last = rows.data_ptr(), rows.data_ptr() + rows.nbytes
+    resident = huge = 0
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            start, stop = (int(bound, 16) for bound in bounds.groups())
+            inside = start < last and stop > first
+        elif inside and line.startswith("Rss:"):
+            resident += int(line.split()[1]) << 10
+        elif inside and line.startswith("AnonHugePages:"):
+            huge += int(line.split()[1]) << 10
+    assert resident >= rows.nbytes, "pages are missing: a later step finds no memory for them"
+    assert huge >= rows.nbytes // 2
+    assert not rows.any()

@@ -49,11 +49,10 @@ class Positives:
         low, high = (self._before(row) for row in (start, start + len(gradient_TD)))
         if low == high:
             return
-        order, place = self.order_P[low:high], self.target_P[low:high] - start
-        slope_P1 = self.slope_P[order].unsqueeze(1)
+        place, pull_PD = self.target_P[low:high] - start, self._pull_PD[low:high]
         if factor_T1 is not None:
-            slope_P1 = slope_P1 * factor_T1[place]
-        gradient_TD.index_add_(0, place, self.embedding_PD[order].float() * slope_P1)
+            pull_PD = pull_PD * factor_T1[place]
+        gradient_TD.index_add_(0, place, pull_PD)
 
     def _before(self, row: int) -> int:
         """How many come before a row of the sample."""
@@ -63,3 +62,8 @@ class Positives:
     def _targets(self) -> list[int]:
         targets: list[int] = self.target_P.tolist()  # host sync
         return targets
+
+    @cached_property
+    def _pull_PD(self) -> Tensor:
+        """Slope times embedding in fp32, in the order of the targets."""
+        return self.embedding_PD[self.order_P].float() * self.slope_P[self.order_P].unsqueeze(1)
