@@ -139,10 +139,11 @@ class TextbookHead(nn.Module):
         self.angular, self.additive, self.tf32 = angular, additive, tf32
         self.sampled: Tensor | None = None  # rows of the last forward; None for all
         self.generator = torch.Generator().manual_seed(seed + rank)
-        centers = torch.empty(self.num_local, embedding_dim).normal_(
-            0, 0.01, generator=self.generator
-        )
-        self.centers = nn.Parameter(centers.to(device))
+        drawn = self.generator
+        if device is not None and torch.device(device).type != "cpu":  # in no time
+            drawn = torch.Generator(device).manual_seed(seed + rank)
+        centers = torch.empty(self.num_local, embedding_dim, device=drawn.device)
+        self.centers = nn.Parameter(centers.normal_(0, 0.01, generator=drawn))
         self.optimizer = torch.optim.SGD(
             [self.centers], lr=lr, momentum=momentum, weight_decay=weight_decay
         )

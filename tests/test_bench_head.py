@@ -5,6 +5,8 @@ import math
 import platform
 import subprocess
 import sys
+import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,11 @@ import torch
 from partialfc import ArcFace, CosFace
 from tests import reference
 from tests.ranks import run_on_ranks
+from tools.bench import head as bench
+from tools.bench import processes
 from tools.bench.head_plot import plot
+from tools.bench.measure import Case
+from tools.bench.turns import Turns
 
 ROOT = Path(__file__).parents[1]
 TIMES = {"min", "p10", "p25", "median", "p75", "p90", "max", "steps"}
@@ -165,3 +171,145 @@ def extra_with(floats):
 def test_50_megabytes_for_a_moment_are_seen():
     """The tiny head plants them too, before the baseline: they are freed and counted again."""
     assert extra_with(12_500_000) - extra_with(1) == pytest.approx(50e6, abs=3e6)
+
+
+CASE = Case(
+    classes=500,
+    batch=16,
+    dim=16,
+    rate=1.0,
+    dtype="fp32",
+    centers="fp32",
+    momentum="fp32",
+    device="cpu",
+    heads=("ours", "textbook"),
+    threads=1,
+    steps=2,
+    seconds=0.0,
+)
+
+
+def test_one_process_measures_many_cases_and_what_finds_no_memory_fails_alone(tmp_path):
+    """As on a GPU. The second case asks for more than any address space; the third must be whole,
+    and the heads of the record, its table and its picture must take what is missing."""
+    cases = [CASE, replace(CASE, classes=10**13), replace(CASE, batch=8)]
+    job = json.dumps({"cases": [asdict(case) for case in cases], "seconds": 1e9})
+    command = [sys.executable, str(processes.WORKER), job, str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    for one in (found[0], found[2]):
+        assert [head["step_seconds"]["steps"] for head in one["heads"].values()] == [2, 2]
+    assert {head["at"] for head in found[1]["heads"].values()} == {"construction"}
+    assert (
+        "tried to allocate 640000000000000 bytes" in found[1]["heads"]["textbook"]["out_of_memory"]
+    )
+    rows = [
+        bench.with_floors({"world": 1, **asdict(case), **one})
+        for case, one in zip(cases, found, strict=True)
+    ]
+    medians = [*bench.table(rows).columns[5].cells]
+    assert medians[2:4] == ["out of memory"] * 2
+    assert all(cell.endswith(" ms") for cell in medians[:2] + medians[4:])
+    plot([{"rows": rows}], tmp_path / "out.png")
+
+
+class Ledger:
+    """Memory of which every byte is known."""
+
+    is_exact = True
+
+    def __init__(self) -> None:
+        self.bytes = self.most = 0
+
+    def use(self, count: int) -> None:
+        self.bytes += count
+        self.most = max(self.most, self.bytes)
+
+    def now(self) -> int:
+        return self.bytes
+
+    def peak(self) -> int:
+        return self.most
+
+    def reset(self) -> None:
+        self.most = self.bytes
+
+
+def test_memory_of_a_head_is_its_own_where_several_share_a_process():
+    """What a head keeps is not another's extra memory, whoever made it when; and a head that dies
+    in a step gives back what it held and leaves the others alone."""
+    ledger = Ledger()
+
+    class Head(torch.nn.Module):
+        def __init__(self, keeps: int, needs: int) -> None:
+            super().__init__()
+            self.centers = torch.nn.Parameter(torch.zeros(100))
+            self.optimizer, self.keeps, self.needs = torch.optim.SGD([self.centers]), keeps, needs
+            ledger.use(400)
+
+        def step(self, embeddings_bD, identities_b):
+            ledger.use(self.keeps)  # buffers, in the first step
+            self.keeps = 0
+            if self.needs > 10**6:
+                raise torch.OutOfMemoryError("Tried to allocate 61.04 GiB.")
+            ledger.use(self.needs)
+            ledger.use(-self.needs)
+            return torch.zeros(())
+
+        def __del__(self) -> None:
+            ledger.use(-400)
+
+    def build(name):
+        head = Head(*{"small": (7, 1000), "huge": (0, 10**9), "large": (50, 3000)}[name])
+        return head, head.step
+
+    turns = Turns(["small", "huge", "large"], build, torch.device("cpu"), memory=ledger)
+    assert ledger.bytes == 3 * 400
+    for counted in (False, True):
+        turns.take(torch.zeros(2, 3), torch.zeros(2), counted=counted)
+        assert ledger.bytes == 2 * 400 + 7 + 50, "the dead one is gone"
+    found = turns.results()
+    assert found["small"]["extra_peak_bytes"] == 1007
+    assert found["large"]["extra_peak_bytes"] == 3050
+    assert found["small"]["baseline_bytes"] == 450
+    assert found["small"]["stored_bytes"] == 400
+    assert found["huge"]["out_of_memory"] == "OutOfMemoryError: Tried to allocate 61.04 GiB."
+    assert "step_seconds" not in found["huge"]
+
+
+WORKER = """
+import json, os, sys, time
+job = json.loads(sys.argv[1])
+with open(sys.argv[2], "a") as out:
+    for case in job["cases"]:
+        print(case["classes"], *case["heads"], file=open(os.environ["SEEN"], "a"), flush=True)
+        if case["classes"] == 2:
+            os._exit(9)
+        if case["classes"] == 3 and "fused" in case["heads"]:
+            print(json.dumps({"lost": "fused", "why": "CUDA error"}), file=out, flush=True)
+            os._exit(1)
+        if case["classes"] == 4:
+            time.sleep(60)
+        print(json.dumps({"heads": {n: {} for n in case["heads"]}}), file=out, flush=True)
+"""
+
+
+def test_a_lost_process_loses_one_case_or_one_head(tmp_path, monkeypatch):
+    """It is killed, or a kernel leaves its device unusable, or it hangs: what was measured before
+    must stay, and what comes after must be measured, without the head that would end it again."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    monkeypatch.setattr(processes, "WORKER", tmp_path / "worker.py")
+    monkeypatch.setattr(processes, "_GRACE", 0.0)
+    monkeypatch.setenv("SEEN", str(tmp_path / "seen"))
+    heads = ("ours", "fused")
+    cases = [replace(CASE, classes=c, heads=heads, device="cuda") for c in (1, 2, 3, 5, 4, 6)]
+    found = [*processes.measured(cases, 1, time.monotonic() + 5)]
+    assert [case.classes for case, _ in found] == [1, 2, 3, 5, 4]
+    assert found[0][1]["heads"] == {"ours": {}, "fused": {}}
+    assert all("code [9]" in found[1][1]["heads"][name]["failed"] for name in heads)
+    without = {"ours": {}, "fused": {"failed": "CUDA error", "at": "a lost process"}}
+    assert found[2][1]["heads"] == found[3][1]["heads"] == without
+    assert "code [-9]" in found[4][1]["heads"]["ours"]["failed"]
+    seen = (tmp_path / "seen").read_text().splitlines()
+    assert seen == ["1 ours fused", "2 ours fused", "3 ours fused", "3 ours", "5 ours", "4 ours"]

@@ -9,7 +9,8 @@ GEMMs" are the matrix products of such a step alone, in caches, timed in the sam
 textbook head (tests/reference.py) is the algorithm of arcface_torch's PartialFC_V2: all logits in
 fp32, a dense gradient, dense SGD. --margins compares ours with other margins instead, each against
 a plain normalised softmax. Lists separated by commas give every combination. Under torchrun
-its ranks are used; --world N starts N processes here.
+its ranks are used; --world N starts N processes here. A head that finds no memory fails alone, and
+--budget ends in time: the record names what was not measured.
 """
 
 import sys
@@ -20,10 +21,8 @@ sys.path[0] = str(ROOT)
 
 import argparse
 import json
+import math
 import os
-import socket
-import subprocess
-import tempfile
 import time
 from dataclasses import asdict, replace
 from itertools import product
@@ -35,8 +34,10 @@ from rich.table import Table
 
 from partialfc.margins import MARGINS
 from tools.bench.conditions import conditions
+from tools.bench.expected import START, expected_seconds
 from tools.bench.head_plot import plot
 from tools.bench.measure import TEXTBOOKS, Case
+from tools.bench.processes import measured
 
 Row = dict[str, Any]
 
@@ -53,40 +54,59 @@ def main(arguments: list[str] | None = None) -> int:
     world = int(os.environ.get("WORLD_SIZE", options.world))
     leads = int(os.environ.get("RANK", "0")) == 0
     cases = _cases(options, world)
+    if options.device == "cuda" and leads:
+        expected = START + sum(expected_seconds(case) for case in cases)
+        sys.stderr.write(f"{len(cases)} rows, about {expected:.0f} s on an H200\n")
+    if options.dry_run:
+        return 0
+    until = time.monotonic() + options.budget
     rows: list[Row] = []
     # One refresh a second: the bar shares the cores with what is measured.
     bar = Progress(console=Console(stderr=True), refresh_per_second=1, disable=not leads)
     with bar as progress:
-        task = progress.add_task("measuring", total=sum(1 + len(case.heads) for case in cases))
-        for number, case in enumerate(cases):
-            row = {"world": world, **asdict(case)}
-            found = _run(case, world, 2 * number)
+        task = progress.add_task("measuring", total=len(cases))
+        for case, found in measured(cases, world, until):
             progress.advance(task)
-            for name in case.heads:
-                memory = replace(case, heads=(name,), memory=True)
-                taken = _run(memory, world, 2 * number + 1)
-                if leads:
-                    found["heads"][name] |= taken
-                progress.advance(task)
+            if case.device == "cpu":
+                _add_memory(case, found, world, until)
+            rows.append(with_floors({"world": world, **asdict(case), **found}))
             if leads:
-                rows.append(with_floors({**row, **found}))
-                _save(options, rows)  # after each: the rows before a failure are kept
+                _save(options, rows, cases[len(rows) :])  # after each: they are kept if one fails
+    left = cases[len(rows) :]
     if leads:
+        _save(options, rows, left)
         console = Console()
         Console(width=max(console.width, 140)).print(table(rows))
-    return 0
+        for case in left:
+            print(f"not measured, no time: {_named(case)}")
+    failed = any("failed" in head for row in rows for head in row["heads"].values())
+    return int(failed or bool(left))
 
 
-def _save(options: argparse.Namespace, rows: list[Row]) -> None:
+def _add_memory(case: Case, found: Row, world: int, until: float) -> None:
+    """Take the peak of each head that was timed, in a fresh process."""
+    for name in case.heads:
+        if "step_seconds" in found["heads"][name]:
+            alone = replace(case, heads=(name,), memory=True)
+            for _, taken in measured([alone], world, max(until, time.monotonic() + 1)):
+                found["heads"][name] |= taken.get("heads", {}).get(name, taken)
+
+
+def _save(options: argparse.Namespace, rows: list[Row], left: list[Case]) -> None:
     """Write the record so far, if one is wanted: the whole file or none."""
     if not options.json:
         return
     record = {**conditions(), "arguments": _plain(options), "rows": rows}
+    record["not_measured"] = [_named(case) for case in left]
     out = Path(options.json)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f"{out.name}.partial")
     partial.write_text(json.dumps(record, indent=1) + "\n")
     partial.replace(out)
+
+
+def _named(case: Case) -> str:
+    return f"C {case.classes:,}, B {case.batch:,}, r {case.rate:g}: {', '.join(case.heads)}"
 
 
 def with_floors(row: Row) -> Row:
@@ -96,8 +116,9 @@ def with_floors(row: Row) -> Row:
     row_io_seconds: centers and states of the sampled rows read and written at the ceiling of a
     copy.
     """
-    ceilings = row["ceilings"]
-    for name, head in row["heads"].items():
+    heads: dict[str, Row] = {n: head for n, head in row["heads"].items() if "step_seconds" in head}
+    for name, head in heads.items():
+        ceilings = row["ceilings"]
         dtype = {"textbook": "fp32", "textbook_tf32": "tf32"}.get(name, row["dtype"])
         flop = 4 * 2 * row["batch"] * head["sampled_rows"] * row["dim"]
         stored = (head["centers_bytes"] + head["state_bytes"]) / row["classes"]
@@ -107,19 +128,20 @@ def with_floors(row: Row) -> Row:
         head["fraction_of_floor"] = head["floor_seconds"] / median
         both = head["floor_seconds"] + head["row_io_seconds"]
         head["fraction_of_floor_and_row_io"] = both / median
-    plain = row["heads"].get(PLAIN)
-    for name, head in row["heads"].items() if plain else ():
-        row[f"times_{PLAIN}_{name}"] = (
-            head["step_seconds"]["median"] / plain["step_seconds"]["median"]
-        )
-    ours = row["heads"].get("ours")
-    for name, head in row["heads"].items():
+    plain = heads.get(PLAIN)
+    for name, head in heads.items():
+        if plain:
+            medians = head["step_seconds"]["median"], plain["step_seconds"]["median"]
+            row[f"times_{PLAIN}_{name}"] = medians[0] / medians[1]
+    ours = heads.get("ours")
+    for name, head in heads.items():
         if ours and name != "ours":
             medians = head["step_seconds"]["median"], ours["step_seconds"]["median"]
             row[f"times_faster_than_{name}"] = medians[0] / medians[1]
             # At a tiny size a step fits into what the process held before: no growth, no ratio.
-            if ours["extra_peak_bytes"] > 0 and head["extra_peak_bytes"] > 0:
-                row[f"memory_of_{name}"] = ours["extra_peak_bytes"] / head["extra_peak_bytes"]
+            extra = [one.get("extra_peak_bytes", 0) for one in (ours, head)]
+            if min(extra) > 0:
+                row[f"memory_of_{name}"] = extra[0] / extra[1]
     return row
 
 
@@ -132,24 +154,32 @@ def table(rows: list[Row]) -> Table:
         shown.add_column(name, justify="right")
     for row in rows:
         for name, head in row["heads"].items():
-            times = head["step_seconds"]
-            faster = row.get(f"times_faster_than_{name}", row.get(f"times_{PLAIN}_{name}"))
             shown.add_row(
                 f"{row['classes']:,}",
                 f"{row['batch']:,}",
                 f"{row['rate']:g}",
                 str(row["world"]),
                 f"{name} {'' if name in TEXTBOOKS else row['dtype']}",
-                f"{times['median'] * 1e3:.1f} ms",
-                f"{times['p10'] * 1e3:.1f}-{times['p90'] * 1e3:.1f}",
-                f"{faster:.2f} x" if faster else "",
-                f"{head['extra_peak_bytes'] / 2**20:.0f} MiB",
-                f"{head['floor_seconds'] * 1e3:.1f} ms",
-                f"{head['fraction_of_floor']:.0%}",
-                f"{head['row_io_seconds'] * 1e3:.1f} ms",
-                f"{row['three_products_seconds']['median'] * 1e3:.1f} ms",
+                *_figures(row, name, head),
             )
     return shown
+
+
+def _figures(row: Row, name: str, head: Row) -> list[str]:
+    if "step_seconds" not in head:
+        return ["out of memory" if "out_of_memory" in head else "failed"]
+    times, extra = head["step_seconds"], head.get("extra_peak_bytes")
+    faster = row.get(f"times_faster_than_{name}", row.get(f"times_{PLAIN}_{name}"))
+    return [
+        f"{times['median'] * 1e3:.1f} ms",
+        f"{times['p10'] * 1e3:.1f}-{times['p90'] * 1e3:.1f}",
+        f"{faster:.2f} x" if faster else "",
+        "?" if extra is None else f"{extra / 2**20:.0f} MiB",
+        f"{head['floor_seconds'] * 1e3:.1f} ms",
+        f"{head['fraction_of_floor']:.0%}",
+        f"{head['row_io_seconds'] * 1e3:.1f} ms",
+        f"{row['three_products_seconds']['median'] * 1e3:.1f} ms",
+    ]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -169,7 +199,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each head, at least")
     parser.add_argument("--seconds", type=float, default=5, help="and for as long, warm-up not in")
     parser.add_argument("--only", default="both", choices=("ours", "textbook", "both"))
+    parser.add_argument(
+        "--passes", default="tiles", help="of ours: tiles, fused (kernels), or both"
+    )
     parser.add_argument("--margins", help="names of margins instead of these heads, or all")
+    parser.add_argument(
+        "--budget", type=float, default=math.inf, metavar="S", help="begin no row after S seconds"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="say how long it should take")
     parser.add_argument("--json", metavar="OUT", help="write the record")
     parser.add_argument("--plot", metavar="OUT.png", help="draw records instead of measuring")
     parser.add_argument("--from", dest="records", nargs="+", default=[], metavar="JSON")
@@ -177,8 +214,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _cases(options: argparse.Namespace, world: int) -> list[Case]:
-    textbooks = ("textbook", "textbook_tf32") if options.device == "cuda" else ("textbook",)
-    heads = {"ours": ("ours",), "textbook": textbooks, "both": ("ours", *textbooks)}[options.only]
+    textbooks = TEXTBOOKS if options.device == "cuda" else TEXTBOOKS[:1]
+    ours = tuple({"tiles": "ours"}.get(name, name) for name in options.passes.split(","))
+    if not set(ours) <= {"ours", "fused"}:
+        raise SystemExit(f"--passes {options.passes}: must be tiles, fused or both, with a comma.")
+    heads = {"ours": ours, "textbook": textbooks, "both": (*ours, *textbooks)}[options.only]
     if options.margins:
         names = MARGINS if options.margins == "all" else options.margins.split(",")
         if unknown := set(names) - set(MARGINS):
@@ -214,58 +254,10 @@ def _cases(options: argparse.Namespace, world: int) -> list[Case]:
     return cases
 
 
-def _run(case: Case, world: int, number: int) -> Row:
-    """Run a case in fresh processes, one per rank; what rank 0 found, nothing on other ranks."""
-    under_torchrun = "RANK" in os.environ
-    ranks = [int(os.environ["RANK"])] if under_torchrun else range(world)
-    port = int(os.environ["MASTER_PORT"]) + 1 + number if under_torchrun else _free_port()
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "result.json"
-        command = [sys.executable, str(ROOT / "tools/bench/measure.py"), json.dumps(asdict(case))]
-        processes = [
-            subprocess.Popen([*command, str(out)], env=_environment(rank, world, port, case))
-            for rank in ranks
-        ]
-        codes = _wait(processes)
-        if any(codes):
-            raise SystemExit(f"a measuring process failed: exit codes {codes} of {case}")
-        result: Row = json.loads(out.read_text()) if out.exists() else {}
-        return result
-
-
-def _wait(processes: list[subprocess.Popen[bytes]]) -> list[int]:
-    """Return the exit codes; when one fails, or this process is interrupted, end the others."""
-    try:
-        while None in (codes := [process.poll() for process in processes]):
-            if any(codes):
-                break
-            time.sleep(0.1)
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-    return [process.wait() for process in processes]
-
-
-def _environment(rank: int, world: int, port: int, case: Case) -> dict[str, str]:
-    defaults = {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
-    if "RANK" in os.environ:
-        del defaults["GLOO_SOCKET_IFNAME"]
-    own = {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_PORT": str(port)}
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC")}
-    return {**defaults, **inherited, **own, "OMP_NUM_THREADS": str(case.threads)}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def _plain(options: argparse.Namespace) -> dict[str, Any]:
-    left_out = ("json", "plot", "records")
-    return {name: value for name, value in vars(options).items() if name not in left_out}
+    left_out = ("json", "plot", "records", "dry_run")
+    plain = {name: value for name, value in vars(options).items() if name not in left_out}
+    return {**plain, "budget": None if options.budget == math.inf else options.budget}
 
 
 if __name__ == "__main__":

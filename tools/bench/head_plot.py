@@ -49,6 +49,8 @@ def _curves(records: list[dict[str, Any]]) -> dict[Curve, dict[int, tuple[float,
     curves: dict[Curve, dict[int, tuple[float, float]]] = defaultdict(dict)
     for row in (row for record in records for row in record["rows"]):
         for name, head in row["heads"].items():
+            if "extra_peak_bytes" not in head:  # out of memory, say
+                continue
             point = head["step_seconds"]["median"], head["extra_peak_bytes"]
             same = (row["rate"], row["dim"], row["batch"], row["world"], row["dtype"])
             curves[(name, *same)][row["classes"]] = point

@@ -1,8 +1,9 @@
 """Measure heads in a process of their own: the worker of tools/bench/head.py, one per rank.
 
-``python tools/bench/measure.py CASE_JSON OUT`` times the heads of a case in turns, or takes the
-peak memory of one of them; rank 0 writes what it found to OUT. RANK, WORLD_SIZE and the rest come
-from the environment.
+``python tools/bench/measure.py JOB_JSON OUT`` goes through the cases of a job: it times the heads
+of a case in turns, on a GPU with their memory, or takes the peak memory of one head. What it found
+is a line of OUT as soon as it is known. A job is ``{"cases": [...], "seconds": S}``: no case begins
+when S seconds have passed. RANK, WORLD_SIZE and the rest come from the environment.
 
 Shape suffixes: b = rows of this rank's batch, B = rows of the global batch, D = embedding.
 """
@@ -17,19 +18,19 @@ import gc
 import importlib
 import json
 import os
-import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from tools.bench.ceilings import ceilings_of, over_ranks, three_products, timed
+from tools.bench.memory import Memory, bytes_of, stored_tensors
+from tools.bench.turns import LostError, Step, Turns, percentiles
 
 TEXTBOOKS = ("textbook", "textbook_tf32")
 WARM_UP = 3
@@ -39,7 +40,6 @@ LR, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 5e-4
 SCALE, ANGULAR = 64.0, 0.5
 
 Result = dict[str, Any]
-Step = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,8 +63,8 @@ class Case:
     device: str
     """cpu or cuda."""
     heads: tuple[str, ...]
-    """In the order of their turns: ``ours`` (ArcFace), one of :data:`TEXTBOOKS`, or the name of a
-    margin."""
+    """In the order of their turns: ``ours`` (ArcFace), ``fused`` (the same by the fused kernels),
+    one of :data:`TEXTBOOKS`, or the name of a margin."""
     threads: int
     """Of each rank."""
     steps: int
@@ -75,14 +75,25 @@ class Case:
     """Take the peak memory of the only head instead of times."""
 
 
-def main(arguments: list[str]) -> None:
-    """Measure the case ``arguments[0]``; rank 0 writes the result to ``arguments[1]``."""
-    settings = json.loads(arguments[0])
-    case = Case(**{**settings, "heads": tuple(settings["heads"])})
-    with joined(case) as device:
-        result = memory_of(case, device) if case.memory else times_of(case, device)
-        if int(os.environ.get("RANK", "0")) == 0:
-            Path(arguments[1]).write_text(json.dumps(result))
+def main(arguments: list[str]) -> int:
+    """Measure the job ``arguments[0]`` and write lines to ``arguments[1]``; the exit code."""
+    start, job = time.monotonic(), json.loads(arguments[0])
+    cases = [Case(**{**settings, "heads": tuple(settings["heads"])}) for settings in job["cases"]]
+    with joined(cases[0]) as device, Path(arguments[1]).open("a") as out:
+        ceilings: dict[str, float] = {}
+        for case in cases:
+            if over_ranks(time.monotonic() - start, "MAX", device) > job["seconds"]:
+                break
+            if not case.memory and not ceilings:
+                ceilings = ceilings_of(case.dim, max(one.batch for one in cases), device)
+            try:
+                found = memory_of(case, device) if case.memory else times_of(case, device, ceilings)
+            except LostError as error:
+                found = {"lost": error.name, "why": error.why}
+            print(json.dumps(found), file=out, flush=True)
+            if "lost" in found:
+                return 1
+    return 0
 
 
 @contextmanager
@@ -124,7 +135,9 @@ def build(name: str, case: Case, device: torch.device) -> tuple[Any, Step]:
         settings["center_format"] = case.centers
     if case.dtype != "fp32":
         settings["compute"] = case.dtype
-    margin = ArcFace(scale=SCALE, angular=ANGULAR) if name == "ours" else MARGINS[name]()
+    settings["fused"] = name == "fused"
+    plain = name in ("ours", "fused")
+    margin = ArcFace(scale=SCALE, angular=ANGULAR) if plain else MARGINS[name]()
     head = PartialFC(case.classes, case.dim, margin, optimizer=RowSGD(**rule), **settings)
 
     def step(embeddings_bD: Tensor, identities_b: Tensor) -> Tensor:
@@ -153,24 +166,6 @@ def own_part(identities_B: Tensor) -> Tensor:
     return identities_B.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def stored_tensors(head: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """Return what a head keeps between steps: centers (and their row scales), optimizer states."""
-    centers = [*head.parameters(), *head.buffers()]
-    known = {tensor.data_ptr() for tensor in centers}
-    states = [
-        value
-        for state in head.optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, Tensor) and value.data_ptr() not in known
-    ]
-    return [tensor.detach() for tensor in centers], states
-
-
-def bytes_of(tensors: list[Tensor]) -> int:
-    """Return the bytes of the elements."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
 def sampled_rows(head: Any, identities_B: Tensor) -> int:
     """Return n, the rows of this rank in a step with these identities."""
     rows = (
@@ -181,116 +176,42 @@ def sampled_rows(head: Any, identities_B: Tensor) -> int:
     return len(head.centers) if rows is None else len(rows)
 
 
-def times_of(case: Case, device: torch.device) -> Result:
-    """Time the heads in turns, and the machine's ceilings before and after; collective."""
-    before = ceilings_of(case.dim, case.batch, device)
-    heads: dict[str, tuple[Any, Step]] = {}
-    found: dict[str, Result] = {name: {} for name in case.heads}
-    for name in case.heads:
-        start = time.perf_counter()
-        heads[name] = build(name, case, device)
-        seconds = time.perf_counter() - start
-        found[name]["construction_seconds"] = over_ranks(seconds, "MAX", device)
-    times, products, losses, identities_B = _take_turns(case, heads, device)
-    for name, (head, _) in heads.items():
-        if not np.isfinite(losses[name]):
-            raise FloatingPointError(f"the loss of {name} is {losses[name]}")
-        centers, states = stored_tensors(head)
-        found[name] |= {
-            "step_seconds": percentiles(times[name]),
-            "sampled_rows": int(over_ranks(sampled_rows(head, identities_B), "SUM", device)),
-            "centers_bytes": int(over_ranks(bytes_of(centers), "SUM", device)),
-            "state_bytes": int(over_ranks(bytes_of(states), "SUM", device)),
-            "last_loss": losses[name],
-        }
-    del head, centers, states
-    heads.clear()
-    after = ceilings_of(case.dim, case.batch, device)
-    ceilings = {key: max(before[key], after[key]) for key in before}
-    return {"heads": found, "ceilings": ceilings, "three_products_seconds": percentiles(products)}
+def times_of(case: Case, device: torch.device, before: dict[str, float]) -> Result:
+    """Time the heads in turns: A B A B ... on the same batches, a new one each round, and the bare
+    products at its end; collective.
 
-
-def _take_turns(
-    case: Case, heads: dict[str, tuple[Any, Step]], device: torch.device
-) -> tuple[dict[str, list[float]], list[float], dict[str, float], Tensor]:
-    """A B A B ... on the same batches, a new one each round, and the bare products at its end.
-
-    Returns the seconds of the slowest rank after the warm-up, those of the products, the last
-    losses, the last identities.
+    Seconds are those of the slowest rank after the warm-up. The machine's ceilings are the better
+    ones of ``before`` and, on a CPU, which others may share, those afterwards.
     """
     size = dist.get_world_size() if dist.is_initialized() else 1
     rows = max(1, round(case.rate * case.classes / size))
     dtype = torch.bfloat16 if case.dtype == "bf16" else torch.float32
     bare = three_products(rows, case.dim, case.batch, dtype, device)
+    turns = Turns(case.heads, lambda name: build(name, case, device), device)
     products: list[float] = []
-    times: dict[str, list[float]] = {name: [] for name in heads}
-    losses: dict[str, float] = {}
     number, start, passed = 0, 0.0, 0.0
-    while number < WARM_UP + case.steps or passed < case.seconds:
+    while turns.heads and (number < WARM_UP + case.steps or passed < case.seconds):
         if number == WARM_UP:
             start = time.perf_counter()
         embeddings_bD, identities_B = batch_of(case, number, device)
-        identities_b = own_part(identities_B)
-        for name, (_, step) in heads.items():
-            own_bD = embeddings_bD.clone().requires_grad_()
-            seconds, loss = timed(device, step, own_bD, identities_b)
-            losses[name] = float(loss)
-            if number >= WARM_UP:
-                times[name].append(over_ranks(seconds, "MAX", device))
+        turns.take(embeddings_bD, own_part(identities_B), counted=number >= WARM_UP)
         seconds, _ = timed(device, bare)
         if number >= WARM_UP:
             products.append(over_ranks(seconds, "MAX", device))
         number += 1
         passed = over_ranks(time.perf_counter() - start, "MAX", device) if start else 0.0
-    return times, products, losses, identities_B
-
-
-def percentiles(values: list[float]) -> dict[str, float]:
-    """Return the usual percentiles and the number of values."""
-    names = {"min": 0, "p10": 10, "p25": 25, "median": 50, "p75": 75, "p90": 90, "max": 100}
-    found = {name: float(np.percentile(values, percent)) for name, percent in names.items()}
-    return {**found, "steps": len(values)}
-
-
-class Memory:
-    """Bytes in use by this rank: the allocator's on a GPU, the resident set of the process else."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def now(self) -> int:
-        """Return the bytes at this moment."""
-        gc.collect()
-        if self.device.type == "cuda":
-            return torch.cuda.memory_allocated(self.device)
-        return _status("VmRSS")
-
-    def reset(self) -> bool:
-        """Forget the peak so far; false where the system does not allow it."""
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            return True
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            return False
-        return True
-
-    def peak(self) -> int:
-        """Return the most bytes since :meth:`reset`, or since the start of the process."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        return _status("VmHWM")
-
-
-def _status(name: str) -> int:
-    """Bytes of a line of /proc/self/status; the process's peak where there is no such file."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+    found = turns.results()
+    for name in turns.heads:
+        rows = sampled_rows(turns.heads[name].head, identities_B)
+        found[name]["sampled_rows"] = int(over_ranks(rows, "SUM", device))
+    del turns, bare
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # in whole for the next case
+    after = ceilings_of(case.dim, case.batch, device) if device.type == "cpu" else before
+    ceilings = {key: max(before[key], after[key]) for key in before}
+    result: Result = {"heads": found, "ceilings": ceilings}
+    return {**result, "three_products_seconds": percentiles(products)} if products else result
 
 
 def memory_of(case: Case, device: torch.device) -> Result:
@@ -312,6 +233,7 @@ def memory_of(case: Case, device: torch.device) -> Result:
     del head, step
     batches = [batch_of(case, number, device) for number in range(WARM_UP + case.steps)]
     memory = Memory(device)
+    gc.collect()
     baseline = memory.now()
     head, step = build(name, case, device)
     stored, reset = 0, False
@@ -337,6 +259,6 @@ def memory_of(case: Case, device: torch.device) -> Result:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    code = main(sys.argv[1:])
     # Not sys.exit: with ranks, torch 2.13's threads now and then abort an interpreter that ends.
-    os._exit(0)
+    os._exit(code)
