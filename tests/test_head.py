@@ -270,6 +270,20 @@ def test_micro_batches_with_their_own_samples_add_up():
     assert reference.relative_error(before - head.centers.detach(), total) < 1e-5
 
 
+def test_micro_batches_of_several_sizes_keep_tiles_of_several_sizes(monkeypatch):
+    """Pass 2 has tiles of one size: exponentials of another are computed again."""
+    monkeypatch.setitem(passes._TILE_BYTES, "cpu", 4 * (8 + 32) * 512)  # 512 rows of 8, 256 of 32
+    embeddings, labels = problem(batch=40, identities=1000)
+    ends = []
+    for keep_bytes in (0, None):
+        head = PartialFC(1000, 32, ArcFace(), optimizer=PLAIN, keep_bytes=keep_bytes)
+        for piece in (slice(0, 8), slice(8, 40)):
+            head(embeddings[piece].clone().requires_grad_(), labels[piece]).backward()
+        head.optimizer.step()
+        ends.append(head.centers.detach())
+    assert torch.equal(*ends)
+
+
 def test_weight_of_the_loss_reaches_the_centers():
     embeddings, labels = problem()
     changes = []

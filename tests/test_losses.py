@@ -144,6 +144,24 @@ def test_micro_batches_add_up(name):
 
 
 @pytest.mark.parametrize(
+    "name", ["arcface smoothed", "softmax smoothed", "arcface s 128", "sub-center arcface s 64"]
+)
+def test_micro_batches_with_samples_of_their_own_add_up(name):
+    """Each moves its own rows only, by label smoothing's share too."""
+    heads = [head_of(EVERY_MARGIN[name], sample_rate=0.1) for _ in range(3)]
+    embeddings, labels = problem(heads[0])
+    pieces = list(zip(embeddings.chunk(2), labels.chunk(2), strict=True))
+    alone = [step(head, *piece)[2] for head, piece in zip(heads, pieces, strict=False)]
+    assert (alone[0].any(1) ^ alone[1].any(1)).any(), "or the samples are one"
+    before = heads[2].centers.detach().clone()
+    for piece in pieces:
+        heads[2](piece[0].requires_grad_(), piece[1]).backward()
+    heads[2].optimizer.step()
+    together = before - heads[2].centers.detach()
+    assert relative_error(together, sum(alone).double()) < 1e-5
+
+
+@pytest.mark.parametrize(
     ("general", "special"),
     [
         (CombinedMargin(multiplicative=1, angular=0.5, additive=0), "arcface exact"),

@@ -1,5 +1,6 @@
 """Buffers that the tiles of all steps use again."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -21,9 +22,7 @@ class Workspace:
         self, name: str, size: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> Tensor:
         """Return the buffer of a name as a contiguous tensor; what it holds is undefined."""
-        count = 1
-        for length in size:
-            count *= length
+        count = math.prod(size)
         buffer = self._buffers.get((name, dtype))
         if buffer is None or buffer.numel() < count or buffer.device != device:
             with torch.inference_mode(False):  # training may use it next
@@ -34,11 +33,16 @@ class Workspace:
     def lend(self, size: tuple[int, ...], device: torch.device) -> Tensor:
         """Return an fp32 tensor of one's own, until :meth:`take_back`; what it holds is undefined.
 
-        It is one that was given back, if the last step had one of that size.
+        It is one that was given back, if the last step had one of that size. If not, as much of
+        other sizes is given up: together they are never more than what may be kept.
         """
         free = self._returned.get(size)
         if free and device.type == "cpu":
             return free.pop()
+        wanted = 4 * math.prod(size)
+        while wanted > 0 and self._returned:
+            _, others = self._returned.popitem()
+            wanted -= sum(tensor.nbytes for tensor in others)
         return torch.empty(size, device=device)
 
     def take_back(self, tensors: Iterable[Tensor]) -> None:
