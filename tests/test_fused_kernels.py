@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from partialfc import AdaFace, ArcFace, PartialFC, RowAdamW, RowSGD, SubCenterArcFace
+from partialfc.config import load
 from partialfc.margins import CurricularFace, Softmax, UniFace
 from partialfc.row_format import decode
 from partialfc.staging import Placement
@@ -33,6 +34,7 @@ from tests.test_kernels import (
     compiled_python,
     exponential_truth,
 )
+from tools.estimating.head import head_parts, shard_of
 
 ROOT = Path(__file__).parents[1]
 IDENTITIES, BATCH = 170, 66
@@ -53,7 +55,6 @@ def _pulled(device, arguments, names):
     """Call ``pull_`` with buffers full of NaN: what is not written shows."""
     arguments = _unpack(arguments)
     kernels = importlib.import_module("partialfc.tiles.fused_kernels")
-    kernels.splits_of = lambda batch: 3
     query_BD, key_TD = (arguments[name].to(device) for name in ("query_BD", "key_TD"))
     batch, dim = query_BD.shape
 
@@ -111,6 +112,55 @@ def test_sums_pulls_and_exponentials_of_a_tile(launch, shape, bend, kept):
     for name, (mine, truth) in wanted.items():
         error = (mine - truth).norm()
         assert error <= (1e-5 if dtype == torch.float32 else 1e-2) * truth.norm(), name
+
+
+# --- what they take ---------------------------------------------------------------------------
+
+
+def _asked_for(device, scale, parts):
+    """Bytes of exponentials that pass 1 kept, and of the buffers that both passes asked for."""
+    dispatch.FORCED, tile = True, fused._TILE_ROWS
+    fused._TILE_ROWS = 64
+    try:
+        head = PartialFC(
+            130,
+            16,
+            ArcFace(scale=scale),
+            compute="bf16" if device == "cuda" else "fp32",
+            keep_bytes=1 << 20,
+            fused=True,
+            device=device,
+        )
+        labels = torch.arange(2048, device=device) % 130
+        head.sample_step(labels)
+        for label in labels.chunk(parts):
+            embeddings = torch.randn(len(label), 16, device=device, requires_grad=True)
+            head(embeddings, label).backward()
+        kept = head.optimizer.kept_bytes
+        head.optimizer.step()
+    finally:
+        dispatch.FORCED, fused._TILE_ROWS = False, tile
+    return kept, sum(buffer.nbytes for buffer in head.optimizer.workspace._buffers.values())
+
+
+@pytest.mark.parametrize(("scale", "parts"), [(64, 1), (128, 2)])
+def test_the_estimate_counts_what_the_passes_ask_for(launch, scale, parts, monkeypatch):
+    """Byte for byte: the buffers, and the exponentials that are kept, of two tiles of three, or of
+    none where a row maximum may grow. An estimate that counts tile by tile is wrong by half."""
+    monkeypatch.setattr(fused, "_TILE_ROWS", 64)
+    compute = "bf16" if launch.device == "cuda" else "fp32"
+    size = ["data.global_batch=2048", "backbone.embedding_dim=16", f"head.margin.scale={scale}"]
+    ways = ["head.fused=true", "head.keep_mib=1", f"head.compute={compute}"]
+    config = load(
+        str(ROOT / "configs/ms1mv3_r50.toml"),
+        [*size, *ways, f"optimizer.accumulation={parts}", "head.sample_rate=1"],
+    )
+    shard = shard_of(config, 130, 1, "cuda")
+    (tile,) = (part for part in head_parts(config, shard, 1, "cuda") if part.name == "tile")
+    kept, buffers = launch.run(_asked_for, launch.device, scale, parts)
+    assert tile.bytes == (buffers,) * 4
+    assert shard.kept == kept
+    assert bool(kept) == (scale == 64)
 
 
 # --- the whole head ----------------------------------------------------------------------------

@@ -23,8 +23,14 @@ from partialfc.tiles.workspace import Workspace
 LARGEST_DIM = 512
 """A wider accumulator does not fit in the registers of a multiprocessor."""
 
-_TILE_ROWS = 132 * 4 * 64
-"""Four blocks of classes for each multiprocessor of an H100 or H200; keys of 33 MiB at D = 512."""
+STATIONARY = 64
+"""Rows that a program keeps: what a tensor core of Hopper takes."""
+
+_PROGRAMS = 132
+"""Multiprocessors of an H100 or H200: pass 1 splits the classes until about as many have work."""
+
+_TILE_ROWS = _PROGRAMS * 4 * STATIONARY
+"""Four blocks of classes for each multiprocessor; keys of 33 MiB at D = 512."""
 
 _LARGEST_INDEX = 2**31
 
@@ -74,7 +80,7 @@ def first_pass(
     """
     kernels = import_module("partialfc.tiles.fused_kernels")
     (batch, dim), device = query_BD.shape, query_BD.device
-    splits = kernels.splits_of(batch)
+    splits = splits_of(batch)
 
     def partial(name: str, *more: int) -> Tensor:
         return workspace(name, (splits, batch, *more), torch.float32, device)
@@ -85,7 +91,7 @@ def first_pass(
     maximum_B = torch.full_like(sum_B, -1e30) if logits.needs_maximum else None
     kept: list[KeptTile] = []
     total = len(centers_CD) if rows is None else len(rows)
-    for start, stop in _tiles(batch, total):
+    for start, stop in tiles(batch, total):
         key_TD = _keys(centers_CD, rows, start, stop, query_BD.dtype, workspace)
         if key_sum_D is not None:
             key_sum_D.add_(key_TD.sum(0, dtype=torch.float32))
@@ -147,7 +153,7 @@ def second_pass(
     largest = max(len(one.query_BD) for one in kept)
     # Kept tiles are those of a micro-batch of the same size with the same rows.
     same = [one.rows is rows and len(one.query_BD) == largest for one in kept]
-    for number, (start, stop) in enumerate(_tiles(largest, total)):
+    for number, (start, stop) in enumerate(tiles(largest, total)):
         size = stop - start, dim
         gradient_TD = workspace("gradient", size, torch.float32, centers_CD.device)
         earlier_TD: Tensor | None = None
@@ -183,7 +189,12 @@ def second_pass(
                 earlier_TD = torch.add(gradient_TD, 0 if i == 0 else every_TD, out=every_TD)
 
 
-def _tiles(batch: int, total: int) -> Iterator[tuple[int, int]]:
+def splits_of(batch: int) -> int:
+    """Return S, into how many ranges pass 1 cuts the classes of a tile."""
+    return max(1, _PROGRAMS // -(-batch // STATIONARY))
+
+
+def tiles(batch: int, total: int) -> Iterator[tuple[int, int]]:
     """Yield (start, stop) of the tiles of a sample: a place in [T, B] fits in 32 bits."""
     size = max(64, min(_TILE_ROWS, _LARGEST_INDEX // max(1, batch) // 64 * 64))
     for start in range(0, total, size):

@@ -15,21 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from partialfc.margins.base import Bend
-from partialfc.tiles.fused import LARGEST_DIM
+from partialfc.tiles.fused import LARGEST_DIM, STATIONARY
 
-STATIONARY, STREAMED = 64, 64
-"""Rows that a program keeps (what a tensor core of Hopper takes), and rows that it reads at
-once."""
+STREAMED = 64
+"""Rows that a program reads at once."""
 
 WARPS, STAGES = 8, 2
-
-_PROGRAMS = 132
-"""Multiprocessors of an H100 or H200: pass 1 splits the classes until about as many have work."""
-
-
-def splits_of(batch: int) -> int:
-    """Return S, into how many ranges pass 1 cuts the classes of a tile."""
-    return max(1, _PROGRAMS // -(-batch // STATIONARY))
 
 
 def pull_(

@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from partialfc.margins.base import Bend
+from partialfc.tiles.fused import STATIONARY
 from partialfc.tiles.fused_kernels import (
     STAGES,
-    STATIONARY,
     WARPS,
     bent,
     streamed,

@@ -36,7 +36,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from partialfc.margins import Bend
-from partialfc.tiles import fused_kernels, fused_update_kernels, kernels, row_kernels
+from partialfc.tiles import fused, fused_kernels, fused_update_kernels, kernels, row_kernels
 
 Row = dict[str, Any]
 Variant = tuple[str, dict[str, str], Callable[[], object]]
@@ -221,7 +221,7 @@ def _permute(inverse: bool) -> Variant:
 
 def _pull(dim: int, bend: str, maximum: str, kept: str) -> Variant:
     def call() -> object:
-        splits = fused_kernels.splits_of(64)
+        splits = fused.splits_of(64)
         fused_kernels.pull_(
             torch.empty(64, dim, dtype=torch.bfloat16),
             torch.empty(64, dim, dtype=torch.bfloat16),

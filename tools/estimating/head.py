@@ -21,7 +21,7 @@ from partialfc.row_format import DTYPES
 from partialfc.row_optimizer import RowOptimizer
 from partialfc.sampling import KeyedSampler
 from partialfc.sharding import Sharding, default_canonical_shards
-from partialfc.tiles import operand_dtype, passes
+from partialfc.tiles import Logits, fused, operand_dtype, passes
 from tools.estimating.backbone import MIB, Device, Ledger, Part, bytes_of
 
 
@@ -32,6 +32,9 @@ class Shard:
     rows: int
     sampled: int
     tile: int
+    """Rows of a tile of what goes through the classes tile by tile."""
+    fused: int
+    """Rows of a tile of the fused kernels; 0: they are not used."""
     per_identity: int
     kept: int
     """Bytes of exponentials kept between the passes."""
@@ -72,15 +75,25 @@ def shard_of(config: Config, identities: int, world_size: int, device: Device) -
     with FakeTensorMode():
         query_BD = torch.empty(micro_batch, dim_of(config, margin), device=device)
         rows_n = torch.empty(sampled, dtype=torch.int64)
-        start, stop = next(passes.tiles(query_BD, query_BD, rows_n, per_identity), (0, 0))
+        _, tile = next(passes.tiles(query_BD, query_BD, rows_n, per_identity), (0, 0))
+    fused_tile = 0
+    if settings.fused:
+        _, fused_tile = next(fused.tiles(micro_batch, sampled), (0, 0))
     budget = settings.keep_mib
     budget_bytes = head_module._KEEP_BYTES[device] if budget is None else budget * MIB
     exponentials = sampled * batch * operand
     kept = exponentials
     if exponentials > budget_bytes:
-        one = max(1, (stop - start) * micro_batch * operand)
+        one = max(1, (fused_tile or tile) * micro_batch * operand)
         kept = budget_bytes // one * one
-    return Shard(rows, sampled, stop - start, per_identity, kept, exponentials)
+    if settings.fused and _needs_maximum(margin):
+        kept = 0
+    return Shard(rows, sampled, tile, fused_tile, per_identity, kept, exponentials)
+
+
+def _needs_maximum(margin: Margin) -> bool:
+    logits = Logits(margin.scale, margin.unit_centers, margin.largest_logit, "fp32")
+    return logits.needs_maximum
 
 
 def dim_of(config: Config, margin: Margin) -> int:
@@ -90,7 +103,8 @@ def dim_of(config: Config, margin: Margin) -> int:
 
 def head_parts(config: Config, shard: Shard, world_size: int, device: Device) -> list[Part]:
     """Return the memory of the class centers and of the head's two passes over them."""
-    settings, dim = config.head, dim_of(config, margin_of(config))
+    settings, margin = config.head, margin_of(config)
+    dim = dim_of(config, margin)
     centers = torch.empty(shard.rows, dim, dtype=DTYPES[settings.center_format], device="meta")
     rule = settings.optimizer.model_dump(exclude={"name", "lr_factor"})
     optimizer = RowOptimizer(
@@ -109,10 +123,11 @@ def head_parts(config: Config, shard: Shard, world_size: int, device: Device) ->
 
     # Between the passes: the operands of every micro-batch and the gradient of its embeddings. In
     # pass 1 also the gathered bytes, the pull, the positives' centers and two results on the way;
-    # in pass 2 the operands weighted, and once more for the positives.
+    # in pass 2 the operands weighted, unless fused, and once more for the positives.
     between = parts * (unit + own)
     first = between + 4 * whole + 3 * own + (unit if world_size > 1 else 0)
-    second = between + 2 * parts * unit + (2 * whole if operand < 4 else 0)
+    weighted = 1 if shard.fused else 2
+    second = between + weighted * parts * unit + (2 * whole if operand < 4 else 0)
 
     # Buffers that stay: unit centers, gradient, scratch, stored rows and states. Pass 2 copies the
     # rows and states that are not updated where they lie; a GPU does it with all of them.
@@ -121,7 +136,16 @@ def head_parts(config: Config, shard: Shard, world_size: int, device: Device) ->
     buffers = tile * (dim * (operand + 8) + row_bytes)
     copies = 4 * tile * dim * 4 if formats != ("fp32", "fp32") or device == "cuda" else 0
     again = logits if shard.kept < shard.exponentials else 0
-    limited = ", as far as head.keep_mib allows" if again else ""
+    said = f"{tile:,} rows: logits, unit centers, gradient, states"
+    if shard.fused:
+        # Pass 1: unit centers, and of each split of a tile the sums, the pull and, if need be, the
+        # maxima. Pass 2: the gradient, and with micro-batches that of the earlier ones.
+        sums = 1 + dim + _needs_maximum(margin)
+        buffers = shard.fused * dim * (operand + 4 * min(parts, 2))
+        buffers += fused.splits_of(batch) * batch * sums * 4
+        logits = copies = again = 0
+        said = f"{shard.fused:,} rows of the fused kernels: unit centers, gradient; sums of splits"
+    limited = ", as far as head.keep_mib allows" if shard.kept < shard.exponentials else ""
     sampler, rows = (_sampler_bytes(), 8 * n) if settings.sample_rate < 1 else (0, 0)
     state_bytes, elsewhere = sum(states.values()), device == "cuda" or settings.host_folder
     in_host = {
@@ -163,7 +187,7 @@ def head_parts(config: Config, shard: Shard, world_size: int, device: Device) ->
         Part(
             "tile",
             (buffers + logits, buffers, buffers + copies + again, buffers),
-            f"{tile:,} rows: logits, unit centers, gradient, states",
+            said,
         ),
         Part(
             "sampled rows",
