@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -16,7 +18,7 @@ from partialfc import ArcFace, CosFace
 from tests import reference
 from tests.ranks import run_on_ranks
 from tools.bench import head as bench
-from tools.bench import processes
+from tools.bench import processes, scale
 from tools.bench.head_plot import plot
 from tools.bench.measure import Case
 from tools.bench.turns import Turns
@@ -313,3 +315,44 @@ def test_a_lost_process_loses_one_case_or_one_head(tmp_path, monkeypatch):
     assert "code [-9]" in found[4][1]["heads"]["ours"]["failed"]
     seen = (tmp_path / "seen").read_text().splitlines()
     assert seen == ["1 ours fused", "2 ours fused", "3 ours fused", "3 ours", "5 ours", "4 ours"]
+
+
+def asked_by_gpu_sh(tmp_path, part):
+    """The commands of a part of gpu.sh, as lists of words; none of them runs."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$@"\n')
+    python.chmod(0o755)
+    command = ["bash", str(ROOT / "tools/bench/gpu.sh"), str(tmp_path), str(python), part]
+    env = {**os.environ, "ESTIMATE": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    return [line.split() for line in done.stdout.splitlines()]
+
+
+def test_one_command_measures_the_grid_on_a_gpu_in_nine_minutes(tmp_path, capsys):
+    """A row of the grid that is missing, a command that does not parse, a header that promises
+    other times than the estimate has."""
+    cases = []
+    for tool, *words in asked_by_gpu_sh(tmp_path, "all"):
+        assert tool == "tools/bench/head.py"
+        assert bench.main(words) == 0
+        cases += bench._cases(bench._parser().parse_args(words), 1)
+    for tool, *words in asked_by_gpu_sh(tmp_path, "scale"):
+        assert tool == "tools/bench/scale.py"
+        assert scale.main(words) == 0
+    said = capsys.readouterr().err
+    header = (ROOT / "tools/bench/gpu.sh").read_text()
+    of_tests = int(re.search(r"(\d+) s at most", header)[1])
+    total = of_tests + sum(int(seconds) for seconds in re.findall(r"about (\d+) s on", said))
+    assert total == int(re.search(r"(\d+) s in all", header)[1])
+    assert total < 9 * 60
+    assert sum(float(minutes) for minutes in re.findall(r"about ([\d.]+) minutes", said)) < 6
+    measured = {
+        (case.classes, case.batch, case.rate, name) for case in cases for name in case.heads
+    }
+    for rate in (1, 0.3, 0.1, 0.01):
+        for batch in (1024, 4096, 8192):
+            for classes in (10**5, 10**6, 10**7):
+                assert {(classes, batch, rate, name) for name in ("ours", "fused")} <= measured
+    for rate in (1, 0.1, 0.01):
+        for name in ("textbook", "textbook_tf32"):
+            assert (10**6, 4096, rate, name) in measured
