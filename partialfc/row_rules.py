@@ -83,10 +83,13 @@ class RowSGD(RowRule):
     @staticmethod
     def update_(group: dict[str, Any], row_TD: Tensor, gradient_TD: Tensor, states: States) -> None:
         """See :meth:`RowRule.update_`."""
+        velocity = [states["momentum"]] if "momentum" in states else []
+        # It goes through memory in a line: rows of another layout would change their neighbours.
+        assert all(tensor.is_contiguous() for tensor in (row_TD, gradient_TD, *velocity))
         torch._fused_sgd_(  # that of torch.optim.SGD(fused=True): five passes over rows, not nine
             [row_TD],
             [gradient_TD],
-            [states["momentum"]] if "momentum" in states else [],
+            velocity,
             weight_decay=group["weight_decay"],
             momentum=group["momentum"],
             lr=group["lr"],

@@ -324,6 +324,19 @@ def test_non_finite_loss_changes_nothing(poison):
     assert torch.equal(head.optimizer.state[head.centers]["momentum"], before[1]["momentum"])
 
 
+@pytest.mark.parametrize("poisoned", [0, 1])
+def test_one_non_finite_micro_batch_spoils_the_step(poisoned):
+    embeddings, labels = problem()
+    head = PartialFC(200, 32, ArcFace())
+    before = head.centers.detach().clone()
+    for number, piece in enumerate((slice(0, 12), slice(12, 24))):
+        part = embeddings[piece].clone()
+        part[0, 0] = torch.inf if number == poisoned else 0.0
+        head(part.requires_grad_(), labels[piece]).backward()
+    head.optimizer.step()
+    assert torch.equal(head.centers, before)
+
+
 def test_grad_scaler_scale_and_found_inf_are_honoured():
     """GradScaler hands its scale to an optimizer that declares _step_supports_amp_scaling."""
     embeddings, labels = problem()

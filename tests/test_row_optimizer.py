@@ -74,6 +74,18 @@ def test_adamw_on_all_rows_is_torch_adamw():
     torch.testing.assert_close(rows.double(), truth, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("which", ["rows", "gradient", "momentum"])
+def test_rows_of_another_layout_are_refused(which):
+    """torch's fused SGD takes them for contiguous ones, and says nothing."""
+    layouts = {name: torch.zeros(5, 6) for name in ("rows", "gradient", "momentum")}
+    layouts[which] = torch.zeros(6, 5).T
+    group = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0}
+    with pytest.raises(AssertionError):
+        RowSGD.update_(
+            group, layouts["rows"], layouts["gradient"], {"momentum": layouts["momentum"]}
+        )
+
+
 def sampled_at(step):
     """Every row but at its own pace; row 5 never."""
     return torch.tensor([row for row in range(5) if step % (row + 1) == 0])
