@@ -59,9 +59,10 @@ class SgdOfCenters(Sgd, _OfCenters):
     """How the momentum is stored: 4, 2 or 1 bytes an element, the fewer with stochastic
     rounding."""
 
-    unsampled: Literal["stay", "move"] = "stay"
-    """What a center does at a step that does not sample it. ``stay``: nothing. ``move``: it decays
-    and moves by its momentum as in arcface_torch, computed when it is sampled next."""
+    unsampled: Literal["move", "stay"] = "move"
+    """What a center does at a step that does not sample it. ``move``: it decays and moves by its
+    momentum, as with SGD on all centers and in arcface_torch, computed when it is sampled next.
+    ``stay``: nothing, which takes the head less time. At a sample rate of 1 both are one."""
 
 
 class AdamWOfCenters(AdamW, _OfCenters):

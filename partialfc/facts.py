@@ -23,10 +23,16 @@ def facts_of(config: Config, dataset: DataSet) -> dict[str, object]:
         "optimizer.name": config.optimizer.name,
         "head.optimizer.name": config.head.optimizer.name,
         "head.optimizer.momentum_format": getattr(config.head.optimizer, "momentum_format", None),
-        "head.optimizer.unsampled": getattr(config.head.optimizer, "unsampled", None),
+        "head.optimizer.unsampled": _unsampled(config),
         "head.sample_rate": config.head.sample_rate,
         "head.compute": config.head.compute,
         "head.center_format": config.head.center_format,
         "head.margin": config.head.margin.model_dump(mode="json"),
         "losses": config.losses.model_dump(mode="json"),
     }
+
+
+def _unsampled(config: Config) -> str | None:
+    """What happens to centers that no step samples; at a sample rate of 1 they stay, all none."""
+    unsampled: str | None = getattr(config.head.optimizer, "unsampled", None)
+    return "stay" if unsampled and config.head.sample_rate == 1 else unsampled

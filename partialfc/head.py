@@ -172,6 +172,7 @@ class PartialFC(nn.Module):
             device=self.device,
             fused=fused,
             overlap=overlap,
+            every_row=sample_rate == 1,
         )
         # Whoever reads or writes centers finds all of them there, and none on their way.
         self.register_state_dict_pre_hook(_settle)  # type: ignore[no-untyped-call]
@@ -291,8 +292,7 @@ class PartialFC(nn.Module):
 
     def load_shared_state(self, state: Mapping[str, Tensor]) -> None:
         """Take over what :meth:`shared_state` returned."""
-        for name in self.optimizer.shared_state():
-            self.optimizer.param_groups[0][name] = state[name].to(self.device)
+        self.optimizer.load_shared_state(state)
         for name, value in self.margin_state().items():
             value.copy_(state[f"margin_{name}"])
 

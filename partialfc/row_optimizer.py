@@ -22,12 +22,13 @@ from partialfc.permutation import key
 from partialfc.row_rules import RowRule, RowSGD, States
 from partialfc.row_tile import AT_STEP, CENTERS, SCALE, Tile
 from partialfc.staging import Placement, Staging, host_tensor, row_tensor
-from partialfc.tiles import Kept, Workspace, fused, positives, project_, second_pass, take_rows
+from partialfc.tiles import Kept, Workspace, fused, positives, project_, second_pass
 from partialfc.tiles.dispatch import has_kernels
 from partialfc.tiles.positives import Positives
+from partialfc.unsampled import Moves
 
-_CATCH_UP_ROWS, _STAGED_ROWS = 4096, 1 << 16
-_MISSED = "missed_steps"
+_STAGED_ROWS = 1 << 16
+_MOVES = "moves"
 
 
 class RowOptimizer(torch.optim.Optimizer):
@@ -46,6 +47,7 @@ class RowOptimizer(torch.optim.Optimizer):
         fused: Whether the fused kernels do pass 2.
         overlap: On a GPU, :meth:`step` runs beside what the current stream does since the head's
             backward. ``found_inf`` or a loss scale makes it wait for that stream all the same.
+        every_row: Whether every step visits all rows, so that none ever misses one.
     """
 
     _step_supports_amp_scaling = True  # GradScaler then sets grad_scale and found_inf before step
@@ -61,6 +63,7 @@ class RowOptimizer(torch.optim.Optimizer):
         device: torch.device | None = None,
         fused: bool = False,
         overlap: bool = False,
+        every_row: bool = False,
     ) -> None:
         self.rule, self._fused = rule, fused
         self._device = device or centers.device
@@ -74,10 +77,9 @@ class RowOptimizer(torch.optim.Optimizer):
         if overlap:
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._ready: torch.cuda.Event | None = None
-        defaults: dict[str, Any] = {**asdict(rule), "steps": 0}
-        if defaults.get("unsampled") == "move":
-            defaults[_MISSED] = unsampled.new_table(self._device)
-        super().__init__([centers], defaults)
+        misses = getattr(rule, "unsampled", "stay") == "move" and not every_row
+        self._moves = Moves(self._device) if misses else None
+        super().__init__([centers], {**asdict(rule), "steps": 0})
         if self._placement.stages:
             self.states()  # a folder without room is refused now
 
@@ -87,8 +89,13 @@ class RowOptimizer(torch.optim.Optimizer):
         return int(self.param_groups[0]["steps"])
 
     def shared_state(self) -> dict[str, Tensor]:
-        """State that is no row's and the same on all ranks: entries of ``param_groups[0]``."""
-        return {k: v for k, v in self.param_groups[0].items() if k == _MISSED and v is not None}
+        """State that is no row's and the same on all ranks."""
+        return {} if self._moves is None else {_MOVES: self._moves.products}
+
+    def load_shared_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what :meth:`shared_state` returned, from any device."""
+        if self._moves is not None:
+            self._moves.load(state[_MOVES])
 
     @property
     def kept_bytes(self) -> int:
@@ -164,27 +171,26 @@ class RowOptimizer(torch.optim.Optimizer):
         Args:
             rows: int64 [n] rows; ``None`` for all.
         """
-        table: Tensor | None = self.param_groups[0].get(_MISSED)
-        total = len(self.param_groups[0]["params"][0]) if rows is None else len(rows)
-        if table is None or len(table) == 1:
+        moves = self._moves
+        if moves is None or not moves.steps:
             return
-        step_key = key(self._seed, "catch up", self.steps)
         if rows is None and self._placement.stages:
+            total = len(self.param_groups[0]["params"][0])
             for start in range(0, total, _STAGED_ROWS):
                 stop = min(start + _STAGED_ROWS, total)
                 self.catch_up(torch.arange(start, stop, device=self._device))
             self.settle()
             return
-        compact = self._placement.stages
-        centers, states = self._working(rows)
-        index = None if compact else rows
-        for start in range(0, total, _CATCH_UP_ROWS):
-            stop = min(start + _CATCH_UP_ROWS, total)
-            at_T1 = take_rows(states[AT_STEP], index, start, stop)
-            tile = Tile(centers, states, rows, start, stop, self._first, self.workspace, compact)
-            unsampled.catch_up_(table, at_T1, tile.row_TD, tile.states.get("momentum"))
-            tile.write(step_key, skip=None)
-        _fill(states[AT_STEP], index, len(table) - 1)
+        step_key = key(self._seed, "catch up", self.steps)
+        unsampled.catch_up_(
+            moves,
+            *self._working(rows),
+            rows,
+            step_key,
+            first_row=self._first,
+            compact=self._placement.stages,
+            workspace=self.workspace,
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -219,13 +225,24 @@ class RowOptimizer(torch.optim.Optimizer):
         centers: Tensor = self.param_groups[0]["params"][0]
         saved = state_dict["state"].get(0, {})
         held = self.states() if saved else {}
-        super().load_state_dict({**state_dict, "state": {}})
+        (group,) = state_dict["param_groups"]
+        if (_MOVES in group) != (self._moves is not None):
+            theirs, ours = ("stay", "move") if self._moves else ("move", "stay")
+            raise ValueError(
+                f"unsampled rows of this state {theirs}, and here they {ours}; give the rule the "
+                "unsampled, and the head the sample_rate, that the state was made with."
+            )
+        self.load_shared_state(group)
+        groups = [{name: value for name, value in group.items() if name != _MOVES}]
+        super().load_state_dict({"state": {}, "param_groups": groups})
         self.state[centers] = {name: held[name].copy_(value) for name, value in saved.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, once all rows are where they lie between steps."""
         self.settle()
-        return super().state_dict()
+        state = super().state_dict()
+        (group,) = state["param_groups"]
+        return {**state, "param_groups": [{**group, **self.shared_state()}]}
 
     @contextmanager
     def _beside(self) -> Iterator[None]:
@@ -251,6 +268,7 @@ class RowOptimizer(torch.optim.Optimizer):
     def _update(self, group: dict[str, Any], kept: list[Kept], skips: list[Tensor]) -> None:
         rows = _union(kept)
         compact = rows is not None and self._placement.stages
+        index = None if compact else rows
         centers, states = self._working(rows)
         bad = torch.stack(skips).any()
         found_inf: Tensor | None = getattr(self, "found_inf", None)
@@ -275,7 +293,7 @@ class RowOptimizer(torch.optim.Optimizer):
             if update is not None:
                 update(start=start, stop=stop, gradient_TD=gradient_TD)
                 continue
-            tile = Tile(centers, states, rows, start, stop, self._first, workspace, compact)
+            tile = Tile(centers, states, rows, start, stop, self._first, workspace, index=index)
             own.add_(gradient_TD, start, factor_T1)
             if unit:
                 # Pass 2 is done with the keys of this tile.
@@ -283,15 +301,9 @@ class RowOptimizer(torch.optim.Optimizer):
                 project_(gradient_TD, tile.row_TD, scratch_TD, factor_T1)
             self.rule.update_(group, tile.row_TD, gradient_TD, tile.states)
             tile.write(step_key, skip=skip)
-        if _MISSED in group:
-            group[_MISSED] = unsampled.extend(
-                group[_MISSED],
-                lr=group["lr"],
-                momentum=group["momentum"],
-                weight_decay=group["weight_decay"],
-                skip=skip,
-            )
-            _fill(states[AT_STEP], None if compact else rows, len(group[_MISSED]) - 1)
+        if self._moves is not None:
+            self._moves.extend(group, skip)
+            unsampled.settle_(self._moves, states, index)
 
     def _kernel_arguments(
         self,
@@ -337,18 +349,13 @@ class RowOptimizer(torch.optim.Optimizer):
         wanted = dict(self.rule.new_states(centers.to("meta")))
         if centers.dtype == torch.float16:
             wanted[CENTERS + SCALE] = torch.empty(len(centers), 1, device="meta")
-        if _MISSED in self.param_groups[0]:
+        if self._moves is not None:
             wanted[AT_STEP] = torch.empty(len(centers), 1, dtype=torch.int32, device="meta")
         placement, states = self._placement, {}
         for name, like in wanted.items():
             if placement.states == "host":
-                states[name] = host_tensor(
-                    name,
-                    like.shape,
-                    like.dtype,
-                    placement.folder,
-                    pinned=self._device.type == "cuda",
-                )
+                folder, pinned = placement.folder, self._device.type == "cuda"
+                states[name] = host_tensor(name, like.shape, like.dtype, folder, pinned=pinned)
             else:
                 states[name] = row_tensor(like.shape, like.dtype, self._device)
         if CENTERS + SCALE in states:
@@ -378,13 +385,6 @@ def _times(kept: Kept, weight: Tensor) -> Kept:
         even_D=None if kept.even_D is None else kept.even_D * weight,
         pulls=[replace(pull, slope_P=pull.slope_P * weight) for pull in kept.pulls],
     )
-
-
-def _fill(state: Tensor, rows: Tensor | None, value: int) -> None:
-    if rows is None:
-        state.fill_(value)
-    else:
-        state.index_fill_(0, rows, value)
 
 
 def _union(kept: list[Kept]) -> Tensor | None:

@@ -55,15 +55,15 @@ class RowSGD(RowRule):
         momentum: μ in [0, 1).
         momentum_format: How v is stored: ``"fp32"``, ``"bf16"`` or ``"int8"`` with an fp32 scale a
             row, both with stochastic rounding.
-        unsampled: What happens to a row at a step that does not sample it. ``"stay"``: nothing, as
-            in PLSC. ``"move"``: it decays and moves by its momentum, as in torch.optim.SGD on all
-            rows and in arcface_torch; computed when the row is sampled next, see
-            :mod:`partialfc.unsampled`.
+        unsampled: What happens to a row at a step that does not sample it. ``"move"``: it decays
+            and moves by its momentum, as in torch.optim.SGD on all rows and in arcface_torch;
+            computed when the row is sampled next, see :mod:`partialfc.unsampled`. ``"stay"``:
+            nothing, as in PLSC. At a sample rate of 1 there is no such row, and both are one.
     """
 
     momentum: float = 0.9
     momentum_format: Literal["fp32", "bf16", "int8"] = "fp32"
-    unsampled: Literal["stay", "move"] = "stay"
+    unsampled: Literal["move", "stay"] = "move"
 
     def __post_init__(self) -> None:
         RowRule.__post_init__(self)
@@ -73,8 +73,8 @@ class RowSGD(RowRule):
             raise ValueError(
                 f"momentum_format must be fp32, bf16 or int8, got {self.momentum_format!r}."
             )
-        if self.unsampled not in ("stay", "move"):
-            raise ValueError(f"unsampled must be stay or move, got {self.unsampled!r}.")
+        if self.unsampled not in ("move", "stay"):
+            raise ValueError(f"unsampled must be move or stay, got {self.unsampled!r}.")
 
     def new_states(self, centers: Tensor) -> States:
         """Return a zero velocity, or nothing without momentum."""

@@ -32,22 +32,23 @@ class Tile:
         stop: int,
         first: int,
         workspace: Workspace,
-        compact: bool = False,
+        *,
+        index: Tensor | None,
     ) -> None:
         """Read rows ``start:stop`` of the sample.
 
         Args:
-            centers: Of the shard, or of the sample only if ``compact``; the states too.
+            centers: Of the shard, or of a sample only; the states too.
             states: By name.
-            rows: int64 [n] rows of the sample; ``None`` for all of the shard.
+            rows: int64 [n] rows of the shard, which they are rounded by; ``None`` for all.
             start: First place in the sample.
             stop: Place behind the last.
             first: Global number of the shard's first row.
             workspace: Buffers of copies.
-            compact: See above.
+            index: int64 [n] where the rows lie in the tensors; ``None``: they are all there is.
         """
         self._rows, self._start, self._stop, self._first = rows, start, stop, first
-        self._index = None if compact else rows
+        self._index = index
         self._stored = {CENTERS: centers.detach(), **states}
         self._workspace = workspace
         values = {name: self._value(name) for name in self._names()}

@@ -299,8 +299,10 @@ def test_rows_are_read_in_pieces(tmp_path, monkeypatch):
     read = []
     pieces = checkpoint._pieces
 
-    def noted(*arguments):
-        read.extend(found := pieces(*arguments))
+    def noted(low, high, part, rows):
+        found = pieces(low, high, part, rows)
+        if part.get_shape()[1] > 1:  # not of the step that each row is at
+            read.extend(found)
         return found
 
     monkeypatch.setattr(checkpoint, "_PIECE_BYTES", 7 * 8 * 16)

@@ -26,6 +26,7 @@ from partialfc.margins import Bend, CurricularFace
 from partialfc.permutation import key, permute, unpermute
 from partialfc.row_format import DTYPES, FORMATS, SCALED, decode, encode
 from partialfc.tiles import dispatch
+from partialfc.unsampled import Moves
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed: NO Triton kernel is tested", allow_module_level=True)
@@ -73,7 +74,7 @@ def _call(name, device, packed):
 
 
 def _kernel(name):
-    module = "row_kernels" if name == "sgd_" else "kernels"
+    module = "row_kernels" if name in ("sgd_", "catch_up_") else "kernels"
     return getattr(importlib.import_module(f"partialfc.tiles.{module}"), name)
 
 
@@ -586,6 +587,96 @@ def test_int8_goes_up_where_remainder_and_random_bits_make_one(launch):
     assert (after["momentum_scale_C1"][:rows] == 1).all()
 
 
+# --- catch_up_ ---------------------------------------------------------------------------------
+
+
+def catch_up_case(centers, momentum, dim=50, rows=9, steps=2500):
+    """Rows at steps of every block, some of which have missed nothing; and the moves."""
+    case = sgd_case(centers, momentum, dim=dim, rows=rows)
+    moves = Moves(torch.device("cpu"))
+    for step in range(steps):
+        rates = {"lr": 0.1 / (1 + step % 7), "momentum": 0.9, "weight_decay": 5e-4}
+        moves.extend(rates, skip=None)
+    held = len(case["centers_CD"])
+    at_step = torch.linspace(0, steps, held).int()
+    at_step[torch.arange(0, held, 5)] = steps  # nothing missed
+    at_step[case["rows_n"][:3]] = torch.tensor([steps - 1, steps - 2, 1023]).int()
+    names = ("centers_CD", "center_scale_C1", "momentum_CD", "momentum_scale_C1", "rows_n")
+    return {
+        **{name: case[name] for name in names},
+        "at_step_C1": at_step.unsqueeze(1),
+        "product_t22": moves.products.clone(),
+        "block": moves.block,
+        **KEYS,
+        "first_identity": FIRST_IDENTITY,
+    }, moves
+
+
+def caught_up(case, moves):
+    """Everything that is stored, after what the rows have missed, in torch without any kernel."""
+    result = {name: value for name, value in case.items() if name.endswith(("_CD", "_C1"))}
+    result = {name: None if value is None else value.clone() for name, value in result.items()}
+    row_T = torch.arange(len(case["at_step_C1"])) if case["rows_n"] is None else case["rows_n"]
+    row_T = row_T[case["at_step_C1"][row_T, 0] < moves.steps]
+    product_T22 = moves.since(case["at_step_C1"][row_T, 0].long()).float()
+    old = {}
+    for name in ("center", "momentum"):
+        stored_CD, scale_C1 = (result[n] for n in (stored_name(name), f"{name}_scale_C1"))
+        if stored_CD is not None:
+            old[name] = decode(stored_CD[row_T], None if scale_C1 is None else scale_C1[row_T])
+    for i, name in enumerate(old):
+        new_TD = product_T22[:, i, :1] * old["center"]
+        if "momentum" in old:
+            new_TD = product_T22[:, i, 1:] * old["momentum"] + new_TD
+        stored_CD, scale_C1 = (result[n] for n in (stored_name(name), f"{name}_scale_C1"))
+        stored_CD[row_T], scale_T1 = expected(new_TD, stored_CD, KEYS[f"{name}_key"], row_T)
+        if scale_T1 is not None:
+            scale_C1[row_T] = scale_T1
+    result["at_step_C1"][row_T] = moves.steps
+    return result
+
+
+def stored_name(name):
+    return {"center": "centers_CD", "momentum": "momentum_CD"}[name]
+
+
+@pytest.mark.parametrize("sampled", [True, False], ids=["rows", "all"])
+@pytest.mark.parametrize("dim", [5, 50, 512])
+@pytest.mark.parametrize("momentum", MOMENTA)
+@pytest.mark.parametrize("centers", CENTERS)
+def test_what_a_row_has_missed_is_written_byte_by_byte_as_torch_does(
+    launch, centers, momentum, dim, sampled
+):
+    """Products over blocks, rounding, scales, rows that missed nothing, rows of nobody."""
+    case, moves = catch_up_case(centers, momentum, dim)
+    if not sampled:
+        case["rows_n"] = None
+    wanted = caught_up(case, moves)
+    _, after = launch("catch_up_", **case)
+    for name, value in wanted.items():
+        if value is not None:
+            assert torch.equal(bits_of(after[name]), bits_of(value)), name
+            assert not torch.equal(bits_of(after[name]), bits_of(case[name])), name
+    _, twice = launch("catch_up_", **after)
+    for name, value in wanted.items():
+        if value is not None:
+            assert torch.equal(bits_of(twice[name]), bits_of(value)), "a row moved twice"
+
+
+@pytest.mark.parametrize("momentum", MOMENTA)
+@pytest.mark.parametrize("centers", CENTERS)
+def test_compact_rows_catch_up_as_they_would_in_the_shard(launch, centers, momentum):
+    """Rounded by their number in the shard, read and written by their place in the sample."""
+    case, _ = catch_up_case(centers, momentum)
+    names = [name for name in case if name.endswith(("_CD", "_C1")) and case[name] is not None]
+    compact = {**case, "compact": True} | {name: case[name][case["rows_n"]] for name in names}
+    _, whole = launch("catch_up_", **case)
+    _, after = launch("catch_up_", **compact)
+    for name in names:
+        assert torch.equal(bits_of(after[name]), bits_of(whole[name][case["rows_n"]])), name
+        assert not torch.equal(bits_of(after[name]), bits_of(compact[name])), name
+
+
 # --- permute -----------------------------------------------------------------------------------
 
 
@@ -652,11 +743,19 @@ def _trained(device, forced, margin, compute, center_format, rule):
     ("center_format", "momentum_format"), [("fp32", "fp32"), ("fp16", "int8"), ("bf16", "bf16")]
 )
 @pytest.mark.parametrize(
-    "margin", [ArcFace(), ArcFace(scale=128, inter_class_filter=0.1), CurricularFace()], ids=str
+    ("margin", "unsampled"),
+    [
+        (ArcFace(), "move"),
+        (ArcFace(scale=128, inter_class_filter=0.1), "stay"),
+        (CurricularFace(), "move"),
+    ],
+    ids=str,
 )
-def test_a_head_on_kernels_trains_as_one_on_torch(launch, margin, center_format, momentum_format):
+def test_a_head_on_kernels_trains_as_one_on_torch(
+    launch, margin, unsampled, center_format, momentum_format
+):
     """Everything that connects them: samples, tiles, positives, keys of the rounding."""
-    rule = RowSGD(lr=0.1, momentum_format=momentum_format)
+    rule = RowSGD(lr=0.1, momentum_format=momentum_format, unsampled=unsampled)
     arguments = (margin, "fp32", center_format, rule)
     there, here = (
         launch.run(_trained, launch.device, True, *arguments),
@@ -698,15 +797,15 @@ def test_unit_rows_compile_for_hopper_without_spills_and_round_to_nearest(tmp_pa
         assert row["bf16_rounding"] == (["rn"] if row["unit"] == "bf16" else []), row
 
 
-def test_a_new_learning_rate_key_or_tile_compiles_nothing_and_sgd_has_no_fma():
+def test_a_new_learning_rate_key_step_or_tile_compiles_nothing_and_rows_have_no_fma():
     script = """
 import sys
 sys.path.insert(0, "tools/bench")
 import torch
 import compile_kernels
-from tests.test_kernels import sgd_case
+from tests.test_kernels import catch_up_case, sgd_case
 from partialfc.tiles.kernels import exponentials
-from partialfc.tiles.row_kernels import sgd_
+from partialfc.tiles.row_kernels import catch_up_, sgd_
 compiled = compile_kernels.compile_only()
 for i in (1, 16, 2**40):
     case = sgd_case("fp16", "int8", rows=min(i, 16))
@@ -719,16 +818,22 @@ for i in (1, 16, 33):
     exponentials(logit_TB, torch.zeros(64, dtype=torch.int64), bend=None, shift_B=None,
                  sum_B=None, dtype=torch.bfloat16)
 print(len(set(map(id, compiled))), len(compiled))
+compiled.clear()
+for steps in (1, 16, 1040):
+    catch_up_(**{**catch_up_case("fp16", "int8", steps=steps)[0], "center_key": steps})
+print(len(set(map(id, compiled))), len(compiled), compiled[0].asm["ptx"].count("fma.rn"))
 """
     done = compiled_python("-c", script)
-    assert done.stdout.split() == ["1", "3", "0", "1", "3"], done.stdout + done.stderr
+    counted = ["1", "3", "0", "1", "3", "1", "3", "0"]
+    assert done.stdout.split() == counted, done.stdout + done.stderr
 
 
 def test_the_record_is_of_kernels_without_spills_atomics_or_fused_rounding():
     record = json.loads((ROOT / "tools/bench/results/kernels_sm90.json").read_text())
     rows = record["kernels"]
-    kernels = {"unit_rows", "exponentials", "sgd_", "permute", "pull_", "update_"}
+    kernels = {"unit_rows", "exponentials", "sgd_", "catch_up_", "permute", "pull_", "update_"}
     assert {row["kernel"] for row in rows} == kernels
     assert not any(row["spill_bytes"] for row in rows)
     assert not any(row["atomics"] for row in rows), "sums would depend on the order of blocks"
-    assert not any(row["fma"] for row in rows if row["kernel"] == "sgd_"), "bytes would differ"
+    of_rows = [row for row in rows if row["kernel"] in ("sgd_", "catch_up_")]
+    assert not any(row["fma"] for row in of_rows), "bytes would differ"

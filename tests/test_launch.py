@@ -115,7 +115,7 @@ def test_a_run_leaves_all_that_it_promises(packs, tmp_path, ranks):
         ],
         [
             "head.center_format=fp16",
-            "head.optimizer={name='sgd', momentum_format='int8', unsampled='move'}",
+            "head.optimizer={name='sgd', momentum_format='int8', unsampled='stay'}",
             "head.keep_mib=0",
             "data.images_per_identity=4",
             "data.augment.crop=0.5",

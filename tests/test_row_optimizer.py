@@ -11,6 +11,7 @@ from partialfc import ArcFace, CosFace, PartialFC, RowAdagrad, RowAdamW, RowSGD
 from partialfc.permutation import key
 from partialfc.row_format import decode, encode, noise
 from partialfc.row_rules import RowRule
+from partialfc.unsampled import Moves
 from tests import reference
 
 STEPS = 200
@@ -233,6 +234,69 @@ def test_a_skipped_step_moves_no_unsampled_row():
     assert torch.equal(head.centers, before)
 
 
+def test_moves_are_the_products_of_all_steps_however_many():
+    """In blocks, a wrong one would be met by rows that were not sampled for very long only."""
+
+    def rates(step):
+        return {"lr": slowly(step), "momentum": 0.9 if step % 11 else 0.5, "weight_decay": 5e-3}
+
+    steps = 2600
+    moves, loaded = Moves(torch.device("cpu")), Moves(torch.device("cpu"))
+    for step in range(steps):
+        skip = torch.tensor(step % 5 == 0) if step % 10 else None
+        moves.extend(rates(step), skip)
+        if step == 1500:
+            loaded.load(moves.products.clone())
+        elif step > 1500:
+            loaded.extend(rates(step), skip)
+    assert torch.equal(loaded.products, moves.products), "a checkpoint goes on bit for bit"
+    asked = torch.tensor([0, 1, 900, 1023, 1024, 1025, 2047, 2048, 2049, 2599, 2600])
+    expected = []
+    for first in asked.tolist():
+        product = torch.eye(2, dtype=torch.float64)
+        for step in range(first, steps):
+            if step % 5 or step % 10 == 0:
+                eta, mu, decay = rates(step).values()
+                values = [[1 - eta * decay, -eta * mu], [decay, mu]]
+                product = torch.tensor(values, dtype=torch.float64) @ product
+        expected.append(product)
+    torch.testing.assert_close(moves.since(asked), torch.stack(expected), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(3, 2, 2), torch.zeros(4, 2).double()], ids=str)
+def test_moves_that_are_none_are_refused(wrong):
+    with pytest.raises(ValueError, match=r"moves must be float64 \[steps \+ 1, 2, 2\]"):
+        Moves(torch.device("cpu")).load(wrong)
+
+
+def test_at_a_sample_rate_of_1_no_row_misses_anything_and_nothing_is_kept_of_it():
+    """Neither a state nor an entry of the checkpoint, and the training of rows that stay."""
+    ends = []
+    for unsampled in ("move", "stay"):
+        head = PartialFC(IDENTITIES, DIM, MARGIN, optimizer=RowSGD(unsampled=unsampled))
+        for step in range(3):
+            head(*heads_batch(step)).backward()
+            head.optimizer.step()
+        assert set(head.optimizer.states()) == {"momentum"}
+        assert not head.shared_state()
+        ends.append(head)
+    assert torch.equal(ends[0].centers, ends[1].centers)
+    ends[0].optimizer.load_state_dict(ends[1].optimizer.state_dict())
+
+
+@pytest.mark.parametrize("saved", ["stay", "move"])
+def test_a_state_of_rows_that_stay_is_none_of_rows_that_move(saved):
+    """It was loaded, and rows then did what the state said, not the rule."""
+    heads = {
+        unsampled: train_head(RowSGD(unsampled=unsampled), rate_of=slowly, steps=1)[0]
+        for unsampled in ("stay", "move")
+    }
+    state = heads.pop(saved).optimizer.state_dict()
+    (other,) = heads.values()
+    with pytest.raises(ValueError, match=f"unsampled rows of this state {saved}, and here they"):
+        other.optimizer.load_state_dict(state)
+
+
 @pytest.mark.parametrize("unsampled", ["stay", "move"])
 @pytest.mark.parametrize(
     ("center_format", "momentum_format", "tolerance"),
@@ -300,11 +364,11 @@ def test_rounding_depends_on_the_identity_not_on_the_shard():
     "rule",
     [
         RowSGD(momentum_format="int8", unsampled="move"),
-        RowSGD(momentum_format="bf16"),
+        RowSGD(momentum_format="bf16", unsampled="stay"),
         RowAdamW(lr=0.01),
         RowAdagrad(),
     ],
-    ids=["sgd-int8-move", "sgd-bf16", "adamw", "adagrad"],
+    ids=["sgd-int8-move", "sgd-bf16-stay", "adamw", "adagrad"],
 )
 @pytest.mark.parametrize("center_format", ["fp32", "bf16", "fp16"])
 def test_every_format_resumes_bit_for_bit_from_state_dicts(rule, center_format):
@@ -351,7 +415,7 @@ def test_every_format_resumes_bit_for_bit_from_state_dicts(rule, center_format):
         (lambda: RowAdamW(eps=0), "eps must be > 0"),
         (lambda: RowAdagrad(eps=math.inf), "eps must be > 0"),
         (lambda: RowSGD(momentum_format="fp8"), "momentum_format must be fp32, bf16 or int8"),
-        (lambda: RowSGD(unsampled="decay"), "unsampled must be stay or move"),
+        (lambda: RowSGD(unsampled="decay"), "unsampled must be move or stay"),
     ],
 )
 def test_bad_settings_are_refused_by_name(make, message):

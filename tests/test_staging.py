@@ -27,9 +27,9 @@ IDENTITIES, DIM, BATCH, STEPS = 400, 16, 24, 30
 HOST = Placement("host", "host")
 HOSTED = (("centers", "host"), ("states", "host"))
 RULES = {
-    "sgd": (RowSGD(), "fp32"),
-    "sgd bf16": (RowSGD(momentum_format="bf16"), "bf16"),
-    "sgd fp16 int8": (RowSGD(momentum_format="int8"), "fp16"),
+    "sgd": (RowSGD(unsampled="stay"), "fp32"),
+    "sgd bf16": (RowSGD(momentum_format="bf16", unsampled="stay"), "bf16"),
+    "sgd fp16 int8": (RowSGD(momentum_format="int8", unsampled="stay"), "fp16"),
     "sgd move": (RowSGD(unsampled="move"), "fp32"),
     "sgd move fp16 int8": (RowSGD(momentum_format="int8", unsampled="move"), "fp16"),
     "adamw": (RowAdamW(), "fp32"),

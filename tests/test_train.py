@@ -25,7 +25,7 @@ def test_micro_batches_equal_one_batch(parts):
     )
     assert parted[0] == pytest.approx(whole[0], rel=1e-5)
     for one, other in zip(parted[1], whole[1], strict=True):
-        assert (one - other).norm() <= 1e-5 * other.norm()
+        assert (one - other).float().norm() <= 1e-5 * other.float().norm()
 
 
 def test_gradient_is_clipped_to_the_setting():
@@ -77,6 +77,7 @@ def test_non_finite_image_changes_nothing(compute):
     config = settings(precision={"compute": compute})
     model = flat_model(config)
     train_step(model, config, *batch(0, 24), 0.05)
+    model.head.optimizer.catch_up(None)  # what was missed before is none of the bad step's doing
     before = weights(model)
     images, identities = batch(1, 24)
     images[5, 0, 0, 0] = torch.nan

@@ -160,7 +160,7 @@ def recipe(data: str, network: str) -> str:
         "scale = 64",
         f"{key} = {margin}",
         "",
-        *_optimizers(net, rate),
+        *_optimizers(net),
         "",
         "[optimizer]",
         *(['name = "adamw"'] if net.adamw else []),
@@ -202,11 +202,10 @@ def accumulation(data: str, network: str, gpus: int) -> int:
     return parts
 
 
-def _optimizers(net: Network, rate: float) -> list[str]:
+def _optimizers(net: Network) -> list[str]:
     if net.adamw:
         return ["[head.optimizer]", 'name = "adamw"', "weight_decay = 0.1"]
-    moving = ['unsampled = "move"  # as arcface_torch\'s version 2'] if rate < 1 else []
-    return ["[head.optimizer]", "weight_decay = 5e-4", *moving]
+    return ["[head.optimizer]", "weight_decay = 5e-4"]
 
 
 def _commands(data: str, network: str) -> list[str]:

@@ -1,6 +1,7 @@
 """The update of the class centers as one Triton kernel: every byte is read and written once.
 
-It gives what :mod:`partialfc.row_rules` and :mod:`partialfc.row_format` give for SGD. Products and
+It gives what :mod:`partialfc.row_rules` and :mod:`partialfc.row_format` give for SGD; a second one
+does what rows have missed, as :mod:`partialfc.unsampled` does. Products and
 sums are not fused (no FMA), so the elementwise part is bit for bit that of torch; only the two sums
 over a row are taken in another order.
 
@@ -110,6 +111,58 @@ def sgd_(
     )
 
 
+def catch_up_(
+    centers_CD: Tensor,
+    center_scale_C1: Tensor | None,
+    momentum_CD: Tensor | None,
+    momentum_scale_C1: Tensor | None,
+    at_step_C1: Tensor,
+    rows_n: Tensor | None,
+    product_t22: Tensor,
+    *,
+    block: int,
+    center_key: int,
+    momentum_key: int,
+    first_identity: int,
+    compact: bool = False,
+) -> None:
+    """Bring rows and their momentum up to the newest step, in the formats they are stored in.
+
+    A row that is at it is left alone. Arguments that are not here are those of :func:`sgd_`.
+
+    Args:
+        at_step_C1: int32 step that each row is at; changed in place.
+        product_t22: fp64, contiguous, of :class:`partialfc.unsampled.Moves`.
+        block: The step that its newest block starts at.
+    """
+    dim, count = centers_CD.shape[1], len(at_step_C1) if rows_n is None else len(rows_n)
+    for tensor in (centers_CD, momentum_CD, at_step_C1, product_t22):
+        assert tensor is None or tensor.is_contiguous()
+    if not count:
+        return
+    width = row_block(dim)
+    _catch_up[(count,)](
+        centers_CD,
+        center_scale_C1,
+        momentum_CD,
+        momentum_scale_C1,
+        at_step_C1,
+        rows_n,
+        product_t22,
+        len(product_t22) - 1,
+        block,
+        center_key,
+        momentum_key,
+        first_identity,
+        dim,
+        width,
+        compact,
+        num_warps=row_warps(width),
+        num_stages=1,
+        enable_fp_fusion=False,
+    )
+
+
 @triton.jit(do_not_specialize=["start", "center_key", "momentum_key", "first_identity"])
 def _sgd(
     centers,
@@ -182,6 +235,70 @@ def _sgd(
         bits = noise(identity * lanes + lane + momentum_key)
         largest = tl.max(tl.max(tl.abs(v), 1), 0)
         store(momentum + column, momentum_scale, row, v, largest, bits, mask & written, written)
+
+
+@triton.jit(do_not_specialize=["now", "newest", "center_key", "momentum_key", "first_identity"])
+def _catch_up(
+    centers,
+    center_scale,
+    momentum,
+    momentum_scale,
+    at_step,
+    rows,
+    product,
+    now,
+    newest,
+    center_key: tl.int64,
+    momentum_key: tl.int64,
+    first_identity: tl.int64,
+    D,
+    BLOCK: tl.constexpr,
+    COMPACT: tl.constexpr,
+):
+    place = tl.program_id(0).to(tl.int64)
+    row = place
+    if rows is not None:
+        row = tl.load(rows + place)
+    identity = row + first_identity
+    if COMPACT:
+        row = place
+    at = tl.load(at_step + row)
+    if at < now:
+        column = tl.arange(0, BLOCK // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
+        mask = column < D
+        bits = identity * tl.cdiv(D, 4) + tl.arange(0, BLOCK // 4)
+        centers += row * D
+        w = tl.load(centers + column, mask=mask, other=0.0).to(tl.float32)
+        if center_scale is not None:
+            w *= tl.load(center_scale + row)
+        row_by_row, row_by_v, v_by_row, v_by_v = _product(product, at, newest)
+        moved = row_by_row * w
+        if momentum is not None:
+            momentum += row * D
+            v = tl.load(momentum + column, mask=mask, other=0).to(tl.float32)
+            if momentum_scale is not None:
+                v *= tl.load(momentum_scale + row)
+            moved = row_by_v * v + moved
+            v = v_by_v * v + v_by_row * w
+            largest = tl.max(tl.max(tl.abs(v), 1), 0)
+            drawn = noise(bits + momentum_key)
+            store(momentum + column, momentum_scale, row, v, largest, drawn, mask, True)
+        largest = tl.max(tl.max(tl.abs(moved), 1), 0)
+        drawn = noise(bits + center_key)
+        store(centers + column, center_scale, row, moved, largest, drawn, mask, True)
+        tl.store(at_step + row, now)
+
+
+@triton.jit
+def _product(product, at, newest):
+    """The four elements of ``Moves.since``, in fp32."""
+    entry = product + at.to(tl.int64) * 4
+    a, b, c, d = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
+    if at < newest:
+        later = product + newest.to(tl.int64) * 4
+        e, f, g, h = tl.load(later), tl.load(later + 1), tl.load(later + 2), tl.load(later + 3)
+        a, b, c, d = e * a + f * c, e * b + f * d, g * a + h * c, g * b + h * d
+    return a.to(tl.float32), b.to(tl.float32), c.to(tl.float32), d.to(tl.float32)
 
 
 @triton.jit

@@ -43,7 +43,7 @@ Variant = tuple[str, dict[str, str], Callable[[], object]]
 """Kernel, what sets the variant apart, and a call of its launch wrapper."""
 
 CAPABILITY = 90
-KERNELS = ("unit_rows", "exponentials", "sgd_", "permute", "pull_", "update_")
+KERNELS = ("unit_rows", "exponentials", "sgd_", "catch_up_", "permute", "pull_", "update_")
 DTYPES = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -139,6 +139,13 @@ def variants() -> Iterator[Variant]:
         yield _sgd("fp16", "int8", "bf16", "y", dim)
     for centers, momentum in (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "int8")):
         yield _sgd(centers, momentum, "bf16", "compact", 512)
+    for centers, momentum in itertools.product(
+        ("fp32", "bf16", "fp16"), ("no", "fp32", "bf16", "int8")
+    ):
+        yield _catch_up(centers, momentum, "y", 512)
+    for rows, dim in (("n", 512), ("compact", 512), *(("y", dim) for dim in DIMS if dim != 512)):
+        yield _catch_up("fp32", "fp32", rows, dim)
+        yield _catch_up("fp16", "int8", rows, dim)
     for inverse in (False, True):
         yield _permute(inverse)
     for dim, bend, maximum, kept in itertools.product((128, 500, 512), "ny", "ny", "ny"):
@@ -209,6 +216,29 @@ def _sgd(centers: str, momentum: str, embedding: str, rows: str, dim: int) -> Va
 
     variant = {"centers": centers, "momentum": momentum, "embedding": embedding, "rows": rows}
     return "sgd_", {**variant, "dim": str(dim)}, call
+
+
+def _catch_up(centers: str, momentum: str, rows: str, dim: int) -> Variant:
+    def call() -> object:
+        scale_C1 = torch.ones(32, 1)
+        row_kernels.catch_up_(
+            torch.empty(32, dim, dtype=DTYPES[centers]),
+            scale_C1 if centers == "fp16" else None,
+            None if momentum == "no" else torch.empty(32, dim, dtype=DTYPES[momentum]),
+            scale_C1 if momentum == "int8" else None,
+            torch.zeros(32, 1, dtype=torch.int32),
+            None if rows == "n" else torch.arange(16),
+            torch.zeros(3, 2, 2, dtype=torch.float64),
+            block=0,
+            center_key=1 << 60,
+            momentum_key=1 << 61,
+            first_identity=0,
+            compact=rows == "compact",
+        )
+        return None
+
+    variant = {"centers": centers, "momentum": momentum, "rows": rows, "dim": str(dim)}
+    return "catch_up_", variant, call
 
 
 def _permute(inverse: bool) -> Variant:
@@ -320,7 +350,7 @@ def _resources(kernel: Any) -> Row:
         "warps": warps,
         "warps_per_sm": blocks * warps,
         "bf16_rounding": sorted(set(re.findall(r"cvt\.(r\w)\.bf16(?:x2)?\.f32", ptx))),
-        "fma": len(re.findall(r"\bfma\.rn\.f32", ptx)),
+        "fma": len(re.findall(r"\bfma\.rn\.f(?:32|64)", ptx)),
         "mma_warps": sorted(set(re.findall(r"warpsPerCTA = \[(\d+, \d+)\], instr", gpu))),
         "atomics": len(re.findall(r"^\s*(?:@\S+\s+)?(?:atom|red)\.", ptx, re.MULTILINE)),
     }

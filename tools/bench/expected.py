@@ -41,6 +41,8 @@ def step_seconds(name: str, case: Case) -> float:
         drawn = case.classes / _RANDOM if case.rate < 1 else 0.0
         return 6 * logits * dim / rate + moved / bandwidth + drawn
     row_bytes = (4 * _BYTES[case.centers] + 2 * _BYTES[case.momentum]) * dim
+    if case.unsampled == "move" and case.rate < 1:
+        row_bytes += 2 * (_BYTES[case.centers] + _BYTES[case.momentum]) * dim
     seconds = 8 * logits * dim / (_rate(case.dtype) * HEAD_SHARE)
     seconds += rows * row_bytes / bandwidth
     if name == "fused":

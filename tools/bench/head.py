@@ -193,6 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16", "tf32"), help="of ours")
     parser.add_argument("--centers", default="fp32", choices=("fp32", "bf16", "fp16"))
     parser.add_argument("--momentum", default="fp32", choices=("fp32", "bf16", "int8"))
+    parser.add_argument("--unsampled", default="move", choices=("move", "stay"), help="of ours")
     parser.add_argument("--world", type=int, default=1, help="processes to start")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, help="of each rank; default: cores // ranks")
@@ -244,6 +245,7 @@ def _cases(options: argparse.Namespace, world: int) -> list[Case]:
                 dtype=options.dtype,
                 centers=options.centers,
                 momentum=options.momentum,
+                unsampled=options.unsampled,
                 device=options.device,
                 heads=heads,
                 threads=options.threads or max(1, (os.cpu_count() or 1) // local),

@@ -60,6 +60,8 @@ class Case:
     """How our head stores centers: fp32, bf16 or fp16."""
     momentum: str
     """How our head stores momentum: fp32, bf16 or int8."""
+    unsampled: str = "move"
+    """What rows that are not sampled do in ours: move, as in the textbook heads, or stay."""
     device: str
     """cpu or cuda."""
     heads: tuple[str, ...]
@@ -129,6 +131,7 @@ def build(name: str, case: Case, device: torch.device) -> tuple[Any, Step]:
     from partialfc import PartialFC, RowSGD
     from partialfc.margins import MARGINS, ArcFace
 
+    rule["unsampled"] = case.unsampled
     if case.momentum != "fp32":
         rule["momentum_format"] = case.momentum
     if case.centers != "fp32":

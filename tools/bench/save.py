@@ -108,7 +108,11 @@ def measure(folder: Path, identities: int, saves: int) -> dict[str, Any]:
 def build(runtime: Runtime, identities: int) -> Model:
     """A head whose states weigh more than its backbone, as those of millions of identities do."""
     head = PartialFC(
-        identities, DIM, ArcFace(), sample_rate=0.05, optimizer=RowSGD(lr=0.1, momentum=0.9)
+        identities,
+        DIM,
+        ArcFace(),
+        sample_rate=0.05,
+        optimizer=RowSGD(lr=0.1, momentum=0.9, unsampled="move"),
     )
     layers = (nn.Flatten(), nn.Linear(3 * SIZE * SIZE, 1024), nn.ReLU(), nn.Linear(1024, DIM))
     return assemble(settings(), runtime, nn.Sequential(*layers), head)

@@ -142,7 +142,7 @@ def measure(case: Case) -> dict[str, Any]:
         case.dim,
         ArcFace(),
         sample_rate=case.rate,
-        optimizer=RowSGD(momentum_format=case.momentum),
+        optimizer=RowSGD(momentum_format=case.momentum, unsampled="move"),
         center_format=case.centers,
         compute="fp32" if device.type == "cpu" else "bf16",
         placement=placement,
@@ -160,6 +160,7 @@ def measure(case: Case) -> dict[str, Any]:
     sampled = head.sampler(0, torch.arange(case.batch, device=device)).rows
     rows = len(head.centers) if sampled is None else len(sampled)
     found = {
+        "unsampled": "move",
         "sampled_rows": rows,
         "build_seconds": built,
         "step_seconds": {name: _quantile(seconds, q) for name, q in (("p50", 0.5), ("p10", 0.1))},

@@ -149,8 +149,8 @@ def _translated(full: Settings, ranks: int, notes: list[str]) -> Settings:
         )
     if sgd and full["sample_rate"] < 1:
         notes.append(
-            "head.optimizer.unsampled = move: every center moves by its momentum at every step, as "
-            "in version 2 of their Partial FC; stay is faster."
+            "head.optimizer.unsampled = move, the default: every center moves by its momentum at "
+            "every step, as in version 2 of their Partial FC."
         )
     notes.append(
         "schedule.name = linear: theirs since April 2023; the published logs are older and have "

@@ -108,7 +108,9 @@ def head_parts(config: Config, shard: Shard, world_size: int, device: Device) ->
     centers = torch.empty(shard.rows, dim, dtype=DTYPES[settings.center_format], device="meta")
     rule = settings.optimizer.model_dump(exclude={"name", "lr_factor"})
     optimizer = RowOptimizer(
-        nn.Parameter(centers, requires_grad=False), _ROW_RULES[settings.optimizer.name](**rule)
+        nn.Parameter(centers, requires_grad=False),
+        _ROW_RULES[settings.optimizer.name](**rule),
+        every_row=settings.sample_rate == 1,
     )
     states = {name: bytes_of([value]) for name, value in optimizer.states().items()}
     center_bytes = bytes_of([centers])

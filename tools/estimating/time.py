@@ -106,7 +106,10 @@ def seconds_of(
     (_, states, *_) = head_parts(config, shard, ranks, cluster.device)
     center_bytes = {"fp32": 4, "bf16": 2, "fp16": 2}[config.head.center_format] * dim
     state_bytes = states.bytes[0] / max(1, shard.rows)
-    row_bytes = shard.sampled * (4 * center_bytes + 2 * state_bytes)
+    moves = getattr(config.head.optimizer, "unsampled", "stay") == "move"
+    caught_up = 2 * (moves and config.head.sample_rate < 1)  # read and written before pass 1
+    times = 4 + caught_up, 2 + caught_up
+    row_bytes = shard.sampled * (times[0] * center_bytes + times[1] * state_bytes)
     weight_bytes = counted.trained * (8 if config.optimizer.name == "adamw" else 6)
 
     operand = 2 if compute == "bf16" else 4
@@ -134,7 +137,7 @@ def seconds_of(
         (
             "head: rows",
             row_bytes / (gpu.bandwidth * MEMORY),
-            f"{row_bytes / GIGA:.2f} GB: centers 4 times, states twice / "
+            f"{row_bytes / GIGA:.2f} GB: centers {times[0]} times, states {times[1]} / "
             f"({gpu.bandwidth / TERA:.4g} TB/s x {MEMORY})",
         ),
         (
