@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -590,13 +591,18 @@ def test_int8_goes_up_where_remainder_and_random_bits_make_one(launch):
 # --- catch_up_ ---------------------------------------------------------------------------------
 
 
-def catch_up_case(centers, momentum, dim=50, rows=9, steps=2500):
-    """Rows at steps of every block, some of which have missed nothing; and the moves."""
-    case = sgd_case(centers, momentum, dim=dim, rows=rows)
+@cache
+def moves_of(steps):
     moves = Moves(torch.device("cpu"))
     for step in range(steps):
         rates = {"lr": 0.1 / (1 + step % 7), "momentum": 0.9, "weight_decay": 5e-4}
         moves.extend(rates, skip=None)
+    return moves
+
+
+def catch_up_case(centers, momentum, dim=50, rows=9, steps=2500):
+    """Rows at steps of every block, some of which have missed nothing; and the moves."""
+    case, moves = sgd_case(centers, momentum, dim=dim, rows=rows), moves_of(steps)
     held = len(case["centers_CD"])
     at_step = torch.linspace(0, steps, held).int()
     at_step[torch.arange(0, held, 5)] = steps  # nothing missed
