@@ -318,6 +318,18 @@ def test_a_lost_process_loses_one_case_or_one_head(tmp_path, monkeypatch):
     assert seen == ["1 ours fused", "2 ours fused", "3 ours fused", "3 ours", "5 ours", "4 ours"]
 
 
+def test_what_no_time_was_left_for_is_named(tmp_path, capsys):
+    """A record that looks whole, or a command that says all is well."""
+    out = tmp_path / "out.json"
+    size = ["--classes", "1000,20", "--batch", "16", "--rate", "0.5"]
+    assert bench.main([*size, "--budget", "0", "--json", str(out)]) == 1
+    record = json.loads(out.read_text())
+    named = [f"C {classes}, B 16, r 0.5: ours, textbook" for classes in ("1,000", "20")]
+    assert record["not_measured"] == named
+    assert record["rows"] == []
+    assert capsys.readouterr().out.count("not measured, no time") == 2
+
+
 def asked_by_gpu_sh(tmp_path, part):
     """The commands of a part of gpu.sh, as lists of words; none of them runs."""
     python = tmp_path / "python"

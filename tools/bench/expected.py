@@ -1,6 +1,6 @@
 """What a case of tools/bench/head.py should take on an H200, for tools/bench/gpu.sh.
 
-Rates are those of tools/estimate.py; the textbook head's bytes are shared/PERFORMANCE.md's.
+Rates are those of tools/estimate.py; the textbook head's bytes are PERFORMANCE.md's.
 """
 
 from tools.bench.measure import TEXTBOOKS, WARM_UP, Case

@@ -60,6 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.dry_run:
         return 0
     until = time.monotonic() + options.budget
+    about = {**conditions(), "arguments": _plain(options)}  # now: it asks the GPU's driver
     rows: list[Row] = []
     # One refresh a second: the bar shares the cores with what is measured.
     bar = Progress(console=Console(stderr=True), refresh_per_second=1, disable=not leads)
@@ -70,11 +71,11 @@ def main(arguments: list[str] | None = None) -> int:
             if case.device == "cpu":
                 _add_memory(case, found, world, until)
             rows.append(with_floors({"world": world, **asdict(case), **found}))
-            if leads:
-                _save(options, rows, cases[len(rows) :])  # after each: they are kept if one fails
+            if leads:  # after each: they are kept if one fails
+                _save(options.json, about, rows, cases[len(rows) :])
     left = cases[len(rows) :]
     if leads:
-        _save(options, rows, left)
+        _save(options.json, about, rows, left)
         console = Console()
         Console(width=max(console.width, 140)).print(table(rows))
         for case in left:
@@ -92,13 +93,12 @@ def _add_memory(case: Case, found: Row, world: int, until: float) -> None:
                 found["heads"][name] |= taken.get("heads", {}).get(name, taken)
 
 
-def _save(options: argparse.Namespace, rows: list[Row], left: list[Case]) -> None:
+def _save(path: str | None, about: Row, rows: list[Row], left: list[Case]) -> None:
     """Write the record so far, if one is wanted: the whole file or none."""
-    if not options.json:
+    if path is None:
         return
-    record = {**conditions(), "arguments": _plain(options), "rows": rows}
-    record["not_measured"] = [_named(case) for case in left]
-    out = Path(options.json)
+    record = {**about, "rows": rows, "not_measured": [_named(case) for case in left]}
+    out = Path(path)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f"{out.name}.partial")
     partial.write_text(json.dumps(record, indent=1) + "\n")
