@@ -310,15 +310,17 @@ def test_centers_learn_when_the_embeddings_want_no_gradient():
     assert head(embeddings, labels) < first
 
 
-@pytest.mark.parametrize("poison", ["embedding", "center"])
+@pytest.mark.parametrize("poison", ["embedding", "center", "center too long for fp32"])
 def test_non_finite_loss_changes_nothing(poison):
     embeddings, labels = problem()
     head = PartialFC(200, 32, ArcFace())
     head.optimizer.state[head.centers].update(head.optimizer.rule.new_states(head.centers))
     if poison == "embedding":
         embeddings[3, 5] = torch.nan
-    else:
+    elif poison == "center":
         head.centers.data[7, 0] = torch.inf
+    else:
+        head.centers.data[7] = 7e37  # finite, and has no finite length
     before = copy.deepcopy((head.centers.data, dict(head.optimizer.state[head.centers])))
     loss = head(embeddings.requires_grad_(), labels)
     assert not loss.isfinite()

@@ -106,3 +106,7 @@ def test_exponentials_of_every_size_stay_within_the_budget(monkeypatch):
         unused = sum(tensor.nbytes for tensors in held for tensor in tensors)
         assert 0 < head.optimizer.kept_bytes <= budget - unused
         head.optimizer.step()
+    taken = sum(map(len, head.optimizer.workspace._returned.values()))
+    with torch.no_grad():
+        head(torch.randn(40, DIM), torch.arange(40))
+    assert sum(map(len, head.optimizer.workspace._returned.values())) == taken, "none to look at"
