@@ -2,11 +2,11 @@
 # All that needs a CUDA device, in one command of less than nine minutes, or a part of it:
 #   bash tools/bench/gpu.sh OUT_FOLDER [python] [all|tests|head|scale|data]
 # In the order of their worth, each with the time that is left; what none was left for is named:
-#   head   1. against the textbook head, fp32 and TF32: C 1e6 and 1e5, B 4096, r 1, .1, .01       37 s
-#   tests  2. tests/gpu and all kernels, side by side where pytest-xdist is installed       240 s at most
-#   head   3. C 1e6, 1e5, 1e7 x B 1024, 4096, 8192 x r 1, .3, .1, .01, by tiles and fused        126 s
-#          4. in TF32 against the textbook; 16-bit centers with 8-bit momentum; margins          88 s
-# The seconds are what an H200 should take (ESTIMATE=1 says it and measures nothing): 491 s in all.
+#   head   1. against the textbook head, fp32 and TF32: C 1e6 and 1e5, B 4096, r 1, .1, .01:    37 s
+#   tests  2. tests/gpu and all kernels, side by side where pytest-xdist is: 240 s at most
+#   head   3. C 1e6, 1e5, 1e7 x B 1024, 4096, 8192 x r 1, .3, .1, .01, by tiles and fused:    127 s
+#          4. in TF32 against the textbook; 16-bit centers with 8-bit momentum; margins:       88 s
+# The seconds are what an H200 should take (ESTIMATE=1 says it and measures nothing): 492 s in all.
 # Not in all: scale, ten, fifty and a hundred million identities, six minutes; data, loaders.
 # DRY=1 runs every command on the CPU at a hundredth of the sizes, to find what is misspelt.
 set -uo pipefail

@@ -89,7 +89,7 @@ def _add_memory(case: Case, found: Row, world: int, until: float) -> None:
     for name in case.heads:
         if "step_seconds" in found["heads"][name]:
             alone = replace(case, heads=(name,), memory=True)
-            for _, taken in measured([alone], world, max(until, time.monotonic() + 1)):
+            for _, taken in measured([alone], world, max(until, time.monotonic() + 60)):
                 found["heads"][name] |= taken.get("heads", {}).get(name, taken)
 
 

@@ -2,8 +2,8 @@
 
 ``python tools/bench/measure.py JOB_JSON OUT`` goes through the cases of a job: it times the heads
 of a case in turns, on a GPU with their memory, or takes the peak memory of one head. What it found
-is a line of OUT as soon as it is known. A job is ``{"cases": [...], "seconds": S}``: no case begins
-when S seconds have passed. RANK, WORLD_SIZE and the rest come from the environment.
+is a line of OUT as soon as it is known. A job is ``{"cases": [...], "until": T}``: no case begins
+after the time.time() T. RANK, WORLD_SIZE and the rest come from the environment.
 
 Shape suffixes: b = rows of this rank's batch, B = rows of the global batch, D = embedding.
 """
@@ -79,12 +79,12 @@ class Case:
 
 def main(arguments: list[str]) -> int:
     """Measure the job ``arguments[0]`` and write lines to ``arguments[1]``; the exit code."""
-    start, job = time.monotonic(), json.loads(arguments[0])
+    job = json.loads(arguments[0])
     cases = [Case(**{**settings, "heads": tuple(settings["heads"])}) for settings in job["cases"]]
     with joined(cases[0]) as device, Path(arguments[1]).open("a") as out:
         ceilings: dict[str, float] = {}
         for case in cases:
-            if over_ranks(time.monotonic() - start, "MAX", device) > job["seconds"]:
+            if over_ranks(time.time() - job["until"], "MAX", device) > 0:
                 break
             if not case.memory and not ceilings:
                 _multiply_backward(device)

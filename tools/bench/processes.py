@@ -83,8 +83,8 @@ class _Run:
         ranks = [int(os.environ["RANK"])] if under_torchrun else range(self._world)
         launch = next(_launches)
         port = int(os.environ["MASTER_PORT"]) + launch if under_torchrun else _free_port()
-        left = max(0.0, self._until - time.monotonic())
-        job = json.dumps({"cases": [asdict(case) for case in self._cases], "seconds": left})
+        until = time.time() + self._until - time.monotonic()
+        job = json.dumps({"cases": [asdict(case) for case in self._cases], "until": until})
         with tempfile.TemporaryDirectory() as folder:
             outs = [Path(folder) / str(rank) for rank in ranks]
             outs[0].touch()
