@@ -133,7 +133,9 @@ def catch_up_(
     compact: bool,
     workspace: Workspace,
 ) -> None:
-    """Bring rows and their momentum up to the newest step, in place; those that are stay as stored.
+    """Bring rows and their momentum up to the newest step, in place.
+
+    A row that is at it already is left as it is stored.
 
     Args:
         moves: Of the steps so far.
