@@ -15,12 +15,13 @@ import pytest
 import torch
 
 from partialfc import ArcFace, CosFace
+from partialfc.tiles import passes
 from tests import reference
 from tests.ranks import run_on_ranks
 from tools.bench import head as bench
 from tools.bench import processes, scale
 from tools.bench.head_plot import plot
-from tools.bench.measure import Case
+from tools.bench.measure import Case, build
 from tools.bench.turns import Turns
 
 ROOT = Path(__file__).parents[1]
@@ -328,6 +329,34 @@ def test_what_no_time_was_left_for_is_named(tmp_path, capsys):
     assert record["not_measured"] == named
     assert record["rows"] == []
     assert capsys.readouterr().out.count("not measured, no time") == 2
+
+
+def test_a_size_of_the_tiles_is_that_of_its_rows_only(tmp_path):
+    """Cases share a process on a GPU: the rows after would have the tiles of another."""
+    out = tmp_path / "out.json"
+    words = [
+        "--classes",
+        "3000",
+        "--batch",
+        "16",
+        "--dim",
+        "32",
+        "--only",
+        "ours",
+        "--seconds",
+        "0",
+    ]
+    assert bench.main([*words, "--tile-mib", "1,2", "--json", str(out)]) == 0
+    assert [row["tile_mib"] for row in json.loads(out.read_text())["rows"]] == [1, 2]
+    (case,) = bench._cases(bench._parser().parse_args([*words, "--tile-mib", "1"]), 1)
+    before = dict(passes.TILE_BYTES)
+    try:
+        build("ours", case, torch.device("cpu"))
+        assert {**before, "cpu": 1 << 20} == passes.TILE_BYTES
+        build("ours", replace(case, tile_mib=None), torch.device("cpu"))
+        assert before == passes.TILE_BYTES
+    finally:
+        passes.TILE_BYTES.update(before)
 
 
 def asked_by_gpu_sh(tmp_path, part):

@@ -73,7 +73,7 @@ def test_loss_and_gradients_equal_the_fp64_oracle(margin, rate):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Several tiles of 128 rows in a head of 1000 identities."""
-    monkeypatch.setitem(passes._TILE_BYTES, "cpu", 1)
+    monkeypatch.setitem(passes.TILE_BYTES, "cpu", 1)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -276,7 +276,7 @@ def test_micro_batches_with_their_own_samples_add_up():
 
 def test_micro_batches_of_several_sizes_keep_tiles_of_several_sizes(monkeypatch):
     """Pass 2 has tiles of one size: exponentials of another are computed again."""
-    monkeypatch.setitem(passes._TILE_BYTES, "cpu", 4 * (8 + 32) * 512)  # 512 rows of 8, 256 of 32
+    monkeypatch.setitem(passes.TILE_BYTES, "cpu", 4 * (8 + 32) * 512)  # 512 rows of 8, 256 of 32
     embeddings, labels = problem(batch=40, identities=1000)
     ends = []
     for keep_bytes in (0, None):

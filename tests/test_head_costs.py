@@ -87,7 +87,7 @@ def test_neither_logits_nor_gradient_of_all_centers_is_ever_one_tensor(
     compute, keep_bytes, monkeypatch
 ):
     """At rate 1 too; what is made is a tile at most."""
-    monkeypatch.setitem(passes._TILE_BYTES, "cpu", 1)  # 128 rows
+    monkeypatch.setitem(passes.TILE_BYTES, "cpu", 1)  # 128 rows
     head = PartialFC(4096, DIM, ArcFace(), compute=compute, keep_bytes=keep_bytes)
     head.optimizer.states()
     with Sizes(1 << 60) as step:
@@ -97,7 +97,7 @@ def test_neither_logits_nor_gradient_of_all_centers_is_ever_one_tensor(
 
 def test_exponentials_of_every_size_stay_within_the_budget(monkeypatch):
     """Those of the last step are held for the next: of another batch size, they were beside it."""
-    monkeypatch.setitem(passes._TILE_BYTES, "cpu", 1)
+    monkeypatch.setitem(passes.TILE_BYTES, "cpu", 1)
     budget = 1 << 20
     head = PartialFC(4096, DIM, ArcFace(), keep_bytes=budget)
     for batch in (64, 64, 48, 64, 96, 40):

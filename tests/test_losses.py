@@ -112,7 +112,7 @@ def test_bf16_products_are_no_worse_than_plain_bf16_code(name):
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
 def test_kept_exponentials_change_no_result(name, compute, monkeypatch):
     """All tiles kept, one, or none: the same to the rounding of a row maximum."""
-    monkeypatch.setitem(passes._TILE_BYTES, "cpu", 1)
+    monkeypatch.setitem(passes.TILE_BYTES, "cpu", 1)
     changes = []
     for budget in (0, 10_000, 1 << 30):
         head = head_of(EVERY_MARGIN[name], compute=compute, keep_bytes=budget)

@@ -3,6 +3,7 @@
 Rates are those of tools/estimate.py; the textbook head's bytes are PERFORMANCE.md's.
 """
 
+from partialfc.tiles.passes import TILE_BYTES
 from tools.bench.measure import TEXTBOOKS, WARM_UP, Case
 from tools.estimating.time import GPUS, HEAD_SHARE, MEMORY, PRODUCTS
 
@@ -19,7 +20,6 @@ _BUILT = 2e7
 """Guess: centers drawn a second."""
 _RANDOM = 2e8
 """Guess: random numbers a second of a CPU core: the textbook head draws one for each center."""
-_TILE_LOGITS = (1 << 25) // 4
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 
 
@@ -47,7 +47,8 @@ def step_seconds(name: str, case: Case) -> float:
     seconds += rows * row_bytes / bandwidth
     if name == "fused":
         return max(seconds, _STEP)
-    return max(seconds, _STEP + 2 * logits / _TILE_LOGITS * _LAUNCHES)
+    tile_bytes = TILE_BYTES["cuda"] if case.tile_mib is None else case.tile_mib << 20
+    return max(seconds, _STEP + 2 * 4 * logits / tile_bytes * _LAUNCHES)
 
 
 def _rate(dtype: str) -> float:

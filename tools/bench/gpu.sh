@@ -4,9 +4,9 @@
 # In the order of their worth, each with the time that is left; what none was left for is named:
 #   head   1. against the textbook head, fp32 and TF32: C 1e6 and 1e5, B 4096, r 1, .1, .01:    37 s
 #   tests  2. tests/gpu and all kernels, side by side where pytest-xdist is: 240 s at most
-#   head   3. C 1e6, 1e5, 1e7 x B 1024, 4096, 8192 x r 1, .3, .1, .01, by tiles and fused:    127 s
-#          4. in TF32 against the textbook; 16-bit centers with 8-bit momentum; margins:       88 s
-# The seconds are what an H200 should take (ESTIMATE=1 says it and measures nothing): 492 s in all.
+#   head   3. C 1e6, 1e5, 1e7 x B 1024, 4096, 8192 x r 1, .3, .1, .01, by tiles and fused:    105 s
+#          4. TF32; sizes of a tile; 16-bit centers and 8-bit momentum; margins:             115 s
+# The seconds are what an H200 should take (ESTIMATE=1 says it and measures nothing): 497 s in all.
 # Not in all: scale, ten, fifty and a hundred million identities, six minutes; data, loaders.
 # DRY=1 runs every command on the CPU at a hundredth of the sizes, to find what is misspelt.
 set -uo pipefail
@@ -53,6 +53,8 @@ if wants head; then
         --batch "$(few 1024,4096,8192 16,32)" --rate "$(few 1,0.3,0.1,0.01 1,0.01)" \
         --passes $passes --json "$out/head_gpu.json"
     head --classes "$m1" --batch "$b" --rate 1,0.1 --dtype $tf32 --json "$out/head_gpu_tf32.json"
+    head --classes "$m1" --batch "$b" --rate 1,0.1 --dtype $bf16 --only ours \
+        --tile-mib "$(few 32,512 1,2)" --json "$out/head_gpu_tiles.json"
     head --classes "$m1" --batch "$b" --rate 1,0.1 --dtype $bf16 --only ours --passes $passes \
         --centers fp16 --momentum int8 --json "$out/head_gpu_fp16_int8.json"
     head --classes "$m1" --batch "$b" --rate 0.1 --dtype $bf16 \

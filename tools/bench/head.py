@@ -159,10 +159,17 @@ def table(rows: list[Row]) -> Table:
                 f"{row['batch']:,}",
                 f"{row['rate']:g}",
                 str(row["world"]),
-                f"{name} {'' if name in TEXTBOOKS else row['dtype']}",
+                _label(row, name),
                 *_figures(row, name, head),
             )
     return shown
+
+
+def _label(row: Row, name: str) -> str:
+    if name in TEXTBOOKS:
+        return name
+    tile = "" if row["tile_mib"] is None else f", tiles of {row['tile_mib']} MiB"
+    return f"{name} {row['dtype']}{tile}"
 
 
 def _figures(row: Row, name: str, head: Row) -> list[str]:
@@ -203,6 +210,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--passes", default="tiles", help="of ours: tiles, fused (kernels), or both"
     )
+    parser.add_argument(
+        "--tile-mib", metavar="MIB", help="size of our tiles instead of the usual one; a list"
+    )
     parser.add_argument("--margins", help="names of margins instead of these heads, or all")
     parser.add_argument(
         "--budget", type=float, default=math.inf, metavar="S", help="begin no row after S seconds"
@@ -227,9 +237,9 @@ def _cases(options: argparse.Namespace, world: int) -> list[Case]:
         heads = (PLAIN, *(name for name in names if name != PLAIN))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     cases = []
-    for classes, batch, rate in product(
-        *(value.split(",") for value in (options.classes, options.batch, options.rate))
-    ):
+    tiles = [int(value) for value in options.tile_mib.split(",")] if options.tile_mib else [None]
+    lists = (value.split(",") for value in (options.classes, options.batch, options.rate))
+    for classes, batch, rate, tile_mib in product(*lists, tiles):
         if int(batch) < 1 or int(batch) % world:
             raise SystemExit(f"--batch {batch}: must be a multiple of the {world} ranks.")
         if not 0 < float(rate) <= 1:
@@ -251,6 +261,7 @@ def _cases(options: argparse.Namespace, world: int) -> list[Case]:
                 threads=options.threads or max(1, (os.cpu_count() or 1) // local),
                 steps=options.steps,
                 seconds=options.seconds,
+                tile_mib=tile_mib,
             )
         )
     return cases

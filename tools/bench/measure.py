@@ -39,6 +39,8 @@ WARM_UP = 3
 LR, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 5e-4
 SCALE, ANGULAR = 64.0, 0.5
 
+_USUAL_TILE: dict[str, int] = {}
+
 Result = dict[str, Any]
 
 
@@ -73,6 +75,8 @@ class Case:
     """Timed steps of each head, at least."""
     seconds: float
     """Go on with further steps until this many seconds have passed."""
+    tile_mib: int | None = None
+    """Size of a tile of ours; ``None`` for that of :data:`partialfc.tiles.passes.TILE_BYTES`."""
     memory: bool = False
     """Take the peak memory of the only head instead of times."""
 
@@ -137,7 +141,10 @@ def build(name: str, case: Case, device: torch.device) -> tuple[Any, Step]:
         return head, head.step
     from partialfc import PartialFC, RowSGD
     from partialfc.margins import MARGINS, ArcFace
+    from partialfc.tiles import passes
 
+    usual = _USUAL_TILE.setdefault(case.device, passes.TILE_BYTES[case.device])
+    passes.TILE_BYTES[case.device] = usual if case.tile_mib is None else case.tile_mib << 20
     rule["unsampled"] = case.unsampled
     if case.momentum != "fp32":
         rule["momentum_format"] = case.momentum
