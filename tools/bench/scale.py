@@ -70,6 +70,7 @@ class Case:
     rate: float
     centers: Any
     momentum: Any
+    unsampled: Any
     place: str
     device: str
     folder: str
@@ -142,7 +143,7 @@ def measure(case: Case) -> dict[str, Any]:
         case.dim,
         ArcFace(),
         sample_rate=case.rate,
-        optimizer=RowSGD(momentum_format=case.momentum, unsampled="move"),
+        optimizer=RowSGD(momentum_format=case.momentum, unsampled=case.unsampled),
         center_format=case.centers,
         compute="fp32" if device.type == "cpu" else "bf16",
         placement=placement,
@@ -160,7 +161,6 @@ def measure(case: Case) -> dict[str, Any]:
     sampled = head.sampler(0, torch.arange(case.batch, device=device)).rows
     rows = len(head.centers) if sampled is None else len(sampled)
     found = {
-        "unsampled": "move",
         "sampled_rows": rows,
         "build_seconds": built,
         "step_seconds": {name: _quantile(seconds, q) for name, q in (("p50", 0.5), ("p10", 0.1))},
@@ -286,6 +286,7 @@ def _cases(options: argparse.Namespace) -> Iterator[Case]:
                 rate=rate,
                 centers=centers,
                 momentum=momentum or "fp32",
+                unsampled=options.unsampled,
                 place=place,
                 device=options.device,
                 folder=str(options.folder or tempfile.gettempdir()),
@@ -348,6 +349,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=128, help="global batch (128)")
     parser.add_argument(
         "--state", default="fp32+fp32", help="fp32, bf16 or fp16 + fp32, bf16, int8"
+    )
+    parser.add_argument(
+        "--unsampled",
+        default="move",
+        choices=("move", "stay"),
+        help="rows that are not sampled (move)",
     )
     parser.add_argument("--place", default="device", help="device, states, host, files")
     parser.add_argument("--passes", default="tiles", help="tiles, fused (a kernel each)")
