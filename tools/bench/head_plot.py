@@ -32,7 +32,8 @@ def plot(records: list[dict[str, Any]], out: str | Path) -> None:
         values = [said[index].format(curve[index]) for index in told]
         label = ", ".join(["partialfc" if curve[0] == "ours" else curve[0], *values])
         style = {"color": colours[curve[1]], "marker": markers[curve[4]], "label": label}
-        style |= {"linestyle": "-" if curve[0] == "ours" else "--", "alpha": 0.85, "markersize": 5}
+        ours = {"linestyle": "-", "alpha": 0.85, "markersize": 5}
+        style |= ours if curve[0] == "ours" else {"linestyle": "--", "markerfacecolor": "none"}
         time.plot(classes, seconds, **style)
         memory.plot(classes, [value / 2**20 for value in bytes_], **style)
     for axes, title in ((time, "seconds a step"), (memory, "MiB beyond centers and states")):
