@@ -1,8 +1,8 @@
 """The update of the class centers as one Triton kernel: every byte is read and written once.
 
 It gives what :mod:`partialfc.row_rules` and :mod:`partialfc.row_format` give for SGD; a second one
-does what rows have missed, as :mod:`partialfc.unsampled` does. Products and
-sums are not fused (no FMA), so the elementwise part is bit for bit that of torch; only the two sums
+does what rows have missed, as :mod:`partialfc.unsampled` does. Products and sums are not fused (no
+FMA), so the elementwise part is bit for bit that of torch operations one by one; only the two sums
 over a row are taken in another order.
 
 Shape suffixes: C = rows of a shard, D = embedding, n = sampled rows, P = positives, T = rows of a
