@@ -25,7 +25,8 @@ def test_places_and_states_are_measured_and_checkpointed(tmp_path):
     rows = json.loads(text)["rows"]
     assert [row["place"] for row in rows] == ["device", "files"]
     for row in rows:
-        assert row["bytes_per_identity"] == 16 * 2 + 4 + 16 + 4
+        # fp16 and its scale, int8 and its scale, the step that the row is at
+        assert row["bytes_per_identity"] == 16 * 2 + 4 + 16 + 4 + 4
         assert row["step_seconds"]["p50"] > 0
         assert 1000 <= row["sampled_rows"] <= 1200
         assert {"save_seconds", "verify_seconds", "load_seconds"} <= row["saved"].keys()
