@@ -189,12 +189,7 @@ def _sgd(
 ):
     t = tl.program_id(0).to(tl.int64)
     place = t + start
-    row = place
-    if rows is not None:
-        row = tl.load(rows + place)
-    identity = row + first_identity
-    if COMPACT:
-        row = place
+    row, identity = _row(rows, place, first_identity, COMPACT)
     lane = tl.arange(0, BLOCK // 4)  # four columns share one hash, and one thread holds them
     column = lane[:, None] * 4 + tl.arange(0, 4)[None, :]
     mask = column < D
@@ -256,12 +251,7 @@ def _catch_up(
     COMPACT: tl.constexpr,
 ):
     place = tl.program_id(0).to(tl.int64)
-    row = place
-    if rows is not None:
-        row = tl.load(rows + place)
-    identity = row + first_identity
-    if COMPACT:
-        row = place
+    row, identity = _row(rows, place, first_identity, COMPACT)
     at = tl.load(at_step + row)
     if at < now:
         column = tl.arange(0, BLOCK // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
@@ -287,6 +277,18 @@ def _catch_up(
         drawn = noise(bits + center_key)
         store(centers + column, center_scale, row, moved, largest, drawn, mask, True)
         tl.store(at_step + row, now)
+
+
+@triton.jit
+def _row(rows, place, first_identity, COMPACT: tl.constexpr):
+    """Where a row of the sample lies, and the global number that it is rounded by."""
+    row = place
+    if rows is not None:
+        row = tl.load(rows + place)
+    identity = row + first_identity
+    if COMPACT:
+        row = place
+    return row, identity
 
 
 @triton.jit
