@@ -1,38 +1,8 @@
-"""Look at the machines of a run: torchrun … launch/preflight.py CONFIG.toml [key=value …].
+"""Look at the machines of a run: torchrun ... launch/preflight.py CONFIG.toml."""
 
-Start it as the run would be, on all its hosts. It measures the collectives, the images and the disk
-on all ranks, compares versions and clocks, and says what would make the run fail or slow. Exit code
-2 if something would make it fail. ``run.preflight=true`` does the same as a run's first phase.
-"""
-
-import os
 import sys
-from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
-
-from partialfc.config import ConfigError, load
-
-
-def main(arguments: list[str]) -> int:
-    """Look; return the exit code: 0, or 2 for what would make the run fail."""
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(__doc__)
-        return 0 if arguments else 2
-    try:
-        config = load(arguments[0], arguments[1:])
-        from partialfc.preflight import report
-        from partialfc.runtime import running
-        from partialfc.train import look_before
-
-        with running(config) as runtime:
-            report(look_before(config, runtime), runtime)
-    except ConfigError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(error, file=sys.stderr, flush=True)
-        return 2
-    return 0
-
+from partialfc.commands.preflight import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

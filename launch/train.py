@@ -1,76 +1,8 @@
-"""Train: torchrun --nproc-per-node=N launch/train.py CONFIG.toml [key.sub=value ...].
-
-Without torchrun it is one process. ``--help`` prints every setting.
-"""
+"""Train: torchrun --nproc-per-node=N launch/train.py CONFIG.toml [key.sub=value ...]."""
 
 import sys
-from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
-
-import os
-from typing import NoReturn
-
-from partialfc import preemption
-from partialfc.config import ConfigError, help_text, load
-from partialfc.preemption import Preempted
-
-_USAGE = "usage: torchrun --nproc-per-node=N launch/train.py CONFIG.toml [key.sub=value ...]"
-
-
-def main(arguments: list[str]) -> int:
-    """Run; return the exit code: 0, 130 when interrupted, or that of the error's kind."""
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(f"{_USAGE}\n\n{help_text()}")
-        return 0 if arguments else 2
-    preemption.listen()
-    try:
-        config = load(arguments[0], arguments[1:])
-        from partialfc.runtime import running
-        from partialfc.train import train
-
-        with running(config) as runtime:
-            train(config, runtime)
-        preemption.ignore()
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    except Exception as error:
-        _record(error)
-        code = getattr(error, "exit_code", None)
-        if code is None:
-            raise
-        _say(error)
-        return int(code)
-    return 0
-
-
-def _record(error: Exception) -> None:
-    """Torchrun's summary then shows the first error of all ranks, whatever its exit code."""
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        from partialfc.watchdog import record_for_torchrun
-
-        record_for_torchrun(error)
-
-
-def _say(error: Exception) -> None:
-    """What every rank finds, as a mistake in the settings, one says; all else its own rank."""
-    rank = os.environ.get("RANK", "0")
-    if not isinstance(error, ConfigError | Preempted):
-        print(f"rank {rank}: {error}", file=sys.stderr, flush=True)
-    elif os.environ.get("LOCAL_RANK", "0") == "0":
-        print(error, file=sys.stderr, flush=True)
-
-
-def _leave(code: int) -> NoReturn:
-    """End the process at once: all is closed, and nothing of it is worth its teardown.
-
-    That of torch, gloo and DALI takes seconds, and one of their threads may abort in it.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
+from partialfc.commands.train import leave, main
 
 if __name__ == "__main__":
-    _leave(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

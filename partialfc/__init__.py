@@ -1,10 +1,13 @@
 """Face recognition training on millions of identities: a sharded, sampled margin softmax."""
 
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from partialfc.head import PartialFC
+    from partialfc.head.partial_fc import PartialFC
+    from partialfc.head.rows.rules import RowAdagrad, RowAdamW, RowSGD
+    from partialfc.head.rows.staging import Placement
+    from partialfc.losses.over_ranks import EmbeddingLosses
     from partialfc.margins import (
         AdaCos,
         AdaFace,
@@ -25,7 +28,8 @@ if TYPE_CHECKING:
         SubCenterArcFace,
         UniFace,
     )
-    from partialfc.row_rules import RowAdagrad, RowAdamW, RowSGD
+
+    __version__: str
 
 __all__ = [
     "AdaCos",
@@ -35,6 +39,7 @@ __all__ = [
     "CosFace",
     "CurricularFace",
     "ElasticFace",
+    "EmbeddingLosses",
     "FNormSphereFace",
     "LSoftmax",
     "MVSoftmax",
@@ -43,6 +48,7 @@ __all__ = [
     "ModifiedSoftmax",
     "NormalizedSoftmax",
     "PartialFC",
+    "Placement",
     "RowAdagrad",
     "RowAdamW",
     "RowSGD",
@@ -50,13 +56,28 @@ __all__ = [
     "SphereFace",
     "SubCenterArcFace",
     "UniFace",
+    "__version__",
 ]
 
-_HOME = {"PartialFC": "head"} | dict.fromkeys(("RowAdagrad", "RowAdamW", "RowSGD"), "row_rules")
+_HOME = {
+    "PartialFC": "head.partial_fc",
+    "RowAdagrad": "head.rows.rules",
+    "RowAdamW": "head.rows.rules",
+    "RowSGD": "head.rows.rules",
+    "Placement": "head.rows.staging",
+    "EmbeddingLosses": "losses.over_ranks",
+}
 
 
 def __getattr__(name: str) -> object:
     """Import a public name when it is first asked for: settings and packs need no torch."""
+    if name == "__version__":
+        return metadata.version("partialfc")
     if name not in __all__:
         raise AttributeError(f"module 'partialfc' has no attribute {name!r}")
     return getattr(import_module(f"partialfc.{_HOME.get(name, 'margins')}"), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, imported or not."""
+    return __all__

@@ -1,8 +1,9 @@
 """The causes that end a run, each with its exit code.
 
-2 settings (:class:`~partialfc.settings_file.ConfigError`), 3 not finite, 4 checkpoint, 5 data,
-6 hang, 7 lost rank, 8 crash loop, 75 preempted (:class:`~partialfc.preemption.Preempted`), 130
-stopped; 1 is everything that nobody foresaw.
+2 settings (:class:`~partialfc.errors.ConfigError`), 3 not finite, 4 checkpoint, 5 data,
+6 hang, 7 lost rank, 8 crash loop, 75 preempted
+(:class:`~partialfc.runtime.process.preemption.Preempted`), 130 stopped; 1 is everything that nobody
+foresaw.
 """
 
 
@@ -54,3 +55,22 @@ def in_words(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return str(error)
+
+
+class ConfigError(ValueError):
+    """Settings that cannot be used; the message names file, key, value, rule and remedy."""
+
+    exit_code = 2
+
+
+class Preempted(RuntimeError):
+    """The run was asked to stop; its checkpoint is complete and the same command goes on."""
+
+    exit_code = 75
+    """EX_TEMPFAIL of sysexits.h: try again later."""
+
+
+class ForeignError(ValueError):
+    """A file of another program that cannot be used; the message names it."""
+
+    exit_code = 4

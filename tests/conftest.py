@@ -2,5 +2,20 @@
 
 import signal
 
+import pytest
+
+from tests.support.places import FIXTURES
+from tools import omniglot
+
 # A shell's background job ignores Ctrl-C, and so would every process that a test starts and stops.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def packs(tmp_path_factory):
+    """Real handwriting: 40 identities to train on, 6 characters held out."""
+    folder = tmp_path_factory.mktemp("packs")
+    archive = FIXTURES / "omniglot" / "omniglot_background.npz"
+    size = ["--characters", "16", "--held-out", "6", "--pairs", "200", "--size", "32"]
+    assert omniglot.main([str(archive), str(folder), *size]) == 0
+    return folder

@@ -1,105 +1,32 @@
-"""The import floors of the architecture: a module imports its own floor or lower ones only."""
+"""The house: a folder is a floor, and a file imports its own floor or lower ones only."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.support.places import ROOT
 
-FLOORS = {
-    "settings": 0,
-    "settings_file": 0,
-    "config": 0,
-    "config_losses": 0,
-    "config_augment": 0,
-    "config_margins": 0,
-    "config_optimizers": 0,
-    "config_run": 0,
-    "schedule": 0,
-    "sharding": 0,
-    "permutation": 0,
-    "metrics": 0,
-    "console": 0,
-    "preemption": 0,
-    "config_monitor": 0,
-    "exporter": 0,
-    "targets": 0,
-    "errors": 0,
-    "beats": 0,
-    "network": 0,
-    "ledger": 0,
-    "disk": 0,
-    "data": 1,
-    "backbones": 1,
-    "margins": 1,
-    "losses": 1,
-    "sampling": 1,
-    "tiles": 1,
-    "row_format": 1,
-    "row_rules": 1,
-    "row_tile": 1,
-    "staging": 1,
-    "unsampled": 1,
-    "row_optimizer": 1,
-    "protocols": 1,
-    "figures": 1,
-    "report": 1,
-    "environment": 1,
-    "foreign": 1,
-    "guidance": 1,
-    "centers": 1,
-    "tensor_file": 1,
-    "checkpoint_folder": 1,
-    "collectives": 2,
-    "watchdog": 2,
-    "pace": 2,
-    "runtime": 2,
-    "agreement": 2,
-    "embedding": 2,
-    "center_losses": 3,
-    "embedding_losses": 3,
-    "bad_images": 3,
-    "margin_loss": 3,
-    "head": 3,
-    "build": 4,
-    "saver": 4,
-    "checkpoint": 4,
-    "evaluation": 4,
-    "trained": 4,
-    "start": 4,
-    "monitor": 4,
-    "preflight": 5,
-    "facts": 5,
-    "train_step": 5,
-    "training_data": 5,
-    "recorder": 5,
-    "train": 5,
-    "finished": 5,
-}
+FLOORS = (
+    ("errors", "keyed", "numerics", "backbones", "protocols", "distributed"),
+    ("config", "records", "margins", "losses", "data"),
+    ("runtime", "head"),
+    ("model",),
+    ("checkpoint", "evaluation"),
+    ("monitoring",),
+    ("training",),
+    ("commands", "slurm", "status"),
+)
+"""The rooms of ``partialfc/``, bottom up: a folder, or a file that stands alone."""
+
+HEIGHT = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+DOORS = ("partialfc", "partialfc.__main__")
+"""They hand out what is inside: from the rooms no one imports them."""
 
 MODULES = sorted((ROOT / "partialfc").rglob("*.py"))
-
-
-def floor_of(name: str) -> int:
-    """Floor of ``partialfc.<name>...``; the package itself only hands out public names."""
-    part = name.split(".")[1] if "." in name else ""
-    return FLOORS[part] if part else 0
-
-
-def imports_of(path: Path) -> list[str]:
-    """Modules that a file imports at run time, wherever the statement stands."""
-    names = []
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            module = node.module or ""
-            names += [f"{module}.{alias.name}" for alias in node.names]
-    return names
 
 
 def module_name(path: Path) -> str:
@@ -107,28 +34,108 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+NAMES = {module_name(path) for path in MODULES}
+
+
+def imports_of(path: Path, *, at_run_time: bool = True) -> set[str]:
+    """Modules that a file names in an import, wherever the statement stands.
+
+    ``at_run_time`` leaves out what a type checker alone reads.
+    """
+    tree = ast.parse(path.read_text())
+    nodes = set(ast.walk(tree))
+    if at_run_time:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+                nodes -= set(ast.walk(node)) - {node}
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                found.add(full if full in NAMES else str(node.module))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            name = node.args[0]
+            if isinstance(name, ast.Constant):
+                found.add(str(name.value))
+    return found
+
+
+def room_of(name: str) -> str:
+    return name.split(".")[1]
+
+
+def circle_in(arrows: dict[str, set[str]]) -> list[str]:
+    """Return one circle of a graph, or nothing."""
+    order: dict[str, set[str]] = {name: set(to) for name, to in arrows.items()}
+    sorter = graphlib.TopologicalSorter(order)
+    try:
+        sorter.prepare()
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_every_room_has_its_floor():
+    rooms = {room_of(name) for name in NAMES if name not in DOORS}
+    assert rooms == set(HEIGHT)
+
+
 @pytest.mark.parametrize("path", MODULES, ids=module_name)
-def test_a_module_imports_its_own_floor_or_lower(path):
+def test_a_file_imports_its_own_floor_or_lower(path):
     name = module_name(path)
-    if name == "partialfc":
-        return
-    floor, imports = floor_of(name), imports_of(path)
-    for imported in imports:
-        if imported.startswith("partialfc."):
-            assert floor_of(imported) <= floor, f"{name} (floor {floor}) imports {imported}"
-        if floor < 2:
-            assert not imported.startswith("torch.distributed"), f"{name} imports {imported}"
-    if name not in ("partialfc.data.dali", "partialfc.data.dali_changes"):
-        assert not any(i.startswith("nvidia") for i in imports), f"{name} imports DALI"
-    for root in ("launch", "tools", "tests", "pickle", "mxnet"):
-        assert not any(i.split(".")[0] == root for i in imports), f"{name} imports {root}"
+    for imported in imports_of(path, at_run_time=False):
+        if imported.startswith("partialfc") and name not in DOORS:
+            assert imported not in DOORS, f"{name} imports {imported}: name the room"
+            assert HEIGHT[room_of(imported)] <= HEIGHT[room_of(name)], f"{name} imports {imported}"
+        if imported.split(".")[0] == "nvidia":
+            assert name.startswith("partialfc.data.loaders.dali"), f"{name} imports DALI"
+        outside = ("launch", "tools", "tests", "pickle", "mxnet")
+        assert imported.split(".")[0] not in outside, f"{name} imports {imported}"
 
 
-def test_floor_0_needs_no_torch():
-    """--help and the pack tools start without it."""
-    modules = [f"partialfc.{name}" for name, floor in FLOORS.items() if floor == 0]
+def test_no_two_rooms_and_no_two_files_form_a_circle():
+    files: dict[str, set[str]] = {}
+    rooms: dict[str, set[str]] = {room: set() for room in HEIGHT}
+    for path in MODULES:
+        name = module_name(path)
+        if name in DOORS:
+            continue
+        files[name] = {to for to in imports_of(path) if to in NAMES and to != name}
+        rooms[room_of(name)] |= {room_of(to) for to in files[name]} - {room_of(name)}
+    assert circle_in(rooms) == []
+    assert circle_in(files) == []
+
+
+def test_settings_and_records_need_no_torch():
+    """--help, the pack tools and a look at a run start without it."""
+    modules = [
+        "partialfc",
+        "partialfc.__main__",
+        "partialfc.errors",
+        "partialfc.config",
+        "partialfc.records.metrics",
+        "partialfc.records.ledger",
+        "partialfc.records.console",
+        "partialfc.data.packs.pack",
+        "partialfc.checkpoint.folder",
+        "partialfc.monitoring.exporter",
+        "partialfc.monitoring.targets",
+        "partialfc.runtime.preemption",
+        "partialfc.slurm.submit",
+        "partialfc.status.page",
+    ]
     code = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_nothing_changes_where_modules_are_found():
+    for folder in ("partialfc", "launch", "tools"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert "sys.path" not in path.read_text(), path
 
 
 def test_modules_are_small():

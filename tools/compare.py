@@ -10,30 +10,28 @@ not trained again; one that fails is left out, and the exit status is 1. Words o
 go to all runs.
 """
 
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
-
 import argparse
 import json
 import os
 import re
 import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_args
 
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from partialfc.build import margin_of
 from partialfc.config import ConfigError, config_hash, load
-from partialfc.config_margins import AnyMargin
+from partialfc.config.margins import AnyMargin
 from partialfc.margins import MARGINS
-from partialfc.metrics import read_records
-from tools.comparing import page, table
+from partialfc.model.build import margin_of
+from partialfc.records.metrics import read_records
+from tools._compare import page, table
+
+ROOT = Path(__file__).resolve().parents[1]
 
 _OVERRIDE = re.compile(r"[a-z_][a-z_.0-9]*=")
 
@@ -208,7 +206,7 @@ def run(variant: Variant, seed: int, out: Path, ranks: int) -> dict[str, Any] | 
             return None
     measured = folder / "measured.json"
     if not measured.exists():
-        worker = str(ROOT / "tools/comparing/measure.py")
+        worker = str(ROOT / "tools/_compare/measure.py")
         command = [sys.executable, worker, str(folder), str(measured)]
         if not _done(command, folder.with_suffix(".log")):
             return None

@@ -4,19 +4,17 @@ Two processes on a CPU, one per GPU where there are GPUs. Everything lies in pac
 runs/demo; a run of the demo before is replaced.
 """
 
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)  # not this folder: its inspect.py would hide the standard library's
-
 import argparse
 import os
 import shutil
 import subprocess
+import sys
 import time
+from pathlib import Path
 
-from partialfc.data.synthetic import write_demo_packs
+from tools._faces.packs import write_demo_packs
+
+ROOT = Path(__file__).resolve().parents[1]
 
 IDENTITIES = 1200
 IMAGES_PER_IDENTITY = 14

@@ -9,16 +9,13 @@ by its angles to two centers) and geometry.json (the numbers it prints). Half of
 out; pictures and numbers are of those. About two minutes on two cores.
 """
 
-import sys
-from pathlib import Path
-
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 import argparse
 import json
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -37,7 +34,6 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from partialfc import PartialFC, RowAdamW
-from partialfc.guidance import curve
 from partialfc.margins import (
     ArcFace,
     CosFace,
@@ -46,6 +42,7 @@ from partialfc.margins import (
     NormalizedSoftmax,
     Softmax,
 )
+from partialfc.margins.guidance import curve
 
 DIGITS, SCALE = 10, 16.0
 FAMILIES: dict[str, dict[str, Margin]] = {

@@ -20,8 +20,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, not this folder
-
 import yaml
 
 from tools.demo import ROOT, render

@@ -10,22 +10,19 @@ held out, and no identity of theirs is trained on:
     heldout_pairs.bin    verification pairs of all held-out identities
 """
 
-import sys
-from pathlib import Path
-
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: it has an inspect.py
-
 import argparse
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from rich.progress import track
 
-from partialfc.data.jpeg import encode
-from partialfc.data.pairs import write_pairs
-from partialfc.data.record_writer import write_insightface_pack
-from partialfc.permutation import key, uniform
+from partialfc.data.images.jpeg import encode
+from partialfc.data.packs.writer import write_insightface_pack
+from partialfc.data.sets.pairs import write_pairs
+from partialfc.keyed import key, uniform
 
 _SEED = 2048
 _ROTATIONS = 4

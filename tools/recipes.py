@@ -6,30 +6,27 @@ The files are in the repository; a test makes them again and compares. The learn
 global batch and nothing else: SGD 0.1 for 1,024 images, AdamW 0.001 for 24,576, both in proportion.
 A run keeps its batch on any number of GPUs, so its rate does not follow them; where a GPU cannot
 hold its share, optimizer.accumulation cuts it. Memory, time of a step and hours of training in the
-table are what tools/estimate.py predicts for eight H100 of one node.
+table are what partialfc estimate predicts for eight H100 of one node.
 """
 
-import sys
-from pathlib import Path
-
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import track
 
+from partialfc.commands._estimate.backbone import GIB, Counted, count_backbone
+from partialfc.commands._estimate.head import shard_of
+from partialfc.commands._estimate.losses import count_losses
+from partialfc.commands._estimate.time import GPUS as MODULES
+from partialfc.commands._estimate.time import Cluster, seconds_of
+from partialfc.commands.estimate import memory_of, totals
 from partialfc.config import load
-from partialfc.metrics import write_text
-from tools.estimate import memory_of, totals
-from tools.estimating.backbone import GIB, Counted, count_backbone
-from tools.estimating.head import shard_of
-from tools.estimating.losses import count_losses
-from tools.estimating.time import GPUS as MODULES
-from tools.estimating.time import Cluster, seconds_of
+from partialfc.records.metrics import write_text
 
 GPUS = (1, 8, 16, 32, 64)
 SGD_RATE, SGD_BATCH = 0.1, 1024
@@ -225,7 +222,7 @@ def _commands(data: str, network: str) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Predicted:
-    """What tools/estimate.py says of a recipe: bytes of a GPU, whether they fit, and the times."""
+    """What partialfc estimate says of a recipe: bytes of a GPU, whether they fit, and the times."""
 
     bytes: int
     fits: bool

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from partialfc.data.dataset import DataSet
 from partialfc.data.order import Arrangement, Samples
-from partialfc.permutation import key, keys, permute
+from partialfc.keyed import key, keys, permute
 
 
 def arrangement(

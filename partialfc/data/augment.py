@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from partialfc.permutation import key, uniform
+from partialfc.keyed import key, uniform
 
 CHANGES = ("crop", "rotate", "colour", "grey", "blur", "downscale", "jpeg", "cutout")
 """Changes that happen with a probability, in their order; see :class:`Augmentation`."""

@@ -1,7 +1,7 @@
 """What can be wrong with a pack, in levels that cost more and more.
 
 The index alone; the header of every record; the labels together; images, decoded. The functions
-check a range of records each, so that many run at once; ``tools/validate.py`` does that.
+check a range of records each, so that many run at once; ``partialfc validate`` does that.
 
 Shape suffixes: N = records of a range, C = identities.
 """
@@ -11,10 +11,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from partialfc.data.formats import check_image as check_bytes
-from partialfc.data.formats import decode_image
-from partialfc.data.recordio import LABEL_LIMIT, RecordError
-from partialfc.data.records import Pack
+from partialfc.data.images.formats import check_image as check_bytes
+from partialfc.data.images.formats import decode_image
+from partialfc.data.packs.pack import Pack
+from partialfc.data.packs.recordio import LABEL_LIMIT, RecordError
 from partialfc.data.skip_list import BadRecord
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from partialfc.data.labels import BAD
-from partialfc.data.recordio import RecordError
-from partialfc.data.records import Pack
+from partialfc.data.packs.labels import BAD
+from partialfc.data.packs.pack import Pack
+from partialfc.data.packs.recordio import RecordError
 from partialfc.data.skip_list import BadRecord, read_skip_lists
 from partialfc.data.source import Source, labels_of, open_source
 
@@ -116,7 +116,8 @@ class DataSet:
         return self.jpeg_view(sample).tobytes()
 
     def jpeg_view(self, sample: int) -> NDArray[np.uint8]:
-        """Return the JPEG bytes of one sample as :meth:`~partialfc.data.records.Pack.jpeg_view`."""
+        """Return the JPEG bytes of one sample as
+        :meth:`~partialfc.data.packs.pack.Pack.jpeg_view`."""
         pack, image = self.locate(sample)
         return pack.jpeg_view(image)
 
@@ -150,7 +151,8 @@ class DataSet:
         return identity_B + self._identity_start_P[pack_B]
 
     def labels(self) -> NDArray[np.int64]:
-        """Return the identities [N] of all samples; see :func:`~partialfc.data.labels.labels`.
+        """Return the identities [N] of all samples; see
+        :func:`~partialfc.data.packs.labels.labels`.
 
         Raises:
             RecordError: If the record of a sample breaks a rule.

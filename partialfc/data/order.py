@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from partialfc.permutation import key, permute
+from partialfc.keyed import key, permute
 
 LastBatch = Literal["drop", "pad"]
 

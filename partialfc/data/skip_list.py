@@ -3,8 +3,8 @@
 ``{"pack": "train.rec", "fingerprint": "0f3c…", "image": 6, "key": 7, "offset": 1234, "problem":
 "the JPEG is truncated"}``: ``fingerprint`` and ``image`` say which record of which pack it is, the
 rest is for people. ``image`` is null of a record that is no image; an image in a file of its own
-has its ``file`` too. ``tools/validate.py``,
-``tools/clean.py`` and training write such lists, and ``data.skip`` reads them.
+has its ``file`` too. ``partialfc validate``,
+``partialfc clean`` and training write such lists, and ``data.skip`` reads them.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from partialfc.data.image_files import ImageFiles
+from partialfc.data.files.image_files import ImageFiles
 from partialfc.data.source import Source
 
 _LONGEST_LINE = 1 << 16
@@ -78,7 +78,7 @@ def read_skip_lists(paths: Sequence[Path], packs: Sequence[Source]) -> list[NDAr
                 raise ValueError(
                     f"{path}: line {line}: fingerprint {fingerprint!r} is of none of the packs, "
                     f"which have {', '.join(number_of)}: the list was made of another pack, or "
-                    f"the pack has changed. Run tools/validate.py on it again."
+                    f"the pack has changed. Run partialfc validate on it again."
                 )
             if image is None:
                 continue
@@ -102,7 +102,7 @@ def _entries(path: Path) -> Iterator[tuple[str, int | None]]:
             if not isinstance(fingerprint, str) or not (image is None or type(image) is int):
                 raise ValueError(
                     f"{path}: line {line}: {text[:60]!r} must be a JSON object with the "
-                    f'"fingerprint" of a pack and the "image" to leave out, as tools/validate.py '
+                    f'"fingerprint" of a pack and the "image" to leave out, as partialfc validate '
                     f"writes it."
                 )
             yield fingerprint, image

@@ -7,10 +7,10 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from partialfc.data.file_index import NO_FILE
-from partialfc.data.image_files import ImageFiles, open_image_files
-from partialfc.data.labels import labels
-from partialfc.data.records import Pack, open_pack
+from partialfc.data.files.image_files import ImageFiles, open_image_files
+from partialfc.data.files.index import NO_FILE
+from partialfc.data.packs.labels import labels
+from partialfc.data.packs.pack import Pack, open_pack
 
 Source: TypeAlias = Pack | ImageFiles
 """Images by index, with their identities and bytes."""
@@ -28,7 +28,7 @@ def open_source(path: Path) -> Source:
 
 
 def labels_of(source: Source) -> NDArray[np.int32]:
-    """Return the identities [N] of all images; see :func:`~partialfc.data.labels.labels`."""
+    """Return the identities [N] of all images; see :func:`~partialfc.data.packs.labels.labels`."""
     return labels(source) if isinstance(source, Pack) else source.index.identity_N
 
 

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from partialfc.tiles import precision
+from partialfc.numerics import precision
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from partialfc.keyed import normal
 from partialfc.margins.angles import cosine_with_margin
 from partialfc.margins.base import (
     Gradient,
@@ -24,7 +25,6 @@ from partialfc.margins.base import (
 )
 from partialfc.margins.fixed import ArcFace
 from partialfc.margins.softmax import NormalizedSoftmax
-from partialfc.permutation import normal
 
 _LARGEST_SCALE = 64.0
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from tests.cluster.slurm import Slurm
-from tests.cluster.training import ROOT
+from tests.support.places import FIXTURES
 from tools import omniglot
 
 
@@ -21,7 +21,7 @@ def need(*commands: str, root: bool = False) -> None:
 def packs(tmp_path_factory):
     """40 identities of real handwriting."""
     folder = tmp_path_factory.mktemp("packs")
-    archive = ROOT / "tests" / "data" / "omniglot" / "omniglot_background.npz"
+    archive = FIXTURES / "omniglot" / "omniglot_background.npz"
     size = ["--characters", "16", "--held-out", "6", "--pairs", "2400", "--size", "32"]
     assert omniglot.main([str(archive), str(folder), *size]) == 0
     return folder

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import yaml
 
-from partialfc.exporter import Exporter
+from partialfc.monitoring.exporter import Exporter
 from tests.cluster.slurm import free_port, wait_for
-from tests.cluster.training import ROOT
+from tests.support.places import ROOT
 
 MONITORING = ROOT / "configs" / "monitoring"
 

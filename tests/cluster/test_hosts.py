@@ -13,7 +13,8 @@ import pytest
 from tests.cluster.conftest import need
 from tests.cluster.hosts import Hosts, address
 from tests.cluster.slurm import wait_for
-from tests.cluster.training import ENVIRONMENT, ROOT, arguments, last_step, losses
+from tests.cluster.training import ENVIRONMENT, arguments, last_step, losses
+from tests.support.places import ROOT
 
 pytestmark = pytest.mark.cluster
 

@@ -12,7 +12,8 @@ import pytest
 
 from tests.cluster.conftest import need
 from tests.cluster.slurm import free_port, wait_for
-from tests.cluster.training import ENVIRONMENT, ROOT, arguments, last_step
+from tests.cluster.training import ENVIRONMENT, arguments, last_step
+from tests.support.places import ROOT
 
 pytestmark = pytest.mark.cluster
 

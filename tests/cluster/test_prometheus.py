@@ -12,16 +12,17 @@ import urllib.request
 
 import pytest
 
-from launch.showing.page import page
-from launch.showing.run import RunFolder
 from partialfc.config import load, to_toml
-from partialfc.exporter import Exported, Exporter
-from partialfc.ledger import Ledger
-from partialfc.targets import targets_path, write_targets
+from partialfc.monitoring.exporter import Exported, Exporter
+from partialfc.monitoring.targets import targets_path, write_targets
+from partialfc.records.ledger import Ledger
+from partialfc.status.page import page
+from partialfc.status.run import RunFolder
 from tests.cluster.conftest import need
 from tests.cluster.prometheus import MONITORING, Prometheus, close_all
 from tests.cluster.slurm import free_port, wait_for
-from tests.cluster.training import ENVIRONMENT, ROOT, arguments, last_step
+from tests.cluster.training import ENVIRONMENT, arguments, last_step
+from tests.support.places import ROOT
 
 pytestmark = pytest.mark.cluster
 

@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 
 from partialfc.config import load, to_toml
-from partialfc.preemption import Preempted
+from partialfc.errors import Preempted
 from tests.cluster.slurm import wait_for
 from tests.cluster.training import (
-    ROOT,
     arguments,
     assert_equal_runs,
     last_step,
     losses,
     torchrun,
 )
+from tests.support.places import ROOT
 
 pytestmark = pytest.mark.cluster
 

@@ -2,18 +2,18 @@
 
 import contextlib
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
 
 from partialfc.data.augment import Augmentation
 from partialfc.data.dataset import open_dataset
-from partialfc.data.loader import open_batches
+from partialfc.data.loaders.loader import open_batches
+from partialfc.data.loaders.stream import Stream
 from partialfc.data.order import Order
-from partialfc.data.record_writer import write_insightface_pack
-from partialfc.data.records import open_pack
-from partialfc.data.stream import Stream
+from partialfc.data.packs.pack import open_pack
+from partialfc.data.packs.writer import write_insightface_pack
+from tests.support.places import FIXTURES
 
 pytest.importorskip("nvidia.dali")
 pytestmark = [
@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-GOLDEN = Path(__file__).parents[1] / "data" / "records" / "insightface.rec"
+GOLDEN = FIXTURES / "records" / "insightface.rec"
 
 
 @pytest.mark.parametrize("image_size", [112, 64])

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from partialfc.backbones import build_backbone
-from partialfc.collectives import Ranks
-from partialfc.embedding import embed_images
+from partialfc.distributed.ranks import Ranks
+from partialfc.evaluation.embedding import embed_images
 from partialfc.protocols.all_to_all import combine, search
-from partialfc.runtime import Runtime
-from tests.test_all_to_all import clustered
+from partialfc.runtime.process import Runtime
+from tests.protocols.test_all_to_all import clustered
 
 pytestmark = [
     pytest.mark.gpu,

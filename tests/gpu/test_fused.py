@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from partialfc import ArcFace, PartialFC, RowSGD
+from partialfc.head.rows.formats import decode
+from partialfc.head.rows.staging import Placement
 from partialfc.margins import CurricularFace, Margin
-from partialfc.row_format import decode
-from partialfc.staging import Placement
 
 pytestmark = [
     pytest.mark.gpu,

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from partialfc import ArcFace, CosFace, PartialFC, RowAdagrad, RowAdamW, RowSGD
-from partialfc.build import assemble
-from partialfc.collectives import Ranks
-from partialfc.row_format import decode
-from partialfc.runtime import Runtime
-from partialfc.train_step import train_step
-from tests import reference
-from tests.models import Flat, batch, settings
+from partialfc.distributed.ranks import Ranks
+from partialfc.head.rows.formats import decode
+from partialfc.model.build import assemble
+from partialfc.model.step import train_step
+from partialfc.runtime.process import Runtime
+from tests.support import reference
+from tests.support.models import Flat, batch, settings
 
 pytestmark = [
     pytest.mark.gpu,

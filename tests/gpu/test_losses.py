@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from partialfc import PartialFC, RowSGD
-from tests import loss_truth
-from tests.every_margin import EVERY_MARGIN
-from tests.reference import relative_error
-from tests.test_losses import head_of, problem, settings_of, step
+from tests.head.test_margins_on_head import head_of, problem, settings_of, step
+from tests.support import loss_truth
+from tests.support.every_margin import EVERY_MARGIN
+from tests.support.reference import relative_error
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.test_launch import packs  # noqa: F401  (a fixture)
+from tools.bench._faults.runs import Run, command, losses, steps_in, tensors
 from tools.bench.faults import COMMON
-from tools.faulting.runs import Run, command, losses, steps_in, tensors
 
 pytestmark = [
     pytest.mark.gpu,
@@ -17,7 +16,7 @@ pytestmark = [
 ]
 
 
-def test_kill_9_on_a_gpu_continues_bit_for_bit(packs, tmp_path):  # noqa: F811
+def test_kill_9_on_a_gpu_continues_bit_for_bit(packs, tmp_path):
     """DALI's GPU decoder, Triton's kernels, pinned copies of the saver, cuDNN: all of them."""
 
     def start(name):

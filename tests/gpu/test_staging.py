@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from partialfc.staging import Placement
-from tests.test_staging import HOST, RULES, assert_equal, head_of, trained
+from partialfc.head.rows.staging import Placement
+from tests.head.test_staging import HOST, RULES, assert_equal, head_of, trained
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,12 +9,6 @@ Shape suffixes: B = rows of the gathered batch, C = rows of a shard, D = embeddi
 rows, P = positives, S = splits of a tile, T = rows of a tile.
 """
 
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[0] = str(ROOT)
-
 import argparse
 import itertools
 import json
@@ -22,8 +16,10 @@ import os
 import platform
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,8 +31,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from partialfc.head.rows import fused_kernels as fused_update_kernels
+from partialfc.head.rows import kernels as row_kernels
+from partialfc.head.tiles import fused, fused_kernels
+from partialfc.head.tiles import triton_steps as kernels
 from partialfc.margins import Bend
-from partialfc.tiles import fused, fused_kernels, fused_update_kernels, kernels, row_kernels
 
 Row = dict[str, Any]
 Variant = tuple[str, dict[str, str], Callable[[], object]]

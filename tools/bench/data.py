@@ -7,19 +7,15 @@ Each measurement runs in a process of its own and they take turns, so that a bus
 for all of them; the record has every round. Packs are written to --folder first.
 """
 
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[0] = str(ROOT)
-
 import argparse
 import json
 import math
 import statistics
 import subprocess
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,8 +23,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from tools.bench._data.packs import write_faces, write_files, write_huge, write_sorted
 from tools.bench.conditions import conditions
-from tools.loading.packs import write_faces, write_files, write_huge, write_sorted
+
+ROOT = Path(__file__).resolve().parents[2]
 
 PARTS = ("loaders", "cold", "memory", "index")
 BATCH = 128
@@ -170,7 +168,7 @@ def in_turns(rows: dict[str, dict[str, Any]], rounds: int) -> dict[str, list[dic
 
 def one(row: dict[str, Any]) -> dict[str, Any]:
     """Run one measurement in a process."""
-    script = ROOT / "tools" / "loading" / "measures.py"
+    script = ROOT / "tools" / "bench" / "_data" / "measures.py"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", str(script), json.dumps(row)],
         capture_output=True, text=True, check=False,

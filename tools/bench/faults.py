@@ -5,11 +5,6 @@ killed K times, a quarter of them during a save, must end with the losses, weigh
 states of one that was not, to the bit.
 """
 
-import sys
-from pathlib import Path
-
-sys.path[0] = str(Path(__file__).resolve().parents[2])
-
 import argparse
 import contextlib
 import io
@@ -20,9 +15,11 @@ import shutil
 import signal
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,15 +28,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from partialfc.collectives import Ranks
-from partialfc.ledger import KINDS, goodput, read_ledger
-from partialfc.metrics import write_json
-from partialfc.runtime import Runtime
+from partialfc.distributed.ranks import Ranks
+from partialfc.records.ledger import KINDS, goodput, read_ledger
+from partialfc.records.metrics import write_json
+from partialfc.runtime.process import Runtime
+from tools.bench._faults.crash import corruptions, crash_points
+from tools.bench._faults.elastic import joined
+from tools.bench._faults.model import BATCH, IMAGES, ORDER
+from tools.bench._faults.runs import Run, command, in_save, losses, steps_in, tensors
 from tools.bench.conditions import ROOT, conditions
-from tools.faulting.crash import corruptions, crash_points
-from tools.faulting.elastic import joined
-from tools.faulting.model import BATCH, IMAGES, ORDER
-from tools.faulting.runs import Run, command, in_save, losses, steps_in, tensors
 
 EVERY = 8
 """Steps between checkpoints of the run that is killed."""
@@ -235,7 +232,7 @@ def legs_of(folder: Path, path: tuple[int, ...], steps: int) -> list[dict[str, A
 def run_leg(ranks: int, folder: Path, last: int, out: Path, *more: str) -> None:
     """One leg under torchrun."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    leg = ["tools/faulting/elastic.py", str(folder), str(last), str(out), *more]
+    leg = ["tools/bench/_faults/elastic.py", str(folder), str(last), str(out), *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     subprocess.run(
         [sys.executable, *launcher, *leg],

@@ -8,11 +8,6 @@ is told by its target, seed and number, and --target, --seed and --only run it a
 headers are accepted is decoded too.
 """
 
-import sys
-from pathlib import Path
-
-sys.path[0] = str(Path(__file__).resolve().parents[2])
-
 import argparse
 import json
 import multiprocessing
@@ -20,23 +15,25 @@ import os
 import resource
 import shutil
 import signal
+import sys
 import tempfile
 import time
 import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from partialfc.data.jpeg import check_jpeg, decode, encode
-from partialfc.data.pairs import PairsError, read_pairs, write_pairs
-from partialfc.data.record_writer import PackWriter, write_insightface_pack
-from partialfc.data.recordio import MAGIC_BYTES, RecordError
-from partialfc.data.records import open_pack
+from partialfc.data.images.jpeg import check_jpeg, decode, encode
+from partialfc.data.packs.pack import open_pack
+from partialfc.data.packs.recordio import MAGIC_BYTES, RecordError
+from partialfc.data.packs.writer import PackWriter, write_insightface_pack
+from partialfc.data.sets.pairs import PairsError, read_pairs, write_pairs
 from tools.bench.conditions import conditions
 
 SHARES = {"pack": 0.4, "jpeg": 0.4, "bin": 0.2}

@@ -11,6 +11,7 @@
 # DRY=1 runs every command on the CPU at a hundredth of the sizes, to find what is misspelt.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}  # nothing is installed there
 out=${1:-tools/bench/results}
 python=${2:-python3}
 part=${3:-all}

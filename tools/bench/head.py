@@ -13,19 +13,15 @@ its ranks are used; --world N starts N processes here. A head that finds no memo
 --budget ends in time: the record names what was not measured.
 """
 
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[0] = str(ROOT)
-
 import argparse
 import json
 import math
 import os
+import sys
 import time
 from dataclasses import asdict, replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -33,11 +29,11 @@ from rich.progress import Progress
 from rich.table import Table
 
 from partialfc.margins import MARGINS
+from tools.bench._head.expected import START, expected_seconds
+from tools.bench._head.measure import TEXTBOOKS, Case
+from tools.bench._head.plot import plot
+from tools.bench._head.processes import measured
 from tools.bench.conditions import conditions
-from tools.bench.expected import START, expected_seconds
-from tools.bench.head_plot import plot
-from tools.bench.measure import TEXTBOOKS, Case
-from tools.bench.processes import measured
 
 Row = dict[str, Any]
 

@@ -6,15 +6,11 @@ The errors are relative, in norm: of the loss, of the embeddings' gradient and o
 "Ordinary code" stores all logits, multiplies matrices in the same dtype and lets autograd derive.
 """
 
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[0] = str(ROOT)
-
 import argparse
 import importlib
 import json
+import sys
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -23,15 +19,15 @@ from rich.table import Table
 from torch import Tensor
 
 from partialfc import ArcFace, PartialFC, RowSGD
-from partialfc.row_format import decode
-from partialfc.tiles import Compute
+from partialfc.head.rows.formats import decode
+from partialfc.head.tiles import Compute
 from tools.bench.conditions import conditions
 
 PLAIN = RowSGD(lr=1.0, momentum=0.0, weight_decay=0.0)
 """The change of fp32 centers is minus their gradient."""
 
 # By name, for mypy not to follow it into the tests, which are not typed.
-reference = importlib.import_module("tests.reference")
+reference = importlib.import_module("tests.support.reference")
 
 
 def main(arguments: list[str] | None = None) -> int:

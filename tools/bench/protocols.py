@@ -9,18 +9,14 @@ with the whole fp64 matrix. The others: ten-fold verification, templates and 1:1
 rank-k and distractors, at the sizes that are printed.
 """
 
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[0] = str(ROOT)
-
 import argparse
 import json
 import math
 import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,12 +24,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from partialfc.metrics import write_json
 from partialfc.protocols.all_to_all import combine, search
 from partialfc.protocols.distractors import with_distractors
 from partialfc.protocols.identification import rank_k
 from partialfc.protocols.templates import pair_scores, templates
 from partialfc.protocols.verification import tar_at_far, verify
+from partialfc.records.metrics import write_json
 from tools.bench.conditions import conditions
 
 DIM, PER_IDENTITY, TARGETS = 512, 6.6, (1e-6,)

@@ -6,17 +6,14 @@ measured apart. With a core to spare for the thread that writes, and without (--
 processes keep all cores busy, as the ranks of a full machine do).
 """
 
-import sys
-from pathlib import Path
-
-sys.path[0] = str(Path(__file__).resolve().parents[2])
-
 import argparse
 import multiprocessing
 import os
 import statistics
+import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,14 +23,14 @@ from rich.table import Table
 from torch import nn
 
 from partialfc import ArcFace, PartialFC, RowSGD
-from partialfc.build import Model, assemble
 from partialfc.checkpoint import Saver
-from partialfc.collectives import Ranks
-from partialfc.metrics import write_json
-from partialfc.runtime import Runtime
-from partialfc.train_step import train_step
+from partialfc.distributed.ranks import Ranks
+from partialfc.model.build import Model, assemble
+from partialfc.model.step import train_step
+from partialfc.records.metrics import write_json
+from partialfc.runtime.process import Runtime
+from tools.bench._faults.model import FACTS, settings
 from tools.bench.conditions import conditions
-from tools.faulting.model import FACTS, settings
 
 BATCH, SIZE, DIM = 128, 32, 512
 

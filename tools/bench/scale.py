@@ -14,17 +14,12 @@ and momentum, whole.
 ``--checkpoint`` also saves, verifies and loads each row's state there, and says what that took.
 """
 
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[0] = str(ROOT)
-
 import argparse
 import json
 import math
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -32,6 +27,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,14 +36,15 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import nn
 
-from partialfc import ArcFace, PartialFC, RowSGD, checkpoint
-from partialfc.build import assemble
-from partialfc.collectives import Ranks
+from partialfc import ArcFace, PartialFC, RowSGD
+from partialfc.checkpoint import loading as checkpoint
+from partialfc.commands._estimate.time import GPUS, HEAD_SHARE, MEMORY, PRODUCTS
 from partialfc.config import Config
-from partialfc.runtime import Runtime
-from partialfc.staging import Placement
+from partialfc.distributed.ranks import Ranks
+from partialfc.head.rows.staging import Placement
+from partialfc.model.build import assemble
+from partialfc.runtime.process import Runtime
 from tools.bench.conditions import conditions
-from tools.estimating.time import GPUS, HEAD_SHARE, MEMORY, PRODUCTS
 
 _WARM_UP = 3
 _START, _LOCKED, _HOST_ROWS = 10.0, 2e9, 3e9
@@ -116,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def expected_seconds(case: Case) -> float:
-    """Return what a row should take on an H200, by the rates that tools/estimate.py assumes."""
+    """Return what a row should take on an H200, by the rates that partialfc estimate assumes."""
     gpu, rows = GPUS["h200"], case.rate * case.identities
     center, state = (_BYTES[name] * case.dim * rows for name in (case.centers, case.momentum))
     step = 8 * case.batch * case.dim * rows / (gpu.bf16 * PRODUCTS * HEAD_SHARE)

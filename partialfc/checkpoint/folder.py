@@ -1,0 +1,191 @@
+"""Folders of checkpoints: names, manifests, what makes one valid, commit and retention.
+
+    checkpoints/step_00002000/
+        backbone.safetensors          parameters and buffers, named as in the backbone
+        statistics_000000.safetensors BatchNorm statistics of one rank of several; the backbone's
+                                      are their mean
+        optimizer.safetensors         its optimizer's states, "<parameter number>.<state>"
+        centers_0000000000.safetensors  "centers" and row states of one rank, named by first row
+        head.safetensors              state of the head that all ranks share, if any
+        manifest.json                 sizes, SHA-256 and tensors of the files, and all that is no
+                                      tensor: step, world size, facts, settings, versions
+
+A folder with this name is complete or corrupt, never half-written: everything is written to a
+temporary folder, synced and renamed. What is deleted is renamed first.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from partialfc.checkpoint.disk import Disk
+from partialfc.errors import CheckpointError
+
+FORMAT = 3
+MANIFEST = "manifest.json"
+KEYS = {
+    "format",
+    "step",
+    "world_size",
+    "num_identities",
+    "canonical_shards",
+    "facts",
+    "scaler",
+    "settings",
+    "versions",
+    "files",
+}
+_THREADS = 4
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return folder / f"step_{step:08d}"
+
+
+def statistics_of(rank: int) -> str:
+    """The name, without its ending, of the file of a rank's own BatchNorm statistics."""
+    return f"statistics_{rank:06d}"
+
+
+def step_of(path: Path) -> int:
+    """The step that a checkpoint's name says."""
+    return int(path.name.removeprefix("step_"))
+
+
+def steps(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, oldest first; a copy under another name is not one."""
+    named = (path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name))
+    return sorted(named, key=step_of)
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """What a kill left half-written or half-deleted."""
+    return [*folder.glob(".step_*.partial"), *folder.glob(".step_*.deleted")]
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Return the manifest of a checkpoint.
+
+    Raises:
+        CheckpointError: If it is missing, corrupt or incomplete; the message names what.
+    """
+    file = path / MANIFEST
+    try:
+        manifest = json.loads(file.read_text())
+        digest = manifest.pop("sha256")
+    except KeyError as error:
+        raise CheckpointError(f"{MANIFEST} lacks {error}") from error
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{MANIFEST}: {type(error).__name__}: {error}") from error
+    if digest != _digest_of(manifest):
+        raise CheckpointError(f"{MANIFEST} is corrupt: its checksum is not that of its content")
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(
+            f"its format is {manifest.get('format')}, this version reads {FORMAT}"
+        )
+    if missing := KEYS - manifest.keys():
+        raise CheckpointError(f"{MANIFEST} lacks {', '.join(sorted(missing))}")
+    return dict(manifest)
+
+
+def verify(path: Path, *, part: int = 0, of: int = 1) -> str | None:
+    """Return what is wrong with a checkpoint, or ``None`` if every file is as it was written.
+
+    Args:
+        path: Of the checkpoint.
+        part: Which share of the files to read, in [0, of): ranks divide them.
+        of: Shares.
+    """
+    try:
+        manifest = read_manifest(path)
+        if re.fullmatch(r"step_\d{8,}", path.name) and manifest["step"] != step_of(path):
+            return f"{MANIFEST} is of step {manifest['step']}"
+        files = sorted(manifest["files"].items())[part::of]
+        with ThreadPoolExecutor(_THREADS) as pool:
+            problems = pool.map(lambda item: _problem(path / Path(item[0]).name, item[1]), files)
+            return next((problem for problem in problems if problem), None)
+    except CheckpointError as error:
+        return str(error)
+
+
+def _problem(file: Path, expected: Mapping[str, Any]) -> str | None:
+    try:
+        size = file.stat().st_size
+        if size != expected["bytes"]:
+            return f"{file.name} has {size} bytes, its manifest says {expected['bytes']}"
+        with file.open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    except (OSError, KeyError, TypeError) as error:
+        return f"{file.name}: {type(error).__name__}: {error}"
+    if digest != expected["sha256"]:
+        return f"{file.name} is corrupt: its checksum is not that of the manifest"
+    return None
+
+
+def write_text(path: Path, text: str, disk: Disk) -> None:
+    """Write a small file and sync it."""
+    with path.open("wb") as file:
+        disk.write(file, text.encode())
+    disk.sync(path)
+
+
+def commit(temporary: Path, final: Path, manifest: Mapping[str, Any], disk: Disk) -> None:
+    """Add the manifest to a folder whose files are all written, and give it its name.
+
+    Each ``*.safetensors`` has a note beside it, ``*.json``, which goes into the manifest.
+    """
+    files = {}
+    for path in sorted(temporary.glob("*.safetensors")):
+        note = path.with_suffix(".json")
+        files[path.name] = json.loads(note.read_text())
+        disk.remove(note)
+    whole = {**manifest, "format": FORMAT, "files": files}
+    text = json.dumps({**whole, "sha256": _digest_of(whole)}, indent=1)
+    write_text(temporary / MANIFEST, text, disk)
+    disk.sync(temporary)
+    disk.rename(temporary, final)
+    disk.sync(final.parent)
+
+
+def retain(folder: Path, *, keep: int, keep_every_steps: int, disk: Disk) -> None:
+    """Delete all but the newest ``keep`` checkpoints and those of every so many steps."""
+    for path in steps(folder)[:-keep]:
+        if keep_every_steps and step_of(path) % keep_every_steps == 0:
+            continue
+        doomed = path.with_name(f".{path.name}.deleted")
+        if doomed.exists():
+            disk.remove(doomed)
+        disk.rename(path, doomed)  # so that a half-deleted folder is never taken for a checkpoint
+        disk.remove(doomed)
+
+
+def free_bytes(folder: Path) -> int:
+    """What a user may still write where a folder is, or will be."""
+    while not folder.exists():
+        folder = folder.parent
+    stat = os.statvfs(folder)
+    return stat.f_bavail * stat.f_frsize
+
+
+def set_aside(paths: Sequence[Path]) -> None:
+    """Take the names of checkpoints from folders that are none, and keep what is in them."""
+    for path in paths:
+        number, aside = 1, path.with_name(f".{path.name}.invalid")
+        while aside.exists():
+            number, aside = number + 1, path.with_name(f".{path.name}.{number}.invalid")
+        path.rename(aside)
+
+
+def count_invalid(folder: Path) -> int:
+    """How many checkpoints of a folder were ever set aside."""
+    return sum(1 for _ in folder.glob(".step_*.invalid"))
+
+
+def _digest_of(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,310 @@
+"""Checkpoints of a run: find the newest valid one, load it on any number of ranks, save.
+
+:mod:`partialfc.checkpoint.folder` says what is in one, :mod:`partialfc.checkpoint.saving` writes
+them. Centers are stored by global row, so any number of ranks reads them; no rank reads more than
+its own rows, and those in pieces. No pickle anywhere.
+"""
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from partialfc.checkpoint.disk import Disk
+from partialfc.checkpoint.folder import (
+    leftovers,
+    path_of,
+    read_manifest,
+    set_aside,
+    statistics_of,
+    step_of,
+    steps,
+    verify,
+)
+from partialfc.checkpoint.saving import Saver
+from partialfc.distributed.agreement import all_agree, from_leader
+from partialfc.errors import CheckpointError
+from partialfc.head import PartialFC
+from partialfc.model.build import Model
+from partialfc.model.statistics import statistics
+from partialfc.runtime.process import Runtime
+
+__all__ = [
+    "CONFIG_HASH",
+    "CheckpointError",
+    "Saver",
+    "exist",
+    "load",
+    "named",
+    "newest",
+    "save",
+    "verify",
+]
+
+_NONE = -1
+_PIECE_BYTES = 64 << 20
+
+CONFIG_HASH = "config_hash"
+"""The one fact that may differ when a run goes on; rank 0 then says so."""
+
+
+def save(
+    folder: Path, step: int, model: Model, facts: Mapping[str, Any], runtime: Runtime, *, keep: int
+) -> Path:
+    """Write one checkpoint and return when it is complete; see :class:`Saver`. Collective."""
+    with Saver(folder, facts, runtime, keep=keep) as saver:
+        saver.save(step, model)
+    return path_of(folder, step)
+
+
+def newest(folder: Path, runtime: Runtime, *, tidy: bool = True) -> Path | None:
+    """Return the newest checkpoint whose files are as its manifest says. Collective.
+
+    Every rank verifies a share of the files. Newer ones that are not valid are set aside as
+    ``.step_….invalid``, with a message. What a kill left half-written or half-deleted is removed.
+    Without ``tidy`` nothing is touched: another process may be writing.
+
+    Raises:
+        CheckpointError: If there are checkpoints and none is valid; nothing is touched then.
+    """
+    disk, found = Disk(), steps(folder) if runtime.leads else []
+    if runtime.leads and tidy:
+        for leftover in leftovers(folder):
+            disk.remove(leftover)
+    invalid: list[Path] = []
+    while True:
+        step = from_leader(step_of(found.pop()) if found else _NONE, runtime.ranks)
+        if step == _NONE:
+            break
+        path = path_of(folder, step)
+        if _all_valid(path, runtime):
+            if runtime.leads and tidy:
+                set_aside(invalid)
+            return path
+        invalid.append(path)
+    if invalid:
+        raise CheckpointError(
+            f"{folder}: no checkpoint in it is valid, see the messages above. Copy a good one "
+            "back, or start again in another run.folder."
+        )
+    return None
+
+
+def named(path: Path, runtime: Runtime) -> Path:
+    """Return a checkpoint that somebody chose, verified by all ranks. Collective.
+
+    Raises:
+        CheckpointError: If it is none, or corrupt.
+    """
+    if not _all_valid(path, runtime):
+        raise CheckpointError(
+            f"{path}: it is not a valid checkpoint, see the messages above. Name a folder such as "
+            "runs/mine/checkpoints/step_00002000, or another checkpoint."
+        )
+    return path
+
+
+def exist(folder: Path) -> bool:
+    """Whether a folder holds any checkpoint, valid or not."""
+    return bool(steps(folder))
+
+
+def load(path: Path, model: Model, facts: Mapping[str, Any], runtime: Runtime) -> int:
+    """Read a verified checkpoint into the live objects; return its step.
+
+    The number of ranks may differ from the one that wrote it. Settings of the optimizers (rate,
+    momentum, weight decay) stay those of the run.
+
+    Raises:
+        CheckpointError: If the checkpoint is of another run, or something is not in it: the message
+            names what.
+    """
+    manifest, head = read_manifest(path), model.head
+    _same_run(path, manifest, head, facts, runtime)
+    device = str(runtime.device)
+    states: dict[int, dict[str, Tensor]] = {}
+    try:
+        model.backbone.load_state_dict(read_tensors(path, "backbone", manifest, device))
+        _read_own_statistics(path, manifest, model.backbone, runtime)
+        for name, value in read_tensors(path, "optimizer", manifest, device).items():
+            number, _, state = name.partition(".")
+            states.setdefault(int(number), {})[state] = value
+        _restore(model.optimizer, states)
+        read_centers(path, manifest, head)
+        head.optimizer.param_groups[0]["steps"] = manifest["step"]
+        if shared := head.shared_state():
+            head.load_shared_state(_complete(shared, read_tensors(path, "head", manifest, device)))
+        if model.scaler.is_enabled():
+            model.scaler.load_state_dict(manifest["scaler"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    _say_what_differs(path, manifest, model, runtime)
+    return int(manifest["step"])
+
+
+def read_tensors(
+    path: Path, name: str, manifest: Mapping[str, Any], device: str
+) -> dict[str, Tensor]:
+    """Return the tensors of one of a checkpoint's files.
+
+    Raises:
+        CheckpointError: If the file, or a tensor that the manifest lists, is missing.
+    """
+    file = f"{name}.safetensors"
+    if file not in manifest["files"]:
+        raise CheckpointError(f"it lacks {file}")
+    with safe_open(path / file, framework="pt", device=device) as opened:
+        return {key: opened.get_tensor(key) for key in _listed(file, opened.keys(), manifest)}
+
+
+def _read_own_statistics(
+    path: Path, manifest: Mapping[str, Any], backbone: nn.Module, runtime: Runtime
+) -> None:
+    """As many ranks as wrote it go on with their own; any other number with the backbone's mean."""
+    ranks, live = runtime.ranks, statistics(backbone)
+    if ranks.size == 1 or ranks.size != manifest["world_size"] or not live:
+        return
+    found = read_tensors(path, statistics_of(ranks.rank), manifest, str(runtime.device))
+    _complete(live, found)
+    for name, value in live.items():
+        value.copy_(found[name])
+
+
+def read_centers(
+    path: Path, manifest: Mapping[str, Any], head: PartialFC, *, with_states: bool = True
+) -> None:
+    """Fill this rank's centers and row states from the files that hold its rows.
+
+    Nothing is read twice, and in memory there is one piece of a file beside what is filled.
+
+    Args:
+        path: Of the checkpoint.
+        manifest: Of it.
+        head: Whose centers and states are filled.
+        with_states: Without them, the centers alone are filled, and rounded to their format.
+
+    Raises:
+        CheckpointError: If rows or states are missing, or have another format.
+    """
+    head.optimizer.settle()
+    filled = {"centers": head.centers.data, **(head.optimizer.states() if with_states else {})}
+    done, owned = 0, head.owned_rows
+    for name in sorted(manifest["files"]):
+        if not name.startswith("centers_"):
+            continue
+        first = int(name.removeprefix("centers_").removesuffix(".safetensors"))
+        with safe_open(path / name, framework="pt", device="cpu") as file:
+            _complete(dict.fromkeys(filled), _listed(name, file.keys(), manifest))
+            slices = {tensor: file.get_slice(tensor) for tensor in filled}
+            rows = slices["centers"].get_shape()[0]
+            low, high = max(first, owned.start), min(first + rows, owned.stop)
+            for tensor, part in slices.items():
+                into = filled[tensor]
+                for start, stop in _pieces(low, high, part, rows):
+                    piece = part[start - first : stop - first]
+                    if piece.dtype != into.dtype and with_states:
+                        raise CheckpointError(
+                            f"{name}: {tensor} is {piece.dtype}, and the settings want {into.dtype}"
+                        )
+                    into[start - owned.start : stop - owned.start] = piece.to(into.device)
+            done += max(0, high - low)
+    if done != len(owned):
+        raise CheckpointError(f"it has {done} of the {len(owned)} rows of this rank")
+
+
+def _pieces(low: int, high: int, part: Any, rows: int) -> list[tuple[int, int]]:
+    """Cut rows [low, high) into pieces of a bounded size; no dtype is wider than 8 bytes."""
+    width = 1
+    for size in part.get_shape()[1:]:
+        width *= size
+    step = max(1, _PIECE_BYTES // (8 * width))
+    return [(start, min(start + step, high)) for start in range(low, high, step)]
+
+
+def _all_valid(path: Path, runtime: Runtime) -> bool:
+    problem = verify(path, part=runtime.ranks.rank, of=runtime.ranks.size)
+    if problem:
+        print(f"{path}: not a valid checkpoint: {problem}", flush=True)
+    return all_agree(problem is None, runtime.ranks)
+
+
+def _same_run(
+    path: Path,
+    manifest: Mapping[str, Any],
+    head: PartialFC,
+    facts: Mapping[str, Any],
+    runtime: Runtime,
+) -> None:
+    expected = {
+        "num_identities": head.sharding.num_identities,
+        "canonical_shards": head.sharding.canonical_shards,
+        **facts,
+    }
+    saved = {**manifest, **manifest["facts"]}
+    if runtime.leads and saved.get(CONFIG_HASH) != expected.get(CONFIG_HASH):
+        print(f"{path}: going on with settings that are not those it was written with.", flush=True)
+    differ = [
+        f"{name} = {json.dumps(saved.get(name))}, this run has {json.dumps(value)}"
+        for name, value in expected.items()
+        if saved.get(name) != value and name != CONFIG_HASH
+    ]
+    if differ:
+        raise CheckpointError(
+            f"{path}: it was written with {'; with '.join(differ)}. Go on with the same settings, "
+            "or start a new run in another run.folder."
+        )
+
+
+def _say_what_differs(
+    path: Path, manifest: Mapping[str, Any], model: Model, runtime: Runtime
+) -> None:
+    """What cannot be equal on another number of ranks is said, once."""
+    before, now = manifest["world_size"], runtime.ranks.size
+    if before == now or not runtime.leads:
+        return
+    differs = "sums over ranks are rounded in another order"
+    layers = [m for m in model.backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if layers and not all(isinstance(layer, nn.SyncBatchNorm) for layer in layers):
+        differs += (
+            f", and the batch statistics of {len(layers)} BatchNorm layers are now those of a "
+            "rank's share of the batch on this number of ranks"
+        )
+    print(
+        f"{path}: written by {before} ranks, going on with {now}: the same images, samples and "
+        f"schedule; {differs}.",
+        flush=True,
+    )
+
+
+def _listed(file: str, found: Collection[str], manifest: Mapping[str, Any]) -> list[str]:
+    """The tensors of a file, which are those that the manifest lists."""
+    listed = manifest["files"][file]["tensors"]
+    return sorted(_complete(dict.fromkeys(listed), dict.fromkeys(found)))
+
+
+def _complete(expected: Mapping[str, Any], found: Any) -> Any:
+    if missing := sorted(expected.keys() - set(found)):
+        raise CheckpointError(f"it lacks the tensor {', '.join(missing)}")
+    return found
+
+
+def _restore(optimizer: torch.optim.Optimizer, states: Mapping[int, Mapping[str, Tensor]]) -> None:
+    held = optimizer.state_dict()
+    parameters = [number for group in held["param_groups"] for number in group["params"]]
+    names = {name for state in (*states.values(), *held["state"].values()) for name in state}
+    for number in parameters:
+        _complete(
+            {f"{number}.{name}": None for name in names},
+            {f"{number}.{name}" for name in states.get(number, ())},
+        )
+    optimizer.load_state_dict({"state": states, "param_groups": held["param_groups"]})
+    # torch's fused kernels go through memory in order: a state must lie as its parameter does, and
+    # a file keeps no strides (channels_last).
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

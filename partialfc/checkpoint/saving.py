@@ -1,0 +1,308 @@
+"""Checkpoints behind the training: a copy in memory, which a thread writes and commits.
+
+Training stands still for the copy only, or, where the machine has no room for one, until the files
+are written, straight from what is trained. The ranks agree on a process group of their own, so that
+no collective of the training waits for a disk.
+"""
+
+import os
+import platform
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import partial
+from json import dumps
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from partialfc.checkpoint import folder as checkpoint_folder
+from partialfc.checkpoint.disk import Disk
+from partialfc.checkpoint.folder import free_bytes, path_of
+from partialfc.checkpoint.tensor_file import size_of, write_tensors
+from partialfc.distributed.agreement import all_agree
+from partialfc.distributed.ranks import Ranks
+from partialfc.errors import CheckpointError
+from partialfc.model.build import Model
+from partialfc.model.statistics import mean_statistics, statistics
+from partialfc.runtime.process import Runtime
+
+_SLOWEST_RANK = timedelta(hours=2)
+"""How much later than the first the last rank may have written its part."""
+
+Staged = dict[str, dict[str, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A checkpoint that is complete.
+
+    Attributes:
+        step: Its step.
+        seconds: From the copy to the commit.
+        bytes: That this rank wrote.
+    """
+
+    step: int
+    seconds: float
+    bytes: int
+
+
+class Saver:
+    """Writes a run's checkpoints; leaving it waits until the last one is complete. Collective.
+
+    Args:
+        folder: The run's ``checkpoints`` folder, on a file system that all ranks share.
+        facts: JSON values that :func:`partialfc.checkpoint.load` compares: seed, data, settings.
+        runtime: This rank.
+        keep: Newest checkpoints to keep, >= 1.
+        keep_every_steps: Those of multiples of it are never deleted; 0 for none.
+        settings: All settings of the run, as text for people.
+        disk: Where to write.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        facts: Mapping[str, Any],
+        runtime: Runtime,
+        *,
+        keep: int,
+        keep_every_steps: int = 0,
+        settings: str = "",
+        disk: Disk | None = None,
+    ) -> None:
+        self._folder, self._facts, self._settings = folder, dict(facts), settings
+        self._runtime, self._disk = runtime, disk or Disk()
+        self._retain = partial(
+            checkpoint_folder.retain, keep=keep, keep_every_steps=keep_every_steps, disk=self._disk
+        )
+        ranks = runtime.ranks
+        group = None
+        if ranks.size > 1:
+            members = dist.get_process_group_ranks(ranks.group or dist.group.WORLD)
+            group = dist.new_group(members, timeout=_SLOWEST_RANK, backend="gloo")
+        self._ranks = Ranks(ranks.rank, ranks.size, group)
+        self._copies: dict[str, Tensor] = {}
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="save")
+        self._pending: Future[Saved] | None = None
+        self.last: Saved | None = None
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self.wait()
+        except CheckpointError:
+            raise  # it explains why other ranks are gone, where that is the error
+        except Exception:
+            if error is None:
+                raise
+        finally:
+            self._pool.shutdown()
+            if self._ranks.group is not None and error is None:
+                dist.destroy_process_group(self._ranks.group)
+
+    def save(self, step: int, model: Model) -> None:
+        """Copy the model, and write it while training goes on.
+
+        Waits for the save before. What is changed after the return does not reach the checkpoint.
+        Collective: one all-reduce of BatchNorm's statistics.
+
+        Raises:
+            CheckpointError: If the save before failed.
+        """
+        self.wait()
+        began = time.monotonic()
+        files = self._files(model)
+        copied = self._has_room(files)
+        staged = self._copies_of(files) if copied else _contiguous(files)
+        manifest = {
+            "step": step,
+            "world_size": self._ranks.size,
+            "num_identities": model.head.sharding.num_identities,
+            "canonical_shards": model.head.sharding.canonical_shards,
+            "facts": self._facts,
+            "scaler": model.scaler.state_dict(),  # host sync
+            "settings": self._settings,
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "numpy": np.__version__,
+            },
+        }
+        self._pending = self._pool.submit(self._write, step, staged, manifest, began)
+        if not copied:
+            self.wait()
+
+    @property
+    def pending(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._pending is not None and not self._pending.done()
+
+    def check(self) -> None:
+        """Raise what went wrong in the background, as soon as it is known; never waits."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when all that was saved is on the disk.
+
+        Raises:
+            CheckpointError: On every rank, if any rank's part failed; no earlier checkpoint is
+                touched.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self.last = pending.result()
+
+    def _files(self, model: Model) -> Staged:
+        """The files of this rank, of the live tensors. Collective."""
+        head, files = model.head, {}
+        head.optimizer.settle()
+        means = mean_statistics(model.backbone, self._runtime.ranks)
+        if means and self._ranks.size > 1:
+            name = checkpoint_folder.statistics_of(self._ranks.rank)
+            files[name] = statistics(model.backbone)
+        if self._runtime.leads:
+            files["backbone"] = {**model.backbone.state_dict(), **means}
+            states = model.optimizer.state_dict()["state"]
+            files["optimizer"] = {
+                f"{number}.{name}": value
+                for number, state in states.items()
+                for name, value in state.items()
+            }
+            if shared := head.shared_state():
+                files["head"] = shared
+        if len(head.owned):
+            name = f"centers_{head.owned_rows.start:010d}"
+            files[name] = {"centers": head.centers, **head.optimizer.states()}
+        return {
+            f"{file}.safetensors": {name: tensor.detach() for name, tensor in tensors.items()}
+            for file, tensors in files.items()
+        }
+
+    def _has_room(self, files: Staged) -> bool:
+        """Whether copies take at most half of the memory that is free; there are some already."""
+        needed = sum(size_of(tensors) for tensors in files.values())
+        needed *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # every rank of this host copies
+        free = _available_bytes()
+        if self._copies or free is None or needed <= free // 2:
+            return True
+        print(
+            f"{self._folder}: copies of {needed:,} bytes have no room in {free:,} free ones, so "
+            "training stands still while a checkpoint is written.",
+            flush=True,
+        )
+        return False
+
+    def _copies_of(self, files: Staged) -> Staged:
+        """Copies on the CPU, which the next save uses again."""
+        copies = {
+            file: {name: self._copy(f"{file}/{name}", tensor) for name, tensor in tensors.items()}
+            for file, tensors in files.items()
+        }
+        if self._runtime.device.type == "cuda":
+            torch.cuda.synchronize()  # host sync: the copies are complete
+        return copies
+
+    def _copy(self, key: str, tensor: Tensor) -> Tensor:
+        copy = self._copies.get(key)
+        if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
+            copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._copies[key] = copy
+        return copy.copy_(tensor, non_blocking=True)
+
+    def _write(self, step: int, staged: Staged, manifest: dict[str, Any], began: float) -> Saved:
+        _yield_to_training()
+        final = path_of(self._folder, step)
+        temporary = final.with_name(f".{final.name}.partial")
+        lead = self._runtime.leads
+        try:
+            self._together(final, partial(self._begin, final, temporary) if lead else None)
+            self._together(final, partial(self._write_files, temporary, staged))
+            commit = partial(checkpoint_folder.commit, temporary, final, manifest, self._disk)
+            self._together(final, commit if lead else None)
+        except CheckpointError:
+            if lead:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        if lead:
+            try:
+                self._retain(self._folder)
+            except OSError as error:
+                print(f"{self._folder}: an old checkpoint stays: {error}", flush=True)
+        written = sum(size_of(tensors) for tensors in staged.values())
+        return Saved(step, time.monotonic() - began, written)
+
+    def _begin(self, final: Path, temporary: Path) -> None:
+        if final.exists():
+            raise FileExistsError("it exists already, and no checkpoint is ever overwritten")
+        if temporary.exists():
+            self._disk.remove(temporary)
+        self._disk.make_folder(temporary)
+
+    def _write_files(self, folder: Path, staged: Staged) -> None:
+        try:
+            for name, tensors in staged.items():
+                note = dumps(asdict(write_tensors(folder / name, tensors, self._disk)))
+                path = (folder / name).with_suffix(".json")
+                checkpoint_folder.write_text(path, note, self._disk)
+        except OSError as error:
+            needed = sum(size_of(tensors) for tensors in staged.values())
+            raise OSError(
+                f"{error}; {needed:,} bytes needed by rank {self._ranks.rank}, "
+                f"{free_bytes(folder):,} free"
+            ) from error
+
+    def _together(self, final: Path, action: Callable[[], None] | None) -> None:
+        """Do this rank's part, if it has one; raise on all ranks if any rank's part failed."""
+        problem: Exception | None = None
+        try:
+            if action is not None:
+                action()
+        except Exception as error:  # whatever it is, the other ranks wait for the verdict
+            problem = error
+        if not all_agree(problem is None, self._ranks):
+            reason = problem or "another rank failed, see its message"
+            raise CheckpointError(f"{final} was not written: {reason}") from problem
+
+
+def _yield_to_training() -> None:
+    """Hash and write in the time that training leaves over; Linux alone has threads with ranks."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+
+
+def _contiguous(files: Staged) -> Staged:
+    """As files have them; of the class centers and their states, which are so, no copy."""
+    return {
+        file: {name: tensor.contiguous() for name, tensor in tensors.items()}
+        for file, tensors in files.items()
+    }
+
+
+def _available_bytes() -> int | None:
+    """Memory that can be had without swapping; ``None`` where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = (int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    return next(found, None)

@@ -1,0 +1,124 @@
+"""How a new run begins with something trained: a backbone alone, or with class centers.
+
+``run.start_from`` names it. What is trained is the weights: optimizers, schedule and step are new.
+Class centers come from a folder that ``partialfc identities`` wrote, which says which identity of
+the new run each of them is.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from partialfc.checkpoint import loading as checkpoint
+from partialfc.checkpoint.disk import Disk
+from partialfc.checkpoint.folder import FORMAT, MANIFEST, commit, read_manifest, write_text
+from partialfc.checkpoint.tensor_file import write_tensors
+from partialfc.checkpoint.trained import open_trained
+from partialfc.config import Config, ConfigError
+from partialfc.model.build import Model
+from partialfc.runtime.process import Runtime
+
+
+def start_from(path: Path, config: Config, model: Model, runtime: Runtime) -> None:
+    """Put what was trained into a new model. Collective.
+
+    Args:
+        path: ``run.start_from``: a folder of ``partialfc identities``; or a run's folder, one of
+            its checkpoints or a file of weights, for the backbone alone.
+        config: Of the new run.
+        model: As it was built.
+        runtime: This rank.
+
+    Raises:
+        ConfigError: If it does not fit the backbone or the identities of the new run.
+        CheckpointError: If it is corrupt.
+    """
+    if not is_start(path):
+        _fill(path, model, open_trained(path, image_size=config.data.image_size).state)
+        return
+    checkpoint.named(path, runtime)
+    manifest, head = read_manifest(path), model.head
+    has = manifest["num_identities"]
+    if has != head.sharding.num_identities:
+        raise ConfigError(
+            f"run.start_from = {str(path)!r}: it has the class centers of {has:,} identities, and "
+            f"data.train has {head.sharding.num_identities:,}. Make another one with "
+            f"partialfc identities --identities {head.sharding.num_identities}."
+        )
+    if head.centers.dtype == torch.float16:
+        raise ConfigError(
+            'head.center_format = "fp16" with run.start_from: class centers are taken over into '
+            "fp32 or bf16. Leave it out."
+        )
+    if manifest["facts"]["dim"] != head.centers.shape[1] or (
+        manifest["facts"]["centers_per_identity"] != head.centers_per_identity
+    ):
+        raise ConfigError(
+            f"run.start_from = {str(path)!r}: it has {manifest['facts']['centers_per_identity']} "
+            f"rows of {manifest['facts']['dim']} for each identity, and this head "
+            f"{head.centers_per_identity} of {head.centers.shape[1]}. Choose the head.margin and "
+            "backbone.embedding_dim that they were trained with, or the backbone alone."
+        )
+    _fill(path, model, checkpoint.read_tensors(path, "backbone", manifest, str(runtime.device)))
+    checkpoint.read_centers(path, manifest, head, with_states=False)
+
+
+def is_start(path: Path) -> bool:
+    """Whether a folder was written by :func:`write_start`."""
+    return (path / MANIFEST).is_file() and read_manifest(path)["step"] == 0
+
+
+def write_start(
+    path: Path, backbone: Mapping[str, Tensor], centers_RD: Tensor, about: Mapping[str, Any]
+) -> None:
+    """Write a folder that :func:`start_from` reads, whole or not at all.
+
+    Args:
+        path: A folder that does not exist.
+        backbone: Its tensors by name.
+        centers_RD: Rows of all identities of the new run, fp32; R may be several for each.
+        about: ``num_identities`` and ``centers_per_identity``.
+    """
+    disk = Disk()
+    temporary = path.with_name(f".{path.name}.partial")
+    if temporary.exists():
+        disk.remove(temporary)
+    disk.make_folder(temporary)
+    whole = {
+        "backbone": {name: value.detach().cpu().contiguous() for name, value in backbone.items()},
+        "centers_0000000000": {"centers": centers_RD.contiguous()},
+    }
+    for name, tensors in whole.items():
+        written = write_tensors(temporary / f"{name}.safetensors", tensors, disk)
+        note = {"bytes": written.bytes, "sha256": written.sha256, "tensors": written.tensors}
+        write_text(temporary / f"{name}.json", json.dumps(note), disk)
+    manifest = {
+        "format": FORMAT,
+        "step": 0,
+        "world_size": 1,
+        "num_identities": about["num_identities"],
+        "canonical_shards": 1,
+        "facts": {
+            "dim": centers_RD.shape[1],
+            "centers_per_identity": about["centers_per_identity"],
+        },
+        "scaler": {},
+        "settings": "",
+        "versions": {"torch": torch.__version__},
+    }
+    commit(temporary, path, manifest, disk)
+
+
+def _fill(path: Path, model: Model, state: Mapping[str, Tensor]) -> None:
+    try:
+        model.backbone.load_state_dict(dict(state))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split()[:60])
+        raise ConfigError(
+            f"run.start_from = {str(path)!r}: it is another backbone than backbone.name, "
+            f"backbone.embedding_dim and data.image_size say: {reason}"
+        ) from error

@@ -1,0 +1,88 @@
+"""Safetensors files, written piece by piece from tensors in memory, with their checksum.
+
+The library writes through no file object, and a checkpoint needs one: to hash what it writes in
+the same pass, without a second copy in memory. Reading is the library's.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from partialfc.checkpoint.disk import Bytes, Disk
+
+_PIECE = 16 << 20
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What was written.
+
+    Attributes:
+        bytes: Of the file.
+        sha256: Of its content.
+        tensors: Names in it.
+    """
+
+    bytes: int
+    sha256: str
+    tensors: list[str]
+
+
+def size_of(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of the tensors themselves."""
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], disk: Disk) -> Written:
+    """Write a safetensors file and sync it. The tensors are contiguous, on any device."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("wb") as file:
+        for piece in _pieces(tensors):
+            digest.update(piece)
+            disk.write(file, piece)
+            size += len(piece)
+    disk.sync(path)
+    return Written(size, digest.hexdigest(), sorted(tensors))
+
+
+def _pieces(tensors: Mapping[str, Tensor]) -> Iterator[Bytes]:
+    """The file: length of the header, header, and the tensors without a hole between them.
+
+    Wide elements come first, so that all are aligned.
+    """
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))
+    header, stop = {}, 0
+    for name, tensor in ordered:
+        start, stop = stop, stop + tensor.nbytes
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, stop],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for _, tensor in ordered:
+        assert tensor.is_contiguous()
+        if not tensor.numel():
+            continue
+        data = tensor.reshape(-1).view(torch.uint8)
+        for start in range(0, len(data), _PIECE):
+            yield data[start : start + _PIECE].cpu().numpy().data

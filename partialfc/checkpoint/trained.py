@@ -1,0 +1,106 @@
+"""A trained backbone, wherever it lies: a run's folder, one checkpoint, or a file of weights."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from partialfc.checkpoint import foreign
+from partialfc.checkpoint import loading as checkpoint
+from partialfc.checkpoint.foreign import Known
+from partialfc.config import Config, ConfigError, load
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A backbone to be used, and what is known of it.
+
+    Attributes:
+        path: As it was asked for.
+        known: Which backbone, for which images.
+        state: Its tensors by name, in the backbone's order, on the CPU.
+        config: Settings of the run that it comes from, or ``None``.
+        step: Optimizer steps that it was trained for, or ``None``.
+    """
+
+    path: Path
+    known: Known
+    state: dict[str, Tensor]
+    config: Config | None = None
+    step: int | None = None
+
+    @property
+    def name(self) -> str:
+        """A short name: of the run's folder, or of the file."""
+        return self.path.resolve().stem
+
+    @property
+    def run(self) -> Path | None:
+        """The folder of its run, if it comes from one."""
+        if self.config is None:
+            return None
+        return self.path.parents[1] if _is_checkpoint(self.path) else self.path
+
+    def backbone(self) -> nn.Module:
+        """Return it as a module in evaluation mode that wants no gradients; fp32, on the CPU."""
+        with torch.device("meta"):
+            module = foreign.build(self.known)
+        module.load_state_dict({k: v.clone() for k, v in self.state.items()}, assign=True)
+        return module.eval().requires_grad_(False)
+
+
+def open_trained(path: Path, *, image_size: int = 112) -> Trained:
+    """Return the backbone of a run (its newest valid checkpoint), a checkpoint or a file.
+
+    Nothing is changed, and nothing in a file is run.
+
+    Args:
+        path: A run's folder, a ``step_…`` folder in its ``checkpoints``, or a model.pt,
+            backbone.pth, checkpoint_gpu_*.pt or .safetensors.
+        image_size: Of the images that the backbone of a file is for, in pixels; a run knows.
+
+    Raises:
+        ConfigError: If there is nothing of the kind, or no valid checkpoint.
+        ForeignError: If a file does not hold a backbone that is known.
+    """
+    if path.is_dir():
+        return _of_run(path)
+    state = foreign.read_backbone(path)
+    known = foreign.recognise(state, path, image_size=image_size)
+    order = foreign.shapes(known)
+    return Trained(path, known, {name: state[name] for name in order})
+
+
+def _of_run(path: Path) -> Trained:
+    folder = path.parents[1] if _is_checkpoint(path) else path
+    if not (folder / "config.toml").is_file():
+        raise ConfigError(
+            f"{path}: no config.toml in {folder}. Give the folder of a run, a step_... folder in "
+            "its checkpoints, or a file of weights."
+        )
+    config = load(folder / "config.toml")
+    found = [path] if _is_checkpoint(path) else _newest_first(folder / "checkpoints")
+    problems = []
+    for candidate in found:
+        problem = checkpoint.verify(candidate)
+        if problem is None:
+            known = Known(
+                config.backbone.name, config.backbone.embedding_dim, config.data.image_size
+            )
+            order = foreign.shapes(known)
+            state = load_file(candidate / "backbone.safetensors")
+            step = int(candidate.name.removeprefix("step_"))
+            return Trained(path, known, {name: state[name] for name in order}, config, step)
+        problems.append(f"{candidate}: {problem}")
+    raise ConfigError("\n".join(problems) or f"{folder}: it has no checkpoint.")
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return path.name.removeprefix("step_").isdecimal() and path.parent.name == "checkpoints"
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    found = [path for path in folder.glob("step_*") if _is_checkpoint(path)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)

@@ -1,0 +1,1 @@
+"""What a person types after an installation: ``partialfc COMMAND``; each module here is one."""

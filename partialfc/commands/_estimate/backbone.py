@@ -1,0 +1,264 @@
+"""Memory of a run's backbone per rank, without allocating it.
+
+It is run forward and backward on fake tensors, and every storage is followed from its birth to its
+death.
+"""
+
+import weakref
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from partialfc.backbones import build_backbone
+from partialfc.config import Config, ConfigError
+from partialfc.model.build import _AUTOCAST
+
+MIB, GIB = 2**20, 2**30
+
+MOMENTS = ("head", "backward", "update", "validation")
+"""When memory is highest: the head's forward, the backbone's backward, the update of the rows, a
+forward pass of held-out images."""
+
+Device = Literal["cpu", "cuda"]
+Bytes = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Bytes of one thing at each of ``MOMENTS``."""
+
+    name: str
+    bytes: Bytes
+    origin: str
+
+    @classmethod
+    def always(cls, name: str, size: int, origin: str) -> "Part":
+        """Return a part that is there at every moment."""
+        return cls(name, (size, size, size, size), origin)
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """Tensors and floating-point operations of a network for one micro-batch, by simulation.
+
+    Attributes:
+        weights: Bytes of all parameters.
+        trained: Bytes of those with a gradient.
+        buffers: Bytes of floating-point buffers (BatchNorm's statistics).
+        saved: Bytes alive after forward beyond weights and images: what backward needs, and the
+            embeddings. A storage counts once, however many views of it there are.
+        backward: Most bytes alive in backward, without the gradients of weights.
+        gradients: Bytes of the gradients of weights at that time; 0 if they have their own memory.
+        inference: Most bytes alive in a forward pass without gradients.
+        flops: Of forward and backward, recomputation included; a multiply-add is two.
+    """
+
+    weights: int
+    trained: int
+    buffers: int
+    saved: int
+    backward: int
+    gradients: int
+    inference: int
+    flops: int
+
+
+@dataclass(slots=True)
+class _Storage:
+    size: int
+    is_gradient: bool = False
+
+
+class Ledger(TorchDispatchMode):
+    """Adds up the storages that operators make, while they live."""
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._storages: Any = weakref.WeakKeyDictionary()
+        for tensor in known:
+            self._storages[tensor.untyped_storage()] = _Storage(0)
+        self.live = self.gradients = self.flops = self.made = 0
+        self.peak: tuple[int, int] = (0, 0)
+        """``live`` and ``gradients`` when their sum was largest."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if (formula := flop_registry.get(func._overloadpacket)) is not None:
+            self.flops += int(formula(*args, **(kwargs or {}), out_val=result))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage() not in self._storages:
+                self._begin(leaf.untyped_storage())
+        return result
+
+    def keep_apart(self, weight: Tensor) -> None:
+        """Count the gradient of a weight as a gradient from now on."""
+        assert weight.grad is not None
+        storage = self._storages[weight.grad.untyped_storage()]
+        if not storage.is_gradient:
+            storage.is_gradient = True
+            self.live, self.gradients = self.live - storage.size, self.gradients + storage.size
+
+    def _begin(self, storage: Any) -> None:
+        size = int(storage.nbytes())
+        self._storages[storage] = known = _Storage(size)
+        weakref.finalize(storage, self._end, known)
+        self.live += size
+        self.made += size
+        if self.live + self.gradients > sum(self.peak):
+            self.peak = self.live, self.gradients
+
+    def _end(self, storage: _Storage) -> None:
+        if storage.is_gradient:
+            self.gradients -= storage.size
+        else:
+            self.live -= storage.size
+
+
+def count(
+    network: nn.Module,
+    shape: tuple[int, ...],
+    *,
+    autocast: torch.dtype | None = None,
+    channels_last: bool = False,
+    keeps_gradients: bool = False,
+    inference_batch: int = 1,
+) -> Counted:
+    """Run a network on fake tensors and count.
+
+    They are fake tensors of the CPU: a torch without CUDA has no others. CUDA's autocast casts
+    more operators, but of ours LayerNorm has fp32 inputs anyway and PReLU 16-bit ones.
+
+    Args:
+        network: On the meta device, in training mode. It is used up.
+        shape: Of the images [b, 3, S, S]; they are not counted, a copy of them is.
+        autocast: Its dtype; ``None`` for none.
+        channels_last: Whether the network gets a copy of the images in NHWC memory.
+        keeps_gradients: Gradients of weights have memory of their own at all times.
+        inference_batch: Images of the pass without gradients.
+    """
+    with FakeTensorMode():
+        _make_fake(network)
+        weights, buffers = list(network.parameters()), list(network.buffers())
+        trained = [weight for weight in weights if weight.requires_grad]
+
+        def forward(batch: int) -> tuple[Ledger, Tensor]:
+            images = torch.empty(batch, *shape[1:])
+            ledger = Ledger([*weights, *buffers, images])
+            with ledger:
+                if channels_last:
+                    images = images.contiguous(memory_format=torch.channels_last)
+                with torch.autocast("cpu", autocast) if autocast else nullcontext():
+                    embeddings: Tensor = network(images)
+            return ledger, embeddings
+
+        ledger, embeddings = forward(shape[0])
+        saved = ledger.live
+        for weight in trained:
+            weight.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                _drop_gradient if keeps_gradients else ledger.keep_apart
+            )
+        ledger.peak = ledger.live, 0
+        with ledger:
+            embeddings.backward(torch.empty_like(embeddings))  # type: ignore[no-untyped-call]
+        network.eval()
+        with torch.no_grad():
+            without_gradients, _ = forward(inference_batch)
+        return Counted(
+            weights=bytes_of(weights),
+            trained=bytes_of(trained),
+            buffers=bytes_of(buffer for buffer in buffers if buffer.is_floating_point()),
+            saved=saved,
+            backward=ledger.peak[0],
+            gradients=ledger.peak[1],
+            inference=sum(without_gradients.peak),
+            flops=ledger.flops,
+        )
+
+
+def _make_fake(network: nn.Module) -> None:
+    for module in network.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            fake = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype)
+            setattr(module, name, nn.Parameter(fake, requires_grad=weight.requires_grad))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+
+
+def _drop_gradient(weight: Tensor) -> None:
+    weight.grad = None
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of all elements."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def count_backbone(config: Config, world_size: int) -> Counted:
+    """Count the backbone of a run for one micro-batch of a rank.
+
+    Raises:
+        ConfigError: If the backbone does not exist or does not fit the image size.
+    """
+    settings, size = config.backbone, config.data.image_size
+    try:
+        with torch.device("meta"):
+            network = build_backbone(
+                settings.name,
+                embedding_dim=settings.embedding_dim,
+                image_size=size,
+                checkpoint_activations=settings.checkpoint_activations,
+            )
+    except ValueError as error:
+        raise ConfigError(f"backbone.name = {settings.name!r}: {error}") from error
+    if settings.channels_last:
+        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    batch = config.data.global_batch // world_size // config.optimizer.accumulation
+    return count(
+        network,
+        (batch, 3, size, size),
+        autocast=_AUTOCAST[config.precision.compute],
+        channels_last=settings.channels_last,
+        keeps_gradients=_keeps_gradients(config, world_size),
+        inference_batch=config.verification.batch,
+    )
+
+
+def _keeps_gradients(config: Config, world_size: int) -> bool:
+    return world_size > 1 or config.optimizer.accumulation > 1
+
+
+def backbone_parts(config: Config, counted: Counted, world_size: int) -> list[Part]:
+    """Return the memory of the backbone, its optimizer and its activations."""
+    settings, saved, buffers = config.optimizer, counted.saved, counted.buffers
+    states = 2 if settings.name == "adamw" else int(settings.momentum > 0)
+    batch = config.data.global_batch // world_size // settings.accumulation
+    images = f"forward of {batch} images, counted; of {config.verification.batch} in validation"
+    recomputed = ", blocks computed again" * config.backbone.checkpoint_activations
+    if _keeps_gradients(config, world_size):
+        where = "fp32, in DDP's buckets" if world_size > 1 else "fp32, of all micro-batches"
+        gradients = Part.always("gradients", counted.trained, where)
+    else:
+        sizes = 0, counted.gradients, counted.trained, 0
+        gradients = Part("gradients", sizes, "fp32, those there when memory is highest")
+    return [
+        Part.always("weights", counted.weights, "fp32"),
+        Part.always("optimizer", states * counted.trained, f"{settings.name}, fp32"),
+        gradients,
+        Part.always("BatchNorm statistics", 2 * buffers, "fp32, and a copy in a step"),
+        Part("activations", (saved, saved, 0, counted.inference), images),
+        Part(
+            "in backward",
+            (0, max(0, counted.backward - saved), 0, 0),
+            f"gradients of activations{recomputed}",
+        ),
+    ]

@@ -1,0 +1,215 @@
+"""Memory of a run's head per rank: added up from its shapes.
+
+Rows, states, tiles and budgets are asked from partialfc itself.
+
+Shape suffixes: B = images of the global micro-batch, D = embedding, n = sampled rows of a rank,
+T = rows of a tile.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from partialfc.commands._estimate.backbone import MIB, Device, Ledger, Part, bytes_of
+from partialfc.config import Config, ConfigError
+from partialfc.head import partial_fc as head_module
+from partialfc.head.rows.formats import DTYPES
+from partialfc.head.rows.optimizer import RowOptimizer
+from partialfc.head.sampling import KeyedSampler
+from partialfc.head.sharding import Sharding, default_canonical_shards
+from partialfc.head.tiles import Logits, fused, operand_dtype, passes
+from partialfc.margins import Margin
+from partialfc.model.build import _ROW_RULES, head_compute, margin_of
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """What the largest rank has of the head: rows and bytes."""
+
+    rows: int
+    sampled: int
+    tile: int
+    """Rows of a tile of what goes through the classes tile by tile."""
+    fused: int
+    """Rows of a tile of the fused kernels; 0: they are not used."""
+    per_identity: int
+    kept: int
+    """Bytes of exponentials kept between the passes."""
+    exponentials: int
+    """Bytes of all of them."""
+
+
+def shard_of(config: Config, identities: int, world_size: int, device: Device) -> Shard:
+    """Return the sizes of the largest rank's part of the head.
+
+    Raises:
+        ConfigError: If the centers cannot be cut for so many ranks.
+    """
+    settings, batch = config.head, config.data.global_batch
+    shards = settings.canonical_shards or default_canonical_shards(identities)
+    try:
+        sharding = Sharding(
+            num_identities=identities, canonical_shards=shards, world_size=world_size
+        )
+    except ValueError as error:
+        raise ConfigError(f"head: {error}") from error
+    rows = max(len(sharding.owned(rank)) for rank in range(world_size))
+    sampled = rows
+    if settings.sample_rate < 1:
+        positives = -(-batch // shards)  # of a canonical shard, on average
+        sizes = [sharding.start(v + 1) - sharding.start(v) for v in range(shards)]
+        quotas = [
+            max(sharding.quota(v, settings.sample_rate), min(positives, sizes[v]))
+            for v in range(shards)
+        ]
+        owned = (sharding.shards(rank) for rank in range(world_size))
+        sampled = max(sum(quotas[v] for v in of_rank) for of_rank in owned)
+    margin = margin_of(config)
+    per_identity = margin.centers_per_identity
+    rows, sampled = rows * per_identity, sampled * per_identity
+    operand = operand_dtype(head_compute(config, torch.device(device))).itemsize
+    micro_batch = batch // config.optimizer.accumulation
+    with FakeTensorMode():
+        query_BD = torch.empty(micro_batch, dim_of(config, margin), device=device)
+        rows_n = torch.empty(sampled, dtype=torch.int64)
+        _, tile = next(passes.tiles(query_BD, query_BD, rows_n, per_identity), (0, 0))
+    fused_tile = 0
+    if settings.fused:
+        _, fused_tile = next(fused.tiles(micro_batch, sampled), (0, 0))
+    budget = settings.keep_mib
+    budget_bytes = head_module._KEEP_BYTES[device] if budget is None else budget * MIB
+    exponentials = sampled * batch * operand
+    kept = exponentials
+    if exponentials > budget_bytes:
+        one = max(1, (fused_tile or tile) * micro_batch * operand)
+        kept = budget_bytes // one * one
+    if settings.fused and _needs_maximum(margin):
+        kept = 0
+    return Shard(rows, sampled, tile, fused_tile, per_identity, kept, exponentials)
+
+
+def _needs_maximum(margin: Margin) -> bool:
+    logits = Logits(margin.scale, margin.unit_centers, margin.largest_logit, "fp32")
+    return logits.needs_maximum
+
+
+def dim_of(config: Config, margin: Margin) -> int:
+    """Return the length of a row of the centers."""
+    return config.backbone.embedding_dim + margin.bias
+
+
+def head_parts(config: Config, shard: Shard, world_size: int, device: Device) -> list[Part]:
+    """Return the memory of the class centers and of the head's two passes over them."""
+    settings, margin = config.head, margin_of(config)
+    dim = dim_of(config, margin)
+    centers = torch.empty(shard.rows, dim, dtype=DTYPES[settings.center_format], device="meta")
+    rule = settings.optimizer.model_dump(exclude={"name", "lr_factor"})
+    optimizer = RowOptimizer(
+        nn.Parameter(centers, requires_grad=False),
+        _ROW_RULES[settings.optimizer.name](**rule),
+        every_row=settings.sample_rate == 1,
+    )
+    states = {name: bytes_of([value]) for name, value in optimizer.states().items()}
+    center_bytes = bytes_of([centers])
+    row_bytes = (center_bytes + sum(states.values())) // max(1, shard.rows)
+    listed = ", ".join(f"{name} {size // max(1, shard.rows):,} B" for name, size in states.items())
+
+    operand = operand_dtype(head_compute(config, torch.device(device))).itemsize
+    parts, n, tile = config.optimizer.accumulation, shard.sampled, shard.tile
+    batch = config.data.global_batch // parts
+    whole, unit = batch * dim * 4, batch * dim * operand  # fp32 and operands [B, D]
+    own = whole // world_size
+
+    # Between the passes: the operands of every micro-batch and the gradient of its embeddings. In
+    # pass 1 also the gathered bytes, the pull, the positives' centers and two results on the way;
+    # in pass 2 the operands weighted, unless fused, and once more for the positives.
+    between = parts * (unit + own)
+    first = between + 4 * whole + 3 * own + (unit if world_size > 1 else 0)
+    weighted = 1 if shard.fused else 2
+    second = between + weighted * parts * unit + (2 * whole if operand < 4 else 0)
+
+    # Buffers that stay: unit centers, gradient, scratch, stored rows and states. Pass 2 copies the
+    # rows and states that are not updated where they lie; a GPU does it with all of them.
+    formats = settings.center_format, getattr(settings.optimizer, "momentum_format", "fp32")
+    logits = tile * batch * (4 + 4 * (operand < 4) + operand)
+    buffers = tile * (dim * (operand + 8) + row_bytes)
+    copies = 4 * tile * dim * 4 if formats != ("fp32", "fp32") or device == "cuda" else 0
+    again = logits if shard.kept < shard.exponentials else 0
+    said = f"{tile:,} rows: logits, unit centers, gradient, states"
+    if shard.fused:
+        # Pass 1: unit centers, and of each split of a tile the sums, the pull and, if need be, the
+        # maxima. Pass 2: the gradient, and with micro-batches that of the earlier ones.
+        sums = 1 + dim + _needs_maximum(margin)
+        buffers = shard.fused * dim * (operand + 4 * min(parts, 2))
+        buffers += fused.splits_of(batch) * batch * sums * 4
+        logits = copies = again = 0
+        said = f"{shard.fused:,} rows of the fused kernels: unit centers, gradient; sums of splits"
+    limited = ", as far as head.keep_mib allows" if shard.kept < shard.exponentials else ""
+    sampler, rows = (_sampler_bytes(), 8 * n) if settings.sample_rate < 1 else (0, 0)
+    state_bytes, elsewhere = sum(states.values()), device == "cuda" or settings.host_folder
+    in_host = {
+        name: bool(elsewhere) and where == "host"
+        for name, where in (("centers", settings.centers_in), ("states", settings.states_in))
+    }
+    pooled = device == "cpu" and operand == 4  # their buffers wait for the next step
+    staged = 0
+    if "host" in (settings.centers_in, settings.states_in):
+        staged = 3 * n * row_bytes  # of this step, the next and the last
+    return [
+        Part.always(
+            "class centers",
+            0 if in_host["centers"] else center_bytes,
+            f"{shard.rows:,} x {dim} x {settings.center_format}, the largest rank's",
+        ),
+        Part.always(
+            "row states",
+            0 if in_host["states"] else state_bytes,
+            f"{listed} a row" if listed else "none",
+        ),
+        Part.always(
+            "staged rows",
+            staged,
+            f"{n:,} rows of this step, the next and the last"
+            + _elsewhere("centers", in_host["centers"] * center_bytes)
+            + _elsewhere("states", in_host["states"] * state_bytes),
+        ),
+        Part(
+            "kept exponentials",
+            (shard.kept, shard.kept, shard.kept, shard.kept if pooled else 0),
+            f"{n:,} sampled rows x {config.data.global_batch:,} x {operand} B{limited}",
+        ),
+        Part(
+            "batch buffers",
+            (first, between, second, 0),
+            f"[{batch:,}, {dim}]: embeddings, gradient, positives' centers",
+        ),
+        Part(
+            "tile",
+            (buffers + logits, buffers, buffers + copies + again, buffers),
+            said,
+        ),
+        Part(
+            "sampled rows",
+            (n * sampler, rows, rows, 0),
+            f"{sampler} B a row in the sampler (measured), 8 afterwards" if rows else "all rows",
+        ),
+    ]
+
+
+def _elsewhere(name: str, size: int) -> str:
+    return f"; {size / 2**30:,.1f} GiB of {name} in host memory or its files" if size else ""
+
+
+@cache
+def _sampler_bytes() -> int:
+    """Peak bytes of the sampler for a sampled row, measured on a small one."""
+    sharding = Sharding(num_identities=65536, canonical_shards=64, world_size=1)
+    sampler = KeyedSampler(sharding, 0, sample_rate=0.5, seed=0)
+    identities_B = torch.arange(0, 65536, 1024)
+    ledger = Ledger()
+    with ledger:
+        sampler(0, identities_B)
+    return -(-sum(ledger.peak) // 32768)

@@ -1,0 +1,134 @@
+"""Memory and work of the losses beside the softmax: each is run once on fake tensors and counted.
+
+Shape suffixes: b = images of a rank's micro-batch, B = of all ranks, D = embedding, T = rows of a
+tile.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from partialfc.commands._estimate.backbone import Device, Ledger, Part
+from partialfc.commands._estimate.head import Shard, dim_of
+from partialfc.config import Config
+from partialfc.distributed.ranks import Ranks
+from partialfc.head.center_losses import CenterTerm, center_loss, inter_class_loss
+from partialfc.head.sampling import Sample
+from partialfc.head.tiles import Logits, Workspace, operand_dtype, unit
+from partialfc.losses.over_ranks import sums_of
+from partialfc.model.build import embedding_losses, head_compute, margin_of
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """One loss, or several that share their pairs, of one micro-batch.
+
+    Attributes:
+        peak: Most bytes while it is computed.
+        kept: Bytes from then to the update of the rows, or to the backbone's backward.
+        update: Bytes of a copy during that update.
+        flops: Of its matrix products, forward and backward.
+        made: Bytes of all results on the way.
+        moved: Bytes that its collectives give to every rank.
+        compute: Precision of its matrix products.
+    """
+
+    name: str
+    peak: int
+    kept: int
+    update: int
+    flops: int
+    made: int
+    moved: int
+    compute: str = "fp32"
+
+
+def count_losses(config: Config, shard: Shard, world_size: int, device: Device) -> list[Beside]:
+    """Return what the losses that have a weight take on a rank."""
+    batch = config.data.global_batch // config.optimizer.accumulation
+    dim, margin = config.backbone.embedding_dim, margin_of(config)
+    compute = head_compute(config, torch.device(device))
+    whole = 4 * batch * dim
+    found = []
+    losses = embedding_losses(config).losses
+    if losses:
+
+        def pairs(own_bD: Tensor) -> Tensor:
+            unit_bD, _ = unit(own_bD)
+            unit_BD = torch.empty(batch, dim, requires_grad=True)
+            identities_B = torch.empty(batch, dtype=torch.int64)
+            sum_T, _ = sums_of(losses, unit_BD, identities_B, slice(0, len(own_bD)))
+            (pull_BD,) = torch.autograd.grad(sum_T, unit_BD, torch.ones_like(sum_T))
+            return pull_BD[: len(own_bD)] - unit_bD
+
+        own = (batch // world_size, dim)
+        peak, flops, made = _count(pairs, [(own, torch.float32)])
+        gathered = (whole + 8 * batch) * (world_size > 1)
+        kept, moved = whole // world_size, 2 * whole
+        names = ", ".join(losses)
+        found.append(Beside(names, peak + gathered, kept, 0, flops, made, moved))
+    row = dim_of(config, margin)
+    vectors = [((batch, row), operand_dtype(compute)), ((batch, row), torch.float32)]
+    if config.losses.center.weight:
+
+        def center(query_BD: Tensor, own_BD: Tensor) -> CenterTerm:
+            return center_loss(query_BD, own_BD, _targets(batch), dim, Ranks())
+
+        found.append(Beside("center", *_with_pulls(_count(center, vectors), 1, whole), 4))
+    if config.losses.inter_class.weight:
+        logits = Logits(
+            scale=1.0, unit=True, largest=1.0, compute=compute, per_identity=shard.per_identity
+        )
+
+        def inter_class(_: Tensor, own_BD: Tensor, centers_TD: Tensor) -> CenterTerm:
+            sample = Sample(None, _targets(batch))
+            return inter_class_loss(
+                own_BD, sample.target_B, centers_TD, sample, logits, Workspace(), Ranks()
+            )
+
+        tile = (max(1, shard.tile), row), operand_dtype(compute)
+        peak, flops, made = _count(inter_class, [*vectors, tile])
+        tiles = max(1, shard.sampled // max(1, shard.tile))
+        of_tiles = peak, flops * tiles, made * tiles
+        found.append(Beside("inter_class", *_with_pulls(of_tiles, 2, whole), 2 * whole, compute))
+    return found
+
+
+def loss_parts(config: Config, losses: Sequence[Beside]) -> list[Part]:
+    """Return their memory, on top of what a pass of the head has at its peak."""
+    parts = config.optimizer.accumulation
+    found = []
+    for one in losses:
+        kept = parts * one.kept
+        peak = kept - one.kept + max(one.peak, one.kept)
+        sizes = peak, kept, (kept + parts * one.update) * bool(one.update), 0
+        found.append(Part(one.name, sizes, "run on fake tensors; then its gradients"))
+    return found
+
+
+def _with_pulls(
+    counted: tuple[int, int, int], pulls: int, whole: int
+) -> tuple[int, int, int, int, int]:
+    """Peak, kept, update, flops and made of a loss that pulls [B, D] keys so many times."""
+    peak, flops, made = counted
+    return peak, pulls * whole, pulls * whole, flops, made
+
+
+def _count(
+    run: Callable[..., object], inputs: Sequence[tuple[tuple[int, int], torch.dtype]]
+) -> tuple[int, int, int]:
+    """Return the most bytes alive, the FLOP and the bytes made of a call on empty tensors."""
+    with FakeTensorMode():
+        tensors = [torch.empty(size, dtype=dtype) for size, dtype in inputs]
+        ledger = Ledger(tensors)
+        with ledger:
+            result = run(*tensors)
+        del result
+    return sum(ledger.peak), ledger.flops, ledger.made
+
+
+def _targets(batch: int) -> Tensor:
+    return torch.empty(batch, dtype=torch.int64)

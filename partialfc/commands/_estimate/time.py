@@ -1,0 +1,222 @@
+"""What a training step takes: rates of GPUs and networks, and every assumption with its number."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from partialfc.commands._estimate.backbone import GIB, MIB, Counted, Device
+from partialfc.commands._estimate.head import Shard, head_parts
+from partialfc.commands._estimate.losses import Beside
+from partialfc.config import Config
+from partialfc.model.build import head_compute
+
+TERA, GIGA = 1e12, 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """Peak rates of a GPU, or of one rank's share of this machine's CPU.
+
+    Attributes:
+        memory: Bytes.
+        bf16, fp16, tf32, fp32: Dense matrix products, FLOP/s.
+        bandwidth: Of its memory, bytes/s.
+        link: To the other GPUs of its node, bytes/s in each direction.
+    """
+
+    name: str
+    memory: int
+    bf16: float
+    fp16: float
+    tf32: float
+    fp32: float
+    bandwidth: float
+    link: float
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("h200", 140 * GIB, 989e12, 989e12, 495e12, 67e12, 4.8e12, 450e9),
+        Gpu("h100", 79 * GIB, 989e12, 989e12, 495e12, 67e12, 3.35e12, 450e9),
+        Gpu("a100", 79 * GIB, 312e12, 312e12, 156e12, 19.5e12, 2.0e12, 300e9),
+        Gpu("v100-32g", 31 * GIB, 15.7e12, 125e12, 15.7e12, 15.7e12, 0.9e12, 150e9),
+    )
+}
+"""SXM modules. Memory as the driver reports it; rates are the data sheets' dense peaks. A V100 has
+no bf16 and no TF32: its fp32 rate stands for both."""
+
+CPU_CORE = {"fp32": 113e9, "bf16": 232e9}
+CPU_BANDWIDTH, CPU_LINK = 17e9, 2e9
+CUDA_CONTEXT, CUDNN_WORKSPACE, NCCL_BUFFERS, DALI_ON_GPU = (
+    700 * MIB,
+    512 * MIB,
+    512 * MIB,
+    512 * MIB,
+)
+ALLOCATOR_SLACK, HEAP_SLACK = 0.05, 0.25
+PRODUCTS, BACKBONE, HEAD_SHARE, MEMORY, LINKS = 0.78, 0.25, 0.55, 0.90, 0.80
+CPU_BACKBONE, HIDDEN = 0.30, 0.67
+LATENCY, NETWORK_LATENCY = 3e-6, 10e-6
+DECODED_PER_CORE = 8000.0
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """What the run is to be trained on; ``network`` is in bytes/s out of a node."""
+
+    gpu: Gpu
+    device: Device
+    nodes: int
+    gpus_per_node: int
+    network: float
+
+    @property
+    def ranks(self) -> int:
+        """World size."""
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def ring(self) -> float:
+        """Bytes/s of a ring over all ranks: a node's share of it crosses the network once."""
+        link = self.gpu.link * LINKS
+        return link if self.nodes == 1 else min(link, self.network * LINKS)
+
+
+def seconds_of(
+    config: Config, counted: Counted, losses: Sequence[Beside], shard: Shard, cluster: Cluster
+) -> list[tuple[str, float, str]]:
+    """Return (name, seconds, arithmetic) of the parts of a step, which add up to it."""
+    gpu, ranks = cluster.gpu, cluster.ranks
+    batch, dim = config.data.global_batch, config.backbone.embedding_dim
+    parts = config.optimizer.accumulation
+    compute = head_compute(config, torch.device(cluster.device))
+    backbone: str = config.precision.compute
+    if backbone == "fp32" and config.precision.tf32 and cluster.device == "cuda":
+        backbone = "tf32"
+    share = BACKBONE if cluster.device == "cuda" else CPU_BACKBONE
+    flops = counted.flops * parts
+    backbone_seconds = flops / (getattr(gpu, backbone) * share)
+
+    products = 4 - shard.kept / max(1, shard.exponentials)
+    head_flops = products * 2 * batch * shard.sampled * dim
+    head_rate = getattr(gpu, compute) * PRODUCTS * HEAD_SHARE
+    (_, states, *_) = head_parts(config, shard, ranks, cluster.device)
+    center_bytes = {"fp32": 4, "bf16": 2, "fp16": 2}[config.head.center_format] * dim
+    state_bytes = states.bytes[0] / max(1, shard.rows)
+    moves = getattr(config.head.optimizer, "unsampled", "stay") == "move"
+    caught_up = 2 * (moves and config.head.sample_rate < 1)  # read and written before pass 1
+    times = 4 + caught_up, 2 + caught_up
+    row_bytes = shard.sampled * (times[0] * center_bytes + times[1] * state_bytes)
+    weight_bytes = counted.trained * (8 if config.optimizer.name == "adamw" else 6)
+
+    operand = 2 if compute == "bf16" else 4
+    moved = {
+        "all-gather": batch * (dim * operand + 8),
+        "all-reduce of sums": 2 * 2 * batch * 4 // parts,
+        "reduce-scatter": batch * dim * 4,
+    }
+    hop = LATENCY if cluster.nodes == 1 else NETWORK_LATENCY
+    if losses:
+        moved["losses' collectives"] = parts * sum(loss.moved for loss in losses)
+    found = [
+        (
+            "backbone",
+            backbone_seconds,
+            f"{flops / TERA:.2f} TFLOP counted / ({getattr(gpu, backbone) / TERA:.4g} TFLOP/s "
+            f"{backbone} x {share})",
+        ),
+        (
+            "head: products",
+            head_flops / head_rate,
+            f"{products:.2f} x 2 x {batch:,} x {shard.sampled:,} x {dim} FLOP / "
+            f"({getattr(gpu, compute) / TERA:.4g} TFLOP/s {compute} x {PRODUCTS} x {HEAD_SHARE})",
+        ),
+        (
+            "head: rows",
+            row_bytes / (gpu.bandwidth * MEMORY),
+            f"{row_bytes / GIGA:.2f} GB: centers {times[0]} times, states {times[1]} / "
+            f"({gpu.bandwidth / TERA:.4g} TB/s x {MEMORY})",
+        ),
+        (
+            "backbone's update",
+            weight_bytes / (gpu.bandwidth * MEMORY),
+            f"{weight_bytes / GIGA:.2f} GB of weights, gradients and states",
+        ),
+    ]
+    for loss in losses:
+        rate = getattr(gpu, loss.compute) * PRODUCTS
+        seconds = parts * (loss.flops / rate + 3 * loss.made / (gpu.bandwidth * MEMORY))
+        found.append(
+            (
+                f"losses: {loss.name}",
+                seconds,
+                f"{parts * loss.flops / GIGA:.2f} GFLOP; {parts * loss.made / GIGA:.3f} GB made, "
+                "read twice and written once",
+            )
+        )
+    if ranks > 1:
+        turns = (ranks - 1) / ranks
+        for name, size in moved.items():
+            seconds = size * turns / cluster.ring + parts * (ranks - 1) * hop
+            found.append((f"head: {name}", seconds, f"{size / MIB:.2f} MiB in a ring"))
+        whole = 2 * counted.trained * turns / cluster.ring + 2 * (ranks - 1) * hop
+        exposed = max(0.0, whole - HIDDEN * backbone_seconds / parts)
+        found.append(
+            ("gradients' all-reduce", exposed, f"{whole * 1e3:.2f} ms, beside backward if it can")
+        )
+    if cluster.device == "cpu":
+        images, own_cores = batch / ranks, cores() / cluster.gpus_per_node
+        found.append(
+            (
+                "decoding",
+                images / (DECODED_PER_CORE * own_cores),
+                f"{images:.0f} images on the same {own_cores:g} cores",
+            )
+        )
+    return found
+
+
+def assumptions(cluster: Cluster) -> list[str]:
+    """Return every number that is assumed, and its source."""
+    gpu = cluster.gpu
+    lines = [
+        f"{gpu.name}: {gpu.bf16 / TERA:.4g} bf16, {gpu.fp16 / TERA:.4g} fp16, "
+        f"{gpu.tf32 / TERA:.4g} TF32, {gpu.fp32 / TERA:.4g} fp32 TFLOP/s dense; memory "
+        f"{gpu.memory / GIB:.1f} GiB at {gpu.bandwidth / GIGA:,.0f} GB/s; {gpu.link / GIGA:.0f} "
+        "GB/s to its neighbours"
+        + ("" if cluster.device == "cpu" else " (data sheets of the SXM modules)"),
+        f"matrix products reach {PRODUCTS:.0%} of the peak, memory {MEMORY:.0%}: 770 TFLOP/s and "
+        "4.3 TB/s on an H200 (PERFORMANCE.md)",
+        f"the head reaches {HEAD_SHARE:.0%} of that product rate: its target, not a measurement",
+        f"links reach {LINKS:.0%}; {LATENCY * 1e6:.0f} µs a hop in a node, "
+        f"{NETWORK_LATENCY * 1e6:.0f} µs between nodes; overlap of the head is not counted",
+    ]
+    if cluster.device == "cuda":
+        lines.append(
+            f"the backbone reaches {BACKBONE:.0%} of the peak: 5-7k images/s of r50 and 3-4k of "
+            "r100 on an H200 (PERFORMANCE.md); torch.compile is counted as eager"
+        )
+    else:
+        lines.append(
+            f"the backbone reaches {CPU_BACKBONE:.0%} of the cores' {CPU_CORE['fp32'] / GIGA:.0f} "
+            f"fp32, {CPU_CORE['bf16'] / GIGA:.0f} bf16 GFLOP/s (PERFORMANCE.md, Zen 4)"
+        )
+    if cluster.ranks > 1:
+        lines.append(
+            f"gradients travel beside the last {HIDDEN:.0%} of the backbone's time"
+            + (
+                f"; the network carries {cluster.network * 8 / GIGA:.0f} Gbit/s out of a node "
+                "(--network-gbps)"
+                if cluster.nodes > 1
+                else ""
+            )
+        )
+    return lines
+
+
+def cores() -> int:
+    """Return the CPU cores of this machine."""
+    return os.cpu_count() or 1

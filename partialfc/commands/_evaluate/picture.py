@@ -1,0 +1,83 @@
+"""The picture of an evaluation: ROC, DET, score histograms and CMC of all sets."""
+
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+import numpy as np
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+
+from partialfc.commands._evaluate.sets import Measured
+from partialfc.protocols.curves import Curves
+
+INK, FAINT, GREEN, CORAL = "#1f2933", "#7b8794", "#0d9373", "#e0583b"
+_MOST_HISTOGRAMS = 3
+
+
+def draw(path: Path, found: dict[str, Measured], *, title: str) -> None:
+    """Write the PNG, the whole file or none; panels are those that the sets have."""
+    scored = {name: m.curves for name, m in found.items() if m.curves is not None}
+    searched = {name: m.cmc for name, m in found.items() if m.cmc}
+    panels = (["ROC", "DET"] if scored else []) + (["CMC"] if searched else [])
+    panels += [f"scores of {name}" for name in list(scored)[:_MOST_HISTOGRAMS]]
+    if not panels:
+        return
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(4.4 * columns, 3.6 * rows + 0.3), layout="constrained",
+        squeeze=False,
+    )  # fmt: skip
+    figure.suptitle(title, x=0.01, ha="left", color=INK, fontsize=13, fontweight="bold")
+    for panel, name in zip(axes.flat, panels, strict=False):
+        panel.set_title(name, loc="left", fontsize=11, color=INK)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(color="#e9ecef")
+        panel.tick_params(labelsize=8, colors=FAINT)
+        if name == "CMC":
+            for label, rates in searched.items():
+                panel.plot(range(1, len(rates) + 1), rates, label=label)
+        elif name in ("ROC", "DET"):
+            for label, one in scored.items():
+                _line(panel, one, label, misses=name == "DET")
+        else:
+            _histogram(panel, scored[name.removeprefix("scores of ")])
+        panel.legend(frameon=False, fontsize=8)
+    _scales(dict(zip(panels, axes.flat, strict=False)))
+    for panel in list(axes.flat)[len(panels) :]:
+        panel.set_visible(False)
+    partial = path.with_name(f"{path.name}.partial")
+    figure.savefig(partial, format="png", dpi=150)
+    pyplot.close(figure)
+    partial.replace(path)
+
+
+def _scales(panels: dict[str, Axes]) -> None:
+    if "ROC" in panels:
+        panels["ROC"].set(xscale="log", xlabel="false accept rate", ylabel="true accept rate")
+        panels["DET"].set(
+            xscale="log", yscale="log", xlabel="false accept rate", ylabel="false reject rate"
+        )
+    if "CMC" in panels:
+        panels["CMC"].set(xscale="log", xlabel="rank k", ylabel="found at rank k or better")
+
+
+def _line(panel: Axes, curves: Curves, label: str, *, misses: bool) -> None:
+    far, tar = np.array(curves.far), np.array(curves.tar)
+    if misses:
+        inside = (far > 0) & (tar < 1)
+        panel.plot(far[inside], 1 - tar[inside], label=label)
+    else:
+        panel.step(far, tar, where="post", label=label)
+
+
+def _histogram(panel: Axes, curves: Curves) -> None:
+    for label, colour, counts in (
+        ("same", GREEN, curves.same),
+        ("different", CORAL, curves.different),
+    ):
+        panel.stairs(counts, curves.edges, fill=True, color=colour, alpha=0.45, label=label)
+    panel.set(xlabel="cosine", ylabel="share of pairs")

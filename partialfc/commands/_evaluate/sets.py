@@ -1,0 +1,291 @@
+"""The sets that partialfc evaluate measures: what a word on the command line names, opened."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from partialfc.config import ConfigError
+from partialfc.data.images.align import align
+from partialfc.data.packs.pack import open_pack
+from partialfc.data.sets.benchmarks import read_ijb, read_image, read_megaface
+from partialfc.data.sets.pairs import Image, read_pairs
+from partialfc.distributed.agreement import largest
+from partialfc.distributed.ranks import gather_rows
+from partialfc.errors import in_words
+from partialfc.protocols import all_to_all, unit_rows
+from partialfc.protocols.curves import Curves, curves
+from partialfc.protocols.distractors import with_distractors
+from partialfc.protocols.identification import first_of_each, rank_k
+from partialfc.protocols.open_set import open_set
+from partialfc.protocols.templates import (
+    Modes,
+    pair_scores,
+    search_insightface,
+    search_templates,
+    templates,
+)
+from partialfc.protocols.verification import tar_at_far, validate, verify
+from partialfc.runtime.process import Runtime
+
+Embed = Callable[[str, int, Callable[[int], Image]], NDArray[np.float64]]
+Bar = Callable[[str, int], Callable[[int], object]]
+"""Starts a progress bar of a name and a total; returns what advances it."""
+Numbers = dict[str, Any]
+
+CMC = tuple(range(1, 51))
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The numbers of one set.
+
+    Attributes:
+        protocol: What was done, with every mode that changes the numbers.
+        numbers: By name; nested ones by target or k.
+        curves: ROC and histogram, where pairs were scored.
+        cmc: Rank-k rates for k = 1, 2, ..., where identities were searched.
+    """
+
+    protocol: str
+    numbers: Numbers
+    curves: Curves | None = None
+    cmc: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """How sets are measured.
+
+    Attributes:
+        flip: Whether mirrored images are added, for the names of modes.
+        modes: Of templates.
+        compat: Whose thresholds; ``None`` for exact ones.
+        targets: False accept rates of all-to-all.
+    """
+
+    flip: bool
+    modes: Modes
+    compat: Any
+    targets: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Set:
+    """One set: its name, and how it is measured. Collective."""
+
+    name: str
+    measure: Callable[[Embed, Runtime, Bar], Measured]
+
+
+def open_set_of(word: str, ways: Ways) -> Set:
+    """Return the set that a word names: a path, or ``KIND:path``.
+
+    Raises:
+        ConfigError: If it is missing or not of its kind; the message names it.
+    """
+    kind, _, rest = word.partition(":")
+    if kind not in _KINDS or not rest:
+        kind, rest = _kind_of(Path(word)), word
+    try:
+        return _KINDS[kind](Path(rest).expanduser(), ways)
+    except (OSError, ValueError) as error:
+        said = in_words(error).removeprefix(f"{Path(rest).expanduser()}: ")
+        raise ConfigError(f"{word}: {said}") from error
+
+
+def _kind_of(path: Path) -> str:
+    if path.suffix == ".bin":
+        return "pairs"
+    if path.suffix == ".rec":
+        return "identification"
+    if (path / "megaface_lst").is_file():
+        return "megaface"
+    if (path / "meta").is_dir():
+        return "ijb"
+    there = "" if path.exists() else " There is nothing of that name."
+    raise ConfigError(
+        f"{path}: not a set: must be a .bin of pairs, a .rec pack, a folder of IJB (with meta/) or "
+        f"of MegaFace (with megaface_lst), or KIND:path with one of {', '.join(_KINDS)}.{there}"
+    )
+
+
+def _pairs(path: Path, ways: Ways) -> Set:
+    pairs = read_pairs(path)
+
+    def measure(embed: Embed, runtime: Runtime, bar: Bar) -> Measured:
+        embeddings_ND = embed(path.stem, len(pairs.images), pairs.images.__getitem__)
+        unit_ND = unit_rows(embeddings_ND, path.stem)
+        cosine = (unit_ND[0::2] * unit_ND[1::2]).sum(1)
+        numbers = asdict(verify(embeddings_ND, pairs.same))
+        if ways.compat:
+            numbers["tar_at_far"] = tar_at_far(cosine, pairs.same, compat=ways.compat)
+            numbers["val_at_far_0.001"] = asdict(validate(embeddings_ND, pairs.same))
+        return Measured(
+            f"ten-fold verification, {_threshold(ways)}", numbers, curves(cosine, pairs.same)
+        )
+
+    return Set(path.stem, measure)
+
+
+def _identification(path: Path, ways: Ways) -> Set:
+    pack = open_pack(path)
+    identity_N = pack.identities(np.arange(len(pack)))
+    gallery, probes = first_of_each(identity_N)
+    if not len(probes):
+        raise ValueError("no identity has a second image, so nothing can be searched for")
+
+    def measure(embed: Embed, runtime: Runtime, bar: Bar) -> Measured:
+        embeddings_ND = embed(path.stem, len(pack), pack.jpeg)
+        found = rank_k(
+            embeddings_ND[gallery],
+            identity_N[gallery],
+            embeddings_ND[probes],
+            identity_N[probes],
+            CMC,
+        )
+        numbers = {**asdict(found), "rate": {k: found.rate[k] for k in (1, 5, 10)}}
+        return Measured(
+            "closed-set identification, first image of each identity as gallery",
+            numbers,
+            cmc=[found.rate[k] for k in CMC],
+        )
+
+    return Set(path.stem, measure)
+
+
+def _open(path: Path, ways: Ways) -> Set:
+    words = str(path).split(",")
+    if len(words) != 2:
+        raise ValueError("open: wants two packs, open:KNOWN.rec,STRANGERS.rec")
+    known, strangers = (open_pack(Path(word).expanduser()) for word in words)
+    identity_N = known.identities(np.arange(len(known)))
+    gallery, probes = first_of_each(identity_N)
+
+    def measure(embed: Embed, runtime: Runtime, bar: Bar) -> Measured:
+        embeddings_ND = embed(known.path.stem, len(known), known.jpeg)
+        found = open_set(
+            embeddings_ND[gallery],
+            identity_N[gallery],
+            embeddings_ND[probes],
+            identity_N[probes],
+            embed(strangers.path.stem, len(strangers), strangers.jpeg),
+        )
+        return Measured("open-set identification, rank 1 above an exact threshold", asdict(found))
+
+    name = f"{known.path.stem} against {strangers.path.stem}"
+    return Set(name, measure)
+
+
+def _all(path: Path, ways: Ways) -> Set:
+    pack = open_pack(path)
+    identity_N = pack.identities(np.arange(len(pack)))
+
+    def measure(embed: Embed, runtime: Runtime, bar: Bar) -> Measured:
+        embeddings_ND = embed(path.stem, len(pack), pack.jpeg)
+        part = all_to_all.search(
+            embeddings_ND,
+            identity_N,
+            ways.targets,
+            rank=runtime.ranks.rank,
+            ranks=runtime.ranks.size,
+            device=runtime.device,
+            progress=bar("all to all", len(pack)),
+        )
+        whole = all_to_all.Part(
+            _of_all_ranks(part.impostor_K, runtime), _of_all_ranks(part.genuine_K, runtime)
+        )
+        found = all_to_all.combine([whole], identity_N, ways.targets)
+        return Measured("all-to-all 1:1 verification, exact threshold", asdict(found))
+
+    return Set(f"all:{path.stem}", measure)
+
+
+def _of_all_ranks(scores_K: NDArray[np.float64], runtime: Runtime) -> NDArray[np.float64]:
+    """Scores of all ranks, which have different numbers of them. Collective."""
+    most = largest(len(scores_K), runtime.ranks)
+    padded = torch.full((most,), torch.nan, dtype=torch.float64)
+    padded[: len(scores_K)] = torch.from_numpy(scores_K)
+    gathered: NDArray[np.float64] = (
+        gather_rows(padded.to(runtime.device), runtime.ranks).cpu().numpy()
+    )
+    return gathered[~np.isnan(gathered)]
+
+
+def _ijb(path: Path, ways: Ways) -> Set:
+    ijb = read_ijb(path)
+    same = ijb.pairs[:, 2] == 1
+
+    def image(index: int) -> Image:
+        return align(read_image(ijb.images[index]), ijb.landmarks[index])
+
+    def measure(embed: Embed, runtime: Runtime, bar: Bar) -> Measured:
+        found = templates(
+            embed(ijb.name, len(ijb.images), image),
+            ijb.template,
+            ijb.media,
+            ijb.detector_score,
+            ways.modes,
+        )
+        scores = pair_scores(found, ijb.pairs[:, 0], ijb.pairs[:, 1])
+        numbers: Numbers = {
+            "tar_at_far": tar_at_far(scores, same, compat=ways.compat),
+            "num_templates": len(found.id_T),
+            "num_pairs": len(same),
+        }
+        if ijb.galleries:
+            numbers["search"] = _searches(found, ijb.galleries, ijb.probes, ways)
+        mode = ways.modes.name(ways.flip)
+        return Measured(f"templates, {mode}, {_threshold(ways)}", numbers, curves(scores, same))
+
+    return Set(ijb.name, measure)
+
+
+def _searches(found: Any, galleries: Mapping[str, Any], probes: Any, ways: Ways) -> Numbers:
+    if ways.compat:
+        merged = np.concatenate(list(galleries.values()))
+        parts = {"+".join(galleries): (search_insightface, merged)}
+    else:
+        parts = {name: (search_templates, gallery) for name, gallery in galleries.items()}
+    return {
+        name: asdict(search(found, gallery[:, 0], gallery[:, 1], probes[:, 0], probes[:, 1]))
+        for name, (search, gallery) in parts.items()
+    }
+
+
+def _megaface(path: Path, ways: Ways) -> Set:
+    sets = read_megaface(path)
+    files = [*sets.probes, *sets.distractors]
+
+    def measure(embed: Embed, runtime: Runtime, bar: Bar) -> Measured:
+        embeddings_ND = embed("megaface", len(files), lambda index: read_image(files[index]))
+        probes, others = np.split(embeddings_ND, [len(sets.probes)])
+        numbers: Numbers = {}
+        for kind, keep, kept in (
+            ("cleaned", ~sets.noisy_probes, ~sets.noisy_distractors),
+            ("raw", slice(None), slice(None)),
+        ):
+            found = with_distractors(probes[keep], sets.identity[keep], others[kept], ks=(1,))
+            numbers[kind] = asdict(found)
+        return Measured("identification with distractors, cleaned and raw", numbers)
+
+    return Set("megaface", measure)
+
+
+def _threshold(ways: Ways) -> str:
+    return "thresholds as insightface" if ways.compat else "exact thresholds"
+
+
+_KINDS: dict[str, Callable[[Path, Ways], Set]] = {
+    "pairs": _pairs,
+    "identification": _identification,
+    "open": _open,
+    "all": _all,
+    "ijb": _ijb,
+    "megaface": _megaface,
+}
+KINDS = tuple(_KINDS)

@@ -1,0 +1,122 @@
+"""The model card: what a file of weights is, in words, from what its run left behind."""
+
+import json
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from partialfc.checkpoint.trained import Trained
+from partialfc.config import to_toml
+
+Row = dict[str, Any]
+
+_LIMITS = """\
+* It compares aligned faces of the size above and does nothing else: no detection, no liveness, no
+  age or gender. Align by five landmarks (`partialfc embed --landmarks`, insightface).
+* A threshold belongs to a data set and a purpose. Measure false accepts on images like those it
+  will see (`partialfc evaluate`), for every group of people that it will be used on; error rates of
+  face recognition differ between groups, and nothing here has measured that for this model.
+* Not for decisions about people without a person who checks them, nor where biometric data may not
+  be processed. Embeddings are biometric data.
+"""
+
+
+def write_card(
+    path: Path,
+    trained: Trained,
+    rows: list[Row],
+    *,
+    inside: bool,
+    licence: str,
+    checked_on: str,
+) -> None:
+    """Write the card in markdown, the whole file or none.
+
+    Args:
+        path: Replaced if it exists.
+        trained: Whose weights they are.
+        rows: Of :func:`partialfc.commands._export.check.check`, one for each file.
+        inside: Whether the ONNX files normalise pixels themselves.
+        licence: Of the training data, or "unknown".
+        checked_on: The set that the files were compared on.
+    """
+    known = trained.known
+    pixels = "0 to 255" if inside else "(pixel - 127.5) / 127.5"
+    parts = [
+        f"# {trained.name}",
+        f"{known.name} for face recognition: an aligned RGB image of {known.image_size} x "
+        f"{known.image_size} pixels to an embedding of {known.embedding_dim} numbers. Two faces "
+        "are compared by the cosine of their embeddings.",
+        "## Files",
+        _files(rows, checked_on),
+        f"ONNX input `input.1` [batch, 3, {known.image_size}, {known.image_size}], RGB, "
+        f"{pixels}; output `embedding` [batch, {known.embedding_dim}], not normalised. "
+        "insightface's ArcFaceONNX takes the files as they are.",
+        "## Training",
+        *_training(trained, licence),
+        "## Numbers",
+        *_numbers(trained),
+        "## Intended use and limits",
+        _LIMITS,
+        f"Written {date.today().isoformat()} by partialfc's partialfc export.",
+    ]
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text("\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _files(rows: list[Row], checked_on: str) -> str:
+    lines = [
+        f"| file | MiB | smallest cosine to the original | accuracy on {checked_on} | of the "
+        "original |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        numbers = [f"{row['bytes'] / 2**20:.1f}"]
+        for name, form in (("cosine", ".6f"), ("accuracy", ".4f"), ("original", ".4f")):
+            numbers.append(f"{row[name]:{form}}" if row.get(name) is not None else "–")
+        lines.append(f"| {row['file']} | {' | '.join(numbers)} |")
+    return "\n".join(lines)
+
+
+def _training(trained: Trained, licence: str) -> list[str]:
+    if trained.config is None:
+        return [f"Unknown: only the weights were given. Licence of the training data: {licence}."]
+    config = trained.config
+    names = ", ".join(path.name for path in config.data.train)
+    return [
+        f"{names}; step {trained.step:,} with {config.data.global_batch:,} images each. Licence of "
+        f"the training data: **{licence}**.",
+        "<details><summary>All settings</summary>\n\n"
+        f"```toml\n{_without_paths(to_toml(config))}```\n\n</details>",
+    ]
+
+
+def _without_paths(toml: str) -> str:
+    """Settings without the folders of the machine they were used on."""
+    kept = [line for line in toml.splitlines() if '"/' not in line]
+    return "\n".join(kept) + "\n"
+
+
+def _numbers(trained: Trained) -> list[str]:
+    """What the run measured at its end."""
+    summary = trained.run / "summary.json" if trained.run else None
+    if summary is None or not summary.is_file():
+        return ["None were measured with the run."]
+    found = json.loads(summary.read_text())
+    if found.get("steps") != trained.step:
+        return [f"summary.json is of step {found.get('steps')}, not of this checkpoint."]
+    lines = ["| set | | |", "|---|---|---|"]
+    for name, numbers in found.get("verification", {}).get("sets", {}).items():
+        tar = numbers["tar_at_far"].get("0.001")
+        lines.append(
+            f"| {name} | ten-fold accuracy {numbers['accuracy']:.4f} ± "
+            f"{numbers['accuracy_std']:.4f} | TAR at FAR 1e-3 "
+            f"{'–' if tar is None else f'{tar:.4f}'} |"
+        )
+    for name, numbers in found.get("identification", {}).get("sets", {}).items():
+        lines.append(
+            f"| {name} | rank 1 {numbers['rate']['1']:.4f} | {numbers['num_probes']:,} probes in "
+            f"{numbers['num_gallery']:,} |"
+        )
+    return ["\n".join(lines)] if len(lines) > 2 else ["The run had no held-out sets."]

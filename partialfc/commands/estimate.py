@@ -1,0 +1,336 @@
+"""Memory per GPU and time per step of a run, before a machine is booked.
+
+partialfc estimate CONFIG.toml [key.sub=value ...] --nodes N --gpus-per-node G --gpu h200
+
+Memory is counted where it can be (_estimate) and assumed where it says so. Time is
+arithmetic on rates that are all printed. Exit code: 0 fits, 1 does not, 2 a mistake in the request.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from partialfc.commands._estimate.backbone import (
+    GIB,
+    MOMENTS,
+    Counted,
+    Device,
+    Part,
+    backbone_parts,
+    count_backbone,
+)
+from partialfc.commands._estimate.head import head_parts, shard_of
+from partialfc.commands._estimate.losses import Beside, count_losses, loss_parts
+from partialfc.commands._estimate.time import (
+    ALLOCATOR_SLACK,
+    CPU_BANDWIDTH,
+    CPU_CORE,
+    CPU_LINK,
+    CUDA_CONTEXT,
+    CUDNN_WORKSPACE,
+    DALI_ON_GPU,
+    DECODED_PER_CORE,
+    GPUS,
+    HEAP_SLACK,
+    NCCL_BUFFERS,
+    Cluster,
+    Gpu,
+    assumptions,
+    cores,
+    seconds_of,
+)
+from partialfc.commands._parser import command_parser
+from partialfc.config import Config, ConfigError, load
+from partialfc.data.dataset import open_dataset
+from partialfc.errors import in_words
+
+# --- Memory
+
+
+def memory_of(
+    config: Config,
+    counted: Counted,
+    losses: Sequence[Beside],
+    identities: int,
+    cluster: Cluster,
+) -> dict[str, list[Part]]:
+    """Return the parts of a rank's memory by group; identities decide the head's only."""
+    shard = shard_of(config, identities, cluster.ranks, cluster.device)
+    parts = {
+        "head": head_parts(config, shard, cluster.ranks, cluster.device),
+        "losses": loss_parts(config, losses),
+        "backbone": backbone_parts(config, counted, cluster.ranks),
+        "data": data_parts(config, cluster.ranks, cluster.device),
+    }
+    moving = max(counted.saved, counted.backward, counted.inference) + shard.kept
+    moving += sum(loss.peak for loss in losses)
+    return {**parts, "process": process_parts(config, cluster, moving)}
+
+
+def totals(parts: dict[str, list[Part]]) -> tuple[int, ...]:
+    """Return the bytes at each of ``MOMENTS``."""
+    every = [part for group in parts.values() for part in group]
+    return tuple(sum(part.bytes[i] for part in every) for i in range(len(MOMENTS)))
+
+
+def most_identities(
+    config: Config, counted: Counted, losses: Sequence[Beside], cluster: Cluster
+) -> int:
+    """Return the largest number of identities that fits, 0 if none does."""
+
+    def fits(identities: int) -> bool:
+        parts = memory_of(config, counted, losses, identities, cluster)
+        return max(totals(parts)) <= cluster.gpu.memory
+
+    low = max(1, cluster.ranks)
+    if not fits(low):
+        return 0
+    high = low
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > max(1, low // 1000):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def data_parts(config: Config, world_size: int, device: Device) -> list[Part]:
+    """Return the memory of images under way and, on a CPU, of packs."""
+    data, sets = config.data, config.verification
+    image, batch = 3 * data.image_size**2, data.global_batch // world_size
+    dali = _uses_dali(config, device)
+    if dali:
+        ahead, per_image, who = data.prefetch + 2, 6 * image, "DALI: fp32 and decoded bytes"
+    else:
+        ahead, per_image, who = data.prefetch + 1 + data.threads, 4 * image, "fp32"
+        if device == "cuda":
+            ahead = 2
+    under_way = ahead * batch * per_image
+    copies = 3 if device == "cpu" else 2  # mirrored; on a CPU also before they are a batch
+    measured = sets.batch * 4 * image * copies * bool(sets.pairs or sets.identification)
+    parts = [
+        Part(
+            "images under way",
+            (under_way, under_way, under_way, under_way + measured),
+            f"{ahead} batches of {batch} x 3 x {data.image_size}², {who}",
+        )
+    ]
+    if device == "cpu":
+        files = [*data.train, *sets.pairs, *sets.identification]
+        mapped = sum(path.stat().st_size for path in files if path.exists())
+        parts.append(Part.always("packs and sets", mapped, "those of their files that are here"))
+    return parts
+
+
+def process_parts(config: Config, cluster: Cluster, moving: int) -> list[Part]:
+    """Return what a process takes besides its tensors; ``moving`` bytes of them come and go."""
+    if cluster.device == "cpu":
+        baseline = process_baseline(_uses_dali(config, "cpu"))
+        return [
+            Part.always("libraries", baseline, "measured: a process that takes two tiny steps"),
+            Part.always(
+                "heap slack",
+                int(moving * HEAP_SLACK),
+                f"assumed, {HEAP_SLACK:.0%} of what comes and goes: glibc and oneDNN",
+            ),
+        ]
+    several, dali = cluster.ranks > 1, _uses_dali(config, "cuda")
+    return [
+        Part.always("CUDA context, cuBLAS", CUDA_CONTEXT, "assumed"),
+        Part.always("cuDNN workspace", CUDNN_WORKSPACE, "assumed: the algorithms that it tries"),
+        Part.always("NCCL", NCCL_BUFFERS * several, "assumed"),
+        Part.always("DALI's decoder", DALI_ON_GPU * dali, "assumed"),
+        Part.always(
+            "allocator slack",
+            int(moving * ALLOCATOR_SLACK),
+            f"assumed, {ALLOCATOR_SLACK:.0%} of what comes and goes",
+        ),
+    ]
+
+
+def _uses_dali(config: Config, device: Device) -> bool:
+    if config.data.loader != "auto":
+        return config.data.loader == "dali"
+    return device == "cuda" or importlib.util.find_spec("nvidia.dali") is not None
+
+
+_TINY_TRAINING = """
+import sys
+import torch, tensorboard.summary.writer.event_file_writer
+import partialfc.training.run
+from partialfc import ArcFace, PartialFC
+if sys.argv[1] == "True":
+    from partialfc.data.loaders import dali
+net = torch.nn.Sequential(
+    torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Flatten(),
+    torch.nn.Linear(8 * 30 * 30, 16),
+)
+optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, fused=True)
+head = PartialFC(1024, 16, ArcFace(), sample_rate=0.5)
+for _ in range(2):
+    head(net(torch.randn(8, 3, 32, 32)), torch.arange(8)).backward()
+    optimizer.step()
+    head.optimizer.step()
+lines = open("/proc/self/status").read().splitlines()
+print(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024)
+"""
+
+
+@cache
+def process_baseline(with_dali: bool) -> int:
+    """Peak resident bytes of a process with the trainer's libraries; getrusage's would be at least
+    those of the process that started it."""
+    command = [sys.executable, "-c", _TINY_TRAINING, str(with_dali)]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+# --- Time
+
+
+# --- The request
+
+
+def cluster_of(options: argparse.Namespace) -> Cluster:
+    """Return what was asked for; a CPU is this machine's, divided among its ranks."""
+    network = options.network_gbps * 1e9 / 8
+    if options.gpu != "cpu":
+        gpu = GPUS[options.gpu]
+        return Cluster(gpu, "cuda", options.nodes, options.gpus_per_node, network)
+    share = options.gpus_per_node
+    fp32, bf16 = (CPU_CORE[name] * cores() / share for name in ("fp32", "bf16"))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // share
+    gpu = Gpu("cpu", memory, bf16, fp32, fp32, fp32, CPU_BANDWIDTH / share, CPU_LINK)
+    return Cluster(gpu, "cpu", options.nodes, share, network)
+
+
+def identities_of(config: Config, given: int | None) -> int:
+    """Return the number that was given, or the pack's."""
+    if given is not None:
+        return given
+    try:
+        return open_dataset(config.data.train, config.data.skip).num_identities
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"data.train: {in_words(error).rstrip('.')}. The number of identities is the pack's: "
+            "point data.train at a pack on this machine, or give --identities."
+        ) from error
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Estimate, print, and return the exit code."""
+    parser = command_parser("estimate", __doc__)
+    parser.add_argument("config", help="settings of the run, TOML")
+    parser.add_argument("override", nargs="*", help="key.sub=value, on top of them")
+    parser.add_argument("--nodes", type=_positive(int), default=1)
+    parser.add_argument("--gpus-per-node", type=_positive(int), default=1, help="ranks of a node")
+    parser.add_argument("--gpu", choices=[*GPUS, "cpu"], required=True)
+    parser.add_argument("--identities", type=_positive(int), help="instead of the pack's")
+    parser.add_argument(
+        "--network-gbps",
+        type=_positive(float),
+        default=400.0,
+        help="Gbit/s out of a node, all its adapters (default: 400)",
+    )
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write all numbers there")
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        config, cluster = load(options.config, options.override), cluster_of(options)
+        config.check(cluster.ranks)
+        identities = identities_of(config, options.identities)
+        shard = shard_of(config, identities, cluster.ranks, cluster.device)
+        counted = count_backbone(config, cluster.ranks)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    losses = count_losses(config, shard, cluster.ranks, cluster.device)
+    parts = memory_of(config, counted, losses, identities, cluster)
+    times = seconds_of(config, counted, losses, shard, cluster)
+    most = most_identities(config, counted, losses, cluster)
+    needed, memory = totals(parts), cluster.gpu.memory
+    images = config.data.global_batch / sum(seconds for _, seconds, _ in times)
+    fits = max(needed) <= memory
+    _show(parts, times, cluster, identities)
+    per_rank = images / cluster.ranks
+    print(
+        f"{images:,.0f} images/s in all. Each rank decodes {per_rank:,.0f} images/s: "
+        f"{per_rank / DECODED_PER_CORE:.2f} cores at {DECODED_PER_CORE:,.0f} images/s a core "
+        f"(data.threads = {config.data.threads})."
+    )
+    print(
+        f"{'fits' if fits else 'does not fit'}: {max(needed) / GIB:.2f} of {memory / GIB:.2f} GiB "
+        f"a rank with {identities:,} identities; the most that fit are {most:,}."
+    )
+    if options.json:
+        record = {
+            "command": [options.config, *options.override],
+            "cluster": asdict(cluster),
+            "identities": identities,
+            "memory": {group: [asdict(part) for part in found] for group, found in parts.items()},
+            "moments": dict(zip(MOMENTS, needed, strict=True)),
+            "bytes": max(needed),
+            "fits": fits,
+            "most_identities": most,
+            "seconds": [{"name": n, "seconds": s, "origin": why} for n, s, why in times],
+            "images_per_second": images,
+            "assumptions": assumptions(cluster),
+        }
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    return 0 if fits else 1
+
+
+def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
+    def positive(text: str) -> float:
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"must be > 0, got {text}")
+        return value
+
+    return positive
+
+
+def _show(
+    parts: dict[str, list[Part]],
+    times: list[tuple[str, float, str]],
+    cluster: Cluster,
+    identities: int,
+) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    ranks = f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}"
+    memory = Table(title=f"Memory of a rank, GiB: {identities:,} identities on {ranks}")
+    for column in ("", *MOMENTS):
+        memory.add_column(column, justify="right" if column else "left", no_wrap=True)
+    memory.add_column("bytes", justify="right", no_wrap=True)
+    memory.add_column("from", overflow="fold")
+    for group, found in parts.items():
+        for part in found:
+            if max(part.bytes):
+                numbers = [f"{size / GIB:.3f}" for size in part.bytes]
+                name = f"{group}: {part.name}"
+                memory.add_row(name, *numbers, f"{max(part.bytes):,}", part.origin)
+        memory.add_section()
+    needed = totals(parts)
+    peak = MOMENTS[needed.index(max(needed))]
+    numbers = [f"{size / GIB:.3f}" for size in needed]
+    memory.add_row("total", *numbers, f"{max(needed):,}", f"highest: {peak}", style="bold")
+    step = Table(title="Time of a step, ms")
+    step.add_column("")
+    step.add_column("ms", justify="right")
+    step.add_column("from", overflow="fold")
+    for name, seconds, why in times:
+        step.add_row(name, f"{seconds * 1e3:.3f}", why)
+    step.add_section()
+    step.add_row("total", f"{sum(s for _, s, _ in times) * 1e3:.3f}", "", style="bold")
+    console.print(memory, step)
+    console.print(
+        "Assumed:", *[f"- {line}" for line in assumptions(cluster)], sep="\n", soft_wrap=True
+    )

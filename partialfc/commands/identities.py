@@ -1,0 +1,173 @@
+"""Begin a new run with a trained head whose identities are added, removed, merged or renumbered.
+
+    partialfc identities runs/a starts/b                       # the same identities
+    partialfc identities runs/a starts/b --identities 9000     # more of them, behind the old
+    partialfc identities runs/a starts/b --map map.csv --mean-of packs/b.rec
+    torchrun ... launch/train.py CONFIG.toml data.train=packs/b.rec run.start_from=starts/b
+
+A map has a line "old,new" for every identity that goes on: one without a line is removed, several
+with the same new number are merged into the mean of their directions, and a new number that no line
+has is added. Rows of added identities are what a new run would begin with, a function of run.seed
+and the identity; with --mean-of they are the mean embedding of their images in that pack, under its
+numbers. Momentum begins anew.
+"""
+
+import csv
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from partialfc.checkpoint import CheckpointError
+from partialfc.checkpoint.start import write_start
+from partialfc.commands._parser import command_parser
+from partialfc.config import ConfigError
+from partialfc.data.packs.pack import Pack, open_pack
+from partialfc.errors import DataError
+from partialfc.head.centers import fill_initial_, stored_centers
+from partialfc.training.opened import Finished, finished
+
+CHUNK = 4096
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the tool; return its exit status."""
+    parser = command_parser("identities", __doc__)
+    parser.add_argument("run", type=Path, help="folder of a run")
+    parser.add_argument("out", type=Path, help="folder to write, for run.start_from")
+    parser.add_argument("--map", type=Path, help="CSV of old,new")
+    parser.add_argument("--identities", type=int, help="of the new run; as many as the map needs")
+    parser.add_argument("--mean-of", type=Path, help="pack whose images begin added identities")
+    options = parser.parse_args(arguments)
+    try:
+        if options.out.exists():
+            raise ConfigError(f"{options.out}: it exists already; name another folder.")
+        with finished(options.run) as run:
+            old = run.model.head.sharding.num_identities
+            olds, news = read_map(options.map, old) if options.map else (np.arange(old),) * 2
+            count = options.identities or int(news.max()) + 1
+            if count <= news.max():
+                raise ConfigError(
+                    f"--identities {count}: the largest new number is {news.max()}, so at least "
+                    f"{news.max() + 1}."
+                )
+            pack = open_pack(options.mean_of) if options.mean_of else None
+            if pack is not None and pack.num_identities != count:
+                raise ConfigError(
+                    f"{options.mean_of}: it has {pack.num_identities:,} identities, and the new "
+                    f"run {count:,}. Give its number with --identities, or another map."
+                )
+            rows, added = new_rows(run, olds, news, count, pack)
+            head = run.model.head
+            write_start(
+                options.out,
+                run.model.backbone.state_dict(),
+                rows,
+                {
+                    "num_identities": count,
+                    "centers_per_identity": head.centers_per_identity,
+                },
+            )
+    except (ConfigError, CheckpointError, DataError) as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except (OSError, ValueError) as error:
+        print(f"identities: {error}", file=sys.stderr)
+        return 2
+    merged = len(news) - len(np.unique(news))
+    print(
+        f"{options.out}: {count:,} identities, {added:,} of them added; of {old:,} trained ones "
+        f"{old - len(np.unique(olds)):,} removed and {merged:,} merged into others"
+    )
+    return 0
+
+
+def read_map(path: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the old and the new number of every line.
+
+    Raises:
+        ConfigError: If a line is no pair of numbers, or an old number is not in [0, count), or
+            occurs twice; the message names the line.
+    """
+    pairs: dict[int, int] = {}
+    with path.open(newline="") as file:
+        for line, row in enumerate(csv.reader(file), 1):
+            if line == 1 and row == ["old", "new"]:
+                continue
+            try:
+                old, new = (int(cell) for cell in row)
+            except ValueError:
+                raise ConfigError(f"{path}: line {line}: {row} must be old,new.") from None
+            if not 0 <= old < count or new < 0:
+                raise ConfigError(
+                    f"{path}: line {line}: {old},{new}: old numbers must be in [0, {count}), new "
+                    "ones at least 0."
+                )
+            if old in pairs:
+                raise ConfigError(f"{path}: line {line}: {old} occurs a second time.")
+            pairs[old] = new
+    if not pairs:
+        raise ConfigError(f"{path}: it has no line old,new.")
+    return np.array(list(pairs)), np.array(list(pairs.values()))
+
+
+def new_rows(
+    run: Finished, olds: np.ndarray, news: np.ndarray, count: int, pack: Pack | None
+) -> tuple[Tensor, int]:
+    """Return the rows of all new identities, and how many of them are added.
+
+    A merged row has the mean direction and the mean length of those that it is made of.
+    """
+    head = run.model.head
+    per_identity = head.centers_per_identity
+    stored = stored_centers(head.centers, head.optimizer.states())
+    old_CKD = stored.view(-1, per_identity, stored.shape[1])[torch.from_numpy(olds)]
+    at = torch.from_numpy(news)
+    shape = (count, *old_CKD.shape[1:])
+    direction = torch.zeros(shape).index_add_(0, at, F.normalize(old_CKD, dim=2))
+    length = torch.zeros(*shape[:2], 1).index_add_(0, at, old_CKD.norm(dim=2, keepdim=True))
+    times = torch.bincount(at, minlength=count)
+    once = times == 1
+    rows = F.normalize(direction, dim=2) * length / times.clamp(min=1).view(-1, 1, 1)
+    rows[at[once[at]]] = old_CKD[once[at]]  # those that only move are not rounded
+    added = torch.nonzero(times == 0).flatten()
+    if len(added):
+        fresh = torch.empty(count * per_identity, shape[2])
+        fill_initial_(fresh, range(len(fresh)), seed=head.seed, device=fresh.device)
+        rows[added] = fresh.view(shape)[added]
+        if pack is not None:
+            mean_AD = mean_embeddings(run, pack, added)
+            typical = old_CKD.norm(dim=2).mean()
+            rows[added, :, : mean_AD.shape[1]] = (F.normalize(mean_AD) * typical).unsqueeze(1)
+    return rows.flatten(0, 1), len(added)
+
+
+def mean_embeddings(run: Finished, pack: Pack, identities: Tensor) -> Tensor:
+    """Return the mean unit embedding [A, D] of the images of some identities of a pack.
+
+    Raises:
+        DataError: If one of them has no image there.
+    """
+    identity_N = pack.identities(np.arange(len(pack)))
+    place_C = np.full(pack.num_identities, -1)
+    place_C[identities.numpy()] = np.arange(len(identities))
+    images = np.flatnonzero(place_C[identity_N] >= 0)
+    total_AD = torch.zeros(len(identities), run.config.backbone.embedding_dim)
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("embedding", total=len(images))
+        for start in range(0, len(images), CHUNK):
+            some = images[start : start + CHUNK].tolist()
+            jpegs = [pack.jpeg(image) for image in some]
+            found = run.evaluation.embed(run.model, pack.path.name, len(some), jpegs.__getitem__)
+            place = torch.from_numpy(place_C[identity_N[some]])
+            total_AD.index_add_(0, place, F.normalize(torch.from_numpy(found).float()))
+            progress.advance(task, len(some))
+    without = (total_AD.norm(dim=1) == 0).nonzero().flatten()
+    if len(without):
+        raise DataError(f"{pack.path}: identity {int(identities[without[0]])} has no image in it.")
+    return total_AD

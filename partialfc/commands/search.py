@@ -1,0 +1,182 @@
+"""Find faces in a gallery, or compare them one by one, in files of partialfc embed.
+
+    partialfc search people.parquet photos.parquet --top 5 --threshold 0.35
+    partialfc search people.npy photos.npy --calibrate labelled.npy --far 1e-4 --out found.csv
+    partialfc search left.npy right.npy --pairs --threshold 0.35     # row i against row i
+
+Scores are cosines, exact, by faiss. Below the threshold a query is nobody's. --calibrate takes the
+threshold from embeddings with identities: the one that at most the part --far of all pairs of
+different identities exceeds. That holds for images like those; measure it on your own.
+"""
+
+import argparse
+import csv
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from partialfc.commands._embed.files import Embeddings, read_embeddings
+from partialfc.commands._parser import command_parser
+from partialfc.errors import in_words
+from partialfc.protocols import unit_rows
+from partialfc.protocols.all_to_all import combine, search
+
+SHOWN = 20
+CHUNK = 4096
+Rows = list[tuple[str, int, str, str, float, bool]]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the tool; return its exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if (options.calibrate is None) == (options.threshold is None):
+        parser.error("give --threshold, or --calibrate with embeddings of known identities.")
+    try:
+        gallery, queries = read_embeddings(options.gallery), read_embeddings(options.queries)
+        if gallery.rows_ND.shape[1] != queries.rows_ND.shape[1]:
+            raise ValueError(
+                f"{options.gallery} has embeddings of {gallery.rows_ND.shape[1]}, "
+                f"{options.queries} of {queries.rows_ND.shape[1]}; both must be of one model."
+            )
+        threshold = options.threshold
+        if options.calibrate is not None:
+            threshold = calibrated(read_embeddings(options.calibrate), options.far)
+            print(
+                f"threshold {threshold:.6f}: at most {options.far:g} of different pairs exceed it"
+            )
+        if options.pairs:
+            rows = compare(gallery, queries, threshold)
+        else:
+            rows = find(gallery, queries, options.top, threshold)
+        if options.out is not None:
+            _write(options.out, rows)
+    except (ValueError, OSError, ImportError) as error:
+        print(in_words(error), file=sys.stderr)
+        return 2
+    _show(rows)
+    accepted = sum(row[5] for row in rows if row[1] == 1)
+    print(f"{accepted:,} of {len(queries.names):,} queries have a score above {threshold:.4f}")
+    return 0
+
+
+def find(gallery: Embeddings, queries: Embeddings, top: int, threshold: float) -> Rows:
+    """Return the ``top`` nearest of the gallery for every query, the nearest first."""
+    import faiss
+
+    unit_GD = unit_rows(gallery.rows_ND, "gallery").astype(np.float32)
+    unit_QD = unit_rows(queries.rows_ND, "queries").astype(np.float32)
+    index = faiss.IndexFlatIP(unit_GD.shape[1])
+    index.add(unit_GD)
+    top = min(top, len(unit_GD))
+    rows: Rows = []
+    for start in range(0, len(unit_QD), CHUNK):
+        scores, places = index.search(unit_QD[start : start + CHUNK], top)
+        for query, (score_K, place_K) in enumerate(zip(scores, places, strict=True), start):
+            for rank, (score, place) in enumerate(zip(score_K, place_K, strict=True), 1):
+                rows.append(_row(queries.names[query], rank, gallery, int(place), score, threshold))
+    return rows
+
+
+def compare(left: Embeddings, right: Embeddings, threshold: float) -> Rows:
+    """Return the score of row i of one with row i of the other.
+
+    Raises:
+        ValueError: If they are not equally many.
+    """
+    if len(left.names) != len(right.names):
+        raise ValueError(f"--pairs: {len(left.names)} rows and {len(right.names)}; must be equal.")
+    scores: NDArray[np.float64] = np.einsum(
+        "nd,nd->n", unit_rows(left.rows_ND, "left"), unit_rows(right.rows_ND, "right")
+    )
+    return [
+        _row(name, 1, left, place, score, threshold)
+        for place, (name, score) in enumerate(zip(right.names, scores, strict=True))
+    ]
+
+
+def calibrated(known: Embeddings, far: float) -> float:
+    """Return the cosine that at most the part ``far`` of pairs of two identities exceeds.
+
+    Raises:
+        ValueError: If identities are missing, or pairs are too few to tell.
+    """
+    if "" in known.identities:
+        raise ValueError("--calibrate: an image has no identity; it is the name of its folder.")
+    identity_N = np.unique(known.identities, return_inverse=True)[1]
+    part = search(known.rows_ND, identity_N, (far,))
+    found = combine([part], identity_N, (far,))
+    threshold = found.threshold_at_far[far]
+    if not math.isfinite(threshold):
+        raise ValueError(
+            f"--far {far:g}: {found.num_impostor:,} pairs of different identities are too few; "
+            f"at least {math.ceil(1 / far):,} are needed."
+        )
+    return threshold
+
+
+def _row(
+    query: str, rank: int, gallery: Embeddings, place: int, score: Any, threshold: float
+) -> tuple[str, int, str, str, float, bool]:
+    value = float(score)
+    identity = gallery.identities[place]
+    return query, rank, gallery.names[place], identity, value, value > threshold
+
+
+def _write(path: Path, rows: Rows) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["query", "rank", "found", "identity", "cosine", "accepted"])
+        for query, rank, name, identity, score, accepted in rows:
+            writer.writerow([query, rank, name, identity, f"{score:.6f}", int(accepted)])
+    partial.replace(path)
+
+
+def _show(rows: Rows) -> None:
+    table = Table(box=None, header_style="bold")
+    for column in ("query", "rank", "found", "identity", "cosine", ""):
+        table.add_column(column, overflow="fold")
+    for query, rank, name, identity, score, accepted in rows[:SHOWN]:
+        mark = "yes" if accepted else "no"
+        table.add_row(query, str(rank), name, identity, f"{score:.4f}", mark)
+    Console().print(table)
+    if len(rows) > SHOWN:
+        print(f"... and {len(rows) - SHOWN:,} more; --out writes all")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser("search", __doc__)
+    parser.add_argument("gallery", type=Path, help="embeddings to search in")
+    parser.add_argument("queries", type=Path, help="embeddings to search for")
+    parser.add_argument("--top", type=_positive, default=1, help="nearest of each query (1)")
+    parser.add_argument("--pairs", action="store_true", help="row i against row i instead")
+    parser.add_argument(
+        "--threshold", type=float, help="cosine that is exceeded by the same person"
+    )
+    parser.add_argument("--calibrate", type=Path, help="embeddings that give the threshold")
+    parser.add_argument("--far", type=_rate, default=1e-4, help="false accept rate (1e-4)")
+    parser.add_argument("--out", type=Path, help="a .csv file for all results")
+    return parser
+
+
+def _positive(word: str) -> int:
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word}: must be an integer >= 1")
+    return int(word)
+
+
+def _rate(word: str) -> float:
+    try:
+        value = float(word)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{word}: must be a number in (0, 1)")
+    return value

@@ -1,0 +1,124 @@
+"""Settings of the run as a whole, of what it saves and of what it records."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from partialfc.config.schema import Section, Unit, UserPath
+
+EverySteps = Annotated[int, Field(ge=0), Unit("steps")]
+
+
+class Run(Section):
+    """The run as a whole."""
+
+    folder: UserPath = Path("runs/default")
+    """Where checkpoints, logs and the resolved settings go. Made if it does not exist."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 2048
+    """Key of every random choice. Any number of ranks with the same seed makes the same choices."""
+
+    epochs: Annotated[float | None, Field(gt=0), Unit("epochs")] = 20.0
+    """Length of the run in passes over the data, fractions allowed. Left out when ``steps`` is
+    set."""
+
+    steps: Annotated[int | None, Field(ge=1), Unit("steps")] = None
+    """Length of the run in optimizer steps, instead of ``epochs``."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train. ``auto`` is a GPU per rank if there are GPUs, otherwise the CPU."""
+
+    threads: Annotated[int | None, Field(ge=1), Unit("threads")] = None
+    """CPU threads per rank for torch's operators. Left out, the host's cores are divided among its
+    ranks."""
+
+    resume: bool = True
+    """Go on from the newest valid checkpoint in ``folder``, if there is one."""
+
+    resume_from: UserPath | None = None
+    """A checkpoint to go on from where ``folder`` has none yet, such as
+    runs/a/checkpoints/step_00002000; the run that wrote it is left as it is."""
+
+    start_from: UserPath | None = None
+    """What a new run begins with: a run's folder, a checkpoint or a file of weights for the
+    backbone alone, or a folder that partialfc identities made, for its class centers as well."""
+
+    fruitless_starts: Annotated[int, Field(ge=0)] = 3
+    """Starts in a row that may fail before they come to a new step; the next one is refused with
+    their causes. Other settings begin a new count, and 0 refuses none."""
+
+    hang_seconds: Annotated[float, Field(ge=0), Unit("seconds")] = 60.0
+    """How long a rank may give no sign of life before the run names it and ends; a step may take
+    ten times as long, and the first one, a verification or a save sixty times. 0 never ends a
+    run."""
+
+    preflight: bool = False
+    """Look at the machines before the first step, as launch/preflight.py does; a few seconds."""
+
+    deterministic: bool = False
+    """Use deterministic kernels only, for a run that repeats bit for bit on the same hardware.
+    Slower."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_replace_epochs(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("steps") is not None:
+            return {"epochs": None, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _one_beginning(self) -> "Run":
+        if self.start_from is not None and self.resume_from is not None:
+            raise ValueError(
+                f'start_from = "{self.start_from}" with run.resume_from = "{self.resume_from}": a '
+                "run begins anew with what was trained, or goes on from a checkpoint. Remove one."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "Run":
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError(
+                f"epochs = {self.epochs} with run.steps = {self.steps}: only one of the two may "
+                "set the length of the run. Remove one (on the command line: run.epochs= or "
+                "run.steps=)."
+            )
+        return self
+
+
+class Checkpoint(Section):
+    """What is saved, for resuming and for use."""
+
+    every_steps: EverySteps = 2000
+    """Steps between checkpoints. 0 saves at the end only."""
+
+    keep: Annotated[int, Field(ge=1)] = 2
+    """Newest checkpoints kept. One is deleted only after its successor is complete."""
+
+    keep_every_steps: EverySteps = 0
+    """Checkpoints of multiples of this number of steps are never deleted; it is a multiple of
+    ``every_steps``. 0 keeps no more than ``keep``."""
+
+    @model_validator(mode="after")
+    def _keeps_what_is_saved(self) -> "Checkpoint":
+        every = self.every_steps
+        if self.keep_every_steps and (not every or self.keep_every_steps % every):
+            raise ValueError(
+                f"keep_every_steps = {self.keep_every_steps}: must be a multiple of "
+                f"checkpoint.every_steps = {every}, or no checkpoint is ever of such a step."
+            )
+        return self
+
+
+class Log(Section):
+    """What is recorded of a run, and where."""
+
+    every_steps: Annotated[int, Field(ge=1), Unit("steps")] = 10
+    """Steps between records of the metrics."""
+
+    tensorboard: bool = True
+    """Write TensorBoard events into the run's folder."""
+
+    progress: bool = True
+    """Show progress on the terminal."""

@@ -1,0 +1,1 @@
+"""Image folders and lists, read as a pack of them would be."""

@@ -1,0 +1,1 @@
+"""From records to batches on a device: DALI, or torch where there is none."""

@@ -1,0 +1,182 @@
+"""Where the records of a pack are: read from its ``.idx``, or found in the ``.rec``.
+
+An ``.idx`` has lines of ``key<TAB>offset``, one per record, in any order. Without one the ``.rec``
+itself tells: a writer leaves no magic at an aligned place but where a part begins.
+
+Shape suffixes: M = records of the pack, images and others; P = parts of records.
+"""
+
+import hashlib
+import os
+import re
+import warnings
+from array import array
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from partialfc.data.packs.recordio import PART_HEADER, RecordError, RecordFile
+
+_BLOCK = 1 << 24
+_REMEDY = "Copy it again, or remove it: the pack is then scanned for its records."
+_LARGEST = np.iinfo(np.int64).max
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RecordIndex:
+    """The records of a pack, sorted by key.
+
+    Attributes:
+        key_M: Their keys; a ``range`` where they are consecutive, which costs nothing.
+        offset_M: int64, where each begins in the ``.rec``; may be mapped from a file.
+    """
+
+    key_M: Sequence[int] | NDArray[np.int64]
+    offset_M: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.offset_M)
+
+    def fingerprint(self, size: int) -> str:
+        """Return 16 hexadecimal digits, a function of the offsets and the size of the file."""
+        digest = hashlib.blake2b(str(size).encode(), digest_size=8)
+        digest.update(np.ascontiguousarray(self.offset_M, "<i8").data)
+        return digest.hexdigest()
+
+
+def read_index(file: RecordFile) -> RecordIndex:
+    """Return the records of a pack, from the ``.idx`` beside the ``.rec``.
+
+    Without one, the whole ``.rec`` is read by all cores and the keys are 0...M-1 in the order of
+    the file, with a warning because a large pack takes long.
+
+    Raises:
+        RecordError: If a line is not two integers, an offset is not a multiple of 4 or lies outside
+            the ``.rec``, or a key or an offset comes twice.
+    """
+    path = file.path.with_suffix(".idx")
+    if not path.exists():
+        warnings.warn(
+            f"{path} does not exist, so all of {file.path} is read to find its records. "
+            f"Put the pack's .idx there to open it at once.",
+            stacklevel=4,
+        )
+        offset_M = scan(file)
+        return RecordIndex(range(len(offset_M)), offset_M)
+    keys, offsets = [], []
+    line = 1
+    for block in _blocks(path):
+        key, offset = _parse(block, path, line)
+        _check_offsets(offset, file.size, path, line)
+        keys.append(key)
+        offsets.append(offset)
+        line += len(key)
+    if not keys:
+        raise RecordError(f"{path}: line 1: the index is empty. {_REMEDY}")
+    # One list at a time: for 42 million records each is 340 MB.
+    key_M = np.concatenate(keys)
+    del keys
+    offset_M = np.concatenate(offsets)
+    del offsets
+    _check_unique(offset_M, "offset", path)
+    if not (key_M[1:] > key_M[:-1]).all():
+        _check_unique(key_M, "key", path)
+        order_M = np.argsort(key_M)
+        key_M, offset_M = key_M[order_M], offset_M[order_M]
+    first, last = int(key_M[0]), int(key_M[-1])
+    consecutive = last - first + 1 == len(key_M)
+    return RecordIndex(range(first, last + 1) if consecutive else key_M, offset_M)
+
+
+def scan(file: RecordFile) -> NDArray[np.int64]:
+    """Return the offsets [M] of all records, found without an index.
+
+    Every magic at an aligned place is looked for by all cores. Where the parts that they begin do
+    not follow one another without a gap to the end of the file, somebody wrote a magic into an
+    image, or damaged the file: then it is walked from record to record.
+
+    Raises:
+        RecordError: If a record breaks the format.
+    """
+    starts = range(0, max(file.num_words, 1), _BLOCK // 4)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(lambda start: file.magics(start, start + _BLOCK // 4), starts)
+        offset_P = np.concatenate(list(found))
+    kind_P, end_P = file.parts(offset_P)
+    goes_on_P = np.isin(kind_P, (1, 2))
+    follows_P = np.isin(kind_P, (2, 3))
+    if (
+        len(offset_P)
+        and offset_P[0] == 0
+        and (end_P[:-1] == offset_P[1:]).all()
+        and end_P[-1] == file.size
+        and not (follows_P[0] or goes_on_P[-1])
+        and (goes_on_P[:-1] == follows_P[1:]).all()
+    ):
+        return offset_P[~follows_P]
+    offsets = array("q")
+    offset = 0
+    while offset < file.size:
+        offsets.append(offset)
+        offset = file.next_offset(offset)
+    return np.frombuffer(offsets, np.int64)
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    """Whole lines, about 16 MiB of them at a time."""
+    rest = b""
+    with path.open("rb") as file:
+        while data := file.read(_BLOCK):
+            # A block without the end of a line is one line that is far too long: refused as it is.
+            cut = data.rfind(b"\n") + 1 or len(data)
+            yield rest + data[:cut]
+            rest = data[cut:]
+    if rest:
+        yield rest
+
+
+def _parse(block: bytes, path: Path, line: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    if not block.endswith(b"\n"):
+        block += b"\n"
+    num_lines = block.count(b"\n")
+    if block.translate(None, b"0123456789") == b"\t\n" * num_lines:
+        number = np.fromstring(block, np.int64, sep=" ")  # an int64 that overflows saturates
+        if len(number) == 2 * num_lines and number.max() < _LARGEST:
+            return number[0::2].copy(), number[1::2].copy()
+    for text in block.split(b"\n"):
+        if (
+            not re.fullmatch(rb"\d{1,19}\t\d{1,19}", text)
+            or max(map(int, text.split())) >= _LARGEST
+        ):
+            raise RecordError(
+                f"{path}: line {line}: {text[:60]!r} must be two integers in [0, 2^63 - 1), the "
+                f"key and the offset, with a tab between them. {_REMEDY}"
+            )
+        line += 1
+    raise AssertionError("a block that does not parse has a line that does not")
+
+
+def _check_offsets(offset: NDArray[np.int64], size: int, path: Path, line: int) -> None:
+    wrong = np.flatnonzero((offset % 4 != 0) | (offset > size - PART_HEADER.size))
+    if len(wrong):
+        raise RecordError(
+            f"{path}: line {line + wrong[0]}: offset {offset[wrong[0]]} must be a multiple of 4 "
+            f"and at most {size - PART_HEADER.size}, inside the .rec of {size} bytes. {_REMEDY}"
+        )
+
+
+def _check_unique(value_M: NDArray[np.int64], name: str, path: Path) -> None:
+    if (value_M[1:] > value_M[:-1]).all():
+        return
+    order_M = np.argsort(value_M, kind="stable")
+    same = np.flatnonzero(np.diff(value_M[order_M]) == 0)
+    if len(same):
+        first, second = order_M[same[0] : same[0] + 2]
+        raise RecordError(
+            f"{path}: line {second + 1}: {name} {value_M[second]} is on line {first + 1} already, "
+            f"must be there once. {_REMEDY}"
+        )

@@ -1,0 +1,183 @@
+"""The index of a large pack, kept in a file that all processes of a machine share.
+
+Reading the ``.idx`` of 42 million records takes a while and 340 MB of memory in every process; the
+kept one is mapped. It is beside the pack (``train.rec.index``), or in the user's cache folder where
+that place is read-only, and is made again when the pack changes. Its first 4096 bytes are JSON; the
+offsets follow as int64, then the keys unless they are consecutive.
+
+Shape suffix: M = records of the pack.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from partialfc.data.packs.index import RecordIndex, read_index
+from partialfc.data.packs.recordio import RecordFile
+
+KEPT_FROM = 1 << 17
+"""Records of the smallest pack whose index is kept; smaller ones are read in a moment."""
+
+_FORMAT = "partialfc index 1"
+_HEADER = 4096
+
+
+def open_index(file: RecordFile) -> RecordIndex:
+    """Return the records of a pack, from the kept index if it is of this very pack.
+
+    Raises:
+        RecordError: As :func:`~partialfc.data.packs.index.read_index`.
+    """
+    stamp = _stamp(file)
+    index = _kept(file, stamp)
+    if index is not None:
+        return index
+    with alone(file.path):  # of several ranks one reads the .idx, the others what it kept
+        index = _kept(file, stamp)
+        if index is not None:
+            return index
+        index = read_index(file)
+        if len(index) >= KEPT_FROM and _keep(file, stamp, index):
+            return _kept(file, stamp) or index
+        return index
+
+
+def cache_places(path: Path, name: str) -> list[Path]:
+    """Return where something about a pack may be kept, the best place first.
+
+    Args:
+        path: Of the ``.rec``.
+        name: What is kept; the end of the file's name.
+    """
+    places = [path.with_name(f"{path.name}.{name}")]
+    with suppress(RuntimeError):  # a user without a home
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+        digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+        places.append(folder / "partialfc" / f"{path.stem}.{digest}.{name}")
+    return places
+
+
+def kept_column(file: RecordFile, name: str, count: int) -> NDArray[np.int32] | None:
+    """Return ``count`` numbers that are kept of a pack, mapped, if they are whole and of it."""
+    stamp = _stamp(file)
+    for place in cache_places(file.path, name):
+        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            header, content = read_kept(place)
+            if header["stamp"] != stamp or len(content) != 4 * count:
+                continue
+            values: NDArray[np.int32] = content.view("<i4")
+            if header["digest"] == _digest(values):
+                return values
+    return None
+
+
+def keep_column(file: RecordFile, name: str, values: NDArray[np.int32]) -> None:
+    """Keep numbers of a pack, if there is a place for them."""
+    header = {"stamp": _stamp(file), "digest": _digest(values)}
+    write_kept(cache_places(file.path, name), header, [np.ascontiguousarray(values, "<i4")])
+
+
+def _digest(values: NDArray[np.int32]) -> str:
+    return hashlib.blake2b(np.ascontiguousarray(values, "<i4").data, digest_size=8).hexdigest()
+
+
+def _stamp(file: RecordFile) -> dict[str, Any]:
+    """What a kept index must be of: sizes and times of both files."""
+    stamp: dict[str, Any] = {"format": _FORMAT}
+    for path in (file.path, file.path.with_suffix(".idx")):
+        with suppress(FileNotFoundError):
+            status = path.stat()
+            stamp[path.suffix] = [status.st_size, status.st_mtime_ns]
+    return stamp
+
+
+def _kept(file: RecordFile, stamp: dict[str, Any]) -> RecordIndex | None:
+    for path in cache_places(file.path, "index"):
+        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            return _load(path, file, stamp)
+    return None
+
+
+def _load(path: Path, file: RecordFile, stamp: dict[str, Any]) -> RecordIndex:
+    """The index that is kept at ``path``; ValueError and the like if it is not what it should be.
+
+    It is hashed, so damage is found; every offset is checked again when its record is read.
+    """
+    header, content = read_kept(path)
+    if {name: header[name] for name in stamp} != stamp:
+        raise ValueError("of another pack")
+    count, first = header["records"], header["first_key"]
+    columns = 1 if first is not None else 2
+    if not isinstance(count, int) or count < 1 or len(content) != 8 * columns * count:
+        raise ValueError("not whole")
+    values: NDArray[np.int64] = content.view("<i8")
+    if first is not None and not (isinstance(first, int) and 0 <= first < 1 << 62):
+        raise ValueError("no key")
+    keys = range(first, first + count) if first is not None else values[count:]
+    index = RecordIndex(keys, values[:count])
+    if index.fingerprint(file.size) != header["fingerprint"]:
+        raise ValueError("damaged")
+    return index
+
+
+def _keep(file: RecordFile, stamp: dict[str, Any], index: RecordIndex) -> bool:
+    """Whether the index could be written somewhere."""
+    consecutive = isinstance(index.key_M, range)
+    header = stamp | {
+        "records": len(index),
+        "first_key": index.key_M[0] if consecutive else None,
+        "fingerprint": index.fingerprint(file.size),
+    }
+    columns = [index.offset_M] if consecutive else [index.offset_M, np.asarray(index.key_M)]
+    columns = [np.ascontiguousarray(column, "<i8") for column in columns]
+    return write_kept(cache_places(file.path, "index"), header, columns)
+
+
+def read_kept(path: Path) -> tuple[dict[str, Any], NDArray[np.uint8]]:
+    """Return the header of a kept file, unchecked, and all bytes behind it, mapped.
+
+    Raises:
+        ValueError, OSError: If there is no such file.
+    """
+    with path.open("rb") as stream:
+        header = json.loads(stream.read(_HEADER))
+    return header, np.memmap(path, np.uint8, "r", _HEADER).view(np.ndarray)
+
+
+def write_kept(places: list[Path], header: dict[str, Any], columns: list[NDArray[Any]]) -> bool:
+    """Return whether header and columns could be written to one of the places, whole."""
+    for path in places:
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as stream:
+                stream.write(json.dumps(header).encode().ljust(_HEADER))
+                for column in columns:
+                    stream.write(column.data)
+            temporary.replace(path)
+        except OSError:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            continue
+        return True
+    return False
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Hold the lock of a file or folder, where its file system has locks."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

@@ -1,0 +1,59 @@
+"""The identity of every image of a pack, read once and kept beside the index of a large one.
+
+Shape suffix: N = images of the pack.
+"""
+
+import os
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from numpy.typing import NDArray
+
+from partialfc.data.packs.index_cache import KEPT_FROM, keep_column, kept_column
+from partialfc.data.packs.recordio import RecordError
+from partialfc.data.packs.pack import Pack
+
+BAD = -1
+"""The label of an image whose record breaks a rule."""
+
+_CHUNK = 1 << 16
+_WARNED_FROM = 1 << 22
+
+
+def labels(pack: Pack) -> NDArray[np.int32]:
+    """Return the identities [N] of all images, ``BAD`` where the record breaks a rule.
+
+    The header of every image is read, by all cores; with a warning where that takes long. Those of
+    a pack with ``KEPT_FROM`` images are kept in a file that processes share, 4 bytes for each.
+    """
+    kept = kept_column(pack.file, "labels", len(pack))
+    if kept is not None:
+        return kept
+    if len(pack) >= _WARNED_FROM:
+        warnings.warn(
+            f"{pack.path}: the headers of {len(pack):,} images are read, once: about "
+            f"{len(pack) * 4096 / 2**30:.0f} GiB.",
+            stacklevel=2,
+        )
+    starts = range(0, len(pack), _CHUNK)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = np.concatenate(list(pool.map(lambda start: _labels(pack, start), starts)))
+    if len(pack) >= KEPT_FROM:
+        keep_column(pack.file, "labels", found)
+    return found
+
+
+def _labels(pack: Pack, start: int) -> NDArray[np.int32]:
+    chunk = np.arange(start, min(start + _CHUNK, len(pack)))
+    try:
+        return pack.identities(chunk).astype(np.int32)
+    except RecordError:
+        return np.array([_label(pack, int(image)) for image in chunk], np.int32)
+
+
+def _label(pack: Pack, image: int) -> int:
+    try:
+        return pack.identity(image)
+    except RecordError:
+        return BAD

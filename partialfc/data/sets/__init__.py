@@ -1,0 +1,1 @@
+"""Verification and benchmark sets of the field, read without an unpickler."""

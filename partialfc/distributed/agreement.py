@@ -1,0 +1,83 @@
+"""What one rank knows and all must act on at the same step, without waiting for it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from partialfc.distributed.ranks import Ranks
+
+
+@contextmanager
+def any_rank(known: Callable[[], bool], ranks: Ranks) -> Iterator[Callable[[], bool]]:
+    """Return a function for the end of every step: whether ``known()`` was true on any rank.
+
+    It answers the same on every rank, one call late: a call starts an all-reduce of one integer
+    between the hosts, which runs beside the next step, and returns the answer of the call before.
+    No GPU takes part. Collective: a process group, and one all-reduce per call.
+    """
+    if ranks.size == 1:
+        yield known
+        return
+    group = dist.new_group(backend="gloo")
+    flag = torch.zeros((), dtype=torch.int32)
+    pending: dist.Work | None = None
+
+    def agreed() -> bool:
+        nonlocal pending
+        answer = False
+        if pending is not None:
+            pending.wait()
+            answer = bool(flag)
+        flag.fill_(known())
+        pending = dist.all_reduce(flag, dist.ReduceOp.MAX, group=group, async_op=True)
+        return answer
+
+    yield agreed
+    if pending is not None:
+        pending.wait()
+
+
+def all_agree(fine: bool, ranks: Ranks) -> bool:
+    """Whether every rank is fine. Collective: one all-reduce; a host synchronisation."""
+    if ranks.size == 1:
+        return fine
+    flag = torch.tensor(int(fine), device=collective_device(ranks))
+    dist.all_reduce(flag, dist.ReduceOp.MIN, group=ranks.group)
+    return bool(flag.item())
+
+
+def from_leader(value: int, ranks: Ranks) -> int:
+    """Return rank 0's integer on every rank. Collective: one broadcast; a host synchronisation."""
+    if ranks.size == 1:
+        return value
+    shared: Tensor = torch.tensor(value, dtype=torch.int64, device=collective_device(ranks))
+    dist.broadcast(shared, 0, group=ranks.group)
+    return int(shared.item())
+
+
+def largest(value: int, ranks: Ranks) -> int:
+    """Return the largest integer of all ranks. Collective: one all-reduce."""
+    if ranks.size == 1:
+        return value
+    shared = torch.tensor(value, dtype=torch.int64, device=collective_device(ranks))
+    dist.all_reduce(shared, dist.ReduceOp.MAX, group=ranks.group)
+    return int(shared.item())
+
+
+def total(value: int, ranks: Ranks) -> int:
+    """Return the sum of an integer over all ranks. Collective: one all-reduce."""
+    if ranks.size == 1:
+        return value
+    shared = torch.tensor(value, dtype=torch.int64, device=collective_device(ranks))
+    dist.all_reduce(shared, group=ranks.group)
+    return int(shared.item())
+
+
+def collective_device(ranks: Ranks) -> torch.device:
+    """Where a tensor must be for a collective of these ranks."""
+    if dist.get_backend(ranks.group) == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

@@ -1,0 +1,1 @@
+"""Held-out sets: embeddings of their images, and the field's numbers of them."""

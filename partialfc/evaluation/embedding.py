@@ -1,0 +1,97 @@
+"""Images to embeddings on all ranks, the same to the bit on any number of them and for any batch.
+
+A matrix product rounds by the shape of its factors. So images go through the backbone in blocks of
+a fixed size and fixed members, whoever runs them; the last block is filled up with its last image.
+The machines of all ranks must be alike. Shape suffixes: N = images, n = those of a rank,
+D = embedding.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from partialfc.data.images.jpeg import check_jpeg, decode
+from partialfc.data.loaders.torch_loader import normalise, resize
+from partialfc.data.sets.pairs import Image
+from partialfc.distributed.ranks import gather_rows
+from partialfc.errors import DataError
+from partialfc.runtime.process import Runtime
+
+BLOCK = 32
+"""Images in one forward pass."""
+
+
+@torch.inference_mode()
+def embed_images(
+    embed: Callable[[Tensor], Tensor],
+    name: str,
+    count: int,
+    image: Callable[[int], Image],
+    runtime: Runtime,
+    *,
+    size: int,
+    flip: bool = True,
+    batch: int = 256,
+    threads: int = 4,
+    progress: Callable[[int], object] = lambda images: None,
+) -> np.ndarray:
+    """Return fp64 embeddings [count, D] in order, on every rank. Collective: one all-gather.
+
+    Args:
+        embed: Images [32, 3, S, S] in [-1, 1] on the device to embeddings, in evaluation mode.
+        name: Of the set, for errors.
+        count: N, >= 1.
+        image: Returns image i: RGB uint8 [H, W, 3], or JPEG bytes; called from several threads.
+        runtime: This rank.
+        size: S in pixels; other images are resized.
+        flip: Add the embedding of the mirrored image.
+        batch: Images decoded ahead on each rank; changes memory and speed only.
+        threads: That decode.
+        progress: Called with the number of images that this rank has done.
+
+    Raises:
+        DataError: If an image cannot be decoded; the message names it.
+    """
+
+    def prepare(index: int) -> np.ndarray:
+        try:
+            pixels = _pixels(image(index))
+        except (ValueError, OSError) as error:
+            raise DataError(f"{name}: image {index}: {error}") from error
+        if pixels.shape[:2] != (size, size):
+            pixels = resize(pixels, size)
+        normal = np.empty((3, size, size), np.float32)
+        normalise(pixels, normal)
+        return normal
+
+    ranks = runtime.ranks
+    blocks = -(-count // BLOCK)
+    share = -(-blocks // ranks.size) * BLOCK
+    # What is beyond the end is the last image again, so that every block and every rank is full.
+    mine = [min(ranks.rank * share + i, count - 1) for i in range(share)]
+    parts = []
+    ahead = max(1, batch // BLOCK) * BLOCK
+    with ThreadPoolExecutor(threads) as pool:
+        for start in range(0, share, ahead):
+            chunk = mine[start : start + ahead]
+            images = torch.from_numpy(np.stack(list(pool.map(prepare, chunk)))).to(runtime.device)
+            for block in images.split(BLOCK):  # type: ignore[no-untyped-call]
+                embeddings_nD = embed(block).float()
+                if flip:
+                    embeddings_nD += embed(block.flip(3)).float()
+                parts.append(embeddings_nD)
+            progress(len(chunk))
+    gathered: np.ndarray = gather_rows(torch.cat(parts), ranks).double().cpu().numpy()
+    return gathered[:count]
+
+
+def _pixels(image: Image) -> np.ndarray:
+    """RGB uint8 [H, W, 3]."""
+    if isinstance(image, np.ndarray):
+        return image
+    view = np.frombuffer(image, np.uint8)
+    check_jpeg(view)
+    return decode(view)

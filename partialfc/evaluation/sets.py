@@ -1,0 +1,167 @@
+"""Embeddings of held-out images on all ranks, and the protocols' numbers from them.
+
+Shape suffixes: N = images of a set, D = embedding.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from partialfc.config import Config, ConfigError
+from partialfc.data.packs.pack import Pack, open_pack
+from partialfc.data.sets.pairs import Image, Pairs, read_pairs
+from partialfc.errors import in_words
+from partialfc.evaluation.embedding import embed_images
+from partialfc.model.build import Model
+from partialfc.model.statistics import with_mean_statistics
+from partialfc.protocols import unit_rows
+from partialfc.protocols.identification import Identification, first_of_each, rank_k
+from partialfc.protocols.verification import Verification, verify
+from partialfc.runtime.process import Runtime
+
+Opened = TypeVar("Opened")
+
+_FOLDS = 10
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Verified:
+    """The numbers of one verification set, and what its pictures need.
+
+    Attributes:
+        numbers: Of the protocol.
+        cosine: Of every pair.
+        same: The truth of every pair.
+    """
+
+    numbers: Verification
+    cosine: np.ndarray
+    same: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """The numbers of all sets, by the name of their file, in the order of the settings."""
+
+    verified: dict[str, Verified]
+    identified: dict[str, Identification]
+
+    def headline(self) -> dict[str, float]:
+        """The first sets' numbers, as :data:`partialfc.records.metrics.TABLE` names them."""
+        values = {}
+        for verified in list(self.verified.values())[:1]:
+            values["verification_accuracy"] = verified.numbers.accuracy
+            values["verification_tar"] = verified.numbers.tar_at_far[1e-3]
+        for identified in list(self.identified.values())[:1]:
+            values["identification_rank_1"] = identified.rate[1]
+        return values
+
+
+class Evaluation:
+    """The held-out sets of a run, open, and how a model is measured on them.
+
+    An embedding is the sum of those of an image and, with ``verification.flip``, its mirror image.
+
+    Raises:
+        ConfigError: If a set cannot be opened; the message names it.
+    """
+
+    def __init__(self, config: Config, runtime: Runtime) -> None:
+        self._config, self._runtime = config, runtime
+        sets = config.verification
+        self._pairs = _open("verification.pairs", sets.pairs, _enough_pairs)
+        self._packs = _open("verification.identification", sets.identification, _with_probes)
+
+    def measure(self, model: Model) -> Results:
+        """Measure a model on all sets. Collective: one all-gather for each set.
+
+        The same on all ranks: with the mean of their BatchNorm statistics.
+        """
+        with with_mean_statistics(model.backbone, self._runtime.ranks):
+            return self._measure(model)
+
+    def _measure(self, model: Model) -> Results:
+        verified, identified = {}, {}
+        for name, pairs in self._pairs.items():
+            images = pairs.images
+            embeddings_ND = self.embed(model, name, len(images), images.__getitem__)
+            unit_ND = unit_rows(embeddings_ND, name)
+            cosine = (unit_ND[0::2] * unit_ND[1::2]).sum(1)
+            verified[name] = Verified(verify(embeddings_ND, pairs.same), cosine, pairs.same)
+        for name, pack in self._packs.items():
+            identity_N = pack.identities(np.arange(len(pack)))
+            gallery, probes = first_of_each(identity_N)
+            embeddings_ND = self.embed(model, name, len(pack), pack.jpeg)
+            identified[name] = rank_k(
+                embeddings_ND[gallery],
+                identity_N[gallery],
+                embeddings_ND[probes],
+                identity_N[probes],
+            )
+        return Results(verified, identified)
+
+    def embed(
+        self, model: Model, name: str, count: int, image: Callable[[int], Image]
+    ) -> np.ndarray:
+        """Return fp64 embeddings [count, D] in order, on every rank. Collective: one all-gather.
+
+        Args:
+            model: Its backbone is in training mode afterwards.
+            name: Of the set, for errors.
+            count: Images.
+            image: Returns image i: RGB uint8 [H, W, 3], or JPEG bytes.
+
+        Raises:
+            DataError: If an image cannot be decoded.
+        """
+        model.backbone.eval()
+        embeddings_ND = embed_images(
+            lambda images: model.embed(images, model.backbone),
+            name,
+            count,
+            image,
+            self._runtime,
+            size=self._config.data.image_size,
+            flip=self._config.verification.flip,
+            batch=self._config.verification.batch,
+            threads=self._config.data.threads,
+        )
+        model.backbone.train()
+        return embeddings_ND
+
+
+def _enough_pairs(path: Path) -> Pairs:
+    pairs = read_pairs(path)
+    if len(pairs.same) < _FOLDS or pairs.same.all() or not pairs.same.any():
+        raise ValueError(
+            f"{len(pairs.same)} pairs, {int(pairs.same.sum())} of them of one identity: ten-fold "
+            f"verification needs at least {_FOLDS}, and both kinds"
+        )
+    return pairs
+
+
+def _with_probes(path: Path) -> Pack:
+    pack = open_pack(path)
+    _, probes = first_of_each(pack.identities(np.arange(len(pack))))
+    if not len(probes):
+        raise ValueError("no identity has a second image, so nothing can be searched for")
+    return pack
+
+
+def _open(key: str, paths: tuple[Path, ...], opener: Callable[[Path], Opened]) -> dict[str, Opened]:
+    opened: dict[str, Opened] = {}
+    for path in paths:
+        if path.stem in opened:
+            raise ConfigError(
+                f"{key}: {path}: another set is called {path.stem} too, and results go by the "
+                "name of the file. Rename one."
+            )
+        try:
+            opened[path.stem] = opener(path)
+        except (OSError, ValueError) as error:
+            said = in_words(error).removeprefix(f"{path}: ")
+            raise ConfigError(f"{key}: {path}: {said}") from error
+    return opened

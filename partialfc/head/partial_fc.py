@@ -1,0 +1,384 @@
+"""PartialFC: the softmax over class centers that are sharded over ranks and sampled every step.
+
+https://arxiv.org/abs/2203.15565. The data flow, and where each part lives:
+
+    gather (collectives) -> sample (sampling) -> logits in tiles (tiles) -> margin (margins)
+    -> distributed softmax (margin_loss) -> gradients (there and tiles) -> rows (row_optimizer)
+
+Shape suffixes: b = rows of this rank's batch, B = rows of the gathered batch, D = embedding,
+n = sampled rows of this rank.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from partialfc.distributed.ranks import Ranks, gather_rows
+from partialfc.head.centers import expand, fill_initial_
+from partialfc.head.loss import MarginLoss
+from partialfc.head.rows.formats import DTYPES
+from partialfc.head.rows.optimizer import RowOptimizer
+from partialfc.head.rows.rules import RowRule, RowSGD
+from partialfc.head.rows.staging import Placement, host_tensor, row_tensor
+from partialfc.head.sampling import KeyedSampler, Sample
+from partialfc.head.sharding import Sharding, default_canonical_shards
+from partialfc.head.tiles import Compute
+from partialfc.head.tiles.fused import unable
+from partialfc.margins import Margin
+
+_KEEP_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
+
+
+class PartialFC(nn.Module):
+    """The margin softmax loss of a global batch over the class centers of all ranks.
+
+    Every rank constructs it with the same arguments. It works without torch.distributed too, as
+    one rank. The loss and both gradients are exact for the sampled centers.
+
+    Args:
+        num_identities: C, over all ranks; >= 1.
+        embedding_dim: D, >= 1.
+        margin: What the logits are, e.g. ``ArcFace()``; see :mod:`partialfc.margins`.
+        sample_rate: Fraction of the centers used per step, positives included, in (0, 1].
+        optimizer: Update of the sampled centers.
+        compute: Precision of the matrix products. ``"bf16"`` gathers embeddings in bf16 too. The
+            positive's cosine, the softmax and all sums are fp32 in every case.
+        center_format: How centers are stored: ``"fp32"``, ``"bf16"``, or ``"fp16"`` with a scale a
+            row in the optimizer's state; see :mod:`partialfc.head.rows.formats`.
+        keep_bytes: Most memory of the exponentials that spare pass 2 a matrix product; the result
+            does not depend on it, but for rounding where ``fused`` or a logit may be above 64.
+            ``None``: 256 MiB on a CPU, 2 GiB on a GPU.
+        placement: Where class centers and optimizer states lie between steps; ``None`` for the
+            device. In host memory, a step's rows travel to the device and back.
+        fused: Do each pass in one kernel, whose logits and gradients stay on the chip; the result
+            is the same to rounding. On Hopper, in bf16, with SGD and a softmax over unit centers.
+        overlap: On a GPU, update the centers beside the backbone's backward; a loss scale or a
+            verdict (``found_inf``) on that backward cannot be had then.
+        seed: Initial centers, negatives and rounding are functions of it and of global ids.
+        center_weight: Of the mean of 1 - cos(theta) to the own center, added to the loss; >= 0.
+        inter_class_weight: Of the mean cosine of the batch's centers and the nearest other sampled
+            one of each, added to the loss; >= 0.
+        canonical_shards: V, at least the largest world size that the run will ever have;
+            ``None`` for a number that depends on ``num_identities`` alone.
+        group: Process group; ``None`` for the default one.
+        device: Where the centers live; ``None`` for torch's default device.
+
+    Raises:
+        ValueError: If a value is outside its range.
+    """
+
+    centers: nn.Parameter
+    """[rows of this rank, D] in ``center_format``, not normalised; changed by ``optimizer`` alone.
+    fp16 rows are in units of their scale. A margin may want several rows for an identity, which
+    follow one another, or a bias, which is one element more."""
+
+    def __init__(
+        self,
+        num_identities: int,
+        embedding_dim: int,
+        margin: Margin,
+        *,
+        sample_rate: float = 1.0,
+        optimizer: RowRule | None = None,
+        compute: Compute = "fp32",
+        center_format: Literal["fp32", "bf16", "fp16"] = "fp32",
+        keep_bytes: int | None = None,
+        placement: Placement | None = None,
+        fused: bool = False,
+        overlap: bool = False,
+        center_weight: float = 0.0,
+        inter_class_weight: float = 0.0,
+        seed: int = 2048,
+        canonical_shards: int | None = None,
+        group: dist.ProcessGroup | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if embedding_dim < 1:
+            raise ValueError(f"embedding_dim must be >= 1, got {embedding_dim}.")
+        if center_format not in ("fp32", "bf16", "fp16"):
+            raise ValueError(f"center_format must be fp32, bf16 or fp16, got {center_format!r}.")
+        if center_format == "fp16" and not margin.unit_centers:
+            raise ValueError(
+                f"center_format = 'fp16' keeps directions, and {type(margin).__name__} looks at "
+                "the length of a center; use fp32 or bf16."
+            )
+        for name, weight in (
+            ("center_weight", center_weight),
+            ("inter_class_weight", inter_class_weight),
+        ):
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"{name} must be >= 0 and finite, got {weight}.")
+        if inter_class_weight and not margin.unit_centers:
+            raise ValueError(
+                f"inter_class_weight = {inter_class_weight} turns unit centers, and "
+                f"{type(margin).__name__} keeps their lengths; set it to 0 or use another margin."
+            )
+        if keep_bytes is not None and keep_bytes < 0:
+            raise ValueError(f"keep_bytes must be >= 0, got {keep_bytes}.")
+        self.ranks = Ranks.of(group)
+        self.sharding = Sharding(
+            num_identities=num_identities,
+            canonical_shards=(
+                default_canonical_shards(num_identities)
+                if canonical_shards is None
+                else canonical_shards
+            ),
+            world_size=self.ranks.size,
+        )
+        self.margin = margin
+        self.owned = self.sharding.owned(self.ranks.rank)
+        self.sampler = KeyedSampler(
+            self.sharding, self.ranks.rank, sample_rate=sample_rate, seed=seed
+        )
+        self.embedding_dim, self.seed = embedding_dim, seed
+        self.centers_per_identity = margin.centers_per_identity
+        self.owned_rows = range(
+            self.owned.start * self.centers_per_identity,
+            self.owned.stop * self.centers_per_identity,
+        )
+        self.device = torch.empty(0, device=device).device
+        placement = placement or Placement()
+        _check_placement(placement, sample_rate)
+        size = len(self.owned_rows), embedding_dim + margin.bias
+        dtype = DTYPES[center_format]
+        if placement.centers == "host":
+            centers = host_tensor(
+                "centers", size, dtype, placement.folder, pinned=self.device.type == "cuda"
+            )
+        else:
+            centers = row_tensor(size, dtype, self.device)
+        fill_initial_(centers, self.owned_rows, seed=seed, device=self.device)
+        if margin.bias:
+            centers[:, -1] = 0
+        self.centers = nn.Parameter(centers, requires_grad=False)
+        self.compute = _checked(compute, self.device)
+        if overlap and self.device.type != "cuda":
+            raise ValueError(
+                f"overlap = True needs a GPU, the head is on {self.device.type}; remove it."
+            )
+        self.keep_bytes = _KEEP_BYTES[self.device.type] if keep_bytes is None else keep_bytes
+        self.optimizer = RowOptimizer(
+            self.centers,
+            optimizer or RowSGD(),
+            first_row=self.owned_rows.start,
+            seed=seed,
+            placement=placement,
+            device=self.device,
+            fused=fused,
+            overlap=overlap,
+            every_row=sample_rate == 1,
+        )
+        # Whoever reads or writes centers finds all of them there, and none on their way.
+        self.register_state_dict_pre_hook(_settle)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_settle)  # type: ignore[no-untyped-call]
+        for name, value in margin.new_state(num_identities).items():
+            self.register_buffer(f"margin_{name}", torch.tensor(value, device=self.device))
+        self.fused = fused
+        if fused:
+            self._refuse_fused()
+        self.center_weight, self.inter_class_weight = center_weight, inter_class_weight
+        self.terms: dict[str, Tensor] = {}
+        """Losses beside the softmax in the last forward pass, without their weights."""
+        self._step_sample: _StepSample | None = None
+
+    def extra_repr(self) -> str:
+        """Sizes for ``print(head)``."""
+        return (
+            f"num_identities={self.sharding.num_identities}, "
+            f"embedding_dim={self.embedding_dim}, owned={self.owned}, margin={self.margin}"
+        )
+
+    def sample_step(self, identities: Tensor) -> None:
+        """Fix the sample of this step from the identities of all its micro-batches.
+
+        With gradient accumulation, N micro-batches after this call use the centers that one batch
+        of all of them would use; without it each uses its own positives. Collective: one
+        all-gather. Holds until the next ``optimizer.step()``.
+
+        Args:
+            identities: int64 [any], this rank's, the same number on every rank.
+        """
+        identities_B = gather_rows(identities, self.ranks)
+        self.refuse_foreign(identities_B)
+        step = self.optimizer.steps
+        rows = expand(self.sampler(step, identities_B), self.centers_per_identity).rows
+        self._step_sample = _StepSample(step, identities_B, rows)
+
+    def prefetch(self, identities: Tensor) -> None:
+        """Begin to bring the rows of the next step from host memory; a no-op where none are there.
+
+        Optional, and changes no result. Call it before the forward pass of the present step, with
+        the identities of the whole next one. Collective where rows are in host memory: one
+        all-gather.
+
+        Args:
+            identities: int64 [any], this rank's of the next step, the same number on every rank.
+        """
+        if self.optimizer.stages:
+            identities_B = gather_rows(identities, self.ranks)
+            sample = self.sampler(self.optimizer.steps + 1, identities_B)
+            self.optimizer.prefetch(expand(sample, self.centers_per_identity).rows)
+
+    def forward(self, embeddings: Tensor, identities: Tensor) -> Tensor:
+        """Return the mean loss over the global batch, fp32, the same on all ranks.
+
+        Collective: one all-gather, one all-reduce of [2B], and one reduce-scatter where gradients
+        are wanted; backward has none. One all-reduce of [B] more for logits above 64, and one for a
+        margin that needs the positives first; a margin that follows the norm and label smoothing
+        make the all-reduce of [2B] longer by [B] and [2B]. The losses beside the softmax have their
+        own; see :mod:`partialfc.head.center_losses`.
+
+        ``embeddings.grad`` is the world size times the exact gradient, so that the mean over
+        ranks that DistributedDataParallel takes is exact.
+
+        A margin's moving averages move with every forward pass that wants a gradient and has a
+        finite loss, micro-batches included, even if a GradScaler then skips the step.
+
+        Args:
+            embeddings: [b, D] of this rank, any float dtype, any length; b equal on all ranks.
+            identities: int64 [b], global, in [0, C).
+
+        Raises:
+            ValueError: If a shape, a dtype or an identity is wrong, or was not given to
+                :meth:`sample_step`.
+        """
+        if embeddings.ndim != 2 or embeddings.shape[1] != self.embedding_dim:
+            raise ValueError(
+                f"embeddings must be [batch, {self.embedding_dim}], "
+                f"got {list(embeddings.shape)}; embedding_dim of the head and of the backbone "
+                "must be the same."
+            )
+        if identities.shape != embeddings.shape[:1] or identities.dtype != torch.int64:
+            raise ValueError(
+                f"identities must be int64 [{len(embeddings)}], one for each embedding, "
+                f"got {identities.dtype} {list(identities.shape)}."
+            )
+        # The anchor makes backward reach the centers where the embeddings want no gradient.
+        anchor = torch.zeros((), requires_grad=torch.is_grad_enabled())
+        with torch.autocast(embeddings.device.type, enabled=False):
+            loss: Tensor = MarginLoss.apply(embeddings, anchor, identities, self)  # type: ignore[no-untyped-call]
+        return loss
+
+    def get_extra_state(self) -> dict[str, int]:
+        """What ``load_state_dict`` checks: centers fit only the rank they were cut for."""
+        return {"first": self.owned.start, "identities": self.sharding.num_identities}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        """Refuse the centers of another rank or another head."""
+        if state != self.get_extra_state():
+            raise ValueError(
+                f"these centers were saved for {state}, this rank holds {self.get_extra_state()}; "
+                "load a checkpoint of partialfc.checkpoint to change the number of ranks."
+            )
+
+    def margin_state(self) -> dict[str, Tensor]:
+        """What the margin remembers, by name; the same on all ranks."""
+        return {
+            name.removeprefix("margin_"): value
+            for name, value in self.named_buffers(recurse=False)
+            if name.startswith("margin_")
+        }
+
+    def shared_state(self) -> dict[str, Tensor]:
+        """All state that is no row's and the same on all ranks, for a checkpoint."""
+        margin = {f"margin_{name}": value for name, value in self.margin_state().items()}
+        return {**self.optimizer.shared_state(), **margin}
+
+    def load_shared_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what :meth:`shared_state` returned."""
+        self.optimizer.load_shared_state(state)
+        for name, value in self.margin_state().items():
+            value.copy_(state[f"margin_{name}"])
+
+    def sample(self, identities_B: Tensor) -> Sample:
+        """Return the sampled rows of this step, and the first row of each positive's identity."""
+        fixed = self._step_sample
+        if fixed is None or fixed.step != self.optimizer.steps:
+            sample = self.sampler(self.optimizer.steps, identities_B)
+            return expand(sample, self.centers_per_identity)
+        self._refuse_unfixed(identities_B, fixed.identities_B)
+        # The set of positives is that of the step, so the rows are; the targets are this batch's.
+        known_B = torch.cat([fixed.identities_B, identities_B])
+        every = expand(self.sampler(fixed.step, known_B), self.centers_per_identity)
+        return Sample(fixed.rows, every.target_B[len(fixed.identities_B) :])
+
+    def _refuse_unfixed(self, identities_B: Tensor, fixed_P: Tensor) -> None:
+        """Refuse an identity that the sample of the step was not fixed for: it has no target."""
+        fixed_P = fixed_P.sort().values
+        place_B = torch.searchsorted(fixed_P, identities_B).clamp(max=len(fixed_P) - 1)
+        unfixed_B = fixed_P[place_B] != identities_B
+        if unfixed_B.device.type != "cpu":
+            torch._assert_async(~unfixed_B.any(), "an identity was not given to sample_step")
+        elif unfixed_B.any():
+            raise ValueError(
+                f"identity {int(identities_B[unfixed_B][0])} was not given to sample_step, which "
+                "fixed the centers of this step; give it those of all micro-batches, or call it "
+                "after what is only looked at."
+            )
+
+    def _refuse_fused(self) -> None:
+        why = unable(
+            unit=self.margin.unit_centers,
+            per_identity=self.centers_per_identity,
+            offset=self.margin.offset(self.margin_state()) is not None,
+            dim=self.embedding_dim,
+            sgd=isinstance(self.optimizer.rule, RowSGD),
+            compute=self.compute,
+            like=torch.empty(0, device=self.device),
+        )
+        if why is not None:
+            raise ValueError(f"fused = True: {why}; remove it.")
+
+    def refuse_foreign(self, identities_B: Tensor) -> None:
+        """Refuse an identity outside [0, C): all ranks see the same ones, so all refuse together.
+
+        Raises:
+            ValueError: If there is one; on a GPU, a device-side assertion fails instead.
+        """
+        count = self.sharding.num_identities
+        foreign_B = (identities_B < 0) | (identities_B >= count)
+        if foreign_B.device.type != "cpu":
+            torch._assert_async(~foreign_B.any(), f"an identity is not in [0, {count})")
+        elif foreign_B.any():
+            where = int(foreign_B.nonzero()[0])
+            raise ValueError(
+                f"identities must be in [0, {count}), got {int(identities_B[where])} at position "
+                f"{where} of the global batch; num_identities of the head must cover the data."
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class _StepSample:
+    """A sample that several micro-batches share."""
+
+    step: int
+    identities_B: Tensor
+    rows: Tensor | None
+
+
+def _settle(head: PartialFC, *_: object) -> None:
+    head.optimizer.settle()
+
+
+def _check_placement(placement: Placement, sample_rate: float) -> None:
+    if placement.stages and sample_rate == 1:
+        raise ValueError(
+            "sample_rate = 1 with rows in host memory would bring all of them to the device at "
+            "every step; keep them on the device, or sample."
+        )
+
+
+def _checked(compute: Compute, device: torch.device) -> Compute:
+    if compute not in get_args(Compute):
+        raise ValueError(f"compute must be one of {', '.join(get_args(Compute))}, got {compute!r}.")
+    if compute == "tf32" and device.type != "cuda":
+        raise ValueError(
+            f"compute = 'tf32' needs a GPU, the head is on {device.type}; use fp32 or bf16."
+        )
+    return compute

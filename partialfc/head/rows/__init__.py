@@ -1,0 +1,1 @@
+"""The rows of the centers between steps: formats, states, updates, and where they lie."""

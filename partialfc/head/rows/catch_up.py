@@ -1,0 +1,207 @@
+"""Dense SGD on rows that are visited now and then, exactly.
+
+With a zero gradient, a step of SGD takes (w, v) of every element to A·(w, v) with
+
+    A = [[1 - ηλ, -ημ], [λ, μ]]
+
+so the steps that a row has missed are one product of 2×2 matrices, the same for all rows that were
+last brought up to date at the same step. :class:`Moves` holds these products; a row holds the step
+it is at. A row that a step samples is brought up to it before pass 1, so every forward sees the
+rows that dense SGD has, to rounding.
+
+Shape suffixes: t = steps so far, D = embedding, T = rows of a tile.
+"""
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from partialfc.head.rows.rules import States
+from partialfc.head.rows.tile import AT_STEP, CENTERS, SCALE, Tile
+from partialfc.head.tiles import Workspace
+from partialfc.head.tiles.dispatch import has_kernels
+from partialfc.keyed import key
+
+_TILE_BYTES = 1 << 20
+"""Size of a tile of fp32 rows; with their states and what is computed it stays in a CPU's last
+cache."""
+
+_BLOCK = 1024
+"""Steps whose products every step multiplies. A constant: products are rounded by it."""
+
+
+class Moves:
+    """What the steps so far do to a row that none of them samples, from any of them on.
+
+    The newest block of steps has the products up to now, all earlier steps those up to the start of
+    that block, so that a step costs no more in a long run; a step takes 32 bytes.
+
+    Args:
+        device: Where the rows are brought up to date.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._products = torch.empty(_BLOCK + 1, 2, 2, dtype=torch.float64, device=device)
+        self._identity = torch.eye(2, dtype=torch.float64, device=device)
+        self._products[0] = self._identity
+        self.steps = 0
+
+    @property
+    def products(self) -> Tensor:
+        """fp64 [t + 1, 2, 2], all there is to save; a view that the next step changes."""
+        return self._products[: self.steps + 1]
+
+    @property
+    def block(self) -> int:
+        """The step that the newest block starts at."""
+        return self.steps // _BLOCK * _BLOCK
+
+    def load(self, products: Tensor) -> None:
+        """Take over what :attr:`products` was.
+
+        Raises:
+            ValueError: If it cannot have been that.
+        """
+        if products.dtype != torch.float64 or not len(products) or products.shape[1:] != (2, 2):
+            raise ValueError(
+                f"moves must be float64 [steps + 1, 2, 2], got {products.dtype} "
+                f"{list(products.shape)}."
+            )
+        self.steps = len(products) - 1
+        self._products = products.new_empty(
+            self.block + _BLOCK + 1, 2, 2, device=self._products.device
+        )
+        self.products.copy_(products)
+
+    def extend(self, settings: Mapping[str, Any], skip: Tensor | None) -> None:
+        """Take one more step; no host synchronisation.
+
+        Args:
+            settings: ``lr``, ``momentum`` and ``weight_decay`` of the step: η, μ and λ.
+            skip: Scalar bool on the device: the step changed nothing. ``None``: it did.
+        """
+        lr, momentum, weight_decay = (settings[n] for n in ("lr", "momentum", "weight_decay"))
+        began = self.block
+        newest = self._products[began : self.steps + 1]
+        row, velocity = newest[:, 0], newest[:, 1]
+        moved = torch.stack(
+            [
+                (row * (1 - lr * weight_decay)).add_(velocity, alpha=-lr * momentum),
+                (row * weight_decay).add_(velocity, alpha=momentum),
+            ],
+            dim=1,
+        )
+        newest.copy_(moved if skip is None else torch.where(skip, newest, moved))
+        self.steps += 1
+        self._products[self.steps] = self._identity
+        if self.block > began:
+            earlier = self._products[:began]
+            earlier.copy_(_times(self._products[began], earlier))
+            longer = self._products.new_empty(self.steps + _BLOCK + 1, 2, 2)
+            longer[: self.steps + 1] = self._products
+            self._products = longer
+
+    def since(self, at_T: Tensor) -> Tensor:
+        """Return the product [T, 2, 2] that takes a row from a step to now, in fp64.
+
+        Args:
+            at_T: int64 steps, each in [0, t].
+        """
+        product_T22 = self._products.index_select(0, at_T)
+        if not self.block:
+            return product_T22
+        whole_T22 = _times(self._products[self.block], product_T22)
+        return torch.where((at_T < self.block).view(-1, 1, 1), whole_T22, product_T22)
+
+
+def _times(later_22: Tensor, earlier_T22: Tensor) -> Tensor:
+    """The matrix product, element by element: a kernel that does the same has the same bits."""
+    return later_22[:, :1] * earlier_T22[:, :1] + later_22[:, 1:] * earlier_T22[:, 1:]
+
+
+def catch_up_(
+    moves: Moves,
+    centers: Tensor,
+    states: States,
+    rows: Tensor | None,
+    step_key: int,
+    *,
+    first_row: int,
+    compact: bool,
+    workspace: Workspace,
+) -> None:
+    """Bring rows and their momentum up to the newest step, in place.
+
+    A row that is at it already is left as it is stored.
+
+    Args:
+        moves: Of the steps so far.
+        centers: Of the shard, or of the rows only if ``compact``; the states too.
+        states: By name.
+        rows: int64 [n] rows of the shard; ``None`` for all.
+        step_key: Of the stochastic rounding.
+        first_row: Global number of the shard's first row.
+        compact: See above.
+        workspace: Buffers of the tiles.
+    """
+    if has_kernels(centers):
+        import_module("partialfc.head.rows.kernels").catch_up_(
+            centers,
+            states.get(CENTERS + SCALE),
+            states.get("momentum"),
+            states.get("momentum" + SCALE),
+            states[AT_STEP],
+            rows,
+            moves.products,
+            block=moves.block,
+            center_key=key(step_key, CENTERS),
+            momentum_key=key(step_key, "momentum"),
+            first_identity=first_row,
+            compact=compact,
+        )
+        return
+    index = None if compact else rows
+    at_n = (states[AT_STEP] if index is None else states[AT_STEP].index_select(0, index))[:, 0]
+    (behind,) = (at_n < moves.steps).nonzero(as_tuple=True)  # host sync
+    if len(behind) < len(at_n):
+        at_n = at_n[behind]
+        index = behind if index is None else index[behind]
+        rows = behind if rows is None else rows[behind]
+    at_n = at_n.long()
+    size = max(1, _TILE_BYTES // (4 * centers.shape[1]))
+    for start in range(0, len(at_n), size):
+        stop = min(start + size, len(at_n))
+        tile = Tile(centers, states, rows, start, stop, first_row, workspace, index=index)
+        product_T22 = moves.since(at_n[start:stop]).float()
+        _move_(product_T22, tile.row_TD, tile.states.get("momentum"), workspace)
+        tile.write(step_key, skip=None)
+    settle_(moves, states, index)
+
+
+def settle_(moves: Moves, states: States, index: Tensor | None) -> None:
+    """Note that rows are at the newest step: those at ``index``, or all."""
+    if index is None:
+        states[AT_STEP].fill_(moves.steps)
+    else:
+        states[AT_STEP].index_fill_(0, index, moves.steps)
+
+
+def _move_(
+    product_T22: Tensor, row_TD: Tensor, velocity_TD: Tensor | None, workspace: Workspace
+) -> None:
+    """Multiply fp32 rows and velocities, or rows without any, in buffers that pass 2 has too."""
+    by_row_T2, by_velocity_T2 = product_T22[:, :, :1], product_T22[:, :, 1:]
+    if velocity_TD is None:
+        row_TD.mul_(by_row_T2[:, 0])
+        return
+    size = (*row_TD.shape,)
+    to_velocity_TD, to_row_TD = (
+        workspace(name, size, torch.float32, row_TD.device) for name in ("key", "gradient")
+    )
+    torch.mul(row_TD, by_row_T2[:, 1], out=to_velocity_TD)
+    torch.mul(velocity_TD, by_velocity_T2[:, 0], out=to_row_TD)
+    torch.addcmul(to_row_TD, row_TD, by_row_T2[:, 0], out=row_TD)
+    torch.addcmul(to_velocity_TD, velocity_TD, by_velocity_T2[:, 1], out=velocity_TD)

@@ -1,0 +1,95 @@
+"""How class centers and their momentum are stored: fp32, or fewer bits with keyed rounding.
+
+    fp32   as it is
+    bf16   the upper half of fp32
+    fp16   times one power of two a row, which puts the row's largest element at 2**13 to 2**14
+    int8   times one fp32 a row, which puts its largest element at 127
+
+Fewer bits need stochastic rounding: an update smaller than half a step would vanish every time.
+The random bits are a function of (key, global identity, column), so any number of ranks rounds
+alike, and the Triton kernel of the same formats writes the same bytes.
+
+Shape suffixes: D = embedding, T = rows of a tile, C = rows of a shard.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Format = Literal["fp32", "bf16", "fp16", "int8"]
+"""Name of a format. Centers are never ``int8``, momentum is never ``fp16``."""
+
+DTYPES: dict[Format, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "int8": torch.int8,
+}
+FORMATS: dict[torch.dtype, Format] = {dtype: name for name, dtype in DTYPES.items()}
+
+SCALED: frozenset[Format] = frozenset({"fp16", "int8"})
+"""Formats with an fp32 scale [C, 1] beside the elements: row = stored * scale."""
+
+MIX = (-49064778989728563, -4265267296055464877)
+"""Multipliers of the 64-bit finalizer of MurmurHash3 (A. Appleby, public domain), as int64."""
+
+SMALLEST_EXPONENT = 30
+"""Biased exponent below which a row's largest element counts as zero: 2**-97."""
+
+
+def decode(stored_TD: Tensor, scale_T1: Tensor | None) -> Tensor:
+    """Return fp32 rows: exactly what is stored. fp32 is returned as it is, not copied."""
+    row_TD = stored_TD.float()
+    return row_TD if scale_T1 is None else row_TD * scale_T1
+
+
+def encode(row_TD: Tensor, into: Format, noise_TD: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return what is stored of fp32 rows, and the scale [T, 1] where the format has one.
+
+    Rounding is stochastic: up with the probability of the remainder, so that the expected value is
+    the row itself. Elements of an fp16 row 2**27 times smaller than its largest are rounded to the
+    nearest.
+
+    Args:
+        row_TD: fp32, finite.
+        into: Any format but ``"fp32"``.
+        noise_TD: From :func:`noise`.
+    """
+    if into == "bf16":
+        return _truncate(row_TD, noise_TD, 16).bfloat16(), None
+    largest_T1 = row_TD.abs().amax(1, keepdim=True)
+    if into == "fp16":
+        exponent_T1 = (largest_T1.view(torch.int32) >> 23).clamp(min=SMALLEST_EXPONENT) - 13
+        scale_T1 = (exponent_T1 << 23).view(torch.float32)
+        return _truncate(row_TD / scale_T1, noise_TD, 13).half(), scale_T1
+    inverse_T1 = torch.where(largest_T1 > 0, 127 / largest_T1, 0.0)
+    step_TD = (row_TD * inverse_T1).add_((noise_TD + 0.5) * 2.0**-16).floor_()
+    return step_TD.clamp_(-127, 127).to(torch.int8), largest_T1 / 127
+
+
+def noise(key: int, identity_T: Tensor, dim: int) -> Tensor:
+    """Return 16 random bits for every element of some rows, int32 [T, dim] in [0, 65536).
+
+    Args:
+        key: From :func:`partialfc.keyed.key`.
+        identity_T: int64 global identities of the rows.
+        dim: D.
+    """
+    lanes = -(-dim // 4)  # one hash of 64 bits serves four columns
+    lane = torch.arange(lanes, device=identity_T.device)
+    bits = (identity_T.unsqueeze(1) * lanes + lane).add_(key)
+    for multiplier in MIX:
+        bits.bitwise_xor_((bits >> 33) & 0x7FFFFFFF).mul_(multiplier)
+    bits.bitwise_xor_((bits >> 33) & 0x7FFFFFFF)
+    return bits.view(torch.int16)[:, :dim].int().bitwise_and_(0xFFFF)
+
+
+def _truncate(row_TD: Tensor, noise_TD: Tensor, bits: int) -> Tensor:
+    """Drop the lowest mantissa bits of fp32 after adding as many random ones: carries round up.
+
+    A NaN stays one: a carry could make it a zero.
+    """
+    mask = (1 << bits) - 1
+    word_TD = row_TD.contiguous().view(torch.int32) + (noise_TD & mask)
+    return torch.where(row_TD.isnan(), row_TD, word_TD.bitwise_and_(~mask).view(torch.float32))

@@ -1,0 +1,348 @@
+"""The update of the class centers as one Triton kernel: every byte is read and written once.
+
+It gives what :mod:`partialfc.head.rows.rules` and :mod:`partialfc.head.rows.formats` give for SGD;
+a second one does what rows have missed, as :mod:`partialfc.head.rows.catch_up` does. Products and
+sums are not fused (no FMA), so the elementwise part is bit for bit that of torch operations one by
+one; only the two sums over a row are taken in another order.
+
+Shape suffixes: C = rows of a shard, D = embedding, n = sampled rows, P = positives, T = rows of a
+tile.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from partialfc.head.rows.formats import MIX, SMALLEST_EXPONENT
+from partialfc.head.tiles.triton_steps import reciprocal_norm, row_block, row_warps
+
+_MIX_1, _MIX_2 = tl.constexpr(MIX[0]), tl.constexpr(MIX[1])
+_EXPONENT_FLOOR = tl.constexpr(SMALLEST_EXPONENT)
+
+
+def sgd_(
+    centers_CD: Tensor,
+    center_scale_C1: Tensor | None,
+    momentum_CD: Tensor | None,
+    momentum_scale_C1: Tensor | None,
+    rows_n: Tensor | None,
+    start: int,
+    stop: int,
+    gradient_TD: Tensor,
+    *,
+    first_n1: Tensor,
+    order_P: Tensor,
+    slope_P: Tensor,
+    embedding_PD: Tensor,
+    lr: float,
+    weight_decay: float,
+    momentum: float,
+    center_key: int,
+    momentum_key: int,
+    first_identity: int,
+    skip: Tensor | None,
+    compact: bool = False,
+) -> None:
+    """Update rows ``start:stop`` of the sample in place, in the formats that they are stored in.
+
+    With w the row, ŵ its unit row, and g the sum of ``gradient_TD`` and of the positives' part,
+    ``g <- (g - ŵ (g·ŵ)) / |w|``, ``v <- momentum v + g + weight_decay w``, ``w <- w - lr v``, all
+    in fp32. The v that moves w is the one before it is rounded. A row with norm <= 1e-10 has g = 0.
+
+    Args:
+        centers_CD: fp32, bf16 or fp16, contiguous, D <= 4096; changed in place.
+        center_scale_C1: fp32 scales of fp16 rows, changed in place; ``None`` for other formats.
+        momentum_CD: fp32, bf16 or int8, contiguous, changed in place; ``None`` for no momentum.
+        momentum_scale_C1: fp32 scales of int8 rows, changed in place; ``None`` for other formats.
+        rows_n: int64 rows of the sample, distinct; ``None`` for all rows in order.
+        start: First place of the tile in the sample.
+        stop: Place behind the last.
+        gradient_TD: fp32 gradient by the unit centers, of the negatives; contiguous, not changed.
+        first_n1: int64; place i of the sample has the positives ``order_P[first[i]:first[i + 1]]``.
+        order_P: int64 indices of ``slope_P`` and ``embedding_PD``, by place in the sample.
+        slope_P: fp32; a positive adds ``slope * embedding`` to the gradient.
+        embedding_PD: fp32 or bf16, contiguous.
+        lr: Learning rate.
+        weight_decay: Factor of w in the gradient.
+        momentum: Factor of the old v; of no matter without ``momentum_CD``.
+        center_key: Key of the centers' stochastic rounding, signed 64-bit.
+        momentum_key: Key of the momentum's.
+        first_identity: Global number of local row 0.
+        skip: Scalar bool on the device: if true, nothing is written.
+        compact: Whether centers, momentum and scales hold the rows of the sample only, in its
+            order; ``rows_n`` then says no more than how they are rounded.
+    """
+    dim = centers_CD.shape[1]
+    for tensor in (centers_CD, momentum_CD, gradient_TD, embedding_PD):
+        assert tensor is None or (tensor.is_contiguous() and tensor.shape[1] == dim)
+    assert (center_scale_C1 is not None) == (centers_CD.dtype == torch.float16)
+    assert (momentum_scale_C1 is not None) == (
+        momentum_CD is not None and momentum_CD.dtype == torch.int8
+    )
+    if stop == start:
+        return
+    block = row_block(dim)
+    _sgd[(stop - start,)](
+        centers_CD,
+        center_scale_C1,
+        momentum_CD,
+        momentum_scale_C1,
+        rows_n,
+        gradient_TD,
+        first_n1,
+        order_P,
+        slope_P,
+        embedding_PD,
+        skip,
+        float(lr),
+        float(weight_decay),
+        float(momentum),
+        start,
+        center_key,
+        momentum_key,
+        first_identity,
+        dim,
+        block,
+        compact,
+        num_warps=row_warps(block),
+        num_stages=1,
+        enable_fp_fusion=False,
+    )
+
+
+def catch_up_(
+    centers_CD: Tensor,
+    center_scale_C1: Tensor | None,
+    momentum_CD: Tensor | None,
+    momentum_scale_C1: Tensor | None,
+    at_step_C1: Tensor,
+    rows_n: Tensor | None,
+    product_t22: Tensor,
+    *,
+    block: int,
+    center_key: int,
+    momentum_key: int,
+    first_identity: int,
+    compact: bool = False,
+) -> None:
+    """Bring rows and their momentum up to the newest step, in the formats they are stored in.
+
+    A row that is at it is left alone. Arguments that are not here are those of :func:`sgd_`.
+
+    Args:
+        at_step_C1: int32 step that each row is at; changed in place.
+        product_t22: fp64, contiguous, of :class:`partialfc.head.rows.catch_up.Moves`.
+        block: The step that its newest block starts at.
+    """
+    dim, count = centers_CD.shape[1], len(at_step_C1) if rows_n is None else len(rows_n)
+    for tensor in (centers_CD, momentum_CD, at_step_C1, product_t22):
+        assert tensor is None or tensor.is_contiguous()
+    if not count:
+        return
+    width = row_block(dim)
+    _catch_up[(count,)](
+        centers_CD,
+        center_scale_C1,
+        momentum_CD,
+        momentum_scale_C1,
+        at_step_C1,
+        rows_n,
+        product_t22,
+        len(product_t22) - 1,
+        block,
+        center_key,
+        momentum_key,
+        first_identity,
+        dim,
+        width,
+        compact,
+        num_warps=row_warps(width),
+        num_stages=1,
+        enable_fp_fusion=False,
+    )
+
+
+@triton.jit(do_not_specialize=["start", "center_key", "momentum_key", "first_identity"])
+def _sgd(
+    centers,
+    center_scale,
+    momentum,
+    momentum_scale,
+    rows,
+    gradient,
+    first,
+    order,
+    slope,
+    embedding,
+    skip,
+    lr,
+    weight_decay,
+    decay,
+    start: tl.int64,
+    center_key: tl.int64,
+    momentum_key: tl.int64,
+    first_identity: tl.int64,
+    D,
+    BLOCK: tl.constexpr,
+    COMPACT: tl.constexpr,
+):
+    t = tl.program_id(0).to(tl.int64)
+    place = t + start
+    row, identity = _row(rows, place, first_identity, COMPACT)
+    lane = tl.arange(0, BLOCK // 4)  # four columns share one hash, and one thread holds them
+    column = lane[:, None] * 4 + tl.arange(0, 4)[None, :]
+    mask = column < D
+    centers += row * D
+
+    w = tl.load(centers + column, mask=mask, other=0.0).to(tl.float32)
+    if center_scale is not None:
+        w *= tl.load(center_scale + row)
+    if momentum is not None:  # asked for early: what follows waits for whole rows
+        momentum += row * D
+        old = tl.load(momentum + column, mask=mask, other=0).to(tl.float32)
+        if momentum_scale is not None:
+            old *= tl.load(momentum_scale + row)
+    g = tl.load((gradient + t * D) + column, mask=mask, other=0.0)
+    k, behind = tl.load(first + place), tl.load(first + place + 1)
+    while k < behind:
+        p = tl.load(order + k)
+        e = tl.load((embedding + p * D) + column, mask=mask, other=0.0).to(tl.float32)
+        g += tl.load(slope + p) * e
+        k += 1
+
+    reciprocal = reciprocal_norm(_sum(w * w))
+    unit = w * reciprocal
+    g = (g - unit * _sum(g * unit)) * reciprocal
+    v = g + weight_decay * w
+    if momentum is not None:
+        v = decay * old + v
+    w = w - lr * v
+
+    written = True
+    if skip is not None:
+        written = tl.load(skip) == 0
+    lanes = tl.cdiv(D, 4)
+    bits = noise(identity * lanes + lane + center_key)
+    largest = tl.max(tl.max(tl.abs(w), 1), 0)
+    store(centers + column, center_scale, row, w, largest, bits, mask & written, written)
+    if momentum is not None:
+        bits = noise(identity * lanes + lane + momentum_key)
+        largest = tl.max(tl.max(tl.abs(v), 1), 0)
+        store(momentum + column, momentum_scale, row, v, largest, bits, mask & written, written)
+
+
+@triton.jit(do_not_specialize=["now", "newest", "center_key", "momentum_key", "first_identity"])
+def _catch_up(
+    centers,
+    center_scale,
+    momentum,
+    momentum_scale,
+    at_step,
+    rows,
+    product,
+    now,
+    newest,
+    center_key: tl.int64,
+    momentum_key: tl.int64,
+    first_identity: tl.int64,
+    D,
+    BLOCK: tl.constexpr,
+    COMPACT: tl.constexpr,
+):
+    place = tl.program_id(0).to(tl.int64)
+    row, identity = _row(rows, place, first_identity, COMPACT)
+    at = tl.load(at_step + row)
+    if at < now:
+        column = tl.arange(0, BLOCK // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
+        mask = column < D
+        bits = identity * tl.cdiv(D, 4) + tl.arange(0, BLOCK // 4)
+        centers += row * D
+        w = tl.load(centers + column, mask=mask, other=0.0).to(tl.float32)
+        if center_scale is not None:
+            w *= tl.load(center_scale + row)
+        row_by_row, row_by_v, v_by_row, v_by_v = _product(product, at, newest)
+        moved = row_by_row * w
+        if momentum is not None:
+            momentum += row * D
+            v = tl.load(momentum + column, mask=mask, other=0).to(tl.float32)
+            if momentum_scale is not None:
+                v *= tl.load(momentum_scale + row)
+            moved = row_by_v * v + moved
+            v = v_by_v * v + v_by_row * w
+            largest = tl.max(tl.max(tl.abs(v), 1), 0)
+            drawn = noise(bits + momentum_key)
+            store(momentum + column, momentum_scale, row, v, largest, drawn, mask, True)
+        largest = tl.max(tl.max(tl.abs(moved), 1), 0)
+        drawn = noise(bits + center_key)
+        store(centers + column, center_scale, row, moved, largest, drawn, mask, True)
+        tl.store(at_step + row, now)
+
+
+@triton.jit
+def _row(rows, place, first_identity, COMPACT: tl.constexpr):
+    """Where a row of the sample lies, and the global number that it is rounded by."""
+    row = place
+    if rows is not None:
+        row = tl.load(rows + place)
+    identity = row + first_identity
+    if COMPACT:
+        row = place
+    return row, identity
+
+
+@triton.jit
+def _product(product, at, newest):
+    """The four elements of ``Moves.since``, in fp32."""
+    entry = product + at.to(tl.int64) * 4
+    a, b, c, d = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
+    if at < newest:
+        later = product + newest.to(tl.int64) * 4
+        e, f, g, h = tl.load(later), tl.load(later + 1), tl.load(later + 2), tl.load(later + 3)
+        a, b, c, d = e * a + f * c, e * b + f * d, g * a + h * c, g * b + h * d
+    return a.to(tl.float32), b.to(tl.float32), c.to(tl.float32), d.to(tl.float32)
+
+
+@triton.jit
+def _sum(value):
+    return tl.sum(tl.sum(value, 1), 0)
+
+
+@triton.jit
+def noise(bits):
+    """16 random bits of each of four columns, from their int64 lane and key."""
+    bits = (bits ^ ((bits >> 33) & 0x7FFFFFFF)) * _MIX_1
+    bits = (bits ^ ((bits >> 33) & 0x7FFFFFFF)) * _MIX_2
+    bits = bits ^ ((bits >> 33) & 0x7FFFFFFF)
+    return ((bits[:, None] >> (16 * tl.arange(0, 4))[None, :]) & 0xFFFF).to(tl.int32)
+
+
+@triton.jit
+def store(pointer, scale, row, value, largest, noise, mask, written):
+    """Write rows in their format: ``partialfc.head.rows.formats.encode``; ``largest`` is of each
+    row."""
+    FORMAT: tl.constexpr = pointer.dtype.element_ty
+    if tl.float32 == FORMAT:
+        tl.store(pointer, value, mask=mask)
+    elif tl.bfloat16 == FORMAT:
+        tl.store(pointer, _truncate(value, noise, 0xFFFF).to(tl.bfloat16), mask=mask)
+    else:
+        if tl.float16 == FORMAT:
+            exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, _EXPONENT_FLOOR)
+            inverse = ((267 - exponent) << 23).to(tl.float32, bitcast=True)  # 2**(140 - exponent)
+            tl.store(pointer, _truncate(value * inverse, noise, 0x1FFF).to(tl.float16), mask=mask)
+            step = ((exponent - 13) << 23).to(tl.float32, bitcast=True)
+        else:
+            inverse = tl.where(largest > 0, tl.div_rn(127.0, largest), 0.0)
+            level = tl.floor(value * inverse + (noise.to(tl.float32) + 0.5) * 0.0000152587890625)
+            level = tl.minimum(tl.maximum(level, -127.0), 127.0)
+            tl.store(pointer, level.to(tl.int8), mask=mask)
+            step = tl.div_rn(largest, 127.0)
+        tl.store(scale + row, step, mask=written)
+
+
+@triton.jit
+def _truncate(value, noise, MASK: tl.constexpr):
+    """Drop mantissa bits after adding random ones; a NaN must not carry into a zero."""
+    word = value.to(tl.int32, bitcast=True) + (noise & MASK)
+    return tl.where(value == value, (word & ~MASK).to(tl.float32, bitcast=True), value)

@@ -1,0 +1,398 @@
+"""The optimizer of the class centers: it touches the sampled rows and their states only.
+
+:class:`RowOptimizer` binds a rule of :mod:`partialfc.head.rows.rules` to the centers of a rank: it
+keeps the micro-batches that backward has seen and turns them into updates tile by tile, so no
+gradient of the centers exists.
+
+Shape suffixes: D = embedding, n = sampled rows, T = rows of a tile.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from partialfc.head.rows import catch_up as unsampled
+from partialfc.head.rows import fused
+from partialfc.head.rows.catch_up import Moves
+from partialfc.head.rows.rules import RowRule, RowSGD, States
+from partialfc.head.rows.staging import Placement, Staging, host_tensor, row_tensor
+from partialfc.head.rows.tile import AT_STEP, CENTERS, SCALE, Tile
+from partialfc.head.tiles import Kept, Workspace, positives, project_, second_pass
+from partialfc.head.tiles.dispatch import has_kernels
+from partialfc.head.tiles.positives import Positives
+from partialfc.keyed import key
+
+_STAGED_ROWS = 1 << 16
+_MOVES = "moves"
+
+
+class RowOptimizer(torch.optim.Optimizer):
+    """A :class:`torch.optim.Optimizer` of one rank's class centers; made by ``PartialFC``.
+
+    ``param_groups``, learning-rate schedulers, ``state_dict`` and ``torch.amp.GradScaler`` work as
+    with any optimizer. ``zero_grad`` forgets the micro-batches that backward has seen.
+
+    Args:
+        centers: [rows of this rank, D], fp32, bf16 or fp16; changed in place by :meth:`step`.
+        rule: What happens to a row.
+        first_row: Global number of the first row.
+        seed: Stochastic rounding is a function of it.
+        placement: Where the rows lie between steps.
+        device: Where they are needed; ``None`` for where the centers are.
+        fused: Whether the fused kernels do pass 2.
+        overlap: On a GPU, :meth:`step` runs beside what the current stream does since the head's
+            backward. ``found_inf`` or a loss scale makes it wait for that stream all the same.
+        every_row: Whether every step visits all rows, so that none ever misses one.
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler then sets grad_scale and found_inf before step
+
+    def __init__(
+        self,
+        centers: nn.Parameter,
+        rule: RowRule,
+        *,
+        first_row: int = 0,
+        seed: int = 0,
+        placement: Placement | None = None,
+        device: torch.device | None = None,
+        fused: bool = False,
+        overlap: bool = False,
+        every_row: bool = False,
+    ) -> None:
+        self.rule, self._fused = rule, fused
+        self._device = device or centers.device
+        self._placement = placement or Placement()
+        self._staging: Staging | None = None
+        self._first, self._seed = first_row, seed
+        self._kept: list[Kept] = []
+        self._skip: list[Tensor] = []
+        self.workspace = Workspace()
+        self._stream: Any = None
+        if overlap:
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        self._ready: torch.cuda.Event | None = None
+        misses = getattr(rule, "unsampled", "stay") == "move" and not every_row
+        self._moves = Moves(self._device) if misses else None
+        super().__init__([centers], {**asdict(rule), "steps": 0})
+        if self._placement.stages:
+            self.states()  # a folder without room is refused now
+
+    @property
+    def steps(self) -> int:
+        """Steps taken, skipped ones included; the sample of a step is keyed by it."""
+        return int(self.param_groups[0]["steps"])
+
+    def shared_state(self) -> dict[str, Tensor]:
+        """State that is no row's and the same on all ranks."""
+        return {} if self._moves is None else {_MOVES: self._moves.products}
+
+    def load_shared_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what :meth:`shared_state` returned, from any device."""
+        if self._moves is not None:
+            self._moves.load(state[_MOVES])
+
+    @property
+    def kept_bytes(self) -> int:
+        """Memory of the exponentials kept for the next step."""
+        return sum(kept.bytes for kept in self._kept)
+
+    @property
+    def micro_batches(self) -> int:
+        """How many backward has seen since the last step."""
+        return len(self._kept)
+
+    def add_micro_batch(self, kept: Kept, weight: Tensor, finite: Tensor) -> None:
+        """Remember one micro-batch for the next step.
+
+        Args:
+            kept: What pass 2 needs.
+            weight: Scalar gradient of the loss that backward was given.
+            finite: Scalar bool; false makes the next step change nothing.
+        """
+        self._kept.append(_times(kept, weight))
+        self._skip.append(~finite)
+        if self._stream is not None:
+            self._ready = torch.cuda.current_stream(self._stream.device).record_event()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the micro-batches since the last step."""
+        super().zero_grad(set_to_none)
+        self._kept, self._skip = [], []
+
+    @torch.no_grad()
+    def open(self, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the centers to read in this step, and the rows of them that are sampled.
+
+        They are all centers of the rank and ``rows``, or a compact copy on the device and ``None``.
+        """
+        if rows is None or not self._placement.stages:
+            return self.param_groups[0]["params"][0].detach(), rows
+        return self._stage().open(self.steps, rows)[CENTERS], None
+
+    @property
+    def stages(self) -> bool:
+        """Whether any rows lie in host memory between steps."""
+        return self._placement.stages
+
+    def prefetch(self, rows: Tensor | None) -> None:
+        """Begin to bring the rows of the step after the present one; a no-op without staging."""
+        if rows is not None and self._placement.stages:
+            self._stage().prefetch(self.steps + 1, rows)
+
+    def settle(self) -> None:
+        """Wait until centers and states are where they lie between steps, all of them."""
+        if self._staging is not None:
+            self._staging.settle()
+
+    def _stage(self) -> Staging:
+        if self._staging is None:
+            centers: Tensor = self.param_groups[0]["params"][0].detach()
+            states = self.states()
+            in_host = {CENTERS} if self._placement.centers == "host" else set()
+            if self._placement.states == "host":
+                in_host |= states.keys()
+            tensors = {CENTERS: centers, **states}
+            self._staging = Staging(tensors, frozenset(in_host), self._device)
+        return self._staging
+
+    @torch.no_grad()
+    def catch_up(self, rows: Tensor | None) -> None:
+        """Bring rows up to the present step where unsampled rows move; a no-op otherwise.
+
+        The head does it before pass 1 for the rows of its sample. After ``catch_up`` of all rows,
+        the centers are those of dense SGD.
+
+        Args:
+            rows: int64 [n] rows; ``None`` for all.
+        """
+        moves = self._moves
+        if moves is None or not moves.steps:
+            return
+        if rows is None and self._placement.stages:
+            total = len(self.param_groups[0]["params"][0])
+            for start in range(0, total, _STAGED_ROWS):
+                stop = min(start + _STAGED_ROWS, total)
+                self.catch_up(torch.arange(start, stop, device=self._device))
+            self.settle()
+            return
+        step_key = key(self._seed, "catch up", self.steps)
+        unsampled.catch_up_(
+            moves,
+            *self._working(rows),
+            rows,
+            step_key,
+            first_row=self._first,
+            compact=self._placement.stages,
+            workspace=self.workspace,
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update the sampled rows by the micro-batches since the last step; no collective.
+
+        Nothing changes where a loss was not finite or ``found_inf`` is set; a GPU decides that
+        without a host synchronisation.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        group = self.param_groups[0]
+        kept, skips = self._kept, self._skip
+        self._kept, self._skip = [], []
+        if kept:
+            with self._beside():
+                self._update(group, kept, skips)
+            self.workspace.take_back(tensor for one in kept for tensor in one.spend())
+        if self._staging is not None:
+            self._staging.close()
+        group["steps"] += 1
+        return loss
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load what ``state_dict`` returned; the states keep their formats and their places.
+
+        torch casts every state to the dtype of its parameter, which would ruin the others.
+        """
+        self.settle()
+        self._staging = None
+        centers: Tensor = self.param_groups[0]["params"][0]
+        saved = state_dict["state"].get(0, {})
+        held = self.states() if saved else {}
+        (group,) = state_dict["param_groups"]
+        if (_MOVES in group) != (self._moves is not None):
+            theirs, ours = ("stay", "move") if self._moves else ("move", "stay")
+            raise ValueError(
+                f"unsampled rows of this state {theirs}, and here they {ours}; give the rule the "
+                "unsampled, and the head the sample_rate, that the state was made with."
+            )
+        self.load_shared_state(group)
+        groups = [{name: value for name, value in group.items() if name != _MOVES}]
+        super().load_state_dict({"state": {}, "param_groups": groups})
+        self.state[centers] = {name: held[name].copy_(value) for name, value in saved.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, once all rows are where they lie between steps."""
+        self.settle()
+        state = super().state_dict()
+        (group,) = state["param_groups"]
+        return {**state, "param_groups": [{**group, **self.shared_state()}]}
+
+    @contextmanager
+    def _beside(self) -> Iterator[None]:
+        """Run on the side stream, from the end of the head's backward on, if there is one.
+
+        The current stream waits for it before it does anything else, so nobody sees a center that
+        is being updated; what the current stream was given before runs at the same time.
+        """
+        side = self._stream
+        if side is None:
+            yield
+            return
+        current = torch.cuda.current_stream(side.device)
+        verdict = (getattr(self, name, None) for name in ("found_inf", "grad_scale"))
+        if any(tensor is not None for tensor in verdict) or self._ready is None:
+            side.wait_stream(current)
+        else:
+            side.wait_event(self._ready)
+        with torch.cuda.stream(side):
+            yield
+        current.wait_stream(side)
+
+    def _update(self, group: dict[str, Any], kept: list[Kept], skips: list[Tensor]) -> None:
+        rows = _union(kept)
+        compact = rows is not None and self._placement.stages
+        index = None if compact else rows
+        centers, states = self._working(rows)
+        bad = torch.stack(skips).any()
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if found_inf is not None:
+            bad = bad | (torch.as_tensor(found_inf, device=centers.device) != 0)
+        if not centers.is_cuda and bad:
+            return
+        skip = bad if centers.is_cuda else None
+        step_key = key(self._seed, "rounding", self.steps)
+        kept, workspace = self._unscaled(kept), self.workspace
+        own = positives(rows, kept)
+        unit = kept[0].logits.unit
+        update = None
+        tiles = second_pass(centers, rows, kept, workspace, compact=compact)
+        if isinstance(self.rule, RowSGD) and has_kernels(centers) and unit:
+            arguments = self._kernel_arguments(group, centers, states, rows, own, step_key, skip)
+            update = partial(import_module("partialfc.head.rows.kernels").sgd_, **arguments)
+            if self._fused:
+                fused.second_pass(rows, kept, own, arguments, workspace)
+                tiles = iter(())
+        for start, stop, gradient_TD, factor_T1 in tiles:
+            if update is not None:
+                update(start=start, stop=stop, gradient_TD=gradient_TD)
+                continue
+            tile = Tile(centers, states, rows, start, stop, self._first, workspace, index=index)
+            own.add_(gradient_TD, start, factor_T1)
+            if unit:
+                # Pass 2 is done with the keys of this tile.
+                scratch_TD = workspace("key", (*gradient_TD.shape,), torch.float32, centers.device)
+                project_(gradient_TD, tile.row_TD, scratch_TD, factor_T1)
+            self.rule.update_(group, tile.row_TD, gradient_TD, tile.states)
+            tile.write(step_key, skip=skip)
+        if self._moves is not None:
+            self._moves.extend(group, skip)
+            unsampled.settle_(self._moves, states, index)
+
+    def _kernel_arguments(
+        self,
+        group: dict[str, Any],
+        centers: Tensor,
+        states: States,
+        rows: Tensor | None,
+        own: Positives,
+        step_key: int,
+        skip: Tensor | None,
+    ) -> dict[str, Any]:
+        """What the kernels of the same update are given, but for the tile."""
+        sample = len(centers) if rows is None else len(rows)
+        settings = {name: group[name] for name in ("lr", "weight_decay", "momentum")}
+        return {
+            "centers_CD": centers,
+            "center_scale_C1": states.get(CENTERS + SCALE),
+            "momentum_CD": states.get("momentum"),
+            "momentum_scale_C1": states.get("momentum" + SCALE),
+            "rows_n": rows,
+            "first_n1": own.first(sample),
+            "order_P": own.order_P,
+            "slope_P": own.slope_P,
+            "embedding_PD": own.embedding_PD,
+            "center_key": key(step_key, CENTERS),
+            "momentum_key": key(step_key, "momentum"),
+            "first_identity": self._first,
+            "skip": skip,
+            "compact": rows is not None and self._placement.stages,
+            **settings,
+        }
+
+    def states(self) -> States:
+        """Row states by name, each with one row per class center; made when first asked for."""
+        centers: Tensor = self.param_groups[0]["params"][0]
+        states: States = self.state[centers]
+        if not states:
+            states.update(self._new_states(centers))
+        return states
+
+    def _new_states(self, centers: Tensor) -> States:
+        """Zero states where they belong, and the scales of fp16 centers."""
+        wanted = dict(self.rule.new_states(centers.to("meta")))
+        if centers.dtype == torch.float16:
+            wanted[CENTERS + SCALE] = torch.empty(len(centers), 1, device="meta")
+        if self._moves is not None:
+            wanted[AT_STEP] = torch.empty(len(centers), 1, dtype=torch.int32, device="meta")
+        placement, states = self._placement, {}
+        for name, like in wanted.items():
+            if placement.states == "host":
+                folder, pinned = placement.folder, self._device.type == "cuda"
+                states[name] = host_tensor(name, like.shape, like.dtype, folder, pinned=pinned)
+            else:
+                states[name] = row_tensor(like.shape, like.dtype, self._device)
+        if CENTERS + SCALE in states:
+            states[CENTERS + SCALE].fill_(1)
+        return states
+
+    def _working(self, rows: Tensor | None) -> tuple[Tensor, States]:
+        """Centers and states to update: all of the rank, or compact ones of the rows."""
+        if rows is None or not self._placement.stages:
+            return self.param_groups[0]["params"][0].detach(), self.states()
+        tensors = dict(self._stage().open(self.steps, rows))
+        return tensors.pop(CENTERS), tensors
+
+    def _unscaled(self, kept: list[Kept]) -> list[Kept]:
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        if grad_scale is None:
+            return kept
+        unscale = 1 / grad_scale
+        return [_times(one, unscale) for one in kept]
+
+
+def _times(kept: Kept, weight: Tensor) -> Kept:
+    return replace(
+        kept,
+        negative_B=kept.negative_B * weight,
+        positive_B=kept.positive_B * weight,
+        even_D=None if kept.even_D is None else kept.even_D * weight,
+        pulls=[replace(pull, slope_P=pull.slope_P * weight) for pull in kept.pulls],
+    )
+
+
+def _union(kept: list[Kept]) -> Tensor | None:
+    """Rows that any micro-batch sampled; they are one object where the step's sample was fixed."""
+    rows = kept[0].rows
+    if rows is None or all(one.rows is rows for one in kept):
+        return rows
+    sampled = torch.cat([one.rows for one in kept if one.rows is not None])
+    union: Tensor = torch.unique(sampled)  # host sync
+    return union

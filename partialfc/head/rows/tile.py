@@ -1,0 +1,100 @@
+"""Some rows of the centers with their states, from how they are stored to fp32 and back.
+
+Shape suffixes: D = embedding, T = rows of a tile.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from partialfc.head.rows.formats import FORMATS, decode, encode, noise
+from partialfc.head.rows.rules import States
+from partialfc.head.tiles import Workspace, take_rows
+from partialfc.keyed import key
+
+CENTERS = "centers"
+AT_STEP = "at_step"
+"""State of rows that move unsampled: the step that each is at."""
+SCALE = "_scale"
+"""Ending of the state that holds the scales of another."""
+
+
+class Tile:
+    """Some rows and their states in fp32: views of what is stored where that is possible."""
+
+    def __init__(
+        self,
+        centers: Tensor,
+        states: States,
+        rows: Tensor | None,
+        start: int,
+        stop: int,
+        first: int,
+        workspace: Workspace,
+        *,
+        index: Tensor | None,
+    ) -> None:
+        """Read rows ``start:stop`` of the sample.
+
+        Args:
+            centers: Of the shard, or of a sample only; the states too.
+            states: By name.
+            rows: int64 [n] rows of the shard, which they are rounded by; ``None`` for all.
+            start: First place in the sample.
+            stop: Place behind the last.
+            first: Global number of the shard's first row.
+            workspace: Buffers of copies.
+            index: int64 [n] where the rows lie in the tensors; ``None``: they are all there is.
+        """
+        self._rows, self._start, self._stop, self._first = rows, start, stop, first
+        self._index = index
+        self._stored = {CENTERS: centers.detach(), **states}
+        self._workspace = workspace
+        values = {name: self._value(name) for name in self._names()}
+        self.row_TD = values.pop(CENTERS)
+        self.states = values
+
+    def write(self, step_key: int, *, skip: Tensor | None) -> None:
+        """Store rows and states; nothing where ``skip`` is true, which a GPU decides by itself."""
+        for name, value in {CENTERS: self.row_TD, **self.states}.items():
+            stored = self._stored[name]
+            scale = None
+            if FORMATS[stored.dtype] != "fp32":
+                bits = noise(key(step_key, name), self._identities(), value.shape[1])
+                value, scale = encode(value, FORMATS[stored.dtype], bits)
+            self._put(stored, value, skip)
+            if scale is not None:
+                self._put(self._stored[name + SCALE], scale, skip)
+
+    def _names(self) -> Iterator[str]:
+        """All but the scales, which belong to another state, and the counter of missed steps."""
+        return (n for n in self._stored if not n.endswith(SCALE) and n != AT_STEP)
+
+    def _value(self, name: str) -> Tensor:
+        stored = self._stored[name]
+        size = (self._stop - self._start, *stored.shape[1:])
+        buffer = self._workspace(name, size, stored.dtype, stored.device)
+        stored_TD = take_rows(stored, self._index, self._start, self._stop, out=buffer)
+        scale = self._stored.get(name + SCALE)
+        if scale is not None:
+            scale = take_rows(scale, self._index, self._start, self._stop)
+        value_TD = decode(stored_TD, scale)
+        # A GPU may have to keep the old value, so it works on a copy.
+        is_view = self._index is None and value_TD.data_ptr() == stored_TD.data_ptr()
+        return value_TD.clone() if is_view and value_TD.is_cuda else value_TD
+
+    def _identities(self) -> Tensor:
+        device = self.row_TD.device
+        if self._rows is None:
+            return torch.arange(self._first + self._start, self._first + self._stop, device=device)
+        return self._rows[self._start : self._stop] + self._first
+
+    def _put(self, stored: Tensor, value: Tensor, skip: Tensor | None) -> None:
+        if skip is not None:
+            old = take_rows(stored, self._index, self._start, self._stop)
+            value = torch.where(skip, old, value)
+        if self._index is not None:
+            stored.index_copy_(0, self._index[self._start : self._stop], value)
+        elif value.data_ptr() != stored[self._start : self._stop].data_ptr():
+            stored[self._start : self._stop] = value

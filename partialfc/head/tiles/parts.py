@@ -1,0 +1,143 @@
+"""What goes into the two passes of the head, and from the first to the second.
+
+Shape suffixes: B = rows of the gathered batch, D = embedding, T = rows of a tile, P = any rows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from partialfc.margins.base import Bend
+from partialfc.numerics import Compute
+
+_LARGEST_PLAIN_LOGIT = 64.0
+"""exp(±z) of a larger logit, summed over 1e8 classes, leaves fp32's range: keep a row maximum."""
+
+
+@dataclass(frozen=True, slots=True)
+class Logits:
+    """How the product of a query and a center becomes the logit of a negative.
+
+    Attributes:
+        scale: Factor of the product.
+        unit: Whether a key is the center's unit vector, or the center as it is.
+        largest: Bound of every |logit|; inf if there is none.
+        compute: Precision of the products.
+        per_identity: K; the logit of an identity is the largest of those of its K rows.
+        bend: Another logit above a threshold, or ``None``.
+        offset: Scalar; every negative then has a loss of its own, log(1 + exp(logit - offset)),
+            and the sigmoid of the same takes the place of the exponential. ``None``: a softmax.
+    """
+
+    scale: float
+    unit: bool
+    largest: float
+    compute: Compute
+    per_identity: int = 1
+    bend: Bend | None = None
+    offset: Tensor | None = None
+
+    @property
+    def needs_maximum(self) -> bool:
+        """Whether the exponentials need a row maximum to stay inside fp32's range."""
+        return self.offset is None and self.largest > _LARGEST_PLAIN_LOGIT
+
+
+@dataclass(frozen=True, slots=True)
+class KeptTile:
+    """E of one tile.
+
+    Attributes:
+        exp_TB: E, times ``factor_T1``.
+        maximum_B: The row maximum that it is relative to, or ``None``.
+        factor_T1: Reciprocal norms of the keys, or ``None`` for keys of unit length.
+    """
+
+    exp_TB: Tensor
+    maximum_B: Tensor | None
+    factor_T1: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class FirstPass:
+    """What pass 1 knows of this rank's negatives.
+
+    Attributes:
+        sum_B: Sum of exp(logit - maximum) over the sampled negatives; with an offset, of their
+            losses.
+        sigmoid_B: Sum of sigmoid(logit - offset); ``None`` without an offset.
+        maximum_B: Largest negative logit, or ``None`` where the logits need no maximum (then 0).
+        pull_BD: Sum over negatives of exp(logit - maximum) * the bend's slope * key; ``None`` if
+            not wanted.
+        key_sum_D: Sum of all keys, positives included; ``None`` if not wanted.
+        rows: Their number.
+        exponentials: Of the first tiles, as many as the budget allows.
+    """
+
+    sum_B: Tensor
+    sigmoid_B: Tensor | None
+    maximum_B: Tensor | None
+    pull_BD: Tensor | None
+    key_sum_D: Tensor | None
+    rows: int
+    exponentials: list[KeptTile]
+
+
+@dataclass(frozen=True, slots=True)
+class Pull:
+    """What a loss beside the softmax adds to the gradient by some keys: slope * direction.
+
+    Attributes:
+        target_P: int64 place of each key in the sample, or ``NOT_LOCAL``; keys may repeat.
+        slope_P: fp32.
+        direction_PD: fp32.
+    """
+
+    target_P: Tensor
+    slope_P: Tensor
+    direction_PD: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What pass 2 needs of one micro-batch.
+
+    Attributes:
+        query_BD: Gathered queries in the operand dtype.
+        rows: int64 [n] sampled rows, or ``None`` for all rows of the shard.
+        target_B: Place of each row's own class center among the sampled ones, or ``NOT_LOCAL``.
+        logits: What the products become.
+        maximum_B: Subtracted from the logits before exp, or ``None``.
+        negative_B: Factor that makes exp(logit - maximum) the derivative of the loss by the
+            product.
+        positive_B: Derivative of the loss by the positive's product, times what follows.
+        positive_BD: The derivative of the positive's product by its key: queries, unless the
+            margin follows the length of a center.
+        even_D: Subtracted from the gradient of every sampled key, or ``None``.
+        exponentials: E of the first tiles, 0 at the positives.
+        pulls: What losses beside the softmax add.
+    """
+
+    query_BD: Tensor
+    rows: Tensor | None
+    target_B: Tensor
+    logits: Logits
+    maximum_B: Tensor | None
+    negative_B: Tensor
+    positive_B: Tensor
+    positive_BD: Tensor
+    even_D: Tensor | None
+    exponentials: list[KeptTile]
+    pulls: Sequence[Pull] = ()
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the exponentials."""
+        return sum(tile.exp_TB.nbytes for tile in self.exponentials)
+
+    def spend(self) -> list[Tensor]:
+        """Give up the exponentials, for their memory to be used again; pass 2 can do without."""
+        tensors = [tile.exp_TB for tile in self.exponentials]
+        self.exponentials.clear()
+        return tensors

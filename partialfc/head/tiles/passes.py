@@ -1,0 +1,390 @@
+"""The two passes of the head over tiles of class centers.
+
+A logit is a product of a query (an embedding) and a key (a class center), each of unit length or
+as it is. Logits exist one tile of classes at a time: pass 1 leaves the row sums of their
+exponentials E and those exponentials times the keys; pass 2 leaves the gradient of its keys. E is
+kept between the passes as far as a byte budget allows and computed again beyond it, so that pass 2
+takes one matrix product or two. Neither the logits [n, B] nor the gradient of the keys [n, D] is
+ever whole. In fp32, centers are multiplied as they are, and what is wanted of unit keys gets the
+reciprocal norms, a factor for each key, on [T, B] instead of [T, D]; bf16 would round worse so.
+
+Shape suffixes: B = rows of the gathered batch, D = embedding, n = sampled rows, T = rows of a tile.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from partialfc.head.tiles import torch_steps
+from partialfc.head.tiles.dispatch import has_kernels, steps_for
+from partialfc.head.tiles.parts import FirstPass, Kept, KeptTile, Logits
+from partialfc.head.tiles.positives import Positives
+from partialfc.head.tiles.products import add_product_, scaled_products
+from partialfc.head.tiles.workspace import Workspace
+from partialfc.margins.base import Bend
+from partialfc.numerics import precision, reciprocal_norms
+
+_NO_LOGIT = -1e30
+"""Row maximum of a tile without negatives: finite, so that no difference of two is NaN."""
+
+TILE_BYTES = {"cpu": 5 << 20, "cuda": 1 << 27}
+"""Size of a tile of centers and logits in fp32 on a CPU: with the gradient and the states of its
+rows it stays in the last cache, and Python's part of a tile is small beside it. On a GPU, size of a
+tile of logits: half of the L2 cache of a Hopper, 32 MiB, would keep them there, but at B = 4096 its
+products take 22 us and the host 60 to 100 us to start them; four times that size hides the host.
+(By arithmetic: ``tools/bench/head.py --tile-mib`` measures it.)"""
+
+_TILE_ROWS = 128
+"""A tile is a multiple of it, as tensor cores like it."""
+
+
+def first_pass(
+    query_BD: Tensor,
+    centers_CD: Tensor,
+    rows: Tensor | None,
+    target_B: Tensor,
+    logits: Logits,
+    *,
+    want_pull: bool,
+    want_key_sum: bool,
+    keep_bytes: int,
+    workspace: Workspace,
+) -> FirstPass:
+    """Sum the exponentials of the negatives' logits, tile by tile; no collective.
+
+    Args:
+        query_BD: Gathered queries in the operand dtype of ``logits.compute``.
+        centers_CD: This rank's class centers, any float dtype and length.
+        rows: int64 [n] sampled rows of ``centers_CD``, or ``None`` for all; the K rows of an
+            identity follow one another.
+        target_B: Place of each positive, whose identity is left out of the sums, or ``NOT_LOCAL``.
+        logits: What the products become.
+        want_pull: Whether the gradient of the embeddings will be asked for.
+        want_key_sum: Whether the sum of the keys is.
+        keep_bytes: Most memory of the exponentials kept for pass 2.
+        workspace: Buffers of the tiles.
+    """
+    dim = query_BD.shape[1]
+    sum_B = torch.zeros_like(query_BD[:, 0], dtype=torch.float32)
+    pull_BD = torch.zeros_like(query_BD, dtype=torch.float32) if want_pull else None
+    key_sum_D = query_BD.new_zeros(dim, dtype=torch.float32) if want_key_sum else None
+    maximum_B = torch.full_like(sum_B, _NO_LOGIT) if logits.needs_maximum else None
+    sigmoid_B = None if logits.offset is None else torch.zeros_like(sum_B)
+    exponentials: list[KeptTile] = []
+    with precision(logits.compute, query_BD.device):
+        for start, stop in tiles(query_BD, centers_CD, rows, logits.per_identity):
+            dtype = query_BD.dtype
+            key_TD, factor_T1 = _keys(centers_CD, rows, start, stop, dtype, logits, workspace)
+            if key_sum_D is not None:
+                unit_TD = key_TD if factor_T1 is None else key_TD * factor_T1
+                key_sum_D.add_(unit_TD.sum(0, dtype=torch.float32))
+            column_B = target_B - start
+            keep_bytes -= len(key_TD) * query_BD.shape[0] * query_BD.element_size()
+            logit_TB = _logits(
+                key_TD, factor_T1, query_BD, column_B, logits, workspace, lend=keep_bytes >= 0
+            )
+            logit_TB, slope_TB, bend = _bent_first(logit_TB, column_B, logits, workspace)
+            if maximum_B is not None:
+                larger_B = torch.maximum(maximum_B, _largest(logit_TB, column_B))
+                shrink_B = (maximum_B - larger_B).exp()
+                sum_B.mul_(shrink_B)
+                if pull_BD is not None:
+                    pull_BD.mul_(shrink_B.unsqueeze(1))
+                maximum_B = larger_B
+            sums = sum_B, sigmoid_B
+            exp_TB = _exponentials(
+                logit_TB, column_B, logits, bend, maximum_B, sums, factor_T1, query_BD, workspace
+            )
+            if slope_TB is not None:
+                exp_TB.mul_(slope_TB)
+            if pull_BD is not None:
+                add_product_(pull_BD, exp_TB.T, key_TD)
+            if keep_bytes >= 0:
+                exponentials.append(KeptTile(exp_TB, maximum_B, factor_T1))
+    total = len(centers_CD) if rows is None else len(rows)
+    return FirstPass(sum_B, sigmoid_B, maximum_B, pull_BD, key_sum_D, total, exponentials)
+
+
+def second_pass(
+    centers_CD: Tensor,
+    rows: Tensor | None,
+    kept: Sequence[Kept],
+    workspace: Workspace,
+    *,
+    compact: bool = False,
+) -> Iterator[tuple[int, int, Tensor, Tensor | None]]:
+    """Yield (start, stop, gradient [T, D] fp32, factor [T, 1]) of every tile; no collective.
+
+    The gradient is that of the negatives by the keys, times the factor: their reciprocal norms, or
+    ``None`` for 1. :func:`positives` has the rest. The tile's rows and the gradient may be changed
+    by the caller before the next one is asked for.
+
+    Args:
+        centers_CD: This rank's class centers, as in pass 1.
+        rows: int64 [n] rows to compute, a superset of every micro-batch's, or ``None`` for all.
+        kept: The micro-batches; their gradients are added.
+        workspace: Buffers of the tiles.
+        compact: Whether ``centers_CD`` holds the rows of the sample only, in its order.
+    """
+    index = None if compact else rows
+    device, dim = centers_CD.device, centers_CD.shape[1]
+    parts = [_Part.of(one, rows, like=kept[0].query_BD) for one in kept]
+    per_identity = kept[0].logits.per_identity
+    for number, (start, stop) in enumerate(
+        tiles(kept[0].query_BD, centers_CD, index, per_identity)
+    ):
+        gradient_TD = workspace("gradient", (stop - start, dim), torch.float32, device)
+        key_TD: Tensor | None = None
+        factor_T1: Tensor | None = None
+        for part in parts:
+            query_BD, logits, maximum_B = part.kept.query_BD, part.kept.logits, part.kept.maximum_B
+            weighted_BD = part.weighted_BD
+            with precision(logits.compute, device):
+                if number < len(part.exponentials):
+                    tile = part.exponentials[number]
+                    exp_TB, factor_T1 = tile.exp_TB, tile.factor_T1
+                    if maximum_B is not None and tile.maximum_B is not None:
+                        shrink_B = (tile.maximum_B - maximum_B).exp()
+                        weighted_BD = weighted_BD * shrink_B.unsqueeze(1).to(weighted_BD.dtype)
+                else:
+                    if key_TD is None:
+                        dtype = query_BD.dtype
+                        key_TD, factor_T1 = _keys(
+                            centers_CD, index, start, stop, dtype, logits, workspace
+                        )
+                    column_B = part.target_B - start
+                    logit_TB = _logits(key_TD, factor_T1, query_BD, column_B, logits, workspace)
+                    logit_TB, slope_TB, bend = _bent_first(logit_TB, column_B, logits, workspace)
+                    exp_TB = _exponentials(
+                        logit_TB,
+                        column_B,
+                        logits,
+                        bend,
+                        maximum_B,
+                        (None, None),
+                        factor_T1,
+                        query_BD,
+                        workspace,
+                    )
+                    if slope_TB is not None:
+                        exp_TB.mul_(slope_TB)
+                if part.present_n is not None:
+                    exp_TB.mul_(part.present_n[start:stop].unsqueeze(1))
+                add_product_(gradient_TD, exp_TB, weighted_BD, keep=part is not parts[0])
+            if part.kept.even_D is not None:
+                even_TD = part.kept.even_D if factor_T1 is None else part.kept.even_D * factor_T1
+                if part.present_n is not None:
+                    even_TD = part.present_n[start:stop].unsqueeze(1) * even_TD
+                gradient_TD.sub_(even_TD)
+        yield start, stop, gradient_TD, factor_T1
+
+
+def positives(rows: Tensor | None, kept: Sequence[Kept]) -> Positives:
+    """Return the positives' share of the same gradient; arguments as in :func:`second_pass`."""
+    every = [
+        (align(target_P, one.rows, rows), slope_P, direction_PD)
+        for one in kept
+        for target_P, slope_P, direction_PD in (
+            (one.target_B, one.positive_B, one.positive_BD),
+            *((pull.target_P, pull.slope_P, pull.direction_PD) for pull in one.pulls),
+        )
+    ]
+    targets, slopes, directions = zip(*every, strict=True)
+    return Positives.of(targets, slopes, directions)
+
+
+def unit_keys(
+    query_BD: Tensor,
+    centers_CD: Tensor,
+    rows: Tensor | None,
+    logits: Logits,
+    workspace: Workspace,
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield (start, unit keys [T, D]) of every tile; arguments as in :func:`first_pass`.
+
+    The keys are in the dtype of the queries, valid until the next tile is asked for.
+    """
+    for start, stop in tiles(query_BD, centers_CD, rows, logits.per_identity):
+        yield start, _unit_keys(centers_CD, rows, start, stop, query_BD.dtype, workspace)
+
+
+def tiles(
+    query_BD: Tensor, centers_CD: Tensor, rows: Tensor | None, per_identity: int = 1
+) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) of the tiles of a sample; a function of device, B, D, n and K."""
+    total = len(centers_CD) if rows is None else len(rows)
+    batch, dim = query_BD.shape
+    device = query_BD.device.type
+    size = TILE_BYTES[device] // (4 * (batch + (dim if device == "cpu" else 0)))
+    step = _TILE_ROWS * per_identity
+    size = max(step, size // step * step)
+    for start in range(0, total, size):
+        yield start, min(start + size, total)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One micro-batch seen from the rows of pass 2.
+
+    The factor ``negative_B`` of a whole column of E is moved to the queries, so that the gradient
+    is E @ weighted queries.
+    """
+
+    kept: Kept
+    target_B: Tensor
+    present_n: Tensor | None
+    weighted_BD: Tensor
+    exponentials: list[KeptTile]
+
+    @classmethod
+    def of(cls, kept: Kept, rows: Tensor | None, *, like: Tensor) -> "_Part":
+        target_B, present_n = align(kept.target_B, kept.rows, rows), present(kept.rows, rows)
+        factor_B1 = kept.negative_B.unsqueeze(1)
+        same_tiles = kept.rows is rows and kept.query_BD.shape == like.shape
+        return cls(
+            kept,
+            target_B,
+            present_n,
+            (kept.query_BD.float() * factor_B1).to(kept.query_BD.dtype),
+            kept.exponentials if same_tiles else [],
+        )
+
+
+def align(target_P: Tensor, sampled: Tensor | None, rows: Tensor | None) -> Tensor:
+    """Places among ``sampled`` as places among its superset ``rows``."""
+    if sampled is rows or rows is None or sampled is None or not len(sampled):
+        return target_P
+    row_P = sampled[target_P.clamp(min=0)]
+    return torch.where(target_P >= 0, torch.searchsorted(rows, row_P), target_P)
+
+
+def present(sampled: Tensor | None, rows: Tensor | None) -> Tensor | None:
+    """Which of ``rows`` are among ``sampled``; ``None`` for all."""
+    if sampled is rows or rows is None or sampled is None:
+        return None
+    return torch.isin(rows, sampled)
+
+
+def _keys(
+    centers_CD: Tensor,
+    rows: Tensor | None,
+    start: int,
+    stop: int,
+    dtype: torch.dtype,
+    logits: Logits,
+    workspace: Workspace,
+) -> tuple[Tensor, Tensor | None]:
+    """The keys of a tile in the operand dtype, and the factor that is still to do, if any.
+
+    They are a view where they are the centers themselves.
+    """
+    as_stored = centers_CD.dtype == dtype
+    if logits.unit and (has_kernels(centers_CD) or not as_stored or dtype == torch.bfloat16):
+        return _unit_keys(centers_CD, rows, start, stop, dtype, workspace), None
+    buffer_TD = None
+    if rows is not None and as_stored:
+        buffer_TD = workspace("key", (stop - start, centers_CD.shape[1]), dtype, centers_CD.device)
+    key_TD = torch_steps.take_rows(centers_CD, rows, start, stop, out=buffer_TD).to(dtype)
+    return key_TD, reciprocal_norms(key_TD) if logits.unit else None
+
+
+def _unit_keys(
+    centers_CD: Tensor,
+    rows: Tensor | None,
+    start: int,
+    stop: int,
+    dtype: torch.dtype,
+    workspace: Workspace,
+) -> Tensor:
+    key_TD = workspace("key", (stop - start, centers_CD.shape[1]), dtype, centers_CD.device)
+    steps_for(centers_CD).unit_rows(centers_CD, rows, start, stop, key_TD)
+    return key_TD
+
+
+def _logits(
+    key_TD: Tensor,
+    factor_T1: Tensor | None,
+    query_BD: Tensor,
+    column_B: Tensor,
+    logits: Logits,
+    workspace: Workspace,
+    *,
+    lend: bool = False,
+) -> Tensor:
+    """The logits of a tile; -inf at all but the nearest of an identity's K centers.
+
+    In fp32 they are in a buffer that E will take over: one to ``lend``, or that of every tile.
+    """
+    out_TB, size = None, (len(key_TD), len(query_BD))
+    if lend and key_TD.dtype == torch.float32:
+        out_TB = workspace.lend(size, key_TD.device)
+    elif key_TD.dtype == torch.float32:
+        out_TB = workspace("logit", size, torch.float32, key_TD.device)
+    logit_TB = scaled_products(key_TD, query_BD, logits.scale, out_TB)
+    if factor_T1 is not None:
+        logit_TB.mul_(factor_T1)
+    if logits.per_identity > 1:
+        torch_steps.keep_nearest_(logit_TB, column_B, logits.per_identity)
+    return logit_TB
+
+
+def _exponentials(
+    logit_TB: Tensor,
+    column_B: Tensor,
+    logits: Logits,
+    bend: Bend | None,
+    maximum_B: Tensor | None,
+    sums: tuple[Tensor | None, Tensor | None],
+    factor_T1: Tensor | None,
+    query_BD: Tensor,
+    workspace: Workspace,
+) -> Tensor:
+    """E of a tile in the dtype of the queries, or what an offset has in its place."""
+    sum_B, sigmoid_B = sums
+    if logits.offset is not None:
+        both = None if sum_B is None or sigmoid_B is None else (sum_B, sigmoid_B)
+        return torch_steps.sigmoids(
+            logit_TB,
+            column_B,
+            logits.offset,
+            sums=both,
+            dtype=query_BD.dtype,
+            factor_T1=factor_T1,
+        )
+    exp_TB: Tensor = steps_for(query_BD).exponentials(
+        logit_TB,
+        column_B,
+        bend=bend,
+        shift_B=maximum_B,
+        sum_B=sum_B,
+        dtype=query_BD.dtype,
+        workspace=workspace,
+        factor_T1=factor_T1,
+    )
+    return exp_TB
+
+
+def _bent_first(
+    logit_TB: Tensor, column_B: Tensor, logits: Logits, workspace: Workspace
+) -> tuple[Tensor, Tensor | None, Bend | None]:
+    """Bend where a row maximum is needed, which is that of the bent logits.
+
+    Returns:
+        The logits, the slope of the bend or ``None``, and the bend that is still to do or ``None``.
+    """
+    if logits.bend is None or not logits.needs_maximum:
+        return logit_TB, None, logits.bend
+    torch_steps.leave_out_(logit_TB, column_B)
+    logit_TB = logit_TB.float()
+    slope_TB = torch_steps.bend_(logit_TB, logits.bend, workspace)
+    if logits.per_identity > 1:
+        logit_TB.masked_fill_(logit_TB <= torch_steps.LEFT_OUT, -torch.inf)
+    return logit_TB, slope_TB, None
+
+
+def _largest(logit_TB: Tensor, column_B: Tensor) -> Tensor:
+    """Largest negative logit of each column of a tile, ``_NO_LOGIT`` where it has none."""
+    torch_steps.leave_out_(logit_TB, column_B)
+    return logit_TB.amax(0).float().clamp(min=_NO_LOGIT)

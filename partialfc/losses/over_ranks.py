@@ -1,0 +1,136 @@
+"""The losses on embeddings, over the batch of all ranks.
+
+Shape suffixes: b = rows of this rank's batch, B = rows of the gathered batch, D = embedding,
+T = terms of all losses.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from partialfc.distributed.ranks import Ranks, gather_batch, sum_over_ranks, sum_to_owner
+from partialfc.losses import EmbeddingLoss, Pairs
+from partialfc.numerics import unit
+
+
+@dataclass(frozen=True, slots=True)
+class Weighted:
+    """A loss and its share of the sum.
+
+    Attributes:
+        loss: What it computes.
+        weight: > 0, finite.
+
+    Raises:
+        ValueError: If the weight is not.
+    """
+
+    loss: EmbeddingLoss
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < math.inf:
+            raise ValueError(
+                f"weight must be > 0 and finite, got {self.weight}; leave the loss out for 0."
+            )
+
+
+class EmbeddingLosses(nn.Module):
+    """The weighted sum of losses on the embeddings of a global batch.
+
+    Every rank compares its own rows with those of all ranks: it takes memory for some [b, B]
+    tensors. With one rank it works without torch.distributed.
+
+    Args:
+        losses: By any name; each is in ``terms`` under it.
+        group: Process group; ``None`` for the default one.
+    """
+
+    terms: dict[str, Tensor]
+    """Value of each loss in the last forward pass, without its weight; scalars on the device."""
+
+    def __init__(
+        self, losses: Mapping[str, Weighted], *, group: dist.ProcessGroup | None = None
+    ) -> None:
+        super().__init__()
+        self.losses = dict(losses)
+        self.ranks = Ranks.of(group)
+        self.terms = {}
+
+    def forward(self, embeddings: Tensor, identities: Tensor) -> Tensor:
+        """Return the weighted sum, fp32, the same on all ranks.
+
+        Collective: one all-gather, one all-reduce of [2T], and one reduce-scatter where gradients
+        are wanted; none without losses. ``embeddings.grad`` is the world size times the exact
+        gradient, as that of the head is.
+
+        Args:
+            embeddings: [b, D] of this rank, any float dtype, any length; b equal on all ranks.
+            identities: int64 [b], global.
+        """
+        if not self.losses:
+            return torch.zeros((), device=embeddings.device)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            loss: Tensor = _OverRanks.apply(embeddings, identities, self)  # type: ignore[no-untyped-call]
+        return loss
+
+
+def sums_of(
+    losses: Mapping[str, Weighted], unit_BD: Tensor, identities_B: Tensor, anchors: slice
+) -> tuple[Tensor, Tensor]:
+    """Return the sums [T] over this rank's anchors, with their gradient, and the counts [T]."""
+    pairs = Pairs.of(unit_BD, identities_B, anchors)
+    parts = [one.loss.sums(pairs) for one in losses.values()]
+    # A loss that leaves out pairs with NaN must be NaN too.
+    sum_T = torch.cat([part[0] for part in parts]) + 0 * unit_BD.sum()
+    return sum_T, torch.cat([part[1] for part in parts])
+
+
+class _OverRanks(torch.autograd.Function):
+    """Everything that needs other ranks happens in forward; backward only weighs the result."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, embeddings: Tensor, identities: Tensor, module: EmbeddingLosses
+    ) -> Tensor:
+        """Return the loss; arguments and collectives are those of ``EmbeddingLosses.forward``."""
+        ranks, weighted = module.ranks, module.losses
+        unit_bD, reciprocal_b1 = unit(embeddings.float())
+        unit_BD, identities_B, _ = gather_batch(unit_bD, identities, None, ranks)
+        anchors = slice(ranks.rank * len(unit_bD), (ranks.rank + 1) * len(unit_bD))
+        want_gradient = ctx.needs_input_grad[0]
+        with torch.set_grad_enabled(want_gradient):
+            unit_BD = unit_BD.detach().requires_grad_(want_gradient)
+            sum_T, count_T = sums_of(module.losses, unit_BD, identities_B, anchors)
+        totals = sum_over_ranks(torch.stack([sum_T.detach(), count_T]), ranks)
+        count_T = totals[1].clamp(min=1)
+        with torch.set_grad_enabled(want_gradient):
+            mean_T = (totals[0] / count_T).requires_grad_(want_gradient)
+            means = torch.split(mean_T, [one.loss.terms for one in weighted.values()])
+            values = [
+                one.loss.value(mean) for one, mean in zip(weighted.values(), means, strict=True)
+            ]
+            loss = torch.stack(
+                [one.weight * value for one, value in zip(weighted.values(), values, strict=True)]
+            ).sum()
+        module.terms = {name: value.detach() for name, value in zip(weighted, values, strict=True)}
+        if want_gradient:
+            (by_mean_T,) = torch.autograd.grad(loss, mean_T)
+            (pull_BD,) = torch.autograd.grad(sum_T, unit_BD, by_mean_T / count_T)
+            pull_bD = sum_to_owner(pull_BD, ranks)
+            along_b1 = (pull_bD * unit_bD).sum(1, keepdim=True)
+            ctx.save_for_backward((pull_bD - unit_bD * along_b1) * reciprocal_b1 * ranks.size)
+            ctx.dtype = embeddings.dtype
+        return loss.detach()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor, None, None]:
+        """Return the gradient of the embeddings."""
+        (gradient_bD,) = ctx.saved_tensors
+        return (gradient_bD * weight).to(ctx.dtype), None, None

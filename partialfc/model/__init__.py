@@ -1,0 +1,1 @@
+"""Backbone, head and their optimizers: built from settings, and one step of them."""

@@ -1,0 +1,220 @@
+"""From settings to the objects of a run: backbone, head, their optimizers, the loss scale."""
+
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from partialfc.backbones import build_backbone
+from partialfc.config import Config, ConfigError
+from partialfc.head import PartialFC
+from partialfc.head.rows.rules import RowAdagrad, RowAdamW, RowRule, RowSGD
+from partialfc.head.rows.staging import Placement
+from partialfc.head.tiles import Compute
+from partialfc.losses import LOSSES
+from partialfc.losses.over_ranks import EmbeddingLosses, Weighted
+from partialfc.margins import MARGINS, Margin
+from partialfc.runtime.process import Runtime
+
+_ROW_RULES: dict[str, type[RowRule]] = {
+    "sgd": RowSGD,
+    "adamw": RowAdamW,
+    "adagrad": RowAdagrad,
+}
+_OPTIMIZERS: dict[str, Any] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
+
+# Each rank keeps its own: runtime.mean_statistics. torch 2.13 renamed the option.
+_BUFFERS_STAY_LOCAL: dict[str, Any] = {
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in signature(DistributedDataParallel).parameters
+    else "broadcast_buffers": False
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What is trained, and what trains it.
+
+    Attributes:
+        backbone: The bare module; its parameters are the run's result.
+        replica: The backbone as the ranks share it: its backward averages gradients over ranks.
+        optimizer: Of the backbone.
+        head: With its own optimizer.
+        losses: On the embeddings, beside the head's.
+        scaler: Loss scale of fp16; disabled otherwise.
+        autocast: Compute dtype of the backbone, or ``None`` for fp32.
+        channels_last: Memory format of the images.
+    """
+
+    backbone: nn.Module
+    replica: nn.Module
+    optimizer: torch.optim.Optimizer
+    head: PartialFC
+    losses: EmbeddingLosses
+    scaler: torch.amp.GradScaler
+    autocast: torch.dtype | None
+    channels_last: bool
+
+    def embed(self, images: Tensor, module: nn.Module | None = None) -> Tensor:
+        """Return the embeddings [n, D] of images [n, 3, S, S] in the run's precision."""
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        device = images.device.type
+        with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
+            embeddings: Tensor = (module or self.replica)(images)
+        return embeddings
+
+
+def build(config: Config, runtime: Runtime, num_identities: int) -> Model:
+    """Return the model of a run, on its device. Collective: DDP copies rank 0's weights to all.
+
+    Raises:
+        ConfigError: If the backbone does not exist or does not fit the image size.
+    """
+    name = config.backbone.name
+    try:
+        backbone = build_backbone(
+            name,
+            embedding_dim=config.backbone.embedding_dim,
+            image_size=config.data.image_size,
+            checkpoint_activations=config.backbone.checkpoint_activations,
+        )
+    except ValueError as error:
+        raise ConfigError(f"backbone.name = {name!r}: {error}") from error
+    model = assemble(config, runtime, backbone, _head(config, runtime, num_identities))
+    if isinstance(model.replica, DistributedDataParallel):
+        _settle_buckets(model, config, runtime)
+    return model
+
+
+def _settle_buckets(model: Model, config: Config, runtime: Runtime) -> None:
+    """Take one backward of nothing, after which DDP arranges its buckets once and for all.
+
+    Where a gradient lies in a bucket decides in which order more than two ranks sum it. Without
+    this the first step of every start would sum in another order than all others, and a run that
+    was interrupted would differ from one that was not in the last bits.
+    """
+    buffers = [*model.backbone.buffers()]
+    before = [buffer.clone() for buffer in buffers]
+    batch = config.data.global_batch // runtime.ranks.size // config.optimizer.accumulation
+    size = config.data.image_size
+    images = torch.zeros(batch, 3, size, size, device=runtime.device)
+    torch.autograd.backward(0.0 * model.embed(images).float().sum())
+    model.optimizer.zero_grad()
+    for buffer, old in zip(buffers, before, strict=True):
+        buffer.copy_(old)
+
+
+def assemble(config: Config, runtime: Runtime, backbone: nn.Module, head: PartialFC) -> Model:
+    """Return the model of any backbone and head, as the settings share and optimize them."""
+    if config.backbone.sync_batch_norm:
+        if runtime.device.type == "cpu" and runtime.ranks.size > 1:
+            raise ConfigError(
+                "backbone.sync_batch_norm = true: torch synchronises BatchNorm on GPUs only. "
+                "Remove it, or train on GPUs."
+            )
+        backbone = nn.SyncBatchNorm.convert_sync_batchnorm(backbone)  # type: ignore[no-untyped-call]
+    if config.backbone.channels_last:
+        backbone = backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    backbone.to(runtime.device).train()
+    if config.backbone.compile:
+        backbone.compile()
+    replica: nn.Module = backbone
+    if runtime.ranks.size > 1:
+        replica = DistributedDataParallel(
+            backbone,
+            device_ids=[runtime.device] if runtime.device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            **_BUFFERS_STAY_LOCAL,
+        )
+    return Model(
+        backbone=backbone,
+        replica=replica,
+        optimizer=_optimizer(config, backbone),
+        head=head,
+        losses=embedding_losses(config),
+        scaler=torch.amp.GradScaler(
+            runtime.device.type,
+            init_scale=getattr(config.precision, "initial_loss_scale", 1.0),
+            enabled=config.precision.compute == "fp16",
+        ),
+        autocast=_AUTOCAST[config.precision.compute],
+        channels_last=config.backbone.channels_last,
+    )
+
+
+def _optimizer(config: Config, backbone: nn.Module) -> torch.optim.Optimizer:
+    """Fused: one kernel for all tensors, and it obeys found_inf without a host synchronisation."""
+    settings = config.optimizer.model_dump(exclude={"name", "clip_norm", "accumulation"})
+    parameters = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
+    optimizer: torch.optim.Optimizer = _OPTIMIZERS[config.optimizer.name](
+        parameters, fused=True, **settings
+    )
+    if settings.get("momentum"):
+        # torch leaves the buffer of a skipped first step uninitialised; zero is what it means.
+        for parameter in parameters:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def head_compute(config: Config, device: torch.device) -> Compute:
+    """Return the precision of the head's matrix products on a device."""
+    if config.head.compute != "auto":
+        return config.head.compute
+    if config.precision.compute == "bf16":
+        return "bf16"
+    return "tf32" if config.precision.tf32 and device.type == "cuda" else "fp32"
+
+
+def margin_of(config: Config) -> Margin:
+    """Return the margin that the settings ask for.
+
+    Raises:
+        ConfigError: If a value does not go with another.
+    """
+    settings = config.head.margin
+    try:
+        return MARGINS[settings.name](**settings.model_dump(exclude={"name"}))
+    except ValueError as error:
+        raise ConfigError(f"head.{error}") from error
+
+
+def embedding_losses(config: Config) -> EmbeddingLosses:
+    """Return those with a weight."""
+    losses = {}
+    for name, kind in LOSSES.items():
+        settings = getattr(config.losses, name).model_dump()
+        if weight := settings.pop("weight"):
+            losses[name] = Weighted(kind(**settings), weight)
+    return EmbeddingLosses(losses)
+
+
+def _head(config: Config, runtime: Runtime, num_identities: int) -> PartialFC:
+    settings = config.head
+    rule = settings.optimizer.model_dump(exclude={"name", "lr_factor"})
+    margin = margin_of(config)
+    try:
+        return PartialFC(
+            num_identities,
+            config.backbone.embedding_dim,
+            margin,
+            sample_rate=settings.sample_rate,
+            optimizer=_ROW_RULES[settings.optimizer.name](**rule),
+            compute=head_compute(config, runtime.device),
+            center_format=settings.center_format,
+            keep_bytes=None if settings.keep_mib is None else settings.keep_mib << 20,
+            placement=Placement(settings.centers_in, settings.states_in, settings.host_folder),
+            fused=settings.fused,
+            overlap=settings.overlap,
+            center_weight=config.losses.center.weight,
+            inter_class_weight=config.losses.inter_class.weight,
+            seed=config.run.seed,
+            canonical_shards=settings.canonical_shards,
+            device=runtime.device,
+        )
+    except ValueError as error:
+        raise ConfigError(f"head: {error}") from error

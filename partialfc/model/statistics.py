@@ -1,0 +1,56 @@
+"""BatchNorm's running statistics, which each rank keeps of its own batches, and their mean."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from partialfc.distributed.ranks import Ranks
+
+
+def statistics(module: nn.Module) -> dict[str, Tensor]:
+    """Return, by name, what a rank keeps of its own batches: BatchNorm's running statistics."""
+    buffers = dict(module.named_buffers())
+    return {
+        name: value
+        for name, value in module.state_dict().items()
+        if name in buffers and value.is_floating_point()
+    }
+
+
+def mean_statistics(module: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
+    """Return the mean of all ranks' statistics, in new tensors; the module is left as it is.
+
+    They are moving averages, which are linear: the mean is what a rank would have that saw the
+    batches of all. Collective: one all-reduce, none with one rank.
+    """
+    own = statistics(module)
+    if ranks.size == 1 or not own:
+        return own
+    flat = torch.cat([value.double().flatten() for value in own.values()])
+    dist.all_reduce(flat, group=ranks.group)
+    parts = torch.split(flat / ranks.size, [value.numel() for value in own.values()])
+    return {
+        name: part.view_as(value).to(value.dtype)
+        for (name, value), part in zip(own.items(), parts, strict=True)
+    }
+
+
+@contextmanager
+def with_mean_statistics(module: nn.Module, ranks: Ranks) -> Iterator[None]:
+    """Give all ranks the same statistics, their mean, and at the end each its own again.
+
+    So training goes on with the same bits, however often it is measured. Collective, as
+    :func:`mean_statistics`.
+    """
+    live, means = statistics(module), mean_statistics(module, ranks)
+    own = {name: value.clone() for name, value in live.items()}
+    for name, value in live.items():
+        value.copy_(means[name])
+    try:
+        yield
+    finally:
+        for name, value in live.items():
+            value.copy_(own[name])

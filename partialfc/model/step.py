@@ -1,0 +1,106 @@
+"""One optimizer step: micro-batches, both backward passes, one verdict for every weight."""
+
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from partialfc.config import Config
+from partialfc.keyed import key
+from partialfc.model.build import Model
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one optimizer step leaves to be recorded; scalars on the device, not yet read.
+
+    Attributes:
+        loss: Mean loss of the global batch.
+        gradient_norm: Of the backbone, before clipping.
+        skipped: 1.0 where loss or gradient is not finite and nothing was changed, else 0.0.
+        loss_scale: Of fp16; 1 without it.
+        terms: Losses beside the softmax, without their weights.
+    """
+
+    loss: Tensor
+    gradient_norm: Tensor
+    skipped: Tensor
+    loss_scale: Tensor
+    terms: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def train_step(
+    model: Model, config: Config, images: Tensor, identities: Tensor, rate: float
+) -> Step:
+    """Take one optimizer step on this rank's part of the global batch. Collective.
+
+    The host waits for a GPU in the sampler only (``sample_rate`` < 1). Where the loss or the
+    gradient is not finite, the device itself leaves all weights and statistics as they are, on
+    every rank.
+
+    Args:
+        model: What is trained.
+        config: Accumulation, clipping and the rate of the centers.
+        images: [b, 3, S, S] on the device.
+        identities: int64 [b].
+        rate: Learning rate of the backbone.
+    """
+    head, optimizer, scaler = model.head, model.optimizer, model.scaler
+    parts = config.optimizer.accumulation
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    head.optimizer.param_groups[0]["lr"] = rate * config.head.optimizer.lr_factor
+
+    # Dropout and drop path are functions of seed, step and rank too, so that a resume repeats them.
+    torch.manual_seed(key(config.run.seed, "dropout", head.optimizer.steps, head.ranks.rank))
+    buffers = (*model.backbone.buffers(), *head.buffers())
+    statistics = [buffer for buffer in buffers if buffer.is_floating_point()]
+    before = [buffer.clone() for buffer in statistics]
+    loss = torch.zeros((), device=images.device)
+    terms: dict[str, Tensor] = {}
+    if parts > 1:
+        head.sample_step(identities)
+    pieces = zip(images.chunk(parts), identities.chunk(parts), strict=True)
+    for number, (part, own) in enumerate(pieces, 1):
+        with _gradients_stay_local(model, number < parts):
+            embeddings = model.embed(part)
+            part_loss = (head(embeddings, own) + model.losses(embeddings, own)) / parts
+            scaler.scale(part_loss).backward()
+        loss += part_loss.detach()
+        for name, value in {**head.terms, **model.losses.terms}.items():
+            terms[name] = terms.get(name, 0) + value / parts
+
+    scaler.unscale_(optimizer)
+    parameters = optimizer.param_groups[0]["params"]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.clip_norm or math.inf)
+    skipped = 1.0 - (loss.isfinite() & norm.isfinite()).float()
+    # As GradScaler tells an optimizer, but one verdict for backbone and centers, on all ranks.
+    _tell(optimizer, grad_scale=None, found_inf=skipped)
+    loss_scale = scaler.scale(torch.ones_like(loss))
+    if not config.head.overlap:  # the verdict is known after the backbone's backward only
+        _tell(head.optimizer, grad_scale=loss_scale, found_inf=skipped)
+    optimizer.step()
+    head.optimizer.step()
+    scaler.update()
+    optimizer.zero_grad()
+    for buffer, old in zip(statistics, before, strict=True):  # they saw the bad batch already
+        buffer.copy_(torch.where(skipped > 0, old, buffer))
+    return Step(loss, norm, skipped, loss_scale, terms)
+
+
+def _tell(optimizer: Any, *, grad_scale: Tensor | None, found_inf: Tensor) -> None:
+    """Both of torch's fused optimizers and ours read these two, on the device."""
+    optimizer.grad_scale, optimizer.found_inf = grad_scale, found_inf
+
+
+def _gradients_stay_local(model: Model, stay: bool) -> AbstractContextManager[None]:
+    """DDP averages gradients once a step, in the backward of the last micro-batch."""
+    if stay and isinstance(model.replica, DistributedDataParallel):
+        local: AbstractContextManager[None] = model.replica.no_sync()
+        return local
+    return nullcontext()

@@ -1,0 +1,1 @@
+"""What Prometheus reads of a run, and where it finds it."""

@@ -1,0 +1,188 @@
+"""What a run records: one table of metrics, and the sinks that write them.
+
+Records are written by rank 0 every ``log.every_steps`` steps; verification writes its own.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from partialfc.records.ledger import KINDS
+
+Values = Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A number that a run records.
+
+    Attributes:
+        name: In metrics.jsonl and TensorBoard.
+        unit: What one is, or "" for a plain number.
+        help: What it means.
+        exported: In Prometheus ``partialfc_<exported>``, where that is not the name.
+        labels: In Prometheus.
+    """
+
+    name: str
+    unit: str
+    help: str
+    exported: str = ""
+    labels: tuple[tuple[str, str], ...] = ()
+
+
+TABLE = (
+    Metric("loss", "", "Mean loss over the global batch and the steps since the last record"),
+    Metric("loss_triplet", "", "Triplet loss of this step, without its weight"),
+    Metric("loss_contrastive", "", "Contrastive loss of this step, without its weight"),
+    Metric("loss_uniformity", "", "Uniformity loss of this step, without its weight"),
+    Metric("loss_center", "", "Mean of 1 - cos to the own center at this step"),
+    Metric("loss_inter_class", "", "Mean cosine of a center and its nearest one at this step"),
+    Metric("learning_rate", "", "Learning rate of the backbone at this step"),
+    Metric("gradient_norm", "", "Norm of the backbone's gradient at this step, before clipping"),
+    Metric("epoch", "epochs", "Passes over the data so far"),
+    Metric("samples_seen", "images", "Images seen so far by all ranks"),
+    Metric(
+        "throughput",
+        "images/s",
+        "Images per second over all ranks since the last record",
+        "throughput_images_per_second",
+    ),
+    Metric("step_seconds", "seconds", "Mean time of a step since the last record"),
+    Metric("data_wait_seconds", "seconds", "Mean time that a step waited for its batch"),
+    Metric("loss_scale", "", "Loss scale of fp16; 1 without it"),
+    Metric(
+        "skipped_steps",
+        "steps",
+        "Steps without an update since the start of this process",
+        "skipped_steps_total",
+    ),
+    Metric(
+        "replaced_images",
+        "images",
+        "Images replaced on all ranks because their record is bad, in this process",
+        "replaced_images_total",
+    ),
+    Metric("peak_memory_bytes", "bytes", "Peak memory of rank 0"),
+    Metric("slowest_rank", "", "The rank that the others wait for most"),
+    Metric("slowest_rank_seconds", "seconds", "How much longer the others wait in a step for it"),
+    Metric("slow_ranks", "ranks", "1 while it is so slow that the run says so"),
+    Metric("invalid_checkpoints", "", "Checkpoints that were set aside because they are corrupt"),
+    Metric(
+        "goodput",
+        "",
+        "Share of the run's wall time, over all its starts, in steps that count",
+        "goodput_ratio",
+    ),
+    Metric("spent_wall_seconds", "seconds", "Wall time of the run over all its starts"),
+    *(
+        Metric(f"spent_{kind}_seconds", "seconds", text, "spent_seconds", (("kind", kind),))
+        for kind, text in KINDS.items()
+    ),
+    Metric("verification_accuracy", "", "Ten-fold accuracy on the first verification set"),
+    Metric("verification_tar", "", "TAR at FAR 1e-3 on the first verification set"),
+    Metric("identification_rank_1", "", "Rank-1 rate on the first identification set"),
+)
+NAMES = {metric.name for metric in TABLE}
+
+
+class Sink(Protocol):
+    """Somewhere to write records."""
+
+    def write(self, step: int, values: Values) -> None:
+        """Write values of some metrics of ``TABLE`` after ``step`` steps."""
+
+    def close(self) -> None:
+        """Write what is left."""
+
+
+class JsonLines:
+    """``metrics.jsonl``: a JSON object per record, with ``step`` and ``time`` (Unix seconds).
+
+    Records after ``step`` are dropped: they belong to a part of the run that will be repeated.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        kept = [line for line in read_records(path) if line["step"] <= step] if step else []
+        temporary = path.with_suffix(".partial")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary.replace(path)
+        self._file: IO[str] = path.open("a")
+
+    def write(self, step: int, values: Values) -> None:
+        """Append one line."""
+        self._file.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_records(path: Path) -> list[dict[str, float]]:
+    """Return the records of a metrics.jsonl; a last line that a kill cut short is left out."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+class TensorBoard:
+    """TensorBoard event files, written without torch."""
+
+    def __init__(self, folder: Path) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._event, self._summary = Event, Summary
+        self._writer = EventFileWriter(str(folder))
+
+    def write(self, step: int, values: Values) -> None:
+        """Add one event with a scalar per metric."""
+        scalars = [
+            self._summary.Value(tag=_tag(name), simple_value=value)
+            for name, value in values.items()
+        ]
+        summary = self._summary(value=scalars)
+        self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=summary))
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        self._writer.close()
+
+
+def _tag(name: str) -> str:
+    """TensorBoard groups by what stands before the slash."""
+    group, _, rest = name.partition("_")
+    return f"{group}/{rest}" if group in ("verification", "identification") else f"train/{name}"
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file whole or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN and only text for keys: ``None`` and ``str``."""
+    if isinstance(value, dict):
+        return {
+            f"{name:g}" if isinstance(name, float) else str(name): finite(item)
+            for name, item in value.items()
+        }
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,93 @@
+"""What a run left in its folder, as the report wants it; whatever is missing is left out."""
+
+import json
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from partialfc.records.metrics import read_records
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """One run.
+
+    Attributes:
+        name: Of its folder.
+        settings: By dotted key.
+        records: Lines of metrics.jsonl.
+        summary: summary.json, or nothing while it runs.
+        curves: curves.json: ROC and histogram of each verification set.
+        checkpoints: Step and bytes of each, oldest first.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    records: list[dict[str, float]]
+    summary: Json
+    curves: Json
+    checkpoints: list[tuple[int, int]]
+
+    def values(self, name: str) -> tuple[list[float], list[float]]:
+        """Return steps and values of a metric."""
+        found = [(r["step"], r[name]) for r in self.records if r.get(name) is not None]
+        return [step for step, _ in found], [value for _, value in found]
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Read what is there.
+
+    Raises:
+        ValueError: If the folder holds no run, or a file of it is damaged; the message names it.
+    """
+    config = folder / "config.toml"
+    if not config.is_file():
+        raise ValueError(f"{folder}: it holds no run: config.toml is not there.")
+    try:
+        settings = _flat(tomllib.loads(config.read_text(encoding="utf-8")))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{config}: {error}") from error
+    metrics = folder / "metrics.jsonl"
+    return RunRecord(
+        name=folder.resolve().name,
+        settings=settings,
+        records=read_records(metrics) if metrics.is_file() else [],
+        summary=_json(folder / "summary.json"),
+        curves=_json(folder / "curves.json"),
+        checkpoints=_checkpoints(folder / "checkpoints"),
+    )
+
+
+def _json(path: Path) -> Json:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: must be an object, got {type(value).__name__}.")
+    return value
+
+
+def _flat(values: Json, prefix: str = "") -> Json:
+    flat: Json = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _checkpoints(folder: Path) -> list[tuple[int, int]]:
+    found = []
+    for path in folder.glob("step_*"):
+        word = path.name.removeprefix("step_")
+        if word.isdecimal():
+            size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+            found.append((int(word), size))
+    return sorted(found)

@@ -1,6 +1,0 @@
-"""The report of runs: one HTML page without anything outside it, from what the runs left."""
-
-from partialfc.report.page import write_report
-from partialfc.report.read import RunRecord, read_run
-
-__all__ = ["RunRecord", "read_run", "write_report"]

@@ -1,0 +1,1 @@
+"""One rank's process: start, network, watchdog, slow ranks, preemption."""

@@ -1,0 +1,166 @@
+"""One rank's process: its place among the ranks, its device, threads and seeds."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed import PrefixStore, TCPStore
+
+from partialfc.config import Config, ConfigError
+from partialfc.distributed.agreement import from_leader
+from partialfc.distributed.ranks import Ranks
+from partialfc.errors import Preempted
+from partialfc.keyed import key
+from partialfc.runtime.network import refuse_unreachable, stale_store
+from partialfc.runtime.watchdog import Watchdog
+
+_interrupted = False
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """Where this process runs.
+
+    Attributes:
+        ranks: This rank among all.
+        device: The one device of this rank.
+        watchdog: Of the ranks, if one watches.
+    """
+
+    ranks: Ranks
+    device: torch.device
+    watchdog: Watchdog | None = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank writes what is written once."""
+        return self.ranks.rank == 0
+
+
+@contextmanager
+def running(config: Config) -> Iterator[Runtime]:
+    """Join the ranks that torchrun started, or be the only one, and leave them at the end.
+
+    Raises:
+        ConfigError: If the settings do not fit this machine or the number of ranks.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    config.check(world_size)
+    _check_network()
+    device = _device(config.run.device, local_rank(), ranks_here)
+    torch.set_num_threads(config.run.threads or max(1, (os.cpu_count() or 1) // ranks_here))
+    torch.manual_seed(key(config.run.seed, "weights"))
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision.tf32
+    if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    elif device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        if device.type == "cuda":
+            _record_flights(config.run.folder)
+            dist.init_process_group("nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
+    ranks = Ranks.of()
+    watchdog = _watchdog(config, ranks)
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        yield Runtime(ranks, device, watchdog)
+    except BaseException as error:
+        if watchdog is None:
+            raise
+        if isinstance(error, Preempted):  # all ranks leave together, and wait to be queued again
+            raise
+        explained = watchdog.explain(error)
+        if explained is error:
+            raise
+        raise explained from error
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if watchdog is not None:  # until now it bounds the time that leaving takes
+            watchdog.close()
+
+
+def _check_network() -> None:
+    try:
+        warning = refuse_unreachable()
+    except OSError as error:
+        raise ConfigError(str(error)) from error
+    for sentence in (warning, stale_store()):
+        if sentence and local_rank() == 0:
+            print(f"warning: {sentence}", flush=True)
+
+
+def local_rank() -> int:
+    """This rank among those of its host."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """Python drops an exception that is raised in a callback or a destructor: remember it."""
+    global _interrupted
+    _interrupted = True
+    raise KeyboardInterrupt
+
+
+def refuse_interrupted() -> None:
+    """Raise the ``KeyboardInterrupt`` of a Ctrl-C that was lost on its way."""
+    if _interrupted:
+        raise KeyboardInterrupt
+
+
+def _watchdog(config: Config, ranks: Ranks) -> Watchdog | None:
+    """The watchdog has a connection of its own to the store by which the ranks found each other."""
+    if not config.run.hang_seconds:
+        return None
+    store = None
+    if ranks.size > 1:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        patience = timedelta(seconds=config.run.hang_seconds)
+        server = TCPStore(address, port, is_master=False, timeout=patience)
+        # Of this start alone: torchrun keeps the store when it starts the ranks again.
+        store = PrefixStore(str(from_leader(time.time_ns(), ranks)), server)
+    return Watchdog(ranks, config.run.folder, config.run.hang_seconds, store)
+
+
+def _record_flights(folder: Path) -> None:
+    """NCCL keeps its last collectives, and writes them when one does not return."""
+    folder = folder / "nccl"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in (
+        ("TORCH_FR_BUFFER_SIZE", "2000"),
+        ("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000"),  # its name before torch 2.9
+        ("TORCH_NCCL_DUMP_ON_TIMEOUT", "1"),
+        ("TORCH_FR_DUMP_TEMP_FILE", str(folder / "rank_")),
+        ("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(folder / "rank_")),
+    ):
+        os.environ.setdefault(name, value)
+
+
+def _device(wanted: str, local_rank: int, ranks_here: int) -> torch.device:
+    gpus = torch.cuda.device_count()
+    if wanted == "cuda" and not gpus:
+        raise ConfigError(
+            'run.device = "cuda": torch sees no GPU here. Set run.device = "cpu", or install a '
+            "CUDA build of torch."
+        )
+    if wanted == "cpu" or not gpus:
+        return torch.device("cpu")
+    if ranks_here > gpus:
+        raise ConfigError(
+            f"run.device = {wanted!r}: {ranks_here} ranks on this host for {gpus} GPUs, and each "
+            f'rank needs its own. Start {gpus}, or set run.device = "cpu".'
+        )
+    return torch.device("cuda", local_rank)

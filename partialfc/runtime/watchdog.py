@@ -1,0 +1,319 @@
+"""Knows where every rank is, and ends a run that cannot go on: names the cause, in bounded time.
+
+A thread of each rank tells a store, every second or two, how far its rank has come. When a rank no
+longer moves, the ranks that live see who it is, write the Python stacks of all their threads, and
+exit. Nothing of it needs the main thread, which may be waiting in a collective for ever.
+"""
+
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+import torch.distributed as dist
+from torch.distributed import PrefixStore, Store
+from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
+
+from partialfc.distributed import ranks as collectives
+from partialfc.distributed.ranks import Ranks
+from partialfc.errors import HangError, LostRankError, exit_code_of
+from partialfc.records.ledger import Ledger
+from partialfc.runtime.beats import OUTSIDE, Beat, Seen, names_of, verdict
+
+_SECONDS_TO_LEAVE = 15.0
+_SECONDS_TO_DUMP = 10.0
+_SECONDS_TO_SAVE = 600.0
+
+
+class Pending(Protocol):
+    """Something that writes behind the training."""
+
+    @property
+    def pending(self) -> bool:
+        """Whether it is not done."""
+
+
+class Watchdog:
+    """Watches this rank and the others from a thread; starts when it is made.
+
+    Args:
+        ranks: This rank among all.
+        folder: The run's folder; stacks go there.
+        seconds: How long a rank may be silent.
+        store: Where the ranks tell their beats; ``None`` for one rank.
+    """
+
+    def __init__(self, ranks: Ranks, folder: Path, seconds: float, store: Store | None) -> None:
+        self._ranks, self._folder, self._seconds = ranks, folder, seconds
+        self._store = None if store is None else PrefixStore("watchdog", store)
+        self.interval = min(2.0, seconds / 6)
+        self._ledger: Ledger | None = None
+        self._saver: Pending | None = None
+        self._number = 0
+        self._seen: dict[int, Seen] = {}
+        self._answered = time.monotonic()
+        self._failed: float | None = None
+        self._leaving, self._telling = False, threading.Lock()
+        self._ended = threading.Event()
+        self._leave_by: tuple[float, int] | None = None
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+        if store is not None:
+            threading.Thread(target=self._watch_the_watch, name="guard", daemon=True).start()
+
+    def follow(self, ledger: Ledger, saver: Pending | None = None) -> None:
+        """Learn from the ledger how far this rank has come, and from a saver what to wait for."""
+        self._ledger, self._saver = ledger, saver
+
+    def explain(self, error: BaseException) -> BaseException:
+        """Return what to tell of an error that ends this rank, and tell the other ranks.
+
+        If it is only that another rank is gone, the answer names that rank. Takes up to a few
+        beats. From here on the process has ``15 s`` to leave by itself.
+        """
+        if self._store is not None and _is_lost(error):
+            error = LostRankError(f"{self._culprit()} ({str(error).splitlines()[0]})")
+        elif self._store is not None:
+            self._tell_failure(error)
+        self._leave_by = (time.monotonic() + _SECONDS_TO_LEAVE, exit_code_of(error))
+        return error
+
+    def close(self) -> None:
+        """Say that this rank leaves, and stop watching."""
+        self._ended.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout=2 * self.interval + 1)
+        faulthandler.cancel_dump_traceback_later()
+        self._say_goodbye()
+
+    def _watch_the_watch(self) -> None:
+        """A store behind a cut link refuses nothing: whoever asks it waits for ever.
+
+        Several looks in a row, so that a process that was stopped and goes on is not taken for it.
+        """
+        looks = 0
+        while not self._ended.wait(self.interval):
+            silence = time.monotonic() - self._answered
+            looks = looks + 1 if silence > self._seconds else 0
+            if looks > 3 and self._leave_by is not None:
+                _exit(self._leave_by[1])
+            if looks > 3:
+                self._stop(LostRankError(self._no_answer(silence, "and no error")))
+
+    def _watch(self) -> None:
+        now = time.monotonic()
+        while True:  # the first beat at once: who is killed before the second was there, too
+            self._arm()
+            before, now = now, time.monotonic()
+            if now - before > self._seconds:  # this process was stopped: nothing was seen meanwhile
+                self._seen, self._answered = {}, now
+            if self._leave_by is not None and now > self._leave_by[0]:
+                _exit(self._leave_by[1])
+            try:
+                self._beat()
+                if self._store is None:
+                    self._look({self._ranks.rank: self._own()}, now)
+                else:
+                    self._look_around(self._store, now)
+                self._answered = now
+            except (dist.DistError, RuntimeError) as error:
+                silent = time.monotonic() - self._answered
+                if silent > self._seconds:
+                    self._stop(LostRankError(self._no_answer(silent, str(error).splitlines()[0])))
+            if self._ended.wait(self.interval):
+                return
+
+    def _no_answer(self, seconds: float, problem: str) -> str:
+        return (
+            "the store of the ranks, on the host of rank 0, gives no answer for "
+            f"{seconds:.0f} s ({problem}). Stacks of this rank: {self._dump()}"
+        )
+
+    def _arm(self) -> None:
+        """If this thread cannot run, because something keeps Python's lock, C still shows where."""
+        if sys.__stderr__ is not None:
+            faulthandler.dump_traceback_later(self._seconds, file=sys.__stderr__)
+
+    def _own(self) -> Beat:
+        if self._ledger is None:
+            return Beat(self._number, 0, OUTSIDE, 0, True)
+        step, kind = self._ledger.step, self._ledger.kind
+        return Beat(self._number, step, kind, collectives.entered(), step == self._ledger.first)
+
+    def _beat(self) -> None:
+        self._number += 1
+        with self._telling:
+            if self._store is not None and not self._leaving:
+                self._store.set(f"beat/{self._ranks.rank}", json.dumps(astuple(self._own())))
+
+    def _look_around(self, store: Store, now: float) -> None:
+        """Read what others have found; look at all beats while this rank itself stands still."""
+        if store.check(["verdict"]):
+            self._hang(store, store.get("verdict").decode())
+        if store.check(["failure"]) and self._leave_by is None:
+            failure = json.loads(store.get("failure"))
+            if failure["rank"] != self._ranks.rank:
+                saving = self._saver is not None and self._saver.pending
+                wait = _SECONDS_TO_SAVE if saving else _SECONDS_TO_LEAVE
+                self._failed = self._failed or now
+                if now - self._failed > wait:
+                    self._stop(LostRankError(_of(failure)))
+        own = self._seen.setdefault(self._ranks.rank, Seen(self._own(), now, now))
+        own.update(self._own(), now)
+        if now - own.moved > 2 * self.interval:
+            self._look(self._beats(store), now)
+        else:
+            self._seen = {self._ranks.rank: own}
+
+    def _look(self, beats: Mapping[int, Beat], now: float) -> None:
+        for rank, beat in beats.items():
+            self._seen.setdefault(rank, Seen(beat, now, now)).update(beat, now)
+        for rank in self._seen.keys() - beats.keys():
+            del self._seen[rank]
+        found = verdict(self._seen, now, self._seconds)
+        if found is None:
+            return
+        if self._store is None:
+            self._hang(None, found[1])
+        if self._ranks.rank not in found[0] or len(found[0]) == len(self._seen):
+            assert self._store is not None
+            self._store.compare_set("verdict", "", found[1])
+            self._hang(self._store, self._store.get("verdict").decode())
+
+    def _beats(self, store: Store) -> dict[int, Beat]:
+        """The beats of all ranks that are there and have not left; two requests, as a rule."""
+        ranks = list(range(self._ranks.size))
+        if not store.check([f"beat/{rank}" for rank in ranks]):
+            ranks = [rank for rank in ranks if store.check([f"beat/{rank}"])]
+        values = store.multi_get([f"beat/{rank}" for rank in ranks]) if ranks else []
+        told = {rank: json.loads(value) for rank, value in zip(ranks, values, strict=True)}
+        return {rank: Beat(*fields) for rank, fields in told.items() if fields}
+
+    def _say_goodbye(self) -> None:
+        """Nobody waits for this rank any more."""
+        with self._telling:
+            self._leaving = True
+            self._tell(f"beat/{self._ranks.rank}", "[]")
+
+    def _culprit(self) -> str:
+        """Who was lost: the rank that told why, or the one whose beats end."""
+        assert self._store is not None
+        self._say_goodbye()
+        watch_until = time.monotonic() + 4 * self.interval
+        first: dict[int, Beat] | None = None
+        while time.monotonic() < watch_until:
+            try:
+                if self._store.check(["failure"]):
+                    return _of(json.loads(self._store.get("failure")))
+                beats = self._beats(self._store)
+            except RuntimeError:
+                return "the host of rank 0 was lost, and the store of the ranks with it"
+            first = first or beats
+            time.sleep(self.interval / 4)
+        silent = [rank for rank, beat in (first or {}).items() if beats.get(rank) == beat]
+        if not silent:
+            return "a rank was lost; the log of its host says which"
+        beat = beats[silent[0]]
+        return f"{names_of(silent)} was lost at step {beat.step} ({beat.kind})"
+
+    def _tell_failure(self, error: BaseException) -> None:
+        step = self._own().step
+        failure = {
+            "rank": self._ranks.rank,
+            "step": step,
+            "message": f"{type(error).__name__}: {error}",
+        }
+        if self._store is not None:
+            try:
+                self._store.compare_set("failure", "", json.dumps(failure))
+            except RuntimeError:
+                return
+
+    def _tell(self, name: str, value: str) -> None:
+        if self._store is not None:
+            try:
+                self._store.set(name, value)
+            except RuntimeError:
+                return  # reading it back fails too, and that is looked at
+
+    def _hang(self, store: Store | None, sentence: str) -> NoReturn:
+        """Write the stacks and leave."""
+        folder = self._dump().parent
+        error = HangError(f"{sentence}. The stacks of the ranks that live are in {folder}")
+        self._stop(error, store)
+
+    def _dump(self) -> Path:
+        """Write the stacks of all threads to the run's folder, or where that fails, to stderr."""
+        folder = self._folder / "stacks" / f"step_{self._own().step:08d}"
+        path = folder / f"rank_{self._ranks.rank:05d}.txt"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with path.open("w") as file:
+                faulthandler.dump_traceback(file)
+        except OSError as error:
+            print(f"{path}: {error}", file=sys.stderr)
+            faulthandler.dump_traceback(sys.__stderr__ or sys.stderr)
+        return path
+
+    def _wait_for_dumps(self, store: Store) -> None:
+        """The first rank to leave makes torchrun end the others: wait until they are ready."""
+        try:
+            self._tell(f"dumped/{self._ranks.rank}", "1")
+            living = [r for r, one in self._beats(store).items() if self._is_living(r, one)]
+            deadline = time.monotonic() + _SECONDS_TO_DUMP
+            while time.monotonic() < deadline:
+                if all(store.check([f"dumped/{rank}"]) for rank in living):
+                    return
+                time.sleep(self.interval / 4)
+        except RuntimeError:
+            return
+
+    def _is_living(self, rank: int, beat: Beat) -> bool:
+        """A rank whose beat this one has seen change lately; all where it has not looked."""
+        one = self._seen.get(rank)
+        return (
+            one is None
+            or beat.number != one.beat.number
+            or (time.monotonic() - one.alive < 3 * self.interval)
+        )
+
+    def _stop(self, error: HangError | LostRankError, store: Store | None = None) -> NoReturn:
+        print(f"rank {self._ranks.rank}: {error}", file=sys.stderr, flush=True)
+        if self._ledger is not None:
+            self._ledger.end(f"{type(error).__name__}: {error}", error.exit_code)
+        record_for_torchrun(error)
+        if store is not None:
+            self._wait_for_dumps(store)
+        _exit(error.exit_code)
+
+
+def record_for_torchrun(error: BaseException) -> None:
+    """Write the file from which torchrun takes a run's first error; nothing without torchrun."""
+    try:
+        raise error
+    except BaseException as raised:  # it records the stack of what is being handled
+        ErrorHandler().record_exception(raised)
+
+
+def _exit(code: int) -> NoReturn:
+    """Leave at once: the main thread may never come back."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _of(failure: Mapping[str, Any]) -> str:
+    return f"rank {failure['rank']} failed first, at step {failure['step']}: {failure['message']}"
+
+
+def _is_lost(error: BaseException) -> bool:
+    """Whether an error says that a collective found another rank gone."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and "gloo" in str(error)

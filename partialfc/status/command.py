@@ -1,0 +1,79 @@
+"""Serve one small page on how a run is doing, from what lies in its folder; read-only.
+
+    partialfc status runs/demo
+
+On 127.0.0.1 unless another address is named: there is no password. For a cluster's machine,
+``ssh -L 8765:127.0.0.1:8765 HOST`` brings it to yours.
+"""
+
+import http.server
+import sys
+from pathlib import Path
+
+from partialfc.commands._parser import command_parser
+from partialfc.status.page import page
+from partialfc.status.run import RunFolder
+
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Serve until Ctrl-C; return the exit code."""
+    parser = command_parser("status", __doc__)
+    parser.add_argument("run", type=Path, help="folder of a run")
+    parser.add_argument("--port", type=int, default=8765, help="0 takes a free one (default 8765)")
+    parser.add_argument("--host", default="127.0.0.1", help="(default 127.0.0.1)")
+    parser.add_argument("--every", type=int, default=5, help="seconds between reloads (default 5)")
+    parser.add_argument("--out", type=Path, help="write the page here instead, once")
+    options = parser.parse_args(arguments)
+    if not options.run.is_dir():
+        print(f"{options.run}: not a folder. Name the run.folder of a run.", file=sys.stderr)
+        return 2
+    folder = RunFolder(options.run.absolute())
+    if options.out is not None:
+        options.out.write_text(page(folder.look(), every=options.every), encoding="utf-8")
+        return 0
+    try:
+        server = serve(folder, options.host, options.port, options.every)
+    except OSError as error:
+        print(
+            f"--host {options.host} --port {options.port}: {error}. Try --port 0.", file=sys.stderr
+        )
+        return 2
+    print(f"http://{options.host}:{server.server_port}", flush=True)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        server.server_close()
+    return 0
+
+
+def serve(folder: RunFolder, host: str, port: int, every: int) -> http.server.HTTPServer:
+    """Return a server of the page; one request at a time, which is what looks at the disk."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            """Answer with the page, or 404 for any other path."""
+            found = self.path in ("/", "/index.html")
+            text = page(folder.look(), every=every) if found else "There is one page: /"
+            content = text.encode()
+            self.send_response(200 if found else 404)
+            kind = "html" if found else "plain"
+            for name, value in {**_HEADERS, "Content-Type": f"text/{kind}; charset=utf-8"}.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, format: str, *words: object) -> None:
+            """Say nothing of every reload."""
+
+    return http.server.HTTPServer((host, port), Handler)

@@ -1,0 +1,254 @@
+"""What a run's folder says of the run at this moment; nothing in it is changed.
+
+metrics.jsonl and ledger.jsonl grow; they are read on from where the last look ended.
+"""
+
+import json
+import shutil
+import ssl
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from partialfc.checkpoint import folder as checkpoint_folder
+from partialfc.config import Config, ConfigError, load
+from partialfc.config.monitor import Monitor
+from partialfc.monitoring.targets import targets_path
+from partialfc.records import ledger
+
+_THREADS = 32
+_SECONDS_TO_ANSWER = 2.0
+_SECONDS_BETWEEN_LOOKS_AT_RANKS = 5.0
+
+
+class Lines:
+    """The JSON objects of a file that grows, or is written anew when a run goes on."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._position, self._file = path, 0, -1
+        self.entries: list[dict[str, Any]] = []
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return all entries so far; a line that is not complete yet is left for the next call."""
+        try:
+            status = self._path.stat()
+            if status.st_ino != self._file or status.st_size < self._position:
+                self._position, self._file, self.entries = 0, status.st_ino, []
+            with self._path.open("rb") as file:
+                file.seek(self._position)
+                text = file.read()
+        except OSError:
+            return self.entries
+        whole = text[: text.rfind(b"\n") + 1]
+        self._position += len(whole)
+        for line in whole.splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(entry, dict) and "time" in entry and "step" in entry:
+                self.entries.append(entry)
+        return self.entries
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """What one rank answered to a scrape.
+
+    Attributes:
+        rank: Which one.
+        address: Where it was asked.
+        step: Its last step; ``None`` if it gives no answer.
+        age: Seconds since it ended that step.
+        wait: Seconds of this process in the head's collectives, for each of its steps.
+    """
+
+    rank: int
+    address: str
+    step: int | None = None
+    age: float = 0.0
+    wait: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """One complete checkpoint."""
+
+    step: int
+    bytes: int
+    time: float
+
+
+@dataclass(slots=True)
+class Seen:
+    """All that a page shows.
+
+    Attributes:
+        name: Of the run.
+        now: When this was, Unix time.
+        config: Its settings, or ``None`` where the folder has none yet.
+        records: Of metrics.jsonl.
+        starts: Of the ledger.
+        spent: Seconds by kind over all starts, ``wall`` and ``goodput`` with them.
+        ranks: What each answered, by rank; empty where none serves metrics.
+        closed: Whether they serve them, and not to us.
+        checkpoints: Newest first.
+        free, size: Bytes of the file system.
+        summary: Whether the run has come to its end.
+    """
+
+    name: str
+    now: float
+    config: Config | None
+    records: list[dict[str, Any]]
+    starts: list[ledger.Start]
+    spent: Mapping[str, float]
+    ranks: list[Rank] = field(default_factory=list)
+    closed: bool = False
+    checkpoints: list[Checkpoint] = field(default_factory=list)
+    free: int = 0
+    size: int = 0
+    ended: bool = False
+
+    def last(self, name: str) -> float | None:
+        """The newest value of a metric."""
+        found = (record[name] for record in reversed(self.records) if name in record)
+        return next(found, None)
+
+    @property
+    def step(self) -> int:
+        """The last step that was recorded."""
+        return int(self.records[-1]["step"]) if self.records else 0
+
+    @property
+    def silence(self) -> float:
+        """Seconds since the run wrote its last line."""
+        times = [entries[-1]["time"] for entries in (self.records,) if entries]
+        times += [start.entries[-1]["time"] for start in self.starts[-1:]]
+        return self.now - max(times, default=self.now)
+
+
+class RunFolder:
+    """A run's folder, looked at again and again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._records, self._ledger = (
+            Lines(folder / "metrics.jsonl"),
+            Lines(folder / "ledger.jsonl"),
+        )
+        self._ranks: tuple[float, list[Rank] | None] = (0.0, [])
+
+    def look(self) -> Seen:
+        """Return what is to be seen now."""
+        try:
+            config = load(self.folder / "config.toml")
+        except ConfigError:
+            config = None
+        entries = [entry for entry in self._ledger.read() if {"event", "seconds"} <= entry.keys()]
+        seen = Seen(
+            name=self.folder.name,
+            now=time.time(),
+            config=config,
+            records=list(self._records.read()),
+            starts=ledger.starts(entries),
+            spent=ledger.goodput(entries) if entries else {},
+            ended=(self.folder / "summary.json").exists(),
+        )
+        seen.checkpoints = sorted(_checkpoints(self.folder), key=lambda one: -one.step)
+        disk = shutil.disk_usage(self.folder)
+        seen.free, seen.size = disk.free, disk.total
+        if config is not None and config.monitor.targets is not None:
+            path = targets_path(config.monitor.targets, config.run.folder)
+            ranks = self._ask(path, config.monitor)
+            seen.ranks, seen.closed = ranks or [], ranks is None
+        return seen
+
+    def _ask(self, path: Path, monitor: Monitor) -> list[Rank] | None:
+        """Ask every rank of a targets file, at most every few seconds.
+
+        Returns:
+            What each answered; ``None`` if they do not let us in.
+        """
+        when, ranks = self._ranks
+        if time.monotonic() - when < _SECONDS_BETWEEN_LOOKS_AT_RANKS:
+            return ranks
+        try:
+            entries = json.loads(path.read_text())
+        except (OSError, ValueError):
+            return []
+        try:
+            ask = partial(_answer, context=_way_in(monitor))
+        except OSError:  # its files are not here, or not for us
+            return None
+        with ThreadPoolExecutor(_THREADS) as pool:
+            answers = [answer for answer in pool.map(ask, entries) if answer is not None]
+        ranks = answers if answers or not entries else None
+        self._ranks = (time.monotonic(), ranks)
+        return ranks
+
+
+def _way_in(monitor: Monitor) -> ssl.SSLContext | None:
+    """Trust the certificate of the run and no other, and show it where one is asked for."""
+    if monitor.certificate is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False  # it may be for another name of its host
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    context.load_verify_locations(monitor.certificate)
+    context.load_cert_chain(monitor.certificate, monitor.key)
+    return context
+
+
+def _answer(entry: Mapping[str, Any], *, context: ssl.SSLContext | None) -> Rank | None:
+    """What a rank says; ``None`` if it lives and does not let us in."""
+    labels, address = entry["labels"], entry["targets"][0]
+    rank = Rank(int(labels["rank"]), address)
+    try:
+        with urlopen(
+            f"{labels['__scheme__']}://{address}/metrics",
+            timeout=_SECONDS_TO_ANSWER,
+            context=context,
+        ) as reply:
+            text = reply.read().decode()
+    except OSError as error:
+        reason = getattr(error, "reason", None)
+        cause = reason if isinstance(reason, OSError) else error
+        refused = isinstance(cause, ssl.SSLError | ConnectionResetError | BrokenPipeError)
+        return None if refused and context is not None else rank
+    samples = [
+        sample for family in text_string_to_metric_families(text) for sample in family.samples
+    ]
+    values: dict[str, float] = {}
+    for sample in samples:
+        values[sample.name] = values.get(sample.name, 0.0) + sample.value
+    if "partialfc_step" not in values:
+        return rank
+    return Rank(
+        rank.rank,
+        address,
+        int(values["partialfc_step"]),
+        time.time() - values["partialfc_last_step_timestamp_seconds"],
+        values.get("partialfc_collective_wait_seconds_total", 0.0)
+        / max(1.0, values["partialfc_steps_total"]),
+    )
+
+
+def _checkpoints(folder: Path) -> Iterator[Checkpoint]:
+    for path in checkpoint_folder.steps(folder / "checkpoints"):
+        try:
+            files = [file.stat() for file in path.iterdir()]
+        except OSError:  # deleted while it was looked at
+            continue
+        if files:
+            newest = max(file.st_mtime for file in files)
+            yield Checkpoint(
+                checkpoint_folder.step_of(path), sum(file.st_size for file in files), newest
+            )

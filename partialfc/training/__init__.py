@@ -1,0 +1,1 @@
+"""A run, readable as the data flow."""

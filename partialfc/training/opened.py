@@ -1,0 +1,55 @@
+"""A run, open for a look: its settings, its pack and the model of its newest checkpoint."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from partialfc.checkpoint import loading as checkpoint
+from partialfc.config import Config, ConfigError, load
+from partialfc.data.dataset import DataSet, open_dataset
+from partialfc.evaluation.sets import Evaluation
+from partialfc.model.build import Model, build
+from partialfc.runtime.process import running
+from partialfc.training.facts import facts_of
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """What a run left, and how its model is measured.
+
+    Attributes:
+        config: Its settings.
+        dataset: Its training images.
+        model: Of its newest valid checkpoint.
+        evaluation: Of its held-out sets.
+    """
+
+    config: Config
+    dataset: DataSet
+    model: Model
+    evaluation: Evaluation
+
+
+@contextmanager
+def finished(folder: Path) -> Iterator[Finished]:
+    """Open the run in a folder; nothing in it is changed, so it may still be running. Collective.
+
+    Raises:
+        ConfigError: If the folder holds no run, its pack cannot be opened, or there is no
+            checkpoint.
+        CheckpointError: If no checkpoint is valid.
+    """
+    config = load(folder / "config.toml")
+    with running(config) as runtime:
+        try:
+            dataset = open_dataset(config.data.train, config.data.skip)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"data.train of {folder}: {error}") from error
+        model = build(config, runtime, dataset.num_identities)
+        newest = checkpoint.newest(folder / "checkpoints", runtime, tidy=False)
+        if newest is None:
+            raise ConfigError(f"{folder}: it has no checkpoint.")
+        checkpoint.load(newest, model, facts_of(config, dataset), runtime)
+        model.head.optimizer.catch_up(None)  # rows that move unsampled
+        yield Finished(config, dataset, model, Evaluation(config, runtime))

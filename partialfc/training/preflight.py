@@ -1,0 +1,336 @@
+"""Looks at the machines of a run before it: the same on all hosts, quick enough, room enough.
+
+Every check is a measurement on all ranks; rank 0 gets them together as a table. What would make the
+run fail is refused, what would make it slow is a warning.
+"""
+
+import hashlib
+import os
+import platform
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from partialfc.backbones import build_backbone
+from partialfc.config import Config, ConfigError
+from partialfc.data.dataset import DataSet
+from partialfc.data.loaders.stream import Batches
+from partialfc.data.source import files_of
+from partialfc.distributed.agreement import all_agree, collective_device
+from partialfc.distributed.ranks import gather_rows, sum_to_owner
+from partialfc.records.console import show_table
+from partialfc.records.environment import package_version
+from partialfc.runtime.process import Runtime, local_rank
+
+_REPEATS = 10
+_SECONDS_OF_DECODING = 2.0
+_WRITTEN_BYTES = 64 << 20
+_READ_BYTES = 256 << 20
+_SKEW_SECONDS = 0.5
+_SLOW = 0.5
+_GPU_BYTES_PER_SECOND = 1e9
+_HEAD_ROOM = 1.1
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one check found.
+
+    Attributes:
+        name: Of the check.
+        value: The numbers, in words.
+        level: Whether to go on.
+        remedy: What to do about it, if it is not fine.
+    """
+
+    name: str
+    value: str
+    level: Literal["fine", "warning", "refused"] = "fine"
+    remedy: str = ""
+
+
+def preflight(
+    config: Config, runtime: Runtime, dataset: DataSet, open_batches: Callable[[], Batches]
+) -> list[Finding]:
+    """Check everything; return the findings on every rank. Collective.
+
+    Args:
+        config: Settings of the run.
+        runtime: This rank.
+        dataset: Its images.
+        open_batches: Opens this rank's batches from the start of the run.
+    """
+    checks = (
+        _versions(runtime),
+        _clocks(runtime),
+        _collectives(config, runtime),
+        _decoding(runtime, open_batches),
+        _pack(runtime, dataset),
+        _disk(config, runtime, dataset),
+    )
+    return [finding for check in checks for finding in check]
+
+
+def report(findings: list[Finding], runtime: Runtime) -> None:
+    """Show the findings on rank 0, and raise what was refused, in one message.
+
+    Raises:
+        ConfigError: If anything was.
+    """
+    if runtime.leads:
+        rows = {
+            one.name: one.value
+            if one.level == "fine"
+            else f"{one.level}: {one.value}. {one.remedy}"
+            for one in findings
+        }
+        show_table("Preflight", rows)
+    refused = [one for one in findings if one.level == "refused"]
+    if refused:
+        raise ConfigError(
+            "\n".join(f"preflight, {one.name}: {one.value}. {one.remedy}" for one in refused)
+        )
+
+
+def _versions(runtime: Runtime) -> Iterator[Finding]:
+    parts = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "partialfc": package_version(),
+    }
+    if runtime.device.type == "cuda":
+        parts["gpu"] = torch.cuda.get_device_name(runtime.device)
+    text = ", ".join(f"{name} {value}" for name, value in parts.items())
+    digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6])
+    differ = _ranks_with([digest != other for other in _of_all([digest], runtime)[:, 0].tolist()])
+    # A rank of the majority names the others.
+    if len(differ) * 2 > runtime.ranks.size:
+        differ = [rank for rank in range(runtime.ranks.size) if rank not in differ]
+    if differ:
+        yield Finding(
+            "versions",
+            f"others on {_named(differ)}; rank {runtime.ranks.rank} has {text}",
+            "refused",
+            "Give all hosts the same environment.",
+        )
+    else:
+        yield Finding("versions", f"{text} on all {runtime.ranks.size} ranks")
+
+
+def _clocks(runtime: Runtime) -> Iterator[Finding]:
+    all_agree(True, runtime.ranks)  # so that all look at the same time
+    now = _of_all([time.time()], runtime)[:, 0]
+    away = (now - now.median()).abs()
+    skew = away.max().item()
+    if skew > _SKEW_SECONDS:
+        ranks = _ranks_with((away > _SKEW_SECONDS).tolist())
+        yield Finding(
+            "clocks",
+            f"{skew:.1f} s between {_named(ranks)} and the others",
+            "warning",
+            "Run a time service: records and alerts compare times of hosts.",
+        )
+    else:
+        yield Finding("clocks", f"within {1e3 * skew:.0f} ms")
+
+
+def _collectives(config: Config, runtime: Runtime) -> Iterator[Finding]:
+    """At the size of the head's: gathered embeddings forth, their gradients back."""
+    ranks = runtime.ranks
+    if ranks.size == 1:
+        return
+    rows = config.data.global_batch // ranks.size
+    own = torch.zeros(rows, config.backbone.embedding_dim, device=collective_device(ranks))
+    whole = own.new_zeros(rows * ranks.size, own.shape[1])
+    kinds: tuple[tuple[str, Callable[[], Tensor]], ...] = (
+        ("all-gather", lambda: gather_rows(own, ranks)),
+        ("reduce-scatter", lambda: sum_to_owner(whole, ranks)),
+    )
+    for name, collective in kinds:
+        seconds = _timed(collective, runtime)
+        moved = whole.numel() * whole.element_size() * (ranks.size - 1) / ranks.size
+        value = (
+            f"{1e3 * seconds:.2f} ms for {whole.numel() * 4 / 2**20:.3g} MiB, "
+            f"{moved / seconds / 1e9:.2f} GB/s"
+        )
+        slow = runtime.device.type == "cuda" and moved / seconds < _GPU_BYTES_PER_SECOND
+        large = moved > 16 << 20  # below it, latency is what is measured
+        yield Finding(
+            name,
+            value,
+            "warning" if slow and large else "fine",
+            "Look at NCCL_SOCKET_IFNAME and NCCL_DEBUG=INFO: is it on the fast network?",
+        )
+
+
+def _timed(collective: Callable[[], Tensor], runtime: Runtime) -> float:
+    """Median seconds of the slowest rank."""
+    seconds = []
+    for repeat in range(_REPEATS + 3):
+        all_agree(True, runtime.ranks)
+        start = time.monotonic()
+        collective()
+        if runtime.device.type == "cuda":
+            torch.cuda.synchronize()  # host sync: it is measured
+        if repeat >= 3:
+            seconds.append(time.monotonic() - start)
+    return _of_all([statistics.median(seconds)], runtime).max().item()
+
+
+def _decoding(runtime: Runtime, open_batches: Callable[[], Batches]) -> Iterator[Finding]:
+    """From the pack to tensors on the device, on all ranks at once."""
+    with closing(open_batches()) as batches:
+        next(batches)
+        all_agree(True, runtime.ranks)
+        start, images = time.monotonic(), 0
+        while time.monotonic() - start < _SECONDS_OF_DECODING:
+            images += len(next(batches).images)
+        if runtime.device.type == "cuda":
+            torch.cuda.synchronize()  # host sync: it is measured
+        own = images / (time.monotonic() - start)
+    speed = _of_all([own], runtime)[:, 0]
+    slow = _ranks_with((speed < _SLOW * speed.median()).tolist())
+    value = f"{speed.sum():,.0f} images/s, {speed.min():,.0f} on the slowest rank"
+    if slow:
+        yield Finding(
+            "images",
+            f"{value}; {_named(slow)} below half of the median",
+            "warning",
+            "Every step waits for the slowest: look at the disk and the cores of its host.",
+        )
+    else:
+        yield Finding("images", value)
+
+
+def _pack(runtime: Runtime, dataset: DataSet) -> Iterator[Finding]:
+    """From the disk, not from memory: one rank of each host reads a stretch of the largest pack."""
+    files = files_of(max(dataset.packs, key=len))
+    speed = _of_all([_read_speed(files) if local_rank() == 0 else 0.0], runtime)[:, 0]
+    hosts = speed[speed > 0]
+    value = f"{hosts.min().item() / 2**20:,.0f} MiB/s read on the slowest of {len(hosts)} hosts"
+    slow = _ranks_with(((speed > 0) & (speed < _SLOW * hosts.median())).tolist())
+    if slow:
+        yield Finding(
+            "data.train",
+            f"{value}; {_named(slow)} below half of the median",
+            "warning",
+            "Look at the disk or the mount of its host.",
+        )
+    else:
+        yield Finding("data.train", value)
+
+
+def _read_speed(files: Iterable[Path]) -> float:
+    """Bytes a second of files, after asking the system to forget them."""
+    count, start = 0, time.monotonic()
+    for path in files:
+        with suppress(OSError), path.open("rb", buffering=0) as file:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            while count < _READ_BYTES and (block := file.read(1 << 20)):
+                count += len(block)
+        if count >= _READ_BYTES:
+            break
+    return max(count, 1) / (time.monotonic() - start)
+
+
+def _disk(config: Config, runtime: Runtime, dataset: DataSet) -> Iterator[Finding]:
+    folder = config.run.folder
+    bytes_per_second = 0.0
+    problem = ""
+    path = folder / f".preflight.{runtime.ranks.rank}"
+    if local_rank() == 0:
+        try:
+            bytes_per_second = _write_speed(path)
+        except OSError as error:
+            problem = str(error)
+    writers = _of_all([bytes_per_second, float(bool(problem))], runtime)
+    failed = _ranks_with((writers[:, 1] > 0).tolist())
+    if failed:
+        yield Finding(
+            "run.folder",
+            f"{_named(failed)} cannot write in {folder}" + (f": {problem}" if problem else ""),
+            "refused",
+            "Every host must be able to write there.",
+        )
+        return
+    speed = writers[:, 0][writers[:, 0] > 0].min().item()
+    needed = checkpoint_bytes(config, dataset.num_identities, runtime.ranks.size)
+    free = _of_all([float(shutil.disk_usage(folder).free)], runtime).min().item()
+    kept = config.checkpoint.keep + 1
+    value = (
+        f"{free / 2**30:.1f} GiB free, {speed / 2**20:,.0f} MiB/s written and synced; a checkpoint "
+        f"is {needed / 2**30:.3g} GiB, {needed / speed:.1f} s"
+    )
+    if free < kept * needed * _HEAD_ROOM:
+        yield Finding(
+            "run.folder",
+            f"{value}; checkpoint.keep = {config.checkpoint.keep} needs "
+            f"{kept * needed / 2**30:.3g} GiB",
+            "refused",
+            "Make room, lower checkpoint.keep, or set another run.folder.",
+        )
+    else:
+        yield Finding("run.folder", value)
+
+
+def _write_speed(path: Path) -> float:
+    """Bytes a second of a file that is written and synced."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    block = os.urandom(1 << 20)
+    start = time.monotonic()
+    try:
+        with path.open("wb") as file:
+            for _ in range(_WRITTEN_BYTES >> 20):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        path.unlink(missing_ok=True)
+    return _WRITTEN_BYTES / (time.monotonic() - start)
+
+
+def checkpoint_bytes(config: Config, num_identities: int, ranks: int) -> int:
+    """Return the size of a checkpoint to within a few percent: weights and their momenta."""
+    with torch.device("meta"):
+        backbone = build_backbone(
+            config.backbone.name,
+            embedding_dim=config.backbone.embedding_dim,
+            image_size=config.data.image_size,
+        )
+    states = {"sgd": 1, "adamw": 2, "adagrad": 0}
+    weights = sum(parameter.numel() for parameter in backbone.parameters())
+    buffers = sum(buffer.numel() for buffer in backbone.buffers())
+    width = 4 if config.head.center_format == "fp32" else 2
+    momentum = getattr(config.head.optimizer, "momentum_format", "fp32")
+    state_width = {"fp32": 4, "bf16": 2, "int8": 1}[momentum]
+    row = config.backbone.embedding_dim * (width + state_width * states[config.head.optimizer.name])
+    buffers *= 1 + ranks * (ranks > 1)  # their mean, and each rank's own
+    of_backbone = 4 * (weights * (1 + states[config.optimizer.name]) + buffers)
+    return of_backbone + num_identities * row
+
+
+def _of_all(values: list[float], runtime: Runtime) -> Tensor:
+    """Numbers of all ranks, [W, n] fp64 on the host: one all-gather."""
+    row = torch.tensor([values], dtype=torch.float64)
+    if runtime.ranks.size == 1:
+        return row
+    return gather_rows(row.to(collective_device(runtime.ranks)), runtime.ranks).cpu()
+
+
+def _ranks_with(flags: list[bool]) -> list[int]:
+    return [rank for rank, flag in enumerate(flags) if flag]
+
+
+def _named(ranks: list[int]) -> str:
+    shown = ", ".join(str(rank) for rank in ranks[:8])
+    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
+    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}{more}"

@@ -1,0 +1,214 @@
+"""A run, in the order the data flows: open, restore, then steps with measures and saves between."""
+
+import hashlib
+import math
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+from partialfc.checkpoint import loading as checkpoint
+from partialfc.checkpoint.saving import Saver
+from partialfc.checkpoint.start import start_from
+from partialfc.config import Config, ConfigError, to_toml
+from partialfc.data.loaders.stream import Batches
+from partialfc.distributed.agreement import any_rank, from_leader
+from partialfc.errors import CrashLoopError, Preempted
+from partialfc.evaluation.sets import Evaluation
+from partialfc.margins import guidance
+from partialfc.model.build import Model, build
+from partialfc.model.step import train_step
+from partialfc.records.console import from_here
+from partialfc.records.ledger import fruitless, keeping
+from partialfc.records.metrics import write_text
+from partialfc.runtime import preemption
+from partialfc.runtime.process import Runtime, refuse_interrupted
+from partialfc.training.data import open_batches, open_training_data, with_next
+from partialfc.training.facts import facts_of
+from partialfc.training.preflight import Finding, preflight, report
+from partialfc.training.recorder import Recorder
+from partialfc.training.schedule import learning_rate
+
+
+def train(config: Config, runtime: Runtime) -> None:
+    """Train as the settings say, from the newest checkpoint on if there is one. Collective.
+
+    Raises:
+        ConfigError: If the settings do not fit the data, the sets or the backbone.
+        NonFiniteError: If the loss or the gradient is not finite.
+        CheckpointError: If a checkpoint cannot be written, or is of another run.
+        DataError: If too many images cannot be decoded.
+        CrashLoopError: If the last starts came to no new step.
+        Preempted: On every rank, after a checkpoint, if SIGUSR2 reached any of them.
+    """
+    if config.run.preflight:
+        report(look_before(config, runtime), runtime)
+    folder, settings = config.run.folder, to_toml(config)
+    data = open_training_data(config, runtime)
+    evaluation = Evaluation(config, runtime)
+    model = build(config, runtime, data.dataset.num_identities)
+    facts = facts_of(config, data.dataset)
+    if runtime.leads:
+        _warn(config, model, data.dataset.num_identities)
+    if not config.run.resume and checkpoint.exist(folder / "checkpoints"):
+        raise ConfigError(
+            f"run.resume = false with run.folder = {str(folder)!r}, which holds checkpoints of a "
+            "run. Choose another folder, or set run.resume = true to go on."
+        )
+    written = folder / "ledger.jsonl" if runtime.leads else None
+    digest = hashlib.sha256(settings.encode()).hexdigest()[:16]
+    with keeping(written, ranks=runtime.ranks.size, settings=digest) as ledger:
+        if runtime.watchdog is not None:
+            runtime.watchdog.follow(ledger)
+        _refuse_crash_loop(config, runtime, ledger.before, digest)
+        with ledger.spending("restore"):
+            step = _restore(config, runtime, model, facts)
+        ledger.at(step, now=True)
+        summary = folder / "summary.json"
+        if step >= data.steps and summary.exists():
+            if runtime.leads:
+                print(f"{summary}: the run ended at step {step}, and {data.steps} are asked for.")
+            return
+        if runtime.leads:
+            write_text(folder / "config.toml", settings)
+        with (
+            Recorder(
+                config, runtime, step, data.steps, data.order.steps_per_epoch, ledger
+            ) as recorder,
+            Saver(
+                folder / "checkpoints",
+                facts,
+                runtime,
+                keep=config.checkpoint.keep,
+                keep_every_steps=config.checkpoint.keep_every_steps,
+                settings=settings,
+            ) as saver,
+            closing(open_batches(config, runtime, data, step)) as batches,
+            any_rank(preemption.asked, runtime.ranks) as asked_to_stop,
+        ):
+            if runtime.watchdog is not None:
+                runtime.watchdog.follow(ledger, saver)
+            loop = _Loop(config, runtime, model, batches, evaluation, recorder, saver)
+            reached = loop.run(step, data.steps, asked_to_stop)
+            if reached < data.steps:
+                raise Preempted(f"stopped as asked, after the checkpoint of step {reached}.")
+
+
+def look_before(config: Config, runtime: Runtime) -> list[Finding]:
+    """Return what a look at the machines finds, before a run or instead of it. Collective."""
+    data = open_training_data(config, runtime)
+    return preflight(config, runtime, data.dataset, lambda: open_batches(config, runtime, data, 0))
+
+
+def _warn(config: Config, model: Model, num_identities: int) -> None:
+    sampled = max(2, math.ceil(num_identities * config.head.sample_rate))
+    for sentence in (
+        *guidance.warnings(model.head.margin, sampled, config.backbone.embedding_dim),
+        *guidance.pair_warnings(model.losses.losses, config.data.images_per_identity),
+    ):
+        print(f"warning: {sentence}", flush=True)
+
+
+def _refuse_crash_loop(
+    config: Config, runtime: Runtime, before: list[dict[str, Any]], settings: str
+) -> None:
+    allowed = config.run.fruitless_starts
+    failed = fruitless(before, settings)
+    if not from_leader(int(0 < allowed <= len(failed)), runtime.ranks):
+        return
+    causes = [
+        f"at step {start.reached}: {start.end['cause'] if start.end else 'killed'}"
+        for start in failed[-allowed:]
+    ]
+    raise CrashLoopError(
+        f"run.fruitless_starts = {allowed}: so many starts in a row came to no new step"
+        + (f" ({'; '.join(causes)})" if causes else "")
+        + ". Repair the cause and start once with run.fruitless_starts=0, or with other settings."
+    )
+
+
+def _restore(config: Config, runtime: Runtime, model: Model, facts: dict[str, object]) -> int:
+    """Load what the run goes on from or begins with; return the steps taken."""
+    found = checkpoint.newest(config.run.folder / "checkpoints", runtime)
+    if found is None and config.run.resume_from is not None:
+        found = checkpoint.named(config.run.resume_from, runtime)
+    if found is not None:
+        step = checkpoint.load(found, model, facts, runtime)
+        if runtime.leads:
+            print(f"going on from {from_here(found)}", flush=True)
+        return step
+    if config.run.start_from is not None:
+        start_from(config.run.start_from, config, model, runtime)
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Loop:
+    """The steps of a run, and what happens between them."""
+
+    config: Config
+    runtime: Runtime
+    model: Model
+    batches: Batches
+    evaluation: Evaluation
+    recorder: Recorder
+    saver: Saver
+
+    def run(self, step: int, total_steps: int, asked_to_stop: Callable[[], bool]) -> int:
+        """Go from ``step`` to the end, or to where it is asked to stop; return the step reached."""
+        config, head, recorder = self.config, self.model.head, self.recorder
+        ledger = recorder.ledger
+        if step == 0 or step >= total_steps:
+            self._verify(step)
+        ledger.switch("train")
+        stop, pairs = False, with_next(self.batches, want_next=head.optimizer.stages)
+        while step < total_steps and not stop:
+            with recorder.waiting():
+                (images, identities, replaced), next_identities = next(pairs)
+            recorder.bad_images.note(replaced)
+            rate = learning_rate(
+                step,
+                peak=config.optimizer.lr,
+                total_steps=total_steps,
+                **config.schedule.model_dump(),
+            )
+            self.saver.check()
+            refuse_interrupted()
+            if next_identities is not None:
+                head.prefetch(next_identities)
+            done = train_step(self.model, config, images, identities, rate)
+            step += 1
+            ledger.at(step)
+            recorder.stepped(step, done, rate)
+            stop = asked_to_stop()
+            self._pause(
+                step,
+                verify=_due(step, config.verification.every_steps, total_steps),
+                save=stop or _due(step, config.checkpoint.every_steps, total_steps),
+            )
+        with ledger.spending("save"):
+            self.saver.wait()
+        if step >= total_steps:
+            with ledger.spending("other"):
+                recorder.finish()
+        return step
+
+    def _pause(self, step: int, *, verify: bool, save: bool) -> None:
+        if not (verify or save):
+            return
+        self.recorder.refuse_unsound()
+        with self.recorder.pausing():
+            if verify:  # before the checkpoint, so that no kill leaves a step without it
+                self._verify(step)
+            if save:
+                with self.recorder.ledger.spending("save"):
+                    self.saver.save(step, self.model)
+                self.recorder.ledger.at(step, now=True)
+
+    def _verify(self, step: int) -> None:
+        with self.recorder.ledger.spending("other"):
+            self.recorder.validated(step, self.evaluation.measure(self.model))
+
+
+def _due(step: int, every: int, total_steps: int) -> bool:
+    return step == total_steps or (every > 0 and step % every == 0)

@@ -1,0 +1,325 @@
+"""One rank's checkpoints; tests/distributed moves them between world sizes."""
+
+import hashlib
+import json
+import re
+import shutil
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from partialfc.checkpoint import CheckpointError, Saver
+from partialfc.checkpoint import folder as checkpoint_folder
+from partialfc.checkpoint import loading as checkpoint
+from partialfc.checkpoint.disk import Disk
+from partialfc.checkpoint.tensor_file import write_tensors
+from partialfc.model.step import train_step
+from tests.support.models import batch, flat_model, runtime, settings, weights
+from tools.bench._faults.crash import corruptions, crash_points
+from tools.bench._faults.disk import FullDisk
+
+FACTS = {"pack": "abc", "run.seed": 2048}
+
+
+def trained(steps=1):
+    config, model = settings(), flat_model(settings())
+    for step in range(steps):
+        train_step(model, config, *batch(step, 24), 0.05)
+    return model
+
+
+def save(folder, step, model=None, keep=9):
+    return checkpoint.save(folder, step, model or trained(), FACTS, runtime(), keep=keep)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_everything_comes_back_and_the_runs_own_settings_stay(tmp_path):
+    model = trained(3)
+    path = save(tmp_path, 3, model)
+    other = flat_model(settings())
+    other.optimizer.param_groups[0]["momentum"] = 0.5
+    assert checkpoint.load(path, other, FACTS, runtime()) == 3
+    assert all(map(torch.equal, weights(other), weights(model)))
+    assert other.head.optimizer.steps == 3
+    assert other.optimizer.param_groups[0]["momentum"] == 0.5
+
+
+def test_states_keep_the_memory_layout_of_their_parameter(tmp_path):
+    """torch's fused kernels pair elements by memory order and do not look at strides."""
+    model = trained()
+    weight = model.backbone.project.weight
+    save(tmp_path, 1, model)
+    other = flat_model(settings())
+    other.backbone.project.weight.data = other.backbone.project.weight.data.T.contiguous().T
+    checkpoint.load(tmp_path / "step_00000001", other, FACTS, runtime())
+    restored = other.backbone.project.weight
+    state = other.optimizer.state[restored]["momentum_buffer"]
+    assert state.stride() == restored.stride() != weight.stride()
+    assert torch.equal(state, model.optimizer.state[weight]["momentum_buffer"])
+
+
+def test_only_the_newest_are_kept_and_only_checkpoints_are_touched(tmp_path):
+    (tmp_path / "step_00000001_best").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    for step in (1, 2, 3, 10):
+        save(tmp_path, step, keep=2)
+    assert names(tmp_path) == ["notes.txt", "step_00000001_best", "step_00000003", "step_00000010"]
+    assert checkpoint.newest(tmp_path, runtime()).name == "step_00000010"
+
+
+def test_a_corrupt_newest_one_is_set_aside_and_its_step_can_be_written_again(tmp_path, capsys):
+    for step in (1, 2):
+        save(tmp_path, step)
+    (tmp_path / "step_00000002" / "backbone.safetensors").write_bytes(b"short")
+    assert checkpoint.newest(tmp_path, runtime()).name == "step_00000001"
+    assert "backbone.safetensors has 5 bytes" in capsys.readouterr().out
+    save(tmp_path, 2, keep=1)
+    assert names(tmp_path) == [".step_00000002.invalid", "step_00000002"]
+    assert checkpoint.verify(tmp_path / "step_00000002") is None
+
+
+def test_when_none_is_valid_nothing_is_touched(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / "step_00000001" / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="no checkpoint in it is valid"):
+        checkpoint.newest(tmp_path, runtime())
+    assert names(tmp_path) == ["step_00000001"]
+
+
+def test_a_look_from_outside_touches_nothing(tmp_path, capsys):
+    """Another process may be writing what looks like a leftover."""
+    for step in (1, 2):
+        save(tmp_path, step)
+    (tmp_path / "step_00000002" / "backbone.safetensors").write_bytes(b"short")
+    (tmp_path / ".step_00000003.partial").mkdir()
+    before = names(tmp_path)
+    assert checkpoint.newest(tmp_path, runtime(), tidy=False).name == "step_00000001"
+    assert names(tmp_path) == before
+
+
+def test_what_a_kill_left_is_removed(tmp_path):
+    save(tmp_path, 1)
+    for leftover in (".step_00000002.partial", ".step_00000000.deleted"):
+        (tmp_path / leftover / "x").mkdir(parents=True)
+    checkpoint.newest(tmp_path, runtime())
+    assert names(tmp_path) == ["step_00000001"]
+
+
+def test_no_checkpoint_is_overwritten(tmp_path):
+    save(tmp_path, 1)
+    with pytest.raises(CheckpointError, match="no checkpoint is ever overwritten"):
+        save(tmp_path, 1)
+    assert checkpoint.verify(tmp_path / "step_00000001") is None
+
+
+def test_every_damage_is_found(tmp_path, capsys):
+    """R6: flipped, cut, grown, zeroed, missing and swapped files; the one before is found."""
+    accepted = [what for what, taken in corruptions(tmp_path, runtime(), 120) if taken]
+    assert not accepted
+    said = capsys.readouterr().out
+    for file in ("backbone.safetensors", "centers_0000000000.safetensors", "manifest.json"):
+        assert f"not a valid checkpoint: {file}" in said
+
+
+def test_an_edited_manifest_is_found(tmp_path):
+    path = save(tmp_path, 1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps({**manifest, "step": 2}))
+    assert "manifest.json is corrupt" in checkpoint.verify(path)
+
+
+@pytest.mark.parametrize("power", [False, True], ids=["the process dies", "the machine dies"])
+def test_a_save_may_die_at_every_operation(tmp_path, power):
+    """R5, R8: every write, sync, rename and removal, those of the purge too."""
+    problems = list(crash_points(tmp_path, runtime(), power=power))
+    assert len(problems) > 25
+    assert not any(problems)
+
+
+def signed(path, change):
+    """Change a manifest and sign it again, as no accident does."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    change(manifest)
+    manifest.pop("sha256", None)
+    digest = checkpoint_folder._digest_of(manifest)
+    (path / "manifest.json").write_text(json.dumps({**manifest, "sha256": digest}))
+
+
+def test_whatever_is_missing_is_named(tmp_path):
+    """R3: every key of the manifest, every fact, every file and every tensor."""
+    path = save(tmp_path, 1, trained(2))
+    manifest = json.loads((path / "manifest.json").read_text())
+    copy = tmp_path / "copies" / path.name
+
+    def refused(change, name):
+        shutil.copytree(path, copy)
+        change(copy)
+        try:
+            if problem := checkpoint.verify(copy):
+                assert name in problem
+                return
+            with pytest.raises(CheckpointError, match=re.escape(name)):
+                checkpoint.load(copy, flat_model(settings()), FACTS, runtime())
+        finally:
+            shutil.rmtree(copy)
+
+    for key in checkpoint_folder.KEYS - {"format"}:
+        refused(lambda at, key=key: signed(at, lambda m: m.pop(key)), key)
+    refused(lambda at: signed(at, lambda m: m.pop("format")), "format")
+    for fact in FACTS:
+        refused(lambda at, fact=fact: signed(at, lambda m: m["facts"].pop(fact)), fact)
+    for file, about in manifest["files"].items():
+        refused(lambda at, file=file: signed(at, lambda m: m["files"].pop(file)), "it ")
+        for tensor in about["tensors"]:
+
+            def drop(at, file=file, tensor=tensor, forget=False):
+                values = load_file(at / file)
+                del values[tensor]
+                save_file(values, at / file)
+                data = (at / file).read_bytes()
+                about = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+                if forget:
+                    about["tensors"] = sorted(values)
+                signed(at, lambda m: m["files"][file].update(about))
+
+            refused(drop, tensor)
+            refused(lambda at, drop=drop: drop(at, forget=True), tensor)
+
+
+def test_what_is_changed_after_save_returned_is_not_saved(tmp_path):
+    """R9: a copy is written, not what training goes on with; leaving waits for it."""
+    model = trained(3)
+    before = weights(model)
+    with Saver(tmp_path, FACTS, runtime(), keep=1) as saver:
+        saver.save(3, model)
+        for tensor in (*model.backbone.parameters(), model.head.centers):
+            tensor.data.fill_(7)
+        for optimizer in (model.optimizer, model.head.optimizer):
+            for state in optimizer.state.values():
+                for value in state.values():
+                    value.fill_(7)
+    other = flat_model(settings())
+    checkpoint.load(tmp_path / "step_00000003", other, FACTS, runtime())
+    assert all(map(torch.equal, weights(other), before))
+
+
+def test_without_room_for_a_copy_the_live_tensors_are_written(tmp_path, monkeypatch, capsys):
+    """Centers that fill the machine; training waits, so that nothing changes below the writer."""
+    monkeypatch.setattr("partialfc.checkpoint.saving._available_bytes", lambda: 1000)
+    model = trained(3)
+    model.backbone.project.weight.data = model.backbone.project.weight.data.T.contiguous().T
+    with Saver(tmp_path, FACTS, runtime(), keep=1) as saver:
+        saver.save(3, model)
+        assert not saver.pending
+        assert not saver._copies
+    assert "training stands still" in capsys.readouterr().out
+    other = flat_model(settings())
+    checkpoint.load(tmp_path / "step_00000003", other, FACTS, runtime())
+    assert all(map(torch.equal, weights(other), weights(model)))
+
+
+class Slow(Disk):
+    """Takes its time, so that something can happen meanwhile."""
+
+    def sync(self, path):
+        time.sleep(0.05)
+        super().sync(path)
+
+
+def test_a_failure_behind_the_training_is_raised_within_one_step(tmp_path):
+    """R9: not at the next save, and not at the end of the run."""
+
+    class Broken(Slow):
+        def rename(self, old, new):
+            raise OSError(5, "Input/output error")
+
+    with Saver(tmp_path, FACTS, runtime(), keep=1, disk=Broken()) as saver:
+        saver.save(1, trained())
+        saver.check()
+        assert saver.pending, "it is written behind the training"
+        while saver.pending:
+            time.sleep(0.01)
+        with pytest.raises(CheckpointError, match="Input/output error"):
+            saver.check()
+    assert not names(tmp_path)
+
+
+def test_a_full_or_read_only_disk_says_what_is_needed_and_leaves_nothing(tmp_path):
+    """R7: the checkpoint before it stays, the temporary folder goes."""
+    save(tmp_path, 1)
+    for capacity in (0, 100, 3000):
+        with (
+            pytest.raises(
+                CheckpointError, match=r"No space left.*[1-9][\d,]* bytes needed by rank 0"
+            ),
+            Saver(tmp_path, FACTS, runtime(), keep=1, disk=FullDisk(capacity)) as saver,
+        ):
+            saver.save(2, trained())
+        assert names(tmp_path) == ["step_00000001"]
+    file = tmp_path / "a file"
+    file.write_text("no folder can be here")
+    with pytest.raises(CheckpointError, match="was not written"):
+        save(file / "checkpoints", 1)
+
+
+def test_some_checkpoints_are_kept_for_good(tmp_path):
+    with Saver(tmp_path, FACTS, runtime(), keep=2, keep_every_steps=3) as saver:
+        for step in range(1, 9):
+            saver.save(step, trained())
+    assert names(tmp_path) == [f"step_{step:08d}" for step in (3, 6, 7, 8)]
+
+
+def test_the_files_are_safetensors(tmp_path):
+    """What our writer writes, the library reads: every dtype, empty and scalar tensors."""
+    kinds = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32)
+    kinds += (torch.int16, torch.int8, torch.uint8, torch.bool)
+    tensors = {str(kind): torch.arange(-3, 9).to(kind).view(3, 4) for kind in kinds}
+    tensors |= {"scalar": torch.tensor(3.5), "empty": torch.zeros(0, 4)}
+    path = tmp_path / "x.safetensors"
+    written = write_tensors(path, tensors, Disk())
+    assert written.bytes == path.stat().st_size
+    assert written.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert written.tensors == sorted(tensors)
+    found = load_file(path)
+    assert found.keys() == tensors.keys()
+    for name, value in tensors.items():
+        assert found[name].dtype == value.dtype
+        assert torch.equal(found[name], value)
+
+
+def test_rows_are_read_in_pieces(tmp_path, monkeypatch):
+    """A matrix of 100 GB needs no second one in memory."""
+    model = trained(2)
+    path = save(tmp_path, 2, model)
+    other = flat_model(settings())
+    read = []
+    pieces = checkpoint._pieces
+
+    def noted(low, high, part, rows):
+        found = pieces(low, high, part, rows)
+        if part.get_shape()[1] > 1:  # not of the step that each row is at
+            read.extend(found)
+        return found
+
+    monkeypatch.setattr(checkpoint, "_PIECE_BYTES", 7 * 8 * 16)
+    monkeypatch.setattr(checkpoint, "_pieces", noted)
+    checkpoint.load(path, other, FACTS, runtime())
+    assert max(stop - start for start, stop in read) == 7
+    assert all(map(torch.equal, weights(other), weights(model)))
+
+
+def test_another_run_is_named_by_what_differs(tmp_path):
+    path = save(tmp_path, 1)
+    for facts, message in (
+        ({**FACTS, "run.seed": 7}, "run.seed = 2048, this run has 7"),
+        ({**FACTS, "new": 1}, "new = null, this run has 1"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            checkpoint.load(path, flat_model(settings()), facts, runtime())
+    with pytest.raises(CheckpointError, match="num_identities = 40, this run has 41"):
+        checkpoint.load(path, flat_model(settings(), identities=41), FACTS, runtime())

@@ -1,0 +1,244 @@
+"""partialfc evaluate: official layouts made small, and the same digits however it is run."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from partialfc.backbones import build_backbone
+from partialfc.commands import evaluate
+from partialfc.data.images.align import TEMPLATE, align, similarity
+from partialfc.data.sets.benchmarks import read_ijb, read_image, read_megaface
+from tests.support.places import FIXTURES, ROOT
+
+DATA = FIXTURES
+SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "model.pt"
+    torch.manual_seed(0)
+    backbone = build_backbone("convnet_s", embedding_dim=32, image_size=SIZE)
+    torch.save(backbone.state_dict(), path)
+    return path
+
+
+def face(identity, variant, size=112):
+    """A coarse pattern of an identity with noise of the image."""
+    generator = np.random.default_rng(identity)
+    coarse = generator.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    pixels = np.asarray(Image.fromarray(coarse).resize((size, size), Image.Resampling.BILINEAR))
+    noise = np.random.default_rng((identity, variant)).normal(0, 25, pixels.shape)
+    return np.clip(pixels + noise, 0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def ijb(tmp_path_factory):
+    """IJB-C's files for 6 subjects: templates 1-6 in G1 or G2, 11-16 probes, a video in each."""
+    folder = tmp_path_factory.mktemp("IJBC")
+    (folder / "meta").mkdir()
+    (folder / "loose_crop").mkdir()
+    crops, members, galleries, probes = [], [], {"G1": [], "G2": []}, []
+    for subject in range(1, 7):
+        for base in (0, 10):
+            template = base + subject
+            for image in range(3):
+                name = f"{len(crops) + 1}.{'png' if image else 'jpg'}"
+                Image.fromarray(face(subject, 10 * base + image, 140)).save(
+                    folder / "loose_crop" / name, **({} if image else {"quality": 95})
+                )
+                points = (TEMPLATE * 1.1 + 8).round(3).ravel()
+                crops.append(f"{name} {' '.join(map(str, points))} {0.9 + image / 100:.2f}")
+                members.append(f"{name} {template} {100 * template + (image > 0)}")
+        galleries["G1" if subject <= 3 else "G2"].append([subject, subject, "x.jpg"])
+        probes.append([10 + subject, subject, "x.jpg"])
+    pairs = [f"{a} {b + 10} {int(a == b)}" for a in range(1, 7) for b in range(1, 7)]
+    meta = folder / "meta"
+    (meta / "ijbc_name_5pts_score.txt").write_text("\n".join(crops) + "\n")
+    (meta / "ijbc_face_tid_mid.txt").write_text("\n".join(members) + "\n")
+    (meta / "ijbc_template_pair_label.txt").write_text("\n".join(pairs) + "\n")
+    for name, rows in (
+        ("1N_gallery_G1", galleries["G1"]),
+        ("1N_gallery_G2", galleries["G2"]),
+        ("1N_probe_mixed", probes),
+    ):
+        with (meta / f"ijbc_{name}.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerows([["TEMPLATE_ID", "SUBJECT_ID", "FILENAME"], *rows])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def megaface(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("megaface")
+    lists = {"facescrub": [], "megaface": []}
+    for person in range(4):
+        for image in range(3):
+            lists["facescrub"].append((f"P{person}/P{person}_{image}.png", face(person, image)))
+    for other in range(20):
+        lists["megaface"].append((f"00/{other}.jpg", face(100 + other, 0)))
+    for kind, files in lists.items():
+        for name, pixels in files:
+            path = folder / f"{kind}_images" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+        (folder / f"{kind}_lst").write_text("".join(f"{name}\n" for name, _ in files))
+    (folder / "facescrub_noises.txt").write_text("# wrong person\nP3_2.png\n")
+    (folder / "megaface_noises.txt").write_text("00/7.jpg\n")
+    return folder
+
+
+def run(*words, ranks=1):
+    start = [sys.executable]
+    if ranks > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return subprocess.run(
+        [*start, "-m", "partialfc", "evaluate", *map(str, words)],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+    )  # fmt: skip
+
+
+SETS = (
+    DATA / "pairs" / "pairs_proto4.bin",
+    DATA / "records" / "insightface.rec",
+    f"all:{DATA / 'records' / 'labels2.rec'}",
+    f"open:{DATA / 'records' / 'insightface.rec'},{DATA / 'records' / 'plain.rec'}",
+)
+
+
+@pytest.mark.distributed
+def test_ranks_and_batch_do_not_change_a_digit(model, ijb, megaface, tmp_path):
+    """Byte for byte the same JSON: images meet the same others in a block, whoever runs it."""
+    results = {}
+    for ranks, batch in ((1, 256), (1, 1), (3, 40)):
+        out = tmp_path / f"{ranks}_{batch}"
+        words = [model, *SETS, ijb, megaface, "--image-size", SIZE, "--out", out, "--far=0.1,0.01"]
+        done = run(*words, "--batch", batch, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        results[ranks, batch] = (out / "results.json").read_text()
+        with Image.open(out / "results.png") as picture:
+            assert np.asarray(picture.convert("L")).std() > 5, "the picture is not blank"
+    assert len(set(results.values())) == 1
+    sets = json.loads(results[1, 256])["sets"]
+    opened = "insightface against plain"
+    assert set(sets) == {"pairs_proto4", "insightface", "all:labels2", opened, "ijbc", "megaface"}
+    assert sets[opened]["numbers"]["num_distractors"] > 0
+    assert sets["ijbc"]["protocol"] == "templates, F2 N1 D1, exact thresholds"
+    assert sets["ijbc"]["numbers"]["search"]["G1"]["num_nonmated"] == 3
+    assert sets["megaface"]["numbers"]["raw"]["num_searches"] == 24
+    assert sets["megaface"]["numbers"]["cleaned"]["num_searches"] == 20
+    assert sets["megaface"]["numbers"]["cleaned"]["num_distractors"] == 19
+    assert sets["all:labels2"]["numbers"]["num_genuine"] > 0
+    assert len(sets["insightface"]["cmc"]) == 50
+
+
+def test_every_mode_is_printed_beside_its_numbers(model, ijb, capsys):
+    words = [str(model), str(ijb), str(SETS[0]), "--image-size", str(SIZE), "--device", "cpu"]
+    modes = ["--no-flip", "--no-norms", "--no-detector", "--compat", "insightface"]
+    assert evaluate.main([*words, *modes]) == 0
+    shown = capsys.readouterr().out
+    assert "F0 N0 D0" in shown
+    assert "ten-fold verification, thresholds as insightface" in shown
+    assert "val_at_far_0.001 val: " in shown
+    assert "G1+G2" in shown
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("missing.bin", "^missing.bin: No such file or directory$"),
+        ("nowhere", "nowhere: not a set: .* There is nothing of that name"),
+        ("all:missing.rec", "missing.rec"),
+        ("open:one.rec", "open: wants two packs"),
+        (str(DATA / "pairs"), "not a set"),
+    ],
+)
+def test_a_missing_set_is_an_error_that_names_it(model, word, message, capsys):
+    assert evaluate.main([str(model), word, "--image-size", str(SIZE)]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+
+
+def rewrite(path, line, text):
+    lines = path.read_text().split("\n")
+    lines[line - 1] = text
+    path.write_text("\n".join(lines))
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "text", "message"),
+    [
+        ("ijbc_face_tid_mid.txt", 3, "other.jpg 1 2", "line 3: other.jpg, and"),
+        ("ijbc_face_tid_mid.txt", 2, "2.png 1", "line 2: 2 words, must be 3"),
+        ("ijbc_face_tid_mid.txt", 2, "2.png 1 x", "line 2: 1 x: must be numbers"),
+        ("ijbc_name_5pts_score.txt", 1, "../../etc/passwd" + " 1" * 11, "line 1: 1.jpg"),
+        ("ijbc_name_5pts_score.txt", 1, "1.jpg nan" + " 1" * 10, "must be finite"),
+        ("ijbc_template_pair_label.txt", 4, "1 2 7", "line 4: 7 must be 0 or 1"),
+        ("ijbc_1N_probe_mixed.csv", 3, "11,5,x", "template 11 is of subject 5 here and of 1"),
+    ],
+)
+def test_a_damaged_list_is_refused_by_file_and_line(ijb, tmp_path, file, line, text, message):
+    for source in (ijb / "meta").iterdir():
+        (tmp_path / "meta").mkdir(exist_ok=True)
+        (tmp_path / "meta" / source.name).write_bytes(source.read_bytes())
+    rewrite(tmp_path / "meta" / file, line, text)
+    with pytest.raises(ValueError, match=rf"{message}"):
+        read_ijb(tmp_path)
+
+
+def test_a_name_that_leads_outside_is_refused(megaface, tmp_path):
+    for name in ("facescrub_lst", "megaface_lst", "facescrub_noises.txt", "megaface_noises.txt"):
+        (tmp_path / name).write_bytes((megaface / name).read_bytes())
+    rewrite(tmp_path / "facescrub_lst", 1, "../secret.png")
+    with pytest.raises(ValueError, match="must be a path inside"):
+        read_megaface(tmp_path)
+
+
+def test_landmarks_at_their_places_change_nothing_and_a_moved_face_is_moved_back():
+    pixels = face(3, 0)
+    np.testing.assert_array_equal(align(pixels, TEMPLATE), pixels)
+    turn = np.radians(20)
+    rotation = 1.5 * np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    moved = TEMPLATE @ rotation.T + [70, 20]
+    found = similarity(moved)
+    np.testing.assert_allclose(moved @ found[:, :2].T + found[:, 2], TEMPLATE, atol=1e-9)
+    # The image moved by the same transform comes back, but for two interpolations.
+    found[:, 2] += 0.5 - found[:, :2] @ [0.5, 0.5]  # Pillow counts from the corner of a pixel
+    smooth = np.asarray(Image.fromarray(pixels).resize((8, 8)).resize((112, 112)))
+    large = Image.fromarray(smooth).transform(
+        (300, 300), Image.Transform.AFFINE, tuple(found.ravel()), Image.Resampling.BILINEAR
+    )
+    back = align(np.asarray(large), moved)[20:92, 20:92].astype(int)
+    assert np.abs(back - smooth[20:92, 20:92]).mean() < 4
+
+
+def test_alignment_is_open_cvs_least_squares():
+    """skimage's estimate is the same closed form; here against a search of the four numbers."""
+    generator = np.random.default_rng(0)
+    points = TEMPLATE * 1.3 + generator.normal(0, 4, (5, 2))
+    x, y = points.T
+    rows = np.concatenate(
+        [
+            np.stack([x, -y, np.ones(5), np.zeros(5)], 1),
+            np.stack([y, x, np.zeros(5), np.ones(5)], 1),
+        ]
+    )
+    a, b, shift_x, shift_y = np.linalg.lstsq(rows, TEMPLATE.T.ravel(), rcond=None)[0]
+    np.testing.assert_allclose(similarity(points), [[a, -b, shift_x], [b, a, shift_y]], atol=1e-9)
+    with pytest.raises(ValueError, match="at one point"):
+        similarity(np.ones((5, 2)))
+
+
+def test_an_image_that_is_no_jpeg_or_png_is_refused(tmp_path):
+    Image.fromarray(face(0, 0)).save(tmp_path / "a.bmp")
+    with pytest.raises(ValueError, match=r"a\.bmp: neither a JPEG nor a PNG"):
+        read_image(tmp_path / "a.bmp")

@@ -1,0 +1,189 @@
+"""Exported files next to the original, on real handwriting, and as insightface would open them."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from partialfc.backbones import build_backbone
+from partialfc.commands import export
+from partialfc.data.images.align import TEMPLATE, align
+from partialfc.data.images.jpeg import decode
+from partialfc.data.loaders.torch_loader import resize
+from partialfc.data.sets.pairs import read_pairs
+from tests.support.places import FIXTURES
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+PAIRS = FIXTURES / "pairs" / "pairs_proto4.bin"
+SIZE, DIM = 48, 64
+SIZED = ["--image-size", str(SIZE)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Statistics of BatchNorm that are not those of a fresh network."""
+    path = tmp_path_factory.mktemp("model") / "model.pt"
+    torch.manual_seed(0)
+    backbone = build_backbone("convnet_s", embedding_dim=DIM, image_size=SIZE).train()
+    with torch.no_grad():
+        for _ in range(3):
+            backbone(torch.randn(8, 3, SIZE, SIZE))
+    torch.save(backbone.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module", params=["outside", "inside"])
+def exported(request, model, tmp_path_factory):
+    out = tmp_path_factory.mktemp(request.param)
+    words = [str(model), str(out), "--check", str(PAIRS), "--data-licence", "CC0", *SIZED]
+    words += ["--inside"] if request.param == "inside" else ["--formats", "onnx,fp16"]
+    assert export.main(words) == 0, "a file is not the original"
+    return request.param, out
+
+
+def embedded(model, images):
+    """What the original makes of RGB images."""
+    backbone = build_backbone("convnet_s", embedding_dim=DIM, image_size=SIZE).eval()
+    backbone.load_state_dict(torch.load(model, weights_only=True))
+    values = (np.stack(images).astype(np.float32) - 127.5) / 127.5
+    with torch.no_grad():
+        return backbone(torch.from_numpy(values.transpose(0, 3, 1, 2).copy())).numpy()
+
+
+class ArcFaceOnnx:
+    """What insightface's runtime does with a file: shapes, names of nodes, one output."""
+
+    def __init__(self, path):
+        nodes = onnx.load(path).graph.node[:8]
+        subtracts = any(node.name.startswith(("Sub", "_minus")) for node in nodes)
+        multiplies = any(node.name.startswith(("Mul", "_mul")) for node in nodes)
+        self.mean, self.std = (0.0, 1.0) if subtracts and multiplies else (127.5, 127.5)
+        self.session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        first = self.session.get_inputs()[0]
+        self.name, self.size = first.name, tuple(first.shape[2:4][::-1])
+        assert len(self.session.get_outputs()) == 1
+
+    def embed(self, images):
+        assert self.size == (SIZE, SIZE)
+        blob = (np.stack(images).astype(np.float32) - self.mean) / self.std
+        return self.session.run(None, {self.name: blob.transpose(0, 3, 1, 2).copy()})[0]
+
+
+@pytest.mark.parametrize(
+    ("file", "smallest"), [("model.onnx", 0.99999), ("model_fp16.onnx", 0.999)]
+)
+def test_insightfaces_runtime_makes_the_originals_embeddings(exported, model, file, smallest):
+    """The wrong mean, a swapped channel or a fixed batch would show here."""
+    _, out = exported
+    images = [decode(np.frombuffer(i, np.uint8)) for i in read_pairs(PAIRS).images[:7]]
+    images = [resize(pixels, SIZE) for pixels in images]
+    runtime = ArcFaceOnnx(out / file)
+    wanted = embedded(model, images)
+    for number in (1, len(images)):
+        found = runtime.embed(images[:number])
+        cosine = (found * wanted[:number]).sum(1) / (
+            np.linalg.norm(found, axis=1) * np.linalg.norm(wanted[:number], axis=1)
+        )
+        assert cosine.min() > smallest
+
+
+@pytest.mark.parametrize(("file", "smallest"), [("model.onnx", 0.9999), ("model_fp16.onnx", 0.999)])
+def test_insightface_itself_opens_the_files(exported, model, file, smallest):
+    """Its own class, with its own blob of images, where it is installed (pip install insightface).
+
+    Shown with insightface 2.1: it takes shape, name, mean and std, inside and outside.
+    """
+    arcface_onnx = pytest.importorskip("insightface.model_zoo.arcface_onnx", exc_type=ImportError)
+    kind, out = exported
+    theirs = arcface_onnx.ArcFaceONNX(model_file=str(out / file))
+    theirs.prepare(-1)
+    assert theirs.input_size == (SIZE, SIZE)
+    assert (theirs.input_mean, theirs.input_std) == (
+        (0.0, 1.0) if kind == "inside" else (127.5, 127.5)
+    )
+    images = [decode(np.frombuffer(i, np.uint8)) for i in read_pairs(PAIRS).images[:7]]
+    images = [resize(pixels, SIZE) for pixels in images]
+    found, wanted = (
+        theirs.get_feat([pixels[:, :, ::-1] for pixels in images]),
+        embedded(model, images),
+    )
+    norms = np.linalg.norm(found, axis=1) * np.linalg.norm(wanted, axis=1)
+    cosine = (found * wanted).sum(1) / norms
+    assert cosine.min() > smallest
+
+
+def test_a_face_is_aligned_as_insightface_does_it():
+    """Its template, its transform of five points that are turned, small and noisy, its pixels."""
+    face_align = pytest.importorskip("insightface.utils.face_align", exc_type=ImportError)
+    np.testing.assert_allclose(TEMPLATE, face_align.arcface_dst, atol=1e-4)
+    generator = np.random.default_rng(0)
+    coarse = generator.integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    photo = resize(coarse, 300)
+    turn = np.array([[0.9, -0.5], [0.5, 0.9]])
+    points = TEMPLATE @ turn.T + [90, 60] + generator.normal(0, 2, (5, 2))
+    theirs = face_align.norm_crop(photo, landmark=points, image_size=112)
+    assert np.abs(align(photo, points).astype(int) - theirs).max() <= 3
+
+
+def test_every_format_is_written_and_the_card_says_what_is_known(exported):
+    kind, out = exported
+    names = {path.name for path in out.iterdir()}
+    if kind == "outside":
+        assert names == {"README.md", "model.onnx", "model_fp16.onnx"}
+        return
+    assert names == {*export.FILES.values(), "README.md"}
+    card = (out / "README.md").read_text()
+    for words in (
+        "convnet_s",
+        "model_int8.onnx",
+        "Licence of the training data: CC0",
+        "limits",
+    ):
+        assert words in card
+    assert str(out.parent) not in card, "no path of this machine"
+    with safe_open(out / "model.safetensors", "pt") as file:
+        assert file.metadata()["backbone"] == "convnet_s"
+    fp32, int8 = onnx.load(out / "model.onnx"), onnx.load(out / "model_int8.onnx")
+    (opset,) = (entry.version for entry in fp32.opset_import if entry.domain == "")
+    assert opset == 18, "the README says so"
+    (first,) = fp32.graph.input
+    dims = first.type.tensor_type.shape.dim
+    assert dims[0].dim_param, "the batch is free"
+    assert [dim.dim_value for dim in dims[1:]] == [3, SIZE, SIZE]
+    assert sum(node.op_type == "QuantizeLinear" for node in int8.graph.node) > 5
+    assert (out / "model_int8.onnx").stat().st_size < 0.6 * (out / "model.onnx").stat().st_size
+
+
+def test_a_file_that_is_not_the_original_is_told(model, tmp_path, monkeypatch, capsys):
+    """A check that cannot fail is none: the bound is moved out of reach."""
+    monkeypatch.setitem(export.ALLOWED, "safetensors", (1.1, 0.0))
+    words = [str(model), str(tmp_path), "--check", str(PAIRS), "--formats", "safetensors", *SIZED]
+    assert export.main(words) == 1
+    assert "NOT THE ORIGINAL" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--formats", "tflite", "--check", str(PAIRS)], "--formats: tflite: must be some of"),
+        ([], "--check: give a .bin of pairs"),
+        (["--check", "missing.bin"], "missing.bin"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused(model, tmp_path, words, message, capsys):
+    assert export.main([str(model), str(tmp_path), *words, *SIZED]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named_before_anything_is_done(model, tmp_path, monkeypatch, capsys):
+    """A newcomer without the extra gets the command that installs it, not a stack trace."""
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.delitem(sys.modules, "partialfc.commands._export.onnx_file", raising=False)
+    words = [str(model), str(tmp_path / "out"), "--check", str(PAIRS), *SIZED]
+    assert export.main(words) == 2
+    assert "onnxruntime is not installed: pip install" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

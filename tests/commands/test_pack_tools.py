@@ -1,0 +1,285 @@
+"""partialfc pack and partialfc show as a user runs them."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from partialfc.__main__ import COMMANDS, main
+from partialfc.commands import augment
+from partialfc.data.images.jpeg import decode, encode
+from partialfc.data.packs.pack import open_pack
+from tests.support.places import FIXTURES, ROOT
+from tools._faces.packs import render
+from tools.bench import fuzz
+
+GOLDEN = FIXTURES / "records" / "insightface.rec"
+
+
+def tool(name, *words, cwd=ROOT):
+    return subprocess.run(
+        [sys.executable, "-m", "partialfc", name, *map(str, words)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Three people with 4, 3 and 1 images, in other sizes and formats too, and a stray file."""
+    folder = tmp_path_factory.mktemp("source")
+    for identity, (name, count) in enumerate([("ann", 4), ("bob", 3), ("zoe", 1)]):
+        (folder / name).mkdir()
+        images = render(np.full(count, identity), np.arange(count), seed=1)
+        for number, pixels in enumerate(images):
+            (folder / name / f"{number}.jpg").write_bytes(encode(pixels))
+    Image.fromarray(render(np.array([1]), np.array([9]), seed=1, size=200)[0]).save(
+        folder / "bob" / "large.png"
+    )
+    (folder / "readme.txt").write_text("not an image")
+    return folder
+
+
+def test_a_folder_becomes_a_pack(source, tmp_path):
+    done = tool("pack", source, tmp_path / "a.rec", "--workers", 1, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    pack = open_pack(tmp_path / "a.rec")
+    assert pack.identities(np.arange(9)).tolist() == [0] * 4 + [1] * 4 + [2]
+    assert json.loads((tmp_path / "a.identities.json").read_text()) == ["ann", "bob", "zoe"]
+    assert pack.jpeg(0) == (source / "ann" / "0.jpg").read_bytes(), "stored byte for byte"
+    large = decode(pack.jpeg_view(7))
+    assert large.shape == (112, 112, 3)
+    truth = render(np.array([1]), np.array([9]), seed=1, size=112)[0]
+    assert np.abs(large.astype(int) - truth).mean() < 12
+    assert not (tmp_path / "a.parts").exists()
+
+
+def write_table(path, rows, structs):
+    """Rows of (image bytes, label) in row groups of two, as datasets writes them."""
+    arrow = pytest.importorskip("pyarrow", reason="pip install 'partialfc[search]'")
+    import pyarrow.parquet as parquet
+
+    images = [{"bytes": data, "path": "x"} if structs else data for data, _ in rows]
+    labels = arrow.array([label for _, label in rows])
+    labels = labels if structs else labels.dictionary_encode()  # pandas' categories
+    columns = {"image": images, "label": labels, "width": [112] * len(rows)}
+    parquet.write_table(arrow.table(columns), path, row_group_size=2)
+
+
+@pytest.mark.parametrize("structs", [True, False])
+def test_parquet_becomes_the_pack_that_the_folder_becomes(source, tmp_path, structs):
+    """Its rows are in any order, in several files and row groups, and labels are text."""
+    rows = [(path.read_bytes(), path.parent.name) for path in sorted(source.glob("*/*"))]
+    mixed = [rows[i] for i in (8, 4, 0, 5, 1, 6, 2, 3, 7)]  # each identity's in their order
+    (tmp_path / "tables").mkdir()
+    write_table(tmp_path / "tables" / "0.parquet", mixed[:5], structs)
+    write_table(tmp_path / "tables" / "1.parquet", mixed[5:], structs)
+    for name, words in (("a", [tmp_path / "tables"]), ("b", [source])):
+        done = tool("pack", *words, tmp_path / f"{name}.rec", "--workers", 2)
+        assert done.returncode == 0, done.stderr
+    for suffix in (".rec", ".idx", ".identities.json"):
+        one, two = ((tmp_path / f"{n}{suffix}").read_bytes() for n in "ab")
+        assert one == two, suffix
+
+
+def test_parquet_with_anything_wrong_in_it_is_named(source, tmp_path):
+    jpeg = (source / "zoe" / "0.jpg").read_bytes()
+    write_table(
+        tmp_path / "a.parquet", [(jpeg, "x"), (None, "x"), (jpeg, None), (b"no", "y")], True
+    )
+    done = tool("pack", tmp_path / "a.parquet", tmp_path / "a.rec", "--workers", 1)
+    assert done.returncode == 2
+    for problem in ("a.parquet:0:1: ValueError: the row has no bytes", "a.parquet:1:0: the row has "
+                    "no identity", "a.parquet:1:1: UnidentifiedImageError"):  # fmt: skip
+        assert problem in done.stderr
+    done = tool("pack", tmp_path / "a.parquet", tmp_path / "a.rec", "--skip-broken")
+    assert done.returncode == 0, done.stderr
+    assert len(open_pack(tmp_path / "a.rec")) == 1
+    (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
+    write_table(tmp_path / "c.parquet", [("text", "x")], False)
+    write_table(tmp_path / "d.parquet", [(jpeg, 1.5)], True)  # not the identities of its widths
+    column = "must have one column of images"
+    for name, message in (("b", "b.parquet: "), ("c", column), ("d", column)):
+        done = tool("pack", tmp_path / f"{name}.parquet", tmp_path / f"{name}.rec")
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_workers_do_not_change_a_byte(source, tmp_path):
+    for workers in (1, 2):
+        done = tool("pack", source, tmp_path / f"{workers}.rec", "--workers", workers)
+        assert done.returncode == 0, done.stderr
+    for suffix in (".rec", ".idx", ".identities.json"):
+        one, two = ((tmp_path / f"{n}{suffix}").read_bytes() for n in (1, 2))
+        assert one == two
+
+
+def test_broken_images_are_named_and_refused_or_skipped(source, tmp_path):
+    broken = tmp_path / "broken"
+    for path in source.glob("*/*"):
+        (broken / path.parent.name).mkdir(parents=True, exist_ok=True)
+        (broken / path.parent.name / path.name).write_bytes(path.read_bytes())
+    whole = (broken / "ann" / "1.jpg").read_bytes()
+    (broken / "ann" / "1.jpg").write_bytes(whole[: len(whole) // 2])
+    (broken / "zoe" / "0.jpg").write_bytes(b"no image at all")
+    done = tool("pack", broken, tmp_path / "a.rec")
+    assert done.returncode == 2
+    assert "ann/1.jpg" in done.stderr
+    assert "zoe/0.jpg" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "a.rec").exists()
+    done = tool("pack", broken, tmp_path / "a.rec", "--skip-broken")
+    assert done.returncode == 0, done.stderr
+    pack = open_pack(tmp_path / "a.rec")
+    assert (len(pack), pack.num_identities) == (7, 2)
+
+
+def test_kill_9_and_the_same_command_give_the_same_bytes(tmp_path):
+    """Enough images for several pieces of work; the finished ones are not done again."""
+    source = tmp_path / "many"
+    pixels = render(np.zeros(1, np.int64), np.zeros(1, np.int64), seed=1, size=140)[0]
+    for identity in range(60):
+        (source / f"{identity:03d}").mkdir(parents=True)
+        jpeg = encode(np.roll(pixels, identity, axis=1))
+        for number in range(50):
+            (source / f"{identity:03d}" / f"{number}.jpg").write_bytes(jpeg)
+    words = [sys.executable, "-m", "partialfc", "pack", str(source)]
+    done = tool("pack", source, tmp_path / "straight.rec", "--workers", 1)
+    assert done.returncode == 0, done.stderr
+    process = subprocess.Popen(
+        [*words, str(tmp_path / "killed.rec"), "--workers", "1"],
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    parts = tmp_path / "killed.parts"
+    deadline = time.monotonic() + 60
+    while not list(parts.glob("*.json")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed.rec").exists(), "it was killed before its end"
+    finished = {path: path.stat().st_mtime_ns for path in parts.glob("*.json")}
+    first = min(finished)
+    done = tool("pack", source, tmp_path / "killed.rec", "--workers", 1)
+    assert done.returncode == 0, done.stderr
+    assert first.name == "000000.json"
+    straight, killed = ((tmp_path / f"{n}.rec").read_bytes() for n in ("straight", "killed"))
+    assert straight == killed
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["missing", "a.rec"], "missing is not a folder"),
+        (["SOURCE", "a.bin"], "must end with .rec"),
+        (["SOURCE", "a.rec", "--quality", "0"], "--quality must be in"),
+        (["SOURCE", "nowhere/a.rec"], "nowhere is not a folder"),
+    ],
+)
+def test_mistakes_are_one_message(words, message, source, tmp_path):
+    words = [str(source) if word == "SOURCE" else word for word in words]
+    done = tool("pack", *words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_inspect_counts_and_draws(tmp_path):
+    done = tool("show", GOLDEN, "--out", tmp_path, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "60" in done.stdout
+    assert "12" in done.stdout
+    for name in ("labels.png", "faces.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert np.asarray(picture.convert("L")).std() > 5
+    done = tool("show", tmp_path / "none.rec")
+    assert done.returncode == 2
+    assert "none.rec" in done.stderr
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_a_help(name, capsys):
+    with suppress(SystemExit):  # argparse's way
+        assert main([name, "--help"]) == 0
+    assert re.match(r"usage: .*\S", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("name", sorted((ROOT / "tools").glob("*.py")), ids=lambda path: path.name)
+def test_every_tool_starts_from_any_folder(name, tmp_path):
+    done = subprocess.run([sys.executable, name, "--help"], cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert b"usage" in done.stdout
+
+
+@pytest.mark.parametrize("words", [[], ["--each"]])
+def test_what_training_sees_is_drawn(words, tmp_path, capsys):
+    out = tmp_path / "sheet.png"
+    overrides = ["verification.pairs=[]", "verification.every_steps=0", "data.shift=4"]
+    start = [str(ROOT / "configs" / "demo.toml"), "--out", str(out), *words, *overrides]
+    assert augment.main([*start, f"data.train={GOLDEN}"]) == 0
+    with Image.open(out) as picture:
+        assert np.asarray(picture.convert("L")).std() > 5
+    assert augment.main([*start, "data.train=none.rec"]) == 2
+    assert "none.rec" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("part", "rows"),
+    [
+        ("loaders", {"reader alone, image files", "DALI, 1", "DataLoader, Pillow, 1"}),
+        ("cold", {"shuffled", "blocks of 256", "image files, shuffled"}),
+    ],
+)
+def test_the_data_benchmark_measures_what_is_there(part, rows, tmp_path):
+    """A moment of each loader and of the disk; figures are recorded by hand, not here."""
+    words = ["--parts", part, "--rounds", 1, "--images", 512, "--seconds", 0.1]
+    done = tool("bench/data.py", *words, "--threads", 1, "--json", tmp_path / "r")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "r").read_text())[part]
+    found = found.get("measured", found)
+    assert rows <= set(found)
+    assert all(entry["images_per_second"] > 100 for (entry,) in found.values())
+
+
+def test_the_fuzzer_finds_nothing_in_a_moment_and_finds_what_is_there(tmp_path, monkeypatch):
+    """The recorded million inputs are of the same program; a reader that fails is told."""
+    done = tool("bench/fuzz.py", "--inputs", 3000, "--workers", 1, "--json", tmp_path / "r")
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "r").read_text())
+    assert {name: target["inputs"] for name, target in record["targets"].items()} == {
+        "pack": 1200, "jpeg": 1200, "bin": 600,
+    }  # fmt: skip
+    for target in record["targets"].values():
+        assert min(target["outcomes"]["accepted"], target["outcomes"]["refused"]) > 20
+    monkeypatch.setattr(fuzz, "_FOLDER", tmp_path)
+    seeds = [(b"x" * 40,)]
+
+    def broken(files, folder):
+        if files[0][:1] != b"x":
+            raise KeyError("wrong kind")
+        if len(files[0]) > 200:
+            bytearray(300 << 20)
+        if len(files[0]) < 20:
+            time.sleep(3)
+        raise ValueError("right kind")
+
+    monkeypatch.setitem(fuzz.TARGETS, "jpeg", fuzz.Target(seeds, broken, ValueError))
+    before = signal.signal(signal.SIGALRM, fuzz._too_long)
+    outcome = fuzz.fuzz(("jpeg", 1, 0, 300, 0.05, 200))
+    signal.signal(signal.SIGALRM, before)
+    kinds = " ".join(outcome.failures)
+    assert all(kind in kinds for kind in ("KeyError", "MemoryError", "TimeoutError"))
+    assert "--target jpeg --seed 1 --only " in outcome.failures[0]

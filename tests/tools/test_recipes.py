@@ -1,0 +1,96 @@
+"""The recipes: what is in the repository, whether it loads, checks and estimates, and its rates."""
+
+import json
+
+import pytest
+
+from partialfc.backbones import BACKBONES
+from partialfc.commands import estimate
+from partialfc.config import load
+from tests.support.places import ROOT
+from tools import recipes
+from tools.recipes import DATA, EVERY, GPUS, NETWORKS
+
+FOLDER = ROOT / "configs" / "recipes"
+README = (ROOT / "configs" / "README.md").read_text()
+
+
+def written(data, network):
+    """The predicted cells of a recipe in the table."""
+    (line,) = (line for line in README.splitlines() if f"(recipes/{data}_{network}.toml)" in line)
+    return " | ".join(line.split(" | ")[4:7])
+
+
+def test_the_files_and_their_table_are_what_the_tool_writes():
+    """Somebody who edits one by hand, or the tool without running it, is told."""
+    assert {path.stem for path in FOLDER.iterdir()} == {f"{d}_{n}" for d, n in EVERY}
+    for data, network in EVERY:
+        path = FOLDER / f"{data}_{network}.toml"
+        assert path.read_text() == recipes.recipe(data, network), f"run {recipes.__doc__}"
+    assert recipes.with_table(README, written) == README
+
+
+@pytest.mark.parametrize(("data", "network"), EVERY)
+def test_a_recipe_loads_and_its_commands_fit_every_number_of_gpus(data, network):
+    path = FOLDER / f"{data}_{network}.toml"
+    commands = [line for line in path.read_text().splitlines() if "torchrun" in line]
+    assert len(commands) == len(GPUS)
+    for gpus, command in zip(GPUS, commands, strict=True):
+        words = command.split("launch/train.py ")[1].split()
+        assert words[0] == f"configs/recipes/{data}_{network}.toml"
+        config = load(ROOT / words[0], words[1:])
+        config.check(gpus)
+        per_gpu = config.data.global_batch // (gpus * config.optimizer.accumulation)
+        assert per_gpu <= NETWORKS[network].most
+        assert config.backbone.name in BACKBONES
+        whole_steps = DATA[data].images // config.data.global_batch * config.run.epochs
+        assert config.schedule.warmup_steps <= 0.1 * whole_steps
+
+
+@pytest.mark.parametrize(
+    ("data", "network", "batch", "rate"),
+    [("ms1mv3", "r50", 1024, 0.1), ("wf42m", "r100", 4096, 0.4), ("wf42m", "vit_b", 24576, 1e-3),
+     ("wf4m", "vit_t", 4096, 1e-3 / 6)],
+)  # fmt: skip
+def test_the_learning_rate_is_in_proportion_to_the_batch(data, network, batch, rate):
+    config = load(FOLDER / f"{data}_{network}.toml")
+    assert config.data.global_batch == batch
+    assert config.optimizer.lr == pytest.approx(rate, rel=1e-4)
+    assert config.head.optimizer.lr_factor == 1
+
+
+def number(cell):
+    return float(cell.split()[0].replace(",", ""))
+
+
+@pytest.mark.parametrize(("data", "network"), EVERY)
+def test_a_recipe_estimates_as_the_table_says(data, network):
+    """On eight H100, which it fits; another torch may count a few bytes more or less."""
+    found = recipes.predict(FOLDER, data, network)
+    assert found.fits
+    cells = found.cells().split(" | "), written(data, network).split(" | ")
+    for now, then in zip(*cells, strict=True):
+        last_digit = 0.1 if "." in then else 1
+        assert number(now) == pytest.approx(number(then), rel=0.03, abs=1.01 * last_digit)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpus", [gpus for gpus in GPUS if gpus != 8])
+@pytest.mark.parametrize(("data", "network"), EVERY)
+def test_a_recipe_fits_every_number_of_gpus_that_it_names(data, network, gpus):
+    """216 estimates in a minute or two: pytest -m slow tests/test_recipes.py."""
+    assert recipes.predict(FOLDER, data, network, gpus).fits
+
+
+def test_a_prediction_is_what_the_estimator_prints(tmp_path):
+    """The table counts a network once for all data sets; the tool counts this recipe's."""
+    found = recipes.predict(FOLDER, "wf42m", "mbf", 16)
+    words = [str(FOLDER / "wf42m_mbf.toml"), "--json", str(tmp_path / "a.json"), "--gpu", "h100"]
+    where = ["--nodes", "2", "--gpus-per-node", "8", "--identities", "2059906"]
+    assert estimate.main([*words, *where]) == 0
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert found.bytes == record["bytes"]
+    assert found.step_seconds == pytest.approx(sum(part["seconds"] for part in record["seconds"]))
+    assert found.hours * 3600 == pytest.approx(
+        20 * (42_474_557 // 4096) * 4096 / record["images_per_second"]
+    )

@@ -1,0 +1,29 @@
+"""What must be the same for a run to go on from a checkpoint."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from partialfc.training.facts import facts_of
+from tests.support.models import settings
+
+
+@pytest.mark.parametrize(("rate", "differs"), [(1.0, False), (0.5, True)])
+def test_what_unsampled_rows_do_is_a_fact_where_there_are_any(rate, differs):
+    """At a rate of 1 a run must go on from a checkpoint of when the default was another one."""
+    found = {
+        unsampled: facts_of(
+            settings(
+                head={"sample_rate": rate, "optimizer": {"name": "sgd", "unsampled": unsampled}}
+            ),
+            SimpleNamespace(fingerprint="of a pack"),
+        )["head.optimizer.unsampled"]
+        for unsampled in ("stay", "move")
+    }
+    assert (found["stay"], found["move"]) == ("stay", "move" if differs else "stay")
+
+
+def test_a_rule_without_unsampled_has_no_such_fact():
+    config = settings(head={"sample_rate": 0.5, "optimizer": {"name": "adamw"}})
+    facts = facts_of(config, SimpleNamespace(fingerprint="of a pack"))
+    assert facts["head.optimizer.unsampled"] is None

@@ -1,0 +1,146 @@
+"""What a look at the machines finds, on one rank; tests/cluster has two hosts."""
+
+import re
+import sys
+import time
+
+import pytest
+
+from partialfc.checkpoint.saving import Saver
+from partialfc.config import ConfigError
+from partialfc.model.build import build
+from partialfc.runtime import network
+from partialfc.training import preflight
+from partialfc.training.preflight import Finding, checkpoint_bytes, report
+from tests.support.models import runtime, settings
+from tests.support.ranks import run_on_ranks
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"head": {"optimizer": {"name": "adamw"}}},
+        {
+            "head": {
+                "center_format": "fp16",
+                "optimizer": {"name": "sgd", "momentum_format": "int8"},
+            }
+        },
+    ],
+    ids=["sgd", "adamw", "fp16, int8"],
+)
+def test_the_size_of_a_checkpoint_is_known_before(sections, tmp_path):
+    """Within 3 %: it decides whether a run is refused for want of room."""
+    backbone = {"name": "convnet_s", "embedding_dim": 128}
+    config = settings(backbone=backbone, data={"train": "x.rec", "image_size": 32}, **sections)
+    model = build(config, runtime(), 20_000)
+    with Saver(tmp_path, {}, runtime(), keep=1) as saver:
+        saver.save(1, model)
+    files = (tmp_path / "step_00000001").glob("*.safetensors")
+    assert checkpoint_bytes(config, 20_000, 1) == pytest.approx(
+        sum(file.stat().st_size for file in files), rel=0.03
+    )
+
+
+def test_what_is_refused_is_one_message_and_a_warning_is_none(capsys):
+    warning = Finding(
+        "clocks", "3 s between rank 1 and the others", "warning", "Run a time service."
+    )
+    report([warning], runtime())
+    assert (
+        "warning: 3 s between rank 1 and the others. Run a time service." in capsys.readouterr().out
+    )
+    with pytest.raises(ConfigError, match=r"preflight, disk: full\. Make room\."):
+        report([warning, Finding("disk", "full", "refused", "Make room.")], runtime())
+
+
+def test_ranks_that_differ_are_the_minority(monkeypatch):
+    """The one host with another torch is named, on whichever rank one reads it."""
+    import torch
+
+    for own, others in ((1.0, [1.0, 2.0, 1.0]), (2.0, [1.0, 2.0, 1.0])):
+        column = torch.tensor(others, dtype=torch.float64).unsqueeze(1)
+        monkeypatch.setattr(preflight, "_of_all", lambda values, runtime, c=column: c)
+        monkeypatch.setattr(
+            preflight.hashlib, "sha256", lambda text, n=own: _Digest(int(n).to_bytes(6))
+        )
+        many = _Three()
+        (finding,) = preflight._versions(many)
+        assert finding.level == "refused"
+        assert finding.value.startswith("others on rank 1; rank 0 has python ")
+
+
+def clocks_on_rank(rank, world_size, ahead):
+    time.time = lambda right=time.time: right() + ahead[rank]
+    try:
+        (finding,) = preflight._clocks(runtime())
+    finally:
+        time.time = time.time.__defaults__[0]
+    return finding.level, finding.value
+
+
+@pytest.mark.distributed
+def test_ranks_whose_clocks_are_away_from_the_others_are_named():
+    """Clocks of real processes; all ranks come to the same verdict."""
+    (level, value), *others = run_on_ranks(3, clocks_on_rank, (0, 0.1, 0))
+    assert level == "fine"
+    assert 90 < float(value.removeprefix("within ").removesuffix(" ms")) < 500
+    assert others == [(level, value)] * 2
+    for level, value in run_on_ranks(3, clocks_on_rank, (0, 0.1, -40)):
+        assert level == "warning"
+        assert re.fullmatch(r"(39|40)\.\d s between rank 2 and the others", value)
+
+
+class _Digest:
+    def __init__(self, value):
+        self._value = value
+
+    def digest(self):
+        return self._value
+
+
+class _Three:
+    """Three ranks, of which this is one."""
+
+    class ranks:
+        size, rank = 3, 0
+
+    class device:
+        type = "cpu"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at Linux's interfaces")
+def test_the_way_to_the_first_host_decides_which_interface_is_right(monkeypatch):
+    """lo for a host elsewhere is refused; one host, or all on this machine, are not looked at."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "10.9.8.7")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.setattr(network, "_address_towards", lambda host: "10.9.8.6")
+    monkeypatch.setattr(network, "_interface_of", lambda address: "eth7")
+    with pytest.raises(
+        OSError, match=r"127\.0\.0\.1, which no other host .* GLOO_SOCKET_IFNAME=eth7"
+    ):
+        network.refuse_unreachable()
+    monkeypatch.setattr(network, "address_of", lambda name: "192.168.0.3")
+    assert "GLOO_SOCKET_IFNAME = 'lo' is 192.168.0.3, but eth7" in network.refuse_unreachable()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert network.refuse_unreachable() is None
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(network, "_address_towards", lambda host: "127.0.0.1")
+    assert network.refuse_unreachable() is None
+
+
+def test_a_store_that_torchrun_shares_between_its_rounds_is_warned_of(monkeypatch):
+    """On several hosts with restarts only; it made a healed run fail to find its ranks."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.delenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", raising=False)
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in network.stale_store()
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    assert network.stale_store() is None
+    monkeypatch.delenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert network.stale_store() is None

@@ -1,0 +1,1 @@
+"""Rendered faces: identities and photos that are nobody's, for the demo and the tests."""

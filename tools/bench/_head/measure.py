@@ -1,0 +1,278 @@
+"""Measure heads in a process of their own: the worker of tools/bench/head.py, one per rank.
+
+``python tools/bench/measure.py JOB_JSON OUT`` goes through the cases of a job: it times the heads
+of a case in turns, on a GPU with their memory, or takes the peak memory of one head. What it found
+is a line of OUT as soon as it is known. A job is ``{"cases": [...], "until": T}``: no case begins
+after the time.time() T. RANK, WORLD_SIZE and the rest come from the environment.
+
+Shape suffixes: b = rows of this rank's batch, B = rows of the global batch, D = embedding.
+"""
+
+import gc
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tools.bench._head.ceilings import ceilings_of, over_ranks, three_products, timed
+from tools.bench._head.memory import Memory, bytes_of, stored_tensors
+from tools.bench._head.turns import LostError, Step, Turns, percentiles
+
+TEXTBOOKS = ("textbook", "textbook_tf32")
+WARM_UP = 3
+"""Steps of each head before anything is measured; the first makes its optimizer's states."""
+
+LR, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 5e-4
+SCALE, ANGULAR = 64.0, 0.5
+
+_USUAL_TILE: dict[str, int] = {}
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One row of the benchmark, and what to measure of it."""
+
+    classes: int
+    """C, class centers over all ranks."""
+    batch: int
+    """B, images of the global batch."""
+    dim: int
+    """D."""
+    rate: float
+    """Fraction of the centers used per step, in (0, 1]."""
+    dtype: str
+    """What our head multiplies matrices in: fp32, bf16 or tf32."""
+    centers: str
+    """How our head stores centers: fp32, bf16 or fp16."""
+    momentum: str
+    """How our head stores momentum: fp32, bf16 or int8."""
+    unsampled: str = "move"
+    """What rows that are not sampled do in ours: move, as in the textbook heads, or stay."""
+    device: str
+    """cpu or cuda."""
+    heads: tuple[str, ...]
+    """In the order of their turns: ``ours`` (ArcFace), ``fused`` (the same by the fused kernels),
+    one of :data:`TEXTBOOKS`, or the name of a margin."""
+    threads: int
+    """Of each rank."""
+    steps: int
+    """Timed steps of each head, at least."""
+    seconds: float
+    """Go on with further steps until this many seconds have passed."""
+    tile_mib: int | None = None
+    """Size of a tile of ours; ``None`` for that of
+    :data:`partialfc.head.tiles.passes.TILE_BYTES`."""
+    memory: bool = False
+    """Take the peak memory of the only head instead of times."""
+
+
+def main(arguments: list[str]) -> int:
+    """Measure the job ``arguments[0]`` and write lines to ``arguments[1]``; the exit code."""
+    job = json.loads(arguments[0])
+    cases = [Case(**{**settings, "heads": tuple(settings["heads"])}) for settings in job["cases"]]
+    with joined(cases[0]) as device, Path(arguments[1]).open("a") as out:
+        ceilings: dict[str, float] = {}
+        for case in cases:
+            if over_ranks(time.time() - job["until"], "MAX", device) > 0:
+                break
+            if not case.memory and not ceilings:
+                _multiply_backward(device)
+                ceilings = ceilings_of(case.dim, max(one.batch for one in cases), device)
+            try:
+                found = memory_of(case, device) if case.memory else times_of(case, device, ceilings)
+            except LostError as error:
+                found = {"lost": error.name, "why": error.why}
+            print(json.dumps(found), file=out, flush=True)
+            if "lost" in found:
+                return 1
+    return 0
+
+
+def _multiply_backward(device: torch.device) -> None:
+    """Have cuBLAS take what the thread of backward wants once, lest it be some head's memory."""
+    weight = torch.ones(64, 64, device=device, requires_grad=True)
+    torch.autograd.backward((weight @ weight).sum())
+
+
+@contextmanager
+def joined(case: Case) -> Iterator[torch.device]:
+    """Join the other ranks, if any; yield this rank's device."""
+    torch.set_num_threads(case.threads)
+    device = torch.device(case.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if several and device.type == "cuda":
+        dist.init_process_group("nccl", device_id=device)
+    elif several:
+        dist.init_process_group("gloo")
+    try:
+        yield device
+    finally:
+        if several:
+            dist.destroy_process_group()
+
+
+def build(name: str, case: Case, device: torch.device) -> tuple[Any, Step]:
+    """Return a head and its full step: forward, backward to the embeddings, update of the rows."""
+    rule: dict[str, Any] = {"lr": LR, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY}
+    settings: dict[str, Any] = {"sample_rate": case.rate, "device": device}
+    if name in TEXTBOOKS:
+        # By name, for mypy not to follow it into the tests, which are not typed.
+        textbook = importlib.import_module("tests.support.reference").TextbookHead
+        settings |= {"scale": SCALE, "angular": ANGULAR, "tf32": name == "textbook_tf32"}
+        head = textbook(case.classes, case.dim, **settings, **rule)
+        return head, head.step
+    from partialfc import PartialFC, RowSGD
+    from partialfc.head.tiles import passes
+    from partialfc.margins import MARGINS, ArcFace
+
+    usual = _USUAL_TILE.setdefault(case.device, passes.TILE_BYTES[case.device])
+    passes.TILE_BYTES[case.device] = usual if case.tile_mib is None else case.tile_mib << 20
+    rule["unsampled"] = case.unsampled
+    if case.momentum != "fp32":
+        rule["momentum_format"] = case.momentum
+    if case.centers != "fp32":
+        settings["center_format"] = case.centers
+    if case.dtype != "fp32":
+        settings["compute"] = case.dtype
+    settings["fused"] = name == "fused"
+    plain = name in ("ours", "fused")
+    margin = ArcFace(scale=SCALE, angular=ANGULAR) if plain else MARGINS[name]()
+    head = PartialFC(case.classes, case.dim, margin, optimizer=RowSGD(**rule), **settings)
+
+    def step(embeddings_bD: Tensor, identities_b: Tensor) -> Tensor:
+        loss: Tensor = head(embeddings_bD, identities_b)
+        loss.backward()  # type: ignore[no-untyped-call]
+        head.optimizer.step()
+        return loss.detach()
+
+    return head, step
+
+
+def batch_of(case: Case, number: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return batch ``number``: this rank's embeddings [b, D] and all ranks' identities [B]."""
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    generator = torch.Generator().manual_seed(1000 * number + rank)
+    embeddings_bD = torch.randn(case.batch // size, case.dim, generator=generator)
+    generator.manual_seed(1000 * number + 999)
+    identities_B = torch.randint(0, case.classes, (case.batch,), generator=generator)
+    return embeddings_bD.to(device), identities_B.to(device)
+
+
+def own_part(identities_B: Tensor) -> Tensor:
+    """Return the part of a global batch that is this rank's."""
+    if not dist.is_initialized():
+        return identities_B
+    return identities_B.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def sampled_rows(head: Any, identities_B: Tensor) -> int:
+    """Return n, the rows of this rank in a step with these identities."""
+    rows = (
+        head.sampler(head.optimizer.steps, identities_B).rows
+        if hasattr(head, "sampler")
+        else head.sampled
+    )
+    return len(head.centers) if rows is None else len(rows)
+
+
+def times_of(case: Case, device: torch.device, before: dict[str, float]) -> Result:
+    """Time the heads in turns: A B A B ... on the same batches, a new one each round, and the bare
+    products at its end; collective.
+
+    Seconds are those of the slowest rank after the warm-up. The machine's ceilings are the better
+    ones of ``before`` and, on a CPU, which others may share, those afterwards.
+    """
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    rows = max(1, round(case.rate * case.classes / size))
+    dtype = torch.bfloat16 if case.dtype == "bf16" else torch.float32
+    bare = three_products(rows, case.dim, case.batch, dtype, device)
+    turns = Turns(case.heads, lambda name: build(name, case, device), device)
+    products: list[float] = []
+    number, start, passed = 0, 0.0, 0.0
+    while turns.heads and (number < WARM_UP + case.steps or passed < case.seconds):
+        if number == WARM_UP:
+            start = time.perf_counter()
+        embeddings_bD, identities_B = batch_of(case, number, device)
+        turns.take(embeddings_bD, own_part(identities_B), counted=number >= WARM_UP)
+        seconds, _ = timed(device, bare)
+        if number >= WARM_UP:
+            products.append(over_ranks(seconds, "MAX", device))
+        number += 1
+        passed = over_ranks(time.perf_counter() - start, "MAX", device) if start else 0.0
+    found = turns.results()
+    for name in turns.heads:
+        rows = sampled_rows(turns.heads[name].head, identities_B)
+        found[name]["sampled_rows"] = int(over_ranks(rows, "SUM", device))
+    del turns, bare
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # in whole for the next case
+    after = ceilings_of(case.dim, case.batch, device) if device.type == "cpu" else before
+    ceilings = {key: max(before[key], after[key]) for key in before}
+    result: Result = {"heads": found, "ceilings": ceilings}
+    return {**result, "three_products_seconds": percentiles(products)} if products else result
+
+
+def memory_of(case: Case, device: torch.device) -> Result:
+    """Take the peak memory of the only head beyond what it keeps between steps; collective.
+
+    extra = peak over steps - bytes before the head was built - bytes of centers and states.
+
+    A tiny head of the same kind takes a step before anything is counted, so that thread pools and
+    what libraries load once are not. The batches are made before, too. Pages of the states that no
+    step has touched yet do not reside; they are written once, since they are subtracted in full.
+    What remains is what the steps need: logits, tiles, gradients, samples, and what the C library
+    does not return to the system.
+    """
+    (name,) = case.heads
+    tiny = replace(case, classes=max(64, case.batch), rate=1.0)
+    head, step = build(name, tiny, device)
+    embeddings_bD, identities_B = batch_of(tiny, 0, device)
+    step(embeddings_bD.requires_grad_(), own_part(identities_B))
+    del head, step
+    batches = [batch_of(case, number, device) for number in range(WARM_UP + case.steps)]
+    memory = Memory(device)
+    gc.collect()
+    baseline = memory.now()
+    head, step = build(name, case, device)
+    stored, reset = 0, False
+    for number, (embeddings_bD, identities_B) in enumerate(batches):
+        if number == WARM_UP:
+            centers, states = stored_tensors(head)
+            kept = [*centers, *states]
+            stored = bytes_of(kept)
+            for tensor in kept:
+                tensor.mul_(1)
+            gc.collect()
+            reset = memory.reset()
+        step(embeddings_bD.requires_grad_(), own_part(identities_B))
+        embeddings_bD.grad = None
+    extra = memory.peak() - baseline - stored
+    return {
+        "extra_peak_bytes": int(over_ranks(extra, "MAX", device)),
+        "extra_peak_bytes_all_ranks": int(over_ranks(extra, "SUM", device)),
+        "baseline_bytes": int(over_ranks(baseline, "MAX", device)),
+        "stored_bytes": int(over_ranks(stored, "MAX", device)),
+        "peak_was_reset": reset,
+    }
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    # Not sys.exit: with ranks, torch 2.13's threads now and then abort an interpreter that ends.
+    os._exit(code)
