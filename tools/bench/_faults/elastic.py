@@ -1,9 +1,9 @@
 """One leg of a run that changes its number of ranks, started by torchrun.
 
 ``torchrun --nproc-per-node=W tools/bench/_faults/elastic.py FOLDER STEPS OUT`` goes on from the
-newest checkpoint of FOLDER to STEPS and saves there. OUT/rank_<R>.json gets sample ids, sampled identities
-and loss of every step; with "again" as a fourth argument, nothing is trained and what was loaded is
-saved once more under the step + 1.
+newest checkpoint of FOLDER to STEPS and saves there. OUT/rank_<R>.json gets sample ids, sampled
+identities and loss of every step; with "again" as a fourth argument, nothing is trained and what
+was loaded is saved once more under the step + 1.
 """
 
 import json
