@@ -12,8 +12,8 @@ from tests.support.places import ROOT
 
 FLOORS = (
     ("errors", "keyed", "numerics", "backbones", "protocols", "distributed"),
-    ("config", "records", "margins", "losses", "data"),
-    ("runtime", "head"),
+    ("records", "margins", "losses", "data"),
+    ("head", "config", "runtime"),
     ("model",),
     ("checkpoint", "evaluation"),
     ("monitoring",),
