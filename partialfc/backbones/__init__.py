@@ -14,8 +14,8 @@ BACKBONES: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
     {
         **{name: partial(iresnet.IResNet, depths) for name, depths in iresnet.DEPTHS.items()},
         "mobilefacenet": MobileFaceNet,
-        **{name: partial(vit.VisionTransformer, recipe) for name, recipe in vit.RECIPES.items()},
-        **{name: partial(convnet.ConvNet, recipe) for name, recipe in convnet.RECIPES.items()},
+        **{name: partial(vit.VisionTransformer, shape) for name, shape in vit.SHAPES.items()},
+        **{name: partial(convnet.ConvNet, layers) for name, layers in convnet.LAYERS.items()},
     }
 )
 """Name -> constructor, with the keywords of :func:`build_backbone`."""

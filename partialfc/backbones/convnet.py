@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from partialfc.backbones.parts import grid_of_stride_16, run_block, run_in_weight_dtype
 
 
-class Recipe(NamedTuple):
+class Layers(NamedTuple):
     """Channels of the four convolutions, and whether pooling halves the image or their stride."""
 
     widths: tuple[int, int, int, int]
     pooled: bool
 
 
-RECIPES = {
-    "convnet_s": Recipe((16, 32, 64, 128), pooled=False),
-    "convnet_m": Recipe((32, 64, 128, 128), pooled=True),
+LAYERS = {
+    "convnet_s": Layers((16, 32, 64, 128), pooled=False),
+    "convnet_m": Layers((32, 64, 128, 128), pooled=True),
 }
 
 
@@ -35,7 +35,7 @@ class ConvNet(nn.Module):
     Under autocast the convolutions run in its dtype, ``fc`` and ``features`` in fp32.
 
     Args:
-        recipe: One of ``RECIPES``.
+        layers: One of ``LAYERS``.
         embedding_dim: D, >= 1.
         image_size: S in pixels, a multiple of 16.
         checkpoint_activations: Recompute the stages' activations in backward.
@@ -46,7 +46,7 @@ class ConvNet(nn.Module):
 
     def __init__(
         self,
-        recipe: Recipe,
+        layers: Layers,
         *,
         embedding_dim: int = 512,
         image_size: int = 112,
@@ -57,11 +57,11 @@ class ConvNet(nn.Module):
         grid = grid_of_stride_16(image_size)
         self.stages = nn.Sequential(
             *(
-                _stage(inputs, outputs, pooled=recipe.pooled)
-                for inputs, outputs in pairwise((3, *recipe.widths))
+                _stage(inputs, outputs, pooled=layers.pooled)
+                for inputs, outputs in pairwise((3, *layers.widths))
             )
         )
-        self.fc = nn.Linear(recipe.widths[-1] * grid * grid, embedding_dim, bias=False)
+        self.fc = nn.Linear(layers.widths[-1] * grid * grid, embedding_dim, bias=False)
         self.features = nn.BatchNorm1d(embedding_dim)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ MIN_IMAGE_SIZE = 24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
+class ViTShape:
     """The settings in which the four sizes differ.
 
     Attributes:
@@ -44,11 +44,11 @@ class Recipe:
     drop_path: float
 
 
-RECIPES = {
-    "vit_t": Recipe(width=256, depth=12, masked=0.0, drop_path=0.05),
-    "vit_s": Recipe(width=512, depth=12, masked=0.0, drop_path=0.05),
-    "vit_b": Recipe(width=512, depth=24, masked=0.05, drop_path=0.05),
-    "vit_l": Recipe(width=768, depth=24, masked=0.05, drop_path=0.05),
+SHAPES = {
+    "vit_t": ViTShape(width=256, depth=12, masked=0.0, drop_path=0.05),
+    "vit_s": ViTShape(width=512, depth=12, masked=0.0, drop_path=0.05),
+    "vit_b": ViTShape(width=512, depth=24, masked=0.05, drop_path=0.05),
+    "vit_l": ViTShape(width=768, depth=24, masked=0.05, drop_path=0.05),
 }
 """arcface_torch's for WebFace42M: vit_t_dp005_mask0, vit_s_dp005_mask_0, vit_b_dp005_mask_005 and
 vit_l_dp005_mask_005."""
@@ -61,7 +61,7 @@ class VisionTransformer(nn.Module):
     the embedding run outside autocast.
 
     Args:
-        recipe: Width, depth and regularisation.
+        shape: Width, depth and regularisation.
         embedding_dim: D, >= 1.
         image_size: S in pixels, >= 24.
         checkpoint_activations: Recompute the blocks' activations in backward.
@@ -72,7 +72,7 @@ class VisionTransformer(nn.Module):
 
     def __init__(
         self,
-        recipe: Recipe,
+        shape: ViTShape,
         *,
         embedding_dim: int = 512,
         image_size: int = 112,
@@ -85,13 +85,13 @@ class VisionTransformer(nn.Module):
                 "each of its 12 patches a side; resize the images or use convnet_s."
             )
         self.checkpoint_activations = checkpoint_activations
-        self.masked = recipe.masked
-        width, patch = recipe.width, image_size // 12
+        self.masked = shape.masked
+        width, patch = shape.width, image_size // 12
         tokens = (image_size // patch) ** 2
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, stride=patch)})
         self.pos_embed = nn.Parameter(torch.empty(1, tokens, width))
-        self.mask_token = nn.Parameter(torch.empty(1, 1, width), requires_grad=recipe.masked > 0)
-        drop_paths = torch.linspace(0, recipe.drop_path, recipe.depth, device="cpu").tolist()
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width), requires_grad=shape.masked > 0)
+        drop_paths = torch.linspace(0, shape.drop_path, shape.depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(_Block(width, drop_path) for drop_path in drop_paths)
         self.norm = nn.LayerNorm(width)
         self.feature = nn.Sequential(

@@ -35,7 +35,7 @@ from partialfc.data.dataset import DataSet
 from partialfc.data.skip_list import write_skip_list
 from partialfc.errors import DataError
 from partialfc.head.centers import stored_centers
-from partialfc.training.opened import Finished, finished
+from partialfc.training.open_run import OpenRun, open_run
 
 CHUNK = 8192
 
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not 0 < options.degrees < 180:
         parser.error(f"--degrees must be in (0, 180), got {options.degrees}.")
     try:
-        with finished(options.run) as run:
+        with open_run(options.run) as run:
             if run.model.head.centers_per_identity < 2:
                 raise ConfigError(
                     f"{options.run}: its margin {run.config.head.margin.name!r} has one center an "
@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def angles_to_dominant(run: Finished) -> np.ndarray:
+def angles_to_dominant(run: OpenRun) -> np.ndarray:
     """Return the angle in degrees of every image to the dominant center of its identity."""
     head, pack = run.model.head, run.dataset
     centers = stored_centers(head.centers, head.optimizer.states())

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from partialfc.checkpoint import CheckpointError, foreign
 from partialfc.checkpoint import loading as checkpoint
-from partialfc.checkpoint.trained import open_trained
+from partialfc.checkpoint.trained_backbone import open_backbone
 from partialfc.commands._convert_checkpoint import layouts, settings
 from partialfc.commands._convert_checkpoint.fill import fill
 from partialfc.commands._parser import command_parser
@@ -36,7 +36,7 @@ from partialfc.model.build import Model, build
 from partialfc.records.console import from_here
 from partialfc.records.metrics import write_text
 from partialfc.runtime.process import Runtime, running
-from partialfc.training.facts import facts_of
+from partialfc.training.must_match import must_match
 
 _OVERRIDE = re.compile(r"[a-z_][a-z_.0-9]*=")
 
@@ -90,7 +90,7 @@ def bring_in(options: argparse.Namespace) -> int:
             ) from error
         model = build(config, runtime, dataset.num_identities)
         fill(model, layout, step)
-        path = checkpoint.save(folder, step, model, facts_of(config, dataset), runtime, keep=1)
+        path = checkpoint.save(folder, step, model, must_match(config, dataset), runtime, keep=1)
         _finish(config, layout, model, path, notes, runtime)
     return 0
 
@@ -131,7 +131,7 @@ def _finish(
 
 def take_out(run: Path, model: Path) -> int:
     """Write the backbone of a run as arcface_torch's model.pt."""
-    trained = open_trained(run)
+    trained = open_backbone(run)
     partial = model.with_name(f"{model.name}.partial")
     torch.save(trained.state, partial)
     back = foreign.read_backbone(partial)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 
-from partialfc.checkpoint.trained import open_trained
+from partialfc.checkpoint.trained_backbone import open_backbone
 from partialfc.commands._embed.files import Embeddings, write_embeddings
 from partialfc.commands._parser import command_parser
 from partialfc.commands.evaluate import AUTOCAST, embedder, settings_of
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"--out {options.out}: must end in .npy or .parquet.")
         if options.out.suffix == ".parquet":
             import pyarrow  # noqa: F401  # before the images are embedded
-        trained = open_trained(options.model, image_size=options.image_size)
+        trained = open_backbone(options.model, image_size=options.image_size)
         size = trained.known.image_size
         images = _images(options.images, options.landmarks)
         flip = trained.config.verification.flip if trained.config else True

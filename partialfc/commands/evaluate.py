@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from partialfc.checkpoint.trained import Trained, open_trained
+from partialfc.checkpoint.trained_backbone import TrainedBackbone, open_backbone
 from partialfc.commands._evaluate import picture
 from partialfc.commands._evaluate.sets import KINDS, Measured, Set, Ways, open_set_of
 from partialfc.commands._parser import command_parser
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the tool; return its exit status."""
     options = _parser().parse_args(arguments)
     try:
-        trained = open_trained(options.model, image_size=options.image_size)
+        trained = open_backbone(options.model, image_size=options.image_size)
         flip = trained.config.verification.flip if trained.config else True
         flip = flip if options.flip is None else options.flip
         modes = Modes(keep_norms=options.norms, detector=options.detector)
@@ -68,7 +68,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def measure(
-    trained: Trained, sets: list[Set], runtime: Runtime, flip: bool, options: argparse.Namespace
+    trained: TrainedBackbone,
+    sets: list[Set],
+    runtime: Runtime,
+    flip: bool,
+    options: argparse.Namespace,
 ) -> dict[str, Measured]:
     """Return the numbers of all sets. Collective."""
     embed = embedder(trained, runtime, options.precision)
@@ -96,7 +100,7 @@ def measure(
 
 
 def embedder(
-    trained: Trained, runtime: Runtime, precision: str
+    trained: TrainedBackbone, runtime: Runtime, precision: str
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return the backbone on the device of this rank, in a precision."""
     backbone, autocast = trained.backbone().to(runtime.device), AUTOCAST[precision]
@@ -149,7 +153,7 @@ def _text(value: Any) -> str:
 
 
 def _write(
-    options: argparse.Namespace, trained: Trained, flip: bool, found: dict[str, Measured]
+    options: argparse.Namespace, trained: TrainedBackbone, flip: bool, found: dict[str, Measured]
 ) -> None:
     show(found, Console(width=110) if not sys.stdout.isatty() else Console())
     if options.out is None:

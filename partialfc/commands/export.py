@@ -20,7 +20,7 @@ from rich.table import Table
 from safetensors.torch import save
 
 from partialfc.checkpoint.foreign import read_backbone
-from partialfc.checkpoint.trained import Trained, open_trained
+from partialfc.checkpoint.trained_backbone import TrainedBackbone, open_backbone
 from partialfc.commands._export.card import write_card
 from partialfc.commands._export.check import Original, Run, calibration, check, original
 from partialfc.commands._parser import command_parser
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if {"onnx", "fp16", "int8"} & set(formats):
             import partialfc.commands._export.onnx_file  # noqa: F401  (is it all installed?)
-        trained = open_trained(options.model, image_size=options.image_size)
+        trained = open_backbone(options.model, image_size=options.image_size)
         path = _check_set(options.check, trained)
         pairs = read_pairs(path)
         options.out.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _exported(
-    trained: Trained, out: Path, formats: list[str], pairs: Pairs, inside: bool
+    trained: TrainedBackbone, out: Path, formats: list[str], pairs: Pairs, inside: bool
 ) -> list[dict[str, Any]]:
     """Write the files and measure each; fp16 and int8 are made from the fp32 ONNX."""
     backbone, size = trained.backbone(), trained.known.image_size
@@ -114,7 +114,12 @@ def _row(
 
 
 def _write(
-    name: str, trained: Trained, backbone: torch.nn.Module, out: Path, pairs: Pairs, inside: bool
+    name: str,
+    trained: TrainedBackbone,
+    backbone: torch.nn.Module,
+    out: Path,
+    pairs: Pairs,
+    inside: bool,
 ) -> Run:
     """Write one file, and return how it is run."""
     path, size = out / FILES[name], trained.known.image_size
@@ -122,7 +127,7 @@ def _write(
     if name == "safetensors":
         partial.write_bytes(save(trained.state, metadata=_metadata(trained, inside=False)))
         partial.replace(path)
-        again = Trained(path, trained.known, read_backbone(path)).backbone()
+        again = TrainedBackbone(path, trained.known, read_backbone(path)).backbone()
         return lambda images: again(torch.from_numpy(images)).numpy()
     if name == "pt2":
         example = (torch.zeros(2, 3, size, size),)
@@ -167,7 +172,7 @@ def show(rows: list[dict[str, Any]], out: Path) -> int:
     return int(not all(row["fine"] for row in rows))
 
 
-def _check_set(asked: Path | None, trained: Trained) -> Path:
+def _check_set(asked: Path | None, trained: TrainedBackbone) -> Path:
     if asked is not None:
         return asked
     named = trained.config.verification.pairs if trained.config else ()
@@ -179,7 +184,7 @@ def _check_set(asked: Path | None, trained: Trained) -> Path:
     return named[0]
 
 
-def _metadata(trained: Trained, inside: bool) -> dict[str, str]:
+def _metadata(trained: TrainedBackbone, inside: bool) -> dict[str, str]:
     known = trained.known
     return {
         "backbone": known.name,

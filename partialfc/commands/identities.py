@@ -24,13 +24,13 @@ from rich.progress import Progress
 from torch import Tensor
 
 from partialfc.checkpoint import CheckpointError
-from partialfc.checkpoint.start import write_start
+from partialfc.checkpoint.warm_start import write_start
 from partialfc.commands._parser import command_parser
 from partialfc.config import ConfigError
 from partialfc.data.packs.pack import Pack, open_pack
 from partialfc.errors import DataError
 from partialfc.head.centers import fill_initial_, stored_centers
-from partialfc.training.opened import Finished, finished
+from partialfc.training.open_run import OpenRun, open_run
 
 CHUNK = 4096
 
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.out.exists():
             raise ConfigError(f"{options.out}: it exists already; name another folder.")
-        with finished(options.run) as run:
+        with open_run(options.run) as run:
             old = run.model.head.sharding.num_identities
             olds, news = read_map(options.map, old) if options.map else (np.arange(old),) * 2
             count = options.identities or int(news.max()) + 1
@@ -117,7 +117,7 @@ def read_map(path: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def new_rows(
-    run: Finished, olds: np.ndarray, news: np.ndarray, count: int, pack: Pack | None
+    run: OpenRun, olds: np.ndarray, news: np.ndarray, count: int, pack: Pack | None
 ) -> tuple[Tensor, int]:
     """Return the rows of all new identities, and how many of them are added.
 
@@ -147,7 +147,7 @@ def new_rows(
     return rows.flatten(0, 1), len(added)
 
 
-def mean_embeddings(run: Finished, pack: Pack, identities: Tensor) -> Tensor:
+def mean_embeddings(run: OpenRun, pack: Pack, identities: Tensor) -> Tensor:
     """Return the mean unit embedding [A, D] of the images of some identities of a pack.
 
     Raises:

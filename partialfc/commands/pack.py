@@ -7,7 +7,7 @@ images and one of labels, as Hugging Face's datasets. The identities are 0, 1, .
 their names, or of their numbers if all are numbers; OUT.identities.json lists them in that order. A
 JPEG image that is SIZE x SIZE and upright is stored byte for byte; any other is turned as its EXIF
 says, made RGB, resized to a square and stored as JPEG. The same images give the same bytes with any
-number of workers. Finished work is kept in OUT.parts until the pack is complete: start a stopped
+number of workers. OpenRun work is kept in OUT.parts until the pack is complete: start a stopped
 run again with the same words and it goes on from there.
 """
 

@@ -87,11 +87,11 @@ def build(config: Config, runtime: Runtime, num_identities: int) -> Model:
         raise ConfigError(f"backbone.name = {name!r}: {error}") from error
     model = assemble(config, runtime, backbone, _head(config, runtime, num_identities))
     if isinstance(model.replica, DistributedDataParallel):
-        _settle_buckets(model, config, runtime)
+        _arrange_buckets(model, config, runtime)
     return model
 
 
-def _settle_buckets(model: Model, config: Config, runtime: Runtime) -> None:
+def _arrange_buckets(model: Model, config: Config, runtime: Runtime) -> None:
     """Take one backward of nothing, after which DDP arranges its buckets once and for all.
 
     Where a gradient lies in a bucket decides in which order more than two ranks sum it. Without

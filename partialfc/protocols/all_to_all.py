@@ -51,7 +51,7 @@ class AllToAll:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Part:
+class Tally:
     """What one rank found in its share of the tiles.
 
     Attributes:
@@ -72,7 +72,7 @@ def search(
     ranks: int = 1,
     device: torch.device | str = "cpu",
     progress: Progress = lambda rows: None,
-) -> Part:
+) -> Tally:
     """Search one rank's share of the pairs. No collective: :func:`combine` takes all parts.
 
     Memory: embeddings in bf16 and fp64, one tile, and 16 bytes for each of the
@@ -116,11 +116,11 @@ def search(
                 rough_RC = rough_ND[start:stop] @ rough_ND[left:right].T
                 largest.add(rough_RC, identity_N, start, left)
         progress(stop - start)
-    return Part(largest.scores(), np.concatenate(genuine) if genuine else np.empty(0))
+    return Tally(largest.scores(), np.concatenate(genuine) if genuine else np.empty(0))
 
 
 def combine(
-    parts: Sequence[Part], identities: np.ndarray, targets: Sequence[float] = (1e-6,)
+    parts: Sequence[Tally], identities: np.ndarray, targets: Sequence[float] = (1e-6,)
 ) -> AllToAll:
     """Return the numbers from the parts of all ranks, the same for any number of them."""
     genuine, impostors = count_pairs(identities)

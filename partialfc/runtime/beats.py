@@ -49,7 +49,7 @@ class Beat:
 
 
 @dataclass(slots=True)
-class Seen:
+class Sight:
     """The last beat of a rank, and when this rank saw it change; seconds of its own clock."""
 
     beat: Beat
@@ -65,7 +65,7 @@ class Seen:
         self.beat = beat
 
 
-def verdict(seen: Mapping[int, Seen], now: float, seconds: float) -> tuple[list[int], str] | None:
+def verdict(seen: Mapping[int, Sight], now: float, seconds: float) -> tuple[list[int], str] | None:
     """Return the ranks that hold up the others and a sentence about them, or ``None`` if none does.
 
     Args:

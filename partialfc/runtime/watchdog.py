@@ -24,7 +24,7 @@ from partialfc.distributed import ranks as collectives
 from partialfc.distributed.ranks import Ranks
 from partialfc.errors import HangError, LostRankError, exit_code_of
 from partialfc.records.ledger import Ledger
-from partialfc.runtime.beats import OUTSIDE, Beat, Seen, names_of, verdict
+from partialfc.runtime.beats import OUTSIDE, Beat, Sight, names_of, verdict
 
 _SECONDS_TO_LEAVE = 15.0
 _SECONDS_TO_DUMP = 10.0
@@ -56,7 +56,7 @@ class Watchdog:
         self._ledger: Ledger | None = None
         self._saver: Pending | None = None
         self._number = 0
-        self._seen: dict[int, Seen] = {}
+        self._seen: dict[int, Sight] = {}
         self._answered = time.monotonic()
         self._failed: float | None = None
         self._leaving, self._telling = False, threading.Lock()
@@ -164,7 +164,7 @@ class Watchdog:
                 self._failed = self._failed or now
                 if now - self._failed > wait:
                     self._stop(LostRankError(_of(failure)))
-        own = self._seen.setdefault(self._ranks.rank, Seen(self._own(), now, now))
+        own = self._seen.setdefault(self._ranks.rank, Sight(self._own(), now, now))
         own.update(self._own(), now)
         if now - own.moved > 2 * self.interval:
             self._look(self._beats(store), now)
@@ -173,7 +173,7 @@ class Watchdog:
 
     def _look(self, beats: Mapping[int, Beat], now: float) -> None:
         for rank, beat in beats.items():
-            self._seen.setdefault(rank, Seen(beat, now, now)).update(beat, now)
+            self._seen.setdefault(rank, Sight(beat, now, now)).update(beat, now)
         for rank in self._seen.keys() - beats.keys():
             del self._seen[rank]
         found = verdict(self._seen, now, self._seconds)

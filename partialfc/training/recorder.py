@@ -24,8 +24,8 @@ from partialfc.records.figures import training_figure
 from partialfc.records.ledger import Ledger
 from partialfc.records.metrics import JsonLines, Sink, TensorBoard, finite, read_records, write_json
 from partialfc.records.report import read_run, write_report
-from partialfc.runtime.pace import Pace
 from partialfc.runtime.process import Runtime
+from partialfc.runtime.stragglers import Stragglers
 from partialfc.training.bad_images import BadImages
 
 _SKIPS_IN_A_ROW = 20
@@ -65,7 +65,7 @@ class Recorder:
         self._loss, self._skipped = zero.clone(), zero.clone()
         self._bad_losses, self._in_a_row, self._longest = zero.clone(), zero.clone(), zero.clone()
         self.bad_images = BadImages(config.run.folder, config.data.bad_share, runtime.ranks)
-        self._pace = Pace(runtime.ranks, device)
+        self._stragglers = Stragglers(runtime.ranks, device)
         self._invalid = count_invalid(config.run.folder / "checkpoints")
         self._untrained: Results | None = None
         self._results: Results | None = None
@@ -110,7 +110,7 @@ class Recorder:
             torch.cuda.synchronize()  # host sync: what was queued before belongs to training
         start = time.monotonic()
         yield
-        self._pace.skip()
+        self._stragglers.skip()
         self._clock += time.monotonic() - start
 
     def stepped(self, step: int, done: Step, rate: float) -> None:
@@ -152,7 +152,7 @@ class Recorder:
             "peak_memory_bytes": peak_memory(self._runtime.device),
             **{f"loss_{name}": term for name, term in zip(done.terms, terms, strict=True)},
         }
-        if slowest := self._pace.look(count, seconds / count):
+        if slowest := self._stragglers.look(count, seconds / count):
             values["slowest_rank"] = slowest.rank
             values["slowest_rank_seconds"] = slowest.seconds
             values["slow_ranks"] = int(slowest.slow)

@@ -9,7 +9,7 @@ from typing import Any
 
 from partialfc.checkpoint import loading as checkpoint
 from partialfc.checkpoint.saving import Saver
-from partialfc.checkpoint.start import start_from
+from partialfc.checkpoint.warm_start import warm_start
 from partialfc.config import Config, ConfigError, to_toml
 from partialfc.data.loaders.stream import Batches
 from partialfc.distributed.agreement import any_rank, from_leader
@@ -24,7 +24,7 @@ from partialfc.records.metrics import write_text
 from partialfc.runtime import preemption
 from partialfc.runtime.process import Runtime, refuse_interrupted
 from partialfc.training.data import open_batches, open_training_data, with_next
-from partialfc.training.facts import facts_of
+from partialfc.training.must_match import must_match
 from partialfc.training.preflight import Finding, preflight, report
 from partialfc.training.recorder import Recorder
 from partialfc.training.schedule import learning_rate
@@ -47,7 +47,7 @@ def train(config: Config, runtime: Runtime) -> None:
     data = open_training_data(config, runtime)
     evaluation = Evaluation(config, runtime)
     model = build(config, runtime, data.dataset.num_identities)
-    facts = facts_of(config, data.dataset)
+    facts = must_match(config, data.dataset)
     if runtime.leads:
         _warn(config, model, data.dataset.num_identities)
     if not config.run.resume and checkpoint.exist(folder / "checkpoints"):
@@ -138,7 +138,7 @@ def _restore(config: Config, runtime: Runtime, model: Model, facts: dict[str, ob
             print(f"going on from {from_here(found)}", flush=True)
         return step
     if config.run.start_from is not None:
-        start_from(config.run.start_from, config, model, runtime)
+        warm_start(config.run.start_from, config, model, runtime)
     return 0
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from partialfc.backbones import build_backbone
 from partialfc.checkpoint import loading as checkpoint
 from partialfc.checkpoint.foreign import read, read_backbone, recognise
-from partialfc.checkpoint.trained import open_trained
+from partialfc.checkpoint.trained_backbone import open_backbone
 from partialfc.commands import convert_checkpoint, evaluate
 from partialfc.commands._convert_checkpoint import layouts, settings
 from partialfc.commands._convert_checkpoint.fill import fill
@@ -25,7 +25,7 @@ from partialfc.data.packs.pack import open_pack
 from partialfc.errors import ForeignError
 from partialfc.model.build import build
 from partialfc.model.step import train_step
-from partialfc.training.facts import facts_of
+from partialfc.training.must_match import must_match
 from tests.support.arcface_torch_files import DIM, SETTINGS, SIZE, Training, cut
 from tests.support.models import runtime, share
 from tests.support.places import FIXTURES, ROOT
@@ -110,7 +110,7 @@ def test_every_layout_of_any_number_of_ranks_becomes_a_checkpoint(
     if layout != "model":
         assert torch.equal(centers["momentum"], momentum if has_momentum else 0 * momentum)
     assert "every row as it was" in capsys.readouterr().out or layout == "model"
-    assert open_trained(out).step == (2 if layout == "checkpoint" else 0)
+    assert open_backbone(out).step == (2 if layout == "checkpoint" else 0)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -147,7 +147,7 @@ def go_on(rank, world_size, run):
     dataset = open_dataset(config.data.train, ())
     model = build(config, here, dataset.num_identities)
     found = checkpoint.newest(run / "checkpoints", here)
-    begun, losses = checkpoint.load(found, model, facts_of(config, dataset), here), []
+    begun, losses = checkpoint.load(found, model, must_match(config, dataset), here), []
     for step, batch in enumerate(batches(3, start=5), begun):
         images, identities = (share(tensor, rank, world_size) for tensor in batch)
         done = train_step(model, config, images, identities, LR * (1 - step / 30))

@@ -57,7 +57,7 @@ def test_a_run_begins_with_a_backbone_alone_or_with_centers(packs, trained, tmp_
 
 def centers_of(trained):
     """The centers of the last step; a checkpoint has some as their last sampled step left them."""
-    with identities.finished(trained) as opened:
+    with identities.open_run(trained) as opened:
         return opened.model.head.centers.detach().clone()
 
 
@@ -102,7 +102,7 @@ def test_added_identities_begin_with_the_mean_of_their_images(packs, trained, tm
     arguments = [str(trained), str(out), "--map", str(tmp_path / "map.csv")]
     assert identities.main([*arguments, "--mean-of", str(packs / "train.rec")]) == 0
     after = rows_of(out)
-    with identities.finished(trained) as opened:
+    with identities.open_run(trained) as opened:
         pack = identities.open_pack(packs / "train.rec")
         mine = np.flatnonzero(pack.identities(np.arange(len(pack))) == 5)
         found = opened.evaluation.embed(opened.model, "x", len(mine), lambda i: pack.jpeg(mine[i]))

@@ -6,14 +6,14 @@ import pytest
 import torch.distributed as dist
 
 from partialfc.distributed.ranks import Ranks
-from partialfc.runtime.beats import Beat, Seen, names_of, verdict
+from partialfc.runtime.beats import Beat, Sight, names_of, verdict
 from partialfc.runtime.watchdog import Watchdog
 
 SECONDS = 10
 
 
 def seen(step=5, kind="train", collectives=9, *, alive=100.0, moved=100.0, first=False):
-    return Seen(Beat(1, step, kind, collectives, first), alive, moved)
+    return Sight(Beat(1, step, kind, collectives, first), alive, moved)
 
 
 def test_nobody_is_named_where_all_have_left():

@@ -20,7 +20,7 @@ from partialfc.keyed import key, permute
 from partialfc.protocols.identification import first_of_each
 from partialfc.protocols.open_set import open_set
 from partialfc.records.metrics import write_json
-from partialfc.training.opened import Finished, finished
+from partialfc.training.open_run import OpenRun, open_run
 
 TRAINING_IMAGES = 4096
 CHUNK = 64
@@ -33,7 +33,7 @@ BINS = np.arange(0, 182, 2)
 def main(arguments: list[str]) -> int:
     """Run the worker; return its exit status."""
     folder, out = Path(arguments[0]), Path(arguments[1])
-    with finished(folder) as run:
+    with open_run(folder) as run:
         found = training_numbers(run)
         for path in run.config.verification.identification[:1]:
             found["open_set"] = open_set_numbers(run, open_pack(path))
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def training_numbers(run: Finished) -> dict[str, Any]:
+def training_numbers(run: OpenRun) -> dict[str, Any]:
     """Return accuracy and angles of a keyed sample of the training images.
 
     An image is recognised if its own center, of all centers, gives the largest logit without
@@ -80,7 +80,7 @@ def training_numbers(run: Finished) -> dict[str, Any]:
     }
 
 
-def open_set_numbers(run: Finished, pack: Pack) -> dict[str, Any]:
+def open_set_numbers(run: OpenRun, pack: Pack) -> dict[str, Any]:
     """Return the identification rates with a keyed half of the identities as distractors."""
     identities = pack.identities(np.arange(len(pack)))
     embeddings = run.evaluation.embed(run.model, "heldout", len(pack), pack.jpeg)

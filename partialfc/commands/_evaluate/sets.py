@@ -196,7 +196,7 @@ def _all(path: Path, ways: Ways) -> Set:
             device=runtime.device,
             progress=bar("all to all", len(pack)),
         )
-        whole = all_to_all.Part(
+        whole = all_to_all.Tally(
             _of_all_ranks(part.impostor_K, runtime), _of_all_ranks(part.genuine_K, runtime)
         )
         found = all_to_all.combine([whole], identity_N, ways.targets)

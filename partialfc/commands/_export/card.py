@@ -5,7 +5,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from partialfc.checkpoint.trained import Trained
+from partialfc.checkpoint.trained_backbone import TrainedBackbone
 from partialfc.config import to_toml
 
 Row = dict[str, Any]
@@ -23,7 +23,7 @@ _LIMITS = """\
 
 def write_card(
     path: Path,
-    trained: Trained,
+    trained: TrainedBackbone,
     rows: list[Row],
     *,
     inside: bool,
@@ -79,7 +79,7 @@ def _files(rows: list[Row], checked_on: str) -> str:
     return "\n".join(lines)
 
 
-def _training(trained: Trained, licence: str) -> list[str]:
+def _training(trained: TrainedBackbone, licence: str) -> list[str]:
     if trained.config is None:
         return [f"Unknown: only the weights were given. Licence of the training data: {licence}."]
     config = trained.config
@@ -98,7 +98,7 @@ def _without_paths(toml: str) -> str:
     return "\n".join(kept) + "\n"
 
 
-def _numbers(trained: Trained) -> list[str]:
+def _numbers(trained: TrainedBackbone) -> list[str]:
     """What the run measured at its end."""
     summary = trained.run / "summary.json" if trained.run else None
     if summary is None or not summary.is_file():

@@ -5,7 +5,7 @@ from partialfc.config import Config, config_hash
 from partialfc.data.dataset import DataSet
 
 
-def facts_of(config: Config, dataset: DataSet) -> dict[str, object]:
+def must_match(config: Config, dataset: DataSet) -> dict[str, object]:
     """Return what must be the same for a run to go on from a checkpoint; all else may change."""
     return {
         CONFIG_HASH: config_hash(config),

@@ -17,13 +17,13 @@ from partialfc.checkpoint import loading as checkpoint
 from partialfc.checkpoint.disk import Disk
 from partialfc.checkpoint.folder import FORMAT, MANIFEST, commit, read_manifest, write_text
 from partialfc.checkpoint.tensor_file import write_tensors
-from partialfc.checkpoint.trained import open_trained
+from partialfc.checkpoint.trained_backbone import open_backbone
 from partialfc.config import Config, ConfigError
 from partialfc.model.build import Model
 from partialfc.runtime.process import Runtime
 
 
-def start_from(path: Path, config: Config, model: Model, runtime: Runtime) -> None:
+def warm_start(path: Path, config: Config, model: Model, runtime: Runtime) -> None:
     """Put what was trained into a new model. Collective.
 
     Args:
@@ -38,7 +38,7 @@ def start_from(path: Path, config: Config, model: Model, runtime: Runtime) -> No
         CheckpointError: If it is corrupt.
     """
     if not is_start(path):
-        _fill(path, model, open_trained(path, image_size=config.data.image_size).state)
+        _fill(path, model, open_backbone(path, image_size=config.data.image_size).state)
         return
     checkpoint.named(path, runtime)
     manifest, head = read_manifest(path), model.head
@@ -75,7 +75,7 @@ def is_start(path: Path) -> bool:
 def write_start(
     path: Path, backbone: Mapping[str, Tensor], centers_RD: Tensor, about: Mapping[str, Any]
 ) -> None:
-    """Write a folder that :func:`start_from` reads, whole or not at all.
+    """Write a folder that :func:`warm_start` reads, whole or not at all.
 
     Args:
         path: A folder that does not exist.

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from partialfc.training.facts import facts_of
+from partialfc.training.must_match import must_match
 from tests.support.models import settings
 
 
@@ -12,7 +12,7 @@ from tests.support.models import settings
 def test_what_unsampled_rows_do_is_a_fact_where_there_are_any(rate, differs):
     """At a rate of 1 a run must go on from a checkpoint of when the default was another one."""
     found = {
-        unsampled: facts_of(
+        unsampled: must_match(
             settings(
                 head={"sample_rate": rate, "optimizer": {"name": "sgd", "unsampled": unsampled}}
             ),
@@ -25,5 +25,5 @@ def test_what_unsampled_rows_do_is_a_fact_where_there_are_any(rate, differs):
 
 def test_a_rule_without_unsampled_has_no_such_fact():
     config = settings(head={"sample_rate": 0.5, "optimizer": {"name": "adamw"}})
-    facts = facts_of(config, SimpleNamespace(fingerprint="of a pack"))
+    facts = must_match(config, SimpleNamespace(fingerprint="of a pack"))
     assert facts["head.optimizer.unsampled"] is None

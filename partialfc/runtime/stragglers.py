@@ -31,7 +31,7 @@ class Slowest:
     slow: bool
 
 
-class Pace:
+class Stragglers:
     """Compares the waits of the ranks; every rank calls the same methods.
 
     Args:

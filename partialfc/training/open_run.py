@@ -11,11 +11,11 @@ from partialfc.data.dataset import DataSet, open_dataset
 from partialfc.evaluation.sets import Evaluation
 from partialfc.model.build import Model, build
 from partialfc.runtime.process import running
-from partialfc.training.facts import facts_of
+from partialfc.training.must_match import must_match
 
 
 @dataclass(frozen=True, slots=True)
-class Finished:
+class OpenRun:
     """What a run left, and how its model is measured.
 
     Attributes:
@@ -32,7 +32,7 @@ class Finished:
 
 
 @contextmanager
-def finished(folder: Path) -> Iterator[Finished]:
+def open_run(folder: Path) -> Iterator[OpenRun]:
     """Open the run in a folder; nothing in it is changed, so it may still be running. Collective.
 
     Raises:
@@ -50,6 +50,6 @@ def finished(folder: Path) -> Iterator[Finished]:
         newest = checkpoint.newest(folder / "checkpoints", runtime, tidy=False)
         if newest is None:
             raise ConfigError(f"{folder}: it has no checkpoint.")
-        checkpoint.load(newest, model, facts_of(config, dataset), runtime)
+        checkpoint.load(newest, model, must_match(config, dataset), runtime)
         model.head.optimizer.catch_up(None)  # rows that move unsampled
-        yield Finished(config, dataset, model, Evaluation(config, runtime))
+        yield OpenRun(config, dataset, model, Evaluation(config, runtime))

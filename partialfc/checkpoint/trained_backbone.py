@@ -14,7 +14,7 @@ from partialfc.config import Config, ConfigError, load
 
 
 @dataclass(frozen=True, slots=True)
-class Trained:
+class TrainedBackbone:
     """A backbone to be used, and what is known of it.
 
     Attributes:
@@ -51,7 +51,7 @@ class Trained:
         return module.eval().requires_grad_(False)
 
 
-def open_trained(path: Path, *, image_size: int = 112) -> Trained:
+def open_backbone(path: Path, *, image_size: int = 112) -> TrainedBackbone:
     """Return the backbone of a run (its newest valid checkpoint), a checkpoint or a file.
 
     Nothing is changed, and nothing in a file is run.
@@ -70,10 +70,10 @@ def open_trained(path: Path, *, image_size: int = 112) -> Trained:
     state = foreign.read_backbone(path)
     known = foreign.recognise(state, path, image_size=image_size)
     order = foreign.shapes(known)
-    return Trained(path, known, {name: state[name] for name in order})
+    return TrainedBackbone(path, known, {name: state[name] for name in order})
 
 
-def _of_run(path: Path) -> Trained:
+def _of_run(path: Path) -> TrainedBackbone:
     folder = path.parents[1] if _is_checkpoint(path) else path
     if not (folder / "config.toml").is_file():
         raise ConfigError(
@@ -92,7 +92,7 @@ def _of_run(path: Path) -> Trained:
             order = foreign.shapes(known)
             state = load_file(candidate / "backbone.safetensors")
             step = int(candidate.name.removeprefix("step_"))
-            return Trained(path, known, {name: state[name] for name in order}, config, step)
+            return TrainedBackbone(path, known, {name: state[name] for name in order}, config, step)
         problems.append(f"{candidate}: {problem}")
     raise ConfigError("\n".join(problems) or f"{folder}: it has no checkpoint.")
 

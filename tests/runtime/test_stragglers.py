@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from partialfc.distributed.ranks import gather_rows
-from partialfc.runtime.pace import Pace, slowest
+from partialfc.runtime.stragglers import Stragglers, slowest
 from tests.support.models import runtime
 from tests.support.ranks import run_on_ranks
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.distributed
 
 def late_on_rank(rank, world_size, late, seconds):
     ranks = runtime().ranks
-    pace, found = Pace(ranks, torch.device("cpu")), []
+    pace, found = Stragglers(ranks, torch.device("cpu")), []
     for step in range(1, 31):
         if rank == late:
             time.sleep(seconds)
