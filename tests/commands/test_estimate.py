@@ -176,7 +176,7 @@ def test_memory_of_the_head_is_within_15_percent(rate, batch, margin, weight, tm
 
 PAIRS_ALONE = """
 import sys, torch
-from partialfc.embedding_losses import EmbeddingLosses, Weighted
+from partialfc.losses.over_ranks import EmbeddingLosses, Weighted
 from partialfc.losses import LOSSES
 def peak():
     lines = open("/proc/self/status").read().splitlines()

@@ -293,7 +293,7 @@ def test_a_damaged_or_forged_index_is_made_again_or_stays_inside(folder, damage,
 def test_a_read_only_folder_uses_the_users_cache(folder, tmp_path):
     """A real read-only mount, where this user may make one."""
     code = (
-        "from partialfc.data import index_cache; index_cache.KEPT_FROM = 1; import sys;"
+        "from partialfc.data.packs import index_cache; index_cache.KEPT_FROM = 1; import sys;"
         "from partialfc.data.image_files import open_image_files as o; print(len(o(sys.argv[1])))"
     )
     (tmp_path / "disk").mkdir()

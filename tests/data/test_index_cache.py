@@ -114,7 +114,7 @@ def test_a_damaged_index_is_made_again(pack, kind):
 def test_a_read_only_file_system_uses_the_users_cache(pack, tmp_path):
     """A real one, where this user may mount; the pack's folder stays as it was."""
     code = (
-        "from partialfc.data import index_cache; index_cache.KEPT_FROM = 1; import sys;"
+        "from partialfc.data.packs import index_cache; index_cache.KEPT_FROM = 1; import sys;"
         "from partialfc.data.packs.pack import open_pack; print(len(open_pack(sys.argv[1])))"
     )
     folder = pack.parent
@@ -142,7 +142,7 @@ def test_without_any_place_to_write_a_pack_opens_all_the_same(pack, monkeypatch,
 def test_many_processes_that_open_at_once_all_succeed(pack):
     """The ranks of a host: one reads the .idx, or several do, and none sees half a file."""
     code = (
-        "from partialfc.data import index_cache; index_cache.KEPT_FROM = 1; import sys;"
+        "from partialfc.data.packs import index_cache; index_cache.KEPT_FROM = 1; import sys;"
         "from partialfc.data.packs.pack import open_pack; print(open_pack(sys.argv[1]).fingerprint)"
     )
     with ThreadPoolExecutor(6) as pool:

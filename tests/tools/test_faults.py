@@ -101,7 +101,10 @@ def test_a_late_rank_is_named_and_a_nan_of_one_ends_all_with_one_code(packs, tmp
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
     ranks = [
         subprocess.Popen(
-            [sys.executable, "tests/faulty_rank.py", tmp_path, "configs/omniglot.toml", *words],
+            [
+                *(sys.executable, "tests/support/faulty_rank.py", tmp_path),
+                *("configs/omniglot.toml", *words),
+            ],
             cwd=ROOT,
             env={
                 **os.environ,

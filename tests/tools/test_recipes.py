@@ -78,7 +78,7 @@ def test_a_recipe_estimates_as_the_table_says(data, network):
 @pytest.mark.parametrize("gpus", [gpus for gpus in GPUS if gpus != 8])
 @pytest.mark.parametrize(("data", "network"), EVERY)
 def test_a_recipe_fits_every_number_of_gpus_that_it_names(data, network, gpus):
-    """216 estimates in a minute or two: pytest -m slow tests/test_recipes.py."""
+    """216 estimates in a minute or two: pytest -m slow tests/tools/test_recipes.py."""
     assert recipes.predict(FOLDER, data, network, gpus).fits
 
 

@@ -46,7 +46,7 @@ fi
 if wants tests && [ -z "$only_say" ]; then
     "$python" -c "import xdist" 2>/dev/null && beside="-n 8" || beside=
     timeout -s INT -k 10 240 "$python" -m pytest -q $beside \
-        tests/gpu tests/test_kernels.py tests/test_fused_kernels.py -k "cuda or gpu" \
+        tests/gpu tests/head/test_kernels.py tests/head/test_fused_kernels.py -k "cuda or gpu" \
         | tee "$out/gpu_tests.txt" || failed=1
 fi
 if wants head; then

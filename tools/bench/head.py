@@ -6,11 +6,11 @@
 
 A row is one full step: forward, backward to the embeddings' gradient, update of the centers; "3
 GEMMs" are the matrix products of such a step alone, in caches, timed in the same turns. The
-textbook head (tests/reference.py) is the algorithm of arcface_torch's PartialFC_V2: all logits in
-fp32, a dense gradient, dense SGD. --margins compares ours with other margins instead, each against
-a plain normalised softmax. Lists separated by commas give every combination. Under torchrun
-its ranks are used; --world N starts N processes here. A head that finds no memory fails alone, and
---budget ends in time: the record names what was not measured.
+textbook head (tests/support/reference.py) is the algorithm of arcface_torch's PartialFC_V2: all
+logits in fp32, a dense gradient, dense SGD. --margins compares ours with other margins instead,
+each against a plain normalised softmax. Lists separated by commas give every combination. Under
+torchrun its ranks are used; --world N starts N processes here. A head that finds no memory fails
+alone, and --budget ends in time: the record names what was not measured.
 """
 
 import argparse

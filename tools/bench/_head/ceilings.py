@@ -1,6 +1,6 @@
 """What a machine can do, measured on all ranks at once: matrix products and copies.
 
-The clock and the sums over ranks are also those of tools/bench/measure.py.
+The clock and the sums over ranks are also those of tools/bench/_head/measure.py.
 """
 
 import math

@@ -1,9 +1,9 @@
 """Measure heads in a process of their own: the worker of tools/bench/head.py, one per rank.
 
-``python tools/bench/measure.py JOB_JSON OUT`` goes through the cases of a job: it times the heads
-of a case in turns, on a GPU with their memory, or takes the peak memory of one head. What it found
-is a line of OUT as soon as it is known. A job is ``{"cases": [...], "until": T}``: no case begins
-after the time.time() T. RANK, WORLD_SIZE and the rest come from the environment.
+``python tools/bench/_head/measure.py JOB_JSON OUT`` goes through the cases of a job: it times the
+heads of a case in turns, on a GPU with their memory, or takes the peak memory of one head. What it
+found is a line of OUT as soon as it is known. A job is ``{"cases": [...], "until": T}``: no case
+begins after the time.time() T. RANK, WORLD_SIZE and the rest come from the environment.
 
 Shape suffixes: b = rows of this rank's batch, B = rows of the global batch, D = embedding.
 """

@@ -1,4 +1,4 @@
-"""What a process holds and what a head needs beyond it: for tools/bench/measure.py."""
+"""What a process holds and what a head needs beyond it: for tools/bench/_head/measure.py."""
 
 import resource
 import sys
