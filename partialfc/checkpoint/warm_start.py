@@ -3,6 +3,8 @@
 ``run.start_from`` names it. What is trained is the weights: optimizers, schedule and step are new.
 Class centers come from a folder that ``partialfc identities`` wrote, which says which identity of
 the new run each of them is.
+
+Shape suffixes: R = rows of this rank, D = embedding.
 """
 
 import json

@@ -3,7 +3,7 @@
 The index alone; the header of every record; the labels together; images, decoded. The functions
 check a range of records each, so that many run at once; ``partialfc validate`` does that.
 
-Shape suffixes: N = records of a range, C = identities.
+Shape suffixes: M = records of the pack, N = records of a range, C = identities.
 """
 
 from typing import NamedTuple

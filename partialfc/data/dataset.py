@@ -2,7 +2,7 @@
 
 Packs stands for all three.
 
-Shape suffixes: B = images asked for, P = packs, S = skipped images.
+Shape suffixes: N = samples of the data set, B = images asked for, P = packs, S = skipped images.
 """
 
 import hashlib

@@ -1,4 +1,7 @@
-"""What a data set is made of: packs, and images in files of their own."""
+"""What a data set is made of: packs, and images in files of their own.
+
+Shape suffix: N = images of the source.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,6 +1,8 @@
 """Evaluation protocols of face recognition: arrays in, numbers out.
 
 Embeddings come in raw, [N, D] in any float type, and are normalised here in float64.
+
+Shape suffixes: N = embeddings, D = embedding.
 """
 
 import numpy as np

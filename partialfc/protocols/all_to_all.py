@@ -5,7 +5,7 @@ largest 1.28 million of their scores and no other, so tiles of the matrix are se
 rough products whose error is bounded, and only pairs that could be among the largest are scored
 again in fp64. The result is that of the whole fp64 matrix.
 
-Shape suffixes: N = images, D = embedding, R, C = rows and columns of a tile, K = pairs.
+Shape suffixes: N = images, D = embedding, R = rows of a tile, C = its columns, K = pairs.
 """
 
 import math

@@ -2,7 +2,10 @@
 
 Every ordered pair of probe-set images of one person is a search of its own: the first is the probe,
 the second the only mate, and it competes with the distractors, not with other persons of the probe
-set. Shape suffixes: P = images of the probe set, M = distractors, D = embedding.
+set.
+
+Shape suffixes: P = images of the probe set, M = distractors, D = embedding, K = largest scores that
+are kept, S = searches.
 """
 
 import math

@@ -1,6 +1,6 @@
 """Closed-set identification: which identity of the gallery does a probe show?
 
-Shape suffixes: G = gallery entries, P = probes (of one tile), D = embedding.
+Shape suffixes: N = images, G = gallery entries, P = probes (of one tile), D = embedding.
 """
 
 from collections.abc import Mapping, Sequence

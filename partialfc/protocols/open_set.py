@@ -4,7 +4,7 @@ A probe of somebody in the gallery must find its own identity with a score above
 probe of somebody else, a distractor, must stay below. The threshold is the one at which no more
 than a target part of the distractors is taken for somebody.
 
-Shape suffixes: G = gallery entries, P = probes, M = distractors, D = embedding.
+Shape suffixes: N = images, G = gallery entries, P = probes, M = distractors, D = embedding.
 """
 
 from collections.abc import Mapping, Sequence

@@ -3,7 +3,8 @@
 1:1 is :func:`partialfc.protocols.verification.tar_at_far` of :func:`pair_scores`. Every mode that
 changes the numbers is named by :class:`Modes`.
 
-Shape suffixes: N = images, T = templates, P = pairs or probes, G = gallery, D = embedding.
+Shape suffixes: N = images, M = images and the frames of a video as one, T = templates, P = pairs or
+probes, G = gallery, D = embedding.
 """
 
 import math

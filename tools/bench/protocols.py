@@ -7,6 +7,8 @@ All-to-all verification is run at a quarter, a half and all of --images, each in
 that its peak memory is its own; the embeddings alone are subtracted. At 5,000 images it is compared
 with the whole fp64 matrix. The others: ten-fold verification, templates and 1:1 as IJB-C has them,
 rank-k and distractors, at the sizes that are printed.
+
+Shape suffixes: N = images, D = embedding.
 """
 
 import argparse

@@ -3,6 +3,8 @@
 They stand beside packs in a data set. A file is opened below the root folder by folder and no link
 is followed on the way, so whatever a downloaded list or index says, nothing outside is read; what
 is no regular file is refused before it is read.
+
+Shape suffixes: N = images of the source, B = images asked for.
 """
 
 import errno

@@ -3,7 +3,7 @@
 DALI has no part in what the batches are: it is handed the JPEG bytes of our reader and the draws of
 our augmentation, so its pipeline has no state worth saving.
 
-Shape suffix: B = images of one rank's batch.
+Shape suffixes: B = images of one rank's batch, n = numbers of one change.
 """
 # DALI makes many of its names at import, and its types do not know conditionals:
 # mypy: disable-error-code="attr-defined, assignment, no-untyped-call"

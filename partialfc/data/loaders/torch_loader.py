@@ -3,6 +3,8 @@
 Threads, not the processes of torch's DataLoader: the decoders release Python's lock, and threads
 share the mapped pack and its index, start at once and copy no batch. Processes were slower on two
 cores, and one that is forked beside DALI's threads aborts when it ends.
+
+Shape suffixes: B = images of one rank's batch, n = numbers of one change.
 """
 
 from collections import deque

@@ -5,7 +5,8 @@ not 0 and whose labels are N + 1 and N + 1 + C; images 1...N and one record per 
 image follow. In a plain pack every record is an image. The header's numbers are float32 and so
 inexact above 2^24: the records themselves say where the images end.
 
-Shape suffixes: M = records of the pack, N = its images, B = images asked for.
+Shape suffixes: M = records of the pack, N = its images, B = images asked for, L = labels of one
+record, R = runs of images of one identity.
 """
 
 from bisect import bisect_left

@@ -7,7 +7,8 @@ middle and the last part of a cut one, and the reader puts the magics back. The 
 of a pack are ``flag u32 | label f32 | number u64 | 0 u64``, then ``flag`` more float32 labels, then
 the JPEG image.
 
-Shape suffixes: N = records asked for, L = labels of one record.
+Shape suffixes: N = records asked for, P = parts of records, L = labels of one record, R = ranges of
+bytes.
 """
 
 import mmap

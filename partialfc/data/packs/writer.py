@@ -1,4 +1,7 @@
-"""Write packs, byte for byte as mxnet 1.9.1 does."""
+"""Write packs, byte for byte as mxnet 1.9.1 does.
+
+Shape suffix: C = identities.
+"""
 
 import os
 from collections.abc import Iterable, Iterator, Sequence

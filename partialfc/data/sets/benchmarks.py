@@ -1,7 +1,8 @@
 """Readers of benchmarks as they are laid out on a disk: IJB-B, IJB-C and MegaFace.
 
-Every line of every list is checked before it is used; an error names file and line. Shape
-suffixes: N = images, P = pairs.
+Every line of every list is checked before it is used; an error names file and line.
+
+Shape suffixes: N = images, P = pairs.
 """
 
 from collections.abc import Iterator, Mapping

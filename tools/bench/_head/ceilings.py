@@ -1,6 +1,8 @@
 """What a machine can do, measured on all ranks at once: matrix products and copies.
 
 The clock and the sums over ranks are also those of tools/bench/_head/measure.py.
+
+Shape suffixes: B = rows of a batch, D = embedding, T = rows of a tile.
 """
 
 import math
