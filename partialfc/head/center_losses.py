@@ -12,17 +12,12 @@ from torch import Tensor
 from partialfc.distributed.ranks import Ranks, max_over_ranks, sum_over_ranks
 from partialfc.head.centers import own_centers
 from partialfc.head.sampling import NOT_LOCAL, Sample
-from partialfc.head.tiles import (
-    Logits,
-    Pull,
-    Workspace,
-    leave_out_,
-    operand_dtype,
-    precision,
-    scaled_products,
-    unit,
-    unit_keys,
-)
+from partialfc.head.tiles.parts import Logits, Pull
+from partialfc.head.tiles.passes import unit_keys
+from partialfc.head.tiles.products import scaled_products
+from partialfc.head.tiles.torch_steps import leave_out_
+from partialfc.head.tiles.workspace import Workspace
+from partialfc.numerics import operand_dtype, precision, unit
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,9 @@ from torch import Tensor
 from partialfc.head.rows.formats import decode
 from partialfc.head.rows.rules import States
 from partialfc.head.sampling import NOT_LOCAL, Sample
-from partialfc.head.tiles import take_rows, unit
+from partialfc.head.tiles.torch_steps import take_rows
 from partialfc.keyed import key
+from partialfc.numerics import unit
 
 _CENTER_STD = 0.01
 _INITIAL_BLOCK = 1024

@@ -14,9 +14,12 @@ from partialfc.distributed.ranks import gather_batch, max_over_ranks, sum_over_r
 from partialfc.head.center_losses import CenterTerm, center_loss, inter_class_loss
 from partialfc.head.centers import own_centers
 from partialfc.head.sampling import NOT_LOCAL, Sample
-from partialfc.head.tiles import FirstPass, Kept, Logits, first_pass, fused, operand_dtype, unit
+from partialfc.head.tiles import fused
+from partialfc.head.tiles.parts import FirstPass, Kept, Logits
+from partialfc.head.tiles.passes import first_pass
 from partialfc.keyed import key
 from partialfc.margins import Margin, Positive, Rows
+from partialfc.numerics import operand_dtype, unit
 
 if TYPE_CHECKING:
     from partialfc.head import PartialFC
@@ -79,8 +82,9 @@ class MarginLoss(torch.autograd.Function):
             per_identity=head.centers_per_identity,
             bend=margin.bend(moved, rows),
             offset=margin.offset(moved),
+            path=head.plan.path,
         )
-        negatives = (fused.first_pass if head.fused else first_pass)(
+        negatives = (fused.first_pass if logits.path == "fused" else first_pass)(
             query_BD,
             centers_CD,
             index,

@@ -21,15 +21,16 @@ from torch import Tensor, nn
 from partialfc.distributed.ranks import Ranks, gather_rows
 from partialfc.head.centers import expand, fill_initial_
 from partialfc.head.loss import MarginLoss
+from partialfc.head.machine import machine_of
+from partialfc.head.plan import Plan, decide
 from partialfc.head.rows.formats import DTYPES
 from partialfc.head.rows.optimizer import RowOptimizer
 from partialfc.head.rows.rules import RowRule, RowSGD
 from partialfc.head.rows.staging import Placement, host_tensor, row_tensor
 from partialfc.head.sampling import KeyedSampler, Sample
 from partialfc.head.sharding import Sharding, default_canonical_shards
-from partialfc.head.tiles import Compute
-from partialfc.head.tiles.fused import unable
 from partialfc.margins import Margin
+from partialfc.numerics import Compute
 
 _KEEP_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 
@@ -133,9 +134,6 @@ class PartialFC(nn.Module):
         )
         self.margin = margin
         self.owned = self.sharding.owned(self.ranks.rank)
-        self.sampler = KeyedSampler(
-            self.sharding, self.ranks.rank, sample_rate=sample_rate, seed=seed
-        )
         self.embedding_dim, self.seed = embedding_dim, seed
         self.centers_per_identity = margin.centers_per_identity
         self.owned_rows = range(
@@ -143,6 +141,18 @@ class PartialFC(nn.Module):
             self.owned.stop * self.centers_per_identity,
         )
         self.device = torch.empty(0, device=device).device
+        for name, value in margin.new_state(num_identities).items():
+            self.register_buffer(f"margin_{name}", torch.tensor(value, device=self.device))
+        rule = optimizer or RowSGD()
+        self.compute = _checked(compute, self.device)
+        self.plan = self._decide(rule, fused=fused)
+        self.sampler = KeyedSampler(
+            self.sharding,
+            self.ranks.rank,
+            sample_rate=sample_rate,
+            seed=seed,
+            path=self.plan.path,
+        )
         placement = placement or Placement()
         _check_placement(placement, sample_rate)
         size = len(self.owned_rows), embedding_dim + margin.bias
@@ -157,7 +167,6 @@ class PartialFC(nn.Module):
         if margin.bias:
             centers[:, -1] = 0
         self.centers = nn.Parameter(centers, requires_grad=False)
-        self.compute = _checked(compute, self.device)
         if overlap and self.device.type != "cuda":
             raise ValueError(
                 f"overlap = True needs a GPU, the head is on {self.device.type}; remove it."
@@ -165,23 +174,18 @@ class PartialFC(nn.Module):
         self.keep_bytes = _KEEP_BYTES[self.device.type] if keep_bytes is None else keep_bytes
         self.optimizer = RowOptimizer(
             self.centers,
-            optimizer or RowSGD(),
+            rule,
             first_row=self.owned_rows.start,
             seed=seed,
             placement=placement,
             device=self.device,
-            fused=fused,
+            plan=self.plan,
             overlap=overlap,
             every_row=sample_rate == 1,
         )
         # Whoever reads or writes centers finds all of them there, and none on their way.
         self.register_state_dict_pre_hook(_settle)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_settle)  # type: ignore[no-untyped-call]
-        for name, value in margin.new_state(num_identities).items():
-            self.register_buffer(f"margin_{name}", torch.tensor(value, device=self.device))
-        self.fused = fused
-        if fused:
-            self._refuse_fused()
         self.center_weight, self.inter_class_weight = center_weight, inter_class_weight
         self.terms: dict[str, Tensor] = {}
         """Losses beside the softmax in the last forward pass, without their weights."""
@@ -322,18 +326,21 @@ class PartialFC(nn.Module):
                 "after what is only looked at."
             )
 
-    def _refuse_fused(self) -> None:
-        why = unable(
-            unit=self.margin.unit_centers,
-            per_identity=self.centers_per_identity,
-            offset=self.margin.offset(self.margin_state()) is not None,
+    def _decide(self, rule: RowRule, *, fused: bool) -> Plan:
+        """Return which code computes this head; refuse the fused kernels where they cannot."""
+        plan = decide(
+            machine_of(self.device),
             dim=self.embedding_dim,
-            sgd=isinstance(self.optimizer.rule, RowSGD),
+            unit_centers=self.margin.unit_centers,
+            centers_per_identity=self.margin.centers_per_identity,
+            binary=self.margin.offset(self.margin_state()) is not None,
+            sgd=isinstance(rule, RowSGD),
             compute=self.compute,
-            like=torch.empty(0, device=self.device),
+            fused=fused,
         )
-        if why is not None:
-            raise ValueError(f"fused = True: {why}; remove it.")
+        if fused and plan.path != "fused":
+            raise ValueError(f"fused = True: {plan.reason}; remove it.")
+        return plan
 
     def refuse_foreign(self, identities_B: Tensor) -> None:
         """Refuse an identity outside [0, C): all ranks see the same ones, so all refuse together.

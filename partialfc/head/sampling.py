@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from partialfc import keyed as permutation
+from partialfc.head.plan import Path
 from partialfc.head.sharding import Sharding
-from partialfc.head.tiles.dispatch import has_kernels, steps_for
+from partialfc.head.tiles.dispatch import steps_of
 from partialfc.keyed import key, keys
 
 NOT_LOCAL = -1
@@ -46,15 +47,24 @@ class KeyedSampler:
         sample_rate: Fraction of a canonical shard's rows sampled per step, positives included, in
             (0, 1]. A shard with more positives than that samples its positives only.
         seed: The run's seed.
+        path: Which code permutes.
     """
 
-    def __init__(self, sharding: Sharding, rank: int, *, sample_rate: float, seed: int) -> None:
+    def __init__(
+        self,
+        sharding: Sharding,
+        rank: int,
+        *,
+        sample_rate: float,
+        seed: int,
+        path: Path = "torch",
+    ) -> None:
         if not 0 < sample_rate <= 1:
             raise ValueError(f"sample_rate must be in (0, 1], got {sample_rate}.")
         shards = sharding.shards(rank)
         self.owned = sharding.owned(rank)
         self._all = sample_rate == 1
-        self._seed = seed
+        self._seed, self._path = seed, path
         self._shard_V = np.arange(shards.start, shards.stop)
         start = np.array([sharding.start(v) for v in range(shards.start, shards.stop + 1)])
         self._start_V = torch.from_numpy(start[:-1] - self.owned.start)
@@ -124,8 +134,8 @@ class KeyedSampler:
 
     def _permute(self, index: Tensor, size: Tensor, key: Tensor, *, inverse: bool) -> Tensor:
         """On a GPU, one kernel instead of hundreds; on a CPU, numpy: a third of torch's time."""
-        if has_kernels(index):
-            image: Tensor = steps_for(index).permute(
+        if self._path != "torch":
+            image: Tensor = steps_of(self._path).permute(
                 index, size, key, self._largest, inverse=inverse
             )
             return image

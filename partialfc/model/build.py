@@ -13,10 +13,10 @@ from partialfc.config import Config, ConfigError
 from partialfc.head import PartialFC
 from partialfc.head.rows.rules import RowAdagrad, RowAdamW, RowRule, RowSGD
 from partialfc.head.rows.staging import Placement
-from partialfc.head.tiles import Compute
 from partialfc.losses import LOSSES
 from partialfc.losses.over_ranks import EmbeddingLosses, Weighted
 from partialfc.margins import MARGINS, Margin
+from partialfc.numerics import Compute
 from partialfc.runtime.process import Runtime
 
 _ROW_RULES: dict[str, type[RowRule]] = {

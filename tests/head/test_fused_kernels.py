@@ -15,15 +15,18 @@ import torch
 
 from partialfc import AdaFace, ArcFace, PartialFC, RowAdamW, RowSGD, SubCenterArcFace
 from partialfc.config import load
+from partialfc.head import machine
+from partialfc.head.plan import Machine
 from partialfc.head.rows.formats import decode
 from partialfc.head.rows.staging import Placement
-from partialfc.head.tiles import dispatch, fused
+from partialfc.head.tiles import fused
 from partialfc.margins import CurricularFace, Softmax, UniFace
 from tests.support.places import ROOT
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed: NO Triton kernel is tested", allow_module_level=True)
 
+from partialfc.commands._estimate import head as estimate
 from partialfc.commands._estimate.head import head_parts, shard_of
 from tests.head.test_kernels import (
     BENDS,
@@ -118,7 +121,7 @@ def test_sums_pulls_and_exponentials_of_a_tile(launch, shape, bend, kept):
 
 def _asked_for(device, scale, parts):
     """Bytes of exponentials that pass 1 kept, and of the buffers that both passes asked for."""
-    dispatch.FORCED, tile = True, fused._TILE_ROWS
+    machine.FORCED, tile = True, fused._TILE_ROWS
     fused._TILE_ROWS = 64
     try:
         head = PartialFC(
@@ -138,7 +141,7 @@ def _asked_for(device, scale, parts):
         kept = head.optimizer.kept_bytes
         head.optimizer.step()
     finally:
-        dispatch.FORCED, fused._TILE_ROWS = False, tile
+        machine.FORCED, fused._TILE_ROWS = False, tile
     return kept, sum(buffer.nbytes for buffer in head.optimizer.workspace._buffers.values())
 
 
@@ -147,6 +150,8 @@ def test_the_estimate_counts_what_the_passes_ask_for(launch, scale, parts, monke
     """Byte for byte: the buffers, and the exponentials that are kept, of two tiles of three, or of
     none where a row maximum may grow. An estimate that counts tile by tile is wrong by half."""
     monkeypatch.setattr(fused, "_TILE_ROWS", 64)
+    if launch.device == "cpu":
+        monkeypatch.setattr(estimate, "_machine", lambda _: Machine("cpu", has_kernels=True))
     compute = "bf16" if launch.device == "cuda" else "fp32"
     size = ["data.global_batch=2048", "backbone.embedding_dim=16", f"head.margin.scale={scale}"]
     ways = ["head.fused=true", "head.keep_mib=1", f"head.compute={compute}"]
@@ -180,7 +185,7 @@ def _trained(device, forced, margin, formats, dim, settings, parts):
     ``parts``: micro-batches, negative where each has a sample of its own.
     """
     centers, momentum = formats
-    dispatch.FORCED, tile = forced, fused._TILE_ROWS
+    machine.FORCED, tile = forced, fused._TILE_ROWS
     fused._TILE_ROWS = 64
     try:
         head = PartialFC(
@@ -213,7 +218,7 @@ def _trained(device, forced, margin, formats, dim, settings, parts):
             head.optimizer.step()
         head.optimizer.settle()
     finally:
-        dispatch.FORCED, fused._TILE_ROWS = False, tile
+        machine.FORCED, fused._TILE_ROWS = False, tile
     states = head.optimizer.states()
     rows = decode(head.centers.detach(), states.get("centers_scale")).cpu()
     velocity = decode(states["momentum"], states.get("momentum_scale")).cpu()
@@ -278,7 +283,7 @@ def test_all_rows(launch):
     ids=["cpu", "sub-centers", "softmax", "uniface", "adamw", "dim"],
 )
 def test_what_the_kernels_do_not_know_is_refused(margin, settings, why, monkeypatch):
-    monkeypatch.setattr(dispatch, "FORCED", "GPU" not in why)
+    monkeypatch.setattr(machine, "FORCED", "GPU" not in why)
     settings = {"embedding_dim": 8, **settings}
     with pytest.raises(ValueError, match=f"fused = True: they .*{why}.*; remove it"):
         PartialFC(20, margin=margin, fused=True, **settings)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from partialfc import ArcFace, PartialFC, RowSGD
-from partialfc.head.tiles import dispatch
+from partialfc.head import machine
 from tests.support.ranks import run_on_ranks
 
 if importlib.util.find_spec("triton") is None:
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.distributed
 
 
 def trained(rank, world_size, fused):
-    dispatch.FORCED = fused
+    machine.FORCED = fused
     try:
         head = PartialFC(
             151,
@@ -36,7 +36,7 @@ def trained(rank, world_size, fused):
             head.optimizer.step()
             losses.append(loss.item())
     finally:
-        dispatch.FORCED = False
+        machine.FORCED = False
     return losses, embeddings.grad.numpy(), head.centers.detach().numpy()
 
 

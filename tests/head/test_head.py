@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from partialfc import ArcFace, CosFace, PartialFC, RowAdamW, RowSGD
-from partialfc.head import tiles
 from partialfc.head.centers import fill_initial_
 from partialfc.head.rows.formats import decode
 from partialfc.head.tiles import passes
+from partialfc.head.tiles.torch_steps import project_
 from tests.support import reference
 
 PLAIN = RowSGD(lr=1.0, momentum=0.0, weight_decay=0.0)
@@ -489,8 +489,8 @@ def test_rows_of_any_length_give_the_gradients_of_their_directions():
     for start, stop, gradient_TD, factor_T1 in passes.second_pass(
         before, None, [kept], head.optimizer.workspace
     ):
-        tiles.positives(None, [kept]).add_(gradient_TD, start, factor_T1)
-        tiles.project_(gradient_TD, before[start:stop], torch.empty_like(gradient_TD), factor_T1)
+        passes.positives(None, [kept]).add_(gradient_TD, start, factor_T1)
+        project_(gradient_TD, before[start:stop], torch.empty_like(gradient_TD), factor_T1)
         for row, true in zip(gradient_TD, truth[2][start:stop], strict=True):
             assert reference.relative_error(row, true) < 1e-4
 

@@ -22,9 +22,9 @@ import pytest
 import torch
 
 from partialfc import ArcFace, PartialFC, RowSGD
+from partialfc.head import machine
 from partialfc.head.rows.catch_up import Moves
 from partialfc.head.rows.formats import DTYPES, FORMATS, SCALED, decode, encode
-from partialfc.head.tiles import dispatch
 from partialfc.keyed import key, permute, unpermute
 from partialfc.margins import Bend, CurricularFace
 from tests.support.places import ROOT
@@ -711,7 +711,7 @@ def test_permute_gives_the_integers_of_permutation(launch, largest, count, inver
 
 def _trained(device, forced, margin, compute, center_format, rule):
     """Three steps of a sampled head: losses, the embeddings' last gradient, centers and states."""
-    dispatch.FORCED = forced
+    machine.FORCED = forced
     try:
         head = PartialFC(
             300,
@@ -735,7 +735,7 @@ def _trained(device, forced, margin, compute, center_format, rule):
             head.optimizer.step()
             losses.append(loss.item())
     finally:
-        dispatch.FORCED = False
+        machine.FORCED = False
     states = head.optimizer.states()
     rows = decode(head.centers.detach(), states.get("centers_scale")).cpu()
     velocity = states.get("momentum")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from partialfc import ArcFace, PartialFC, RowSGD
 from partialfc.head.rows.formats import decode
-from partialfc.head.tiles import Compute
+from partialfc.numerics import Compute
 from tools.bench.conditions import conditions
 
 PLAIN = RowSGD(lr=1.0, momentum=0.0, weight_decay=0.0)

@@ -16,13 +16,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from partialfc.commands._estimate.backbone import MIB, Device, Ledger, Part, bytes_of
 from partialfc.config import Config, ConfigError
 from partialfc.head import partial_fc as head_module
+from partialfc.head.plan import Machine, Plan, decide
 from partialfc.head.rows.formats import DTYPES
 from partialfc.head.rows.optimizer import RowOptimizer
 from partialfc.head.sampling import KeyedSampler
 from partialfc.head.sharding import Sharding, default_canonical_shards
-from partialfc.head.tiles import Logits, fused, operand_dtype, passes
+from partialfc.head.tiles import fused, passes
+from partialfc.head.tiles.parts import Logits
 from partialfc.margins import Margin
 from partialfc.model.build import _ROW_RULES, head_compute, margin_of
+from partialfc.numerics import operand_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,7 @@ def shard_of(config: Config, identities: int, world_size: int, device: Device) -
     """Return the sizes of the largest rank's part of the head.
 
     Raises:
-        ConfigError: If the centers cannot be cut for so many ranks.
+        ConfigError: If the centers cannot be cut for so many ranks, or not go by fused kernels.
     """
     settings, batch = config.head, config.data.global_batch
     shards = settings.canonical_shards or default_canonical_shards(identities)
@@ -76,8 +79,8 @@ def shard_of(config: Config, identities: int, world_size: int, device: Device) -
         query_BD = torch.empty(micro_batch, dim_of(config, margin), device=device)
         rows_n = torch.empty(sampled, dtype=torch.int64)
         _, tile = next(passes.tiles(query_BD, query_BD, rows_n, per_identity), (0, 0))
-    fused_tile = 0
-    if settings.fused:
+    fused_tile, path = 0, plan_of(config, margin, device).path
+    if path == "fused":
         _, fused_tile = next(fused.tiles(micro_batch, sampled), (0, 0))
     budget = settings.keep_mib
     budget_bytes = head_module._KEEP_BYTES[device] if budget is None else budget * MIB
@@ -86,9 +89,35 @@ def shard_of(config: Config, identities: int, world_size: int, device: Device) -
     if exponentials > budget_bytes:
         one = max(1, (fused_tile or tile) * micro_batch * operand)
         kept = budget_bytes // one * one
-    if settings.fused and _needs_maximum(margin):
+    if path == "fused" and _needs_maximum(margin):
         kept = 0
     return Shard(rows, sampled, tile, fused_tile, per_identity, kept, exponentials)
+
+
+def plan_of(config: Config, margin: Margin, device: Device) -> Plan:
+    """Return which code computes the head, on a GPU of the kind that the fused kernels need.
+
+    Raises:
+        ConfigError: If the fused kernels are asked for and cannot do it.
+    """
+    state = {name: torch.tensor(value) for name, value in margin.new_state(1).items()}
+    plan = decide(
+        _machine(device),
+        dim=config.backbone.embedding_dim,
+        unit_centers=margin.unit_centers,
+        centers_per_identity=margin.centers_per_identity,
+        binary=margin.offset(state) is not None,
+        sgd=config.head.optimizer.name == "sgd",
+        compute=head_compute(config, torch.device(device)),
+        fused=config.head.fused,
+    )
+    if config.head.fused and plan.path != "fused":
+        raise ConfigError(f"head.fused = true: {plan.reason}. Remove it.")
+    return plan
+
+
+def _machine(device: Device) -> Machine | None:
+    return None if device == "cuda" else Machine(device, has_kernels=False)
 
 
 def _needs_maximum(margin: Margin) -> bool:

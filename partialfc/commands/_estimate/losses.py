@@ -17,9 +17,11 @@ from partialfc.config import Config
 from partialfc.distributed.ranks import Ranks
 from partialfc.head.center_losses import CenterTerm, center_loss, inter_class_loss
 from partialfc.head.sampling import Sample
-from partialfc.head.tiles import Logits, Workspace, operand_dtype, unit
+from partialfc.head.tiles.parts import Logits
+from partialfc.head.tiles.workspace import Workspace
 from partialfc.losses.over_ranks import sums_of
 from partialfc.model.build import embedding_losses, head_compute, margin_of
+from partialfc.numerics import operand_dtype, unit
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from partialfc.head.plan import Path
 from partialfc.head.rows.rules import States
 from partialfc.head.rows.tile import AT_STEP, CENTERS, SCALE, Tile
-from partialfc.head.tiles import Workspace
-from partialfc.head.tiles.dispatch import has_kernels
+from partialfc.head.tiles.workspace import Workspace
 from partialfc.keyed import key
 
 _TILE_BYTES = 1 << 20
@@ -131,6 +131,7 @@ def catch_up_(
     *,
     first_row: int,
     compact: bool,
+    path: Path,
     workspace: Workspace,
 ) -> None:
     """Bring rows and their momentum up to the newest step, in place.
@@ -145,9 +146,10 @@ def catch_up_(
         step_key: Of the stochastic rounding.
         first_row: Global number of the shard's first row.
         compact: See above.
+        path: Which code does it.
         workspace: Buffers of the tiles.
     """
-    if has_kernels(centers):
+    if path != "torch":
         import_module("partialfc.head.rows.kernels").catch_up_(
             centers,
             states.get(CENTERS + SCALE),

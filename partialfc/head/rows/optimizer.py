@@ -17,15 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from partialfc.head.plan import Plan
 from partialfc.head.rows import catch_up as unsampled
 from partialfc.head.rows import fused
 from partialfc.head.rows.catch_up import Moves
-from partialfc.head.rows.rules import RowRule, RowSGD, States
+from partialfc.head.rows.rules import RowRule, States
 from partialfc.head.rows.staging import Placement, Staging, host_tensor, row_tensor
 from partialfc.head.rows.tile import AT_STEP, CENTERS, SCALE, Tile
-from partialfc.head.tiles import Kept, Workspace, positives, project_, second_pass
-from partialfc.head.tiles.dispatch import has_kernels
+from partialfc.head.tiles.parts import Kept
+from partialfc.head.tiles.passes import positives, second_pass
 from partialfc.head.tiles.positives import Positives
+from partialfc.head.tiles.torch_steps import project_
+from partialfc.head.tiles.workspace import Workspace
 from partialfc.keyed import key
 
 _STAGED_ROWS = 1 << 16
@@ -45,7 +48,7 @@ class RowOptimizer(torch.optim.Optimizer):
         seed: Stochastic rounding is a function of it.
         placement: Where the rows lie between steps.
         device: Where they are needed; ``None`` for where the centers are.
-        fused: Whether the fused kernels do pass 2.
+        plan: Which code computes pass 2.
         overlap: On a GPU, :meth:`step` runs beside what the current stream does since the head's
             backward. ``found_inf`` or a loss scale makes it wait for that stream all the same.
         every_row: Whether every step visits all rows, so that none ever misses one.
@@ -62,11 +65,11 @@ class RowOptimizer(torch.optim.Optimizer):
         seed: int = 0,
         placement: Placement | None = None,
         device: torch.device | None = None,
-        fused: bool = False,
+        plan: Plan | None = None,
         overlap: bool = False,
         every_row: bool = False,
     ) -> None:
-        self.rule, self._fused = rule, fused
+        self.rule, self._plan = rule, plan or Plan()
         self._device = device or centers.device
         self._placement = placement or Placement()
         self._staging: Staging | None = None
@@ -158,8 +161,7 @@ class RowOptimizer(torch.optim.Optimizer):
             in_host = {CENTERS} if self._placement.centers == "host" else set()
             if self._placement.states == "host":
                 in_host |= states.keys()
-            tensors = {CENTERS: centers, **states}
-            self._staging = Staging(tensors, frozenset(in_host), self._device)
+            self._staging = Staging({CENTERS: centers, **states}, frozenset(in_host), self._device)
         return self._staging
 
     @torch.no_grad()
@@ -190,6 +192,7 @@ class RowOptimizer(torch.optim.Optimizer):
             step_key,
             first_row=self._first,
             compact=self._placement.stages,
+            path=self._plan.path,
             workspace=self.workspace,
         )
 
@@ -284,10 +287,10 @@ class RowOptimizer(torch.optim.Optimizer):
         unit = kept[0].logits.unit
         update = None
         tiles = second_pass(centers, rows, kept, workspace, compact=compact)
-        if isinstance(self.rule, RowSGD) and has_kernels(centers) and unit:
+        if self._plan.row_kernel:
             arguments = self._kernel_arguments(group, centers, states, rows, own, step_key, skip)
             update = partial(import_module("partialfc.head.rows.kernels").sgd_, **arguments)
-            if self._fused:
+            if self._plan.path == "fused":
                 fused.second_pass(rows, kept, own, arguments, workspace)
                 tiles = iter(())
         for start, stop, gradient_TD, factor_T1 in tiles:
@@ -374,8 +377,7 @@ class RowOptimizer(torch.optim.Optimizer):
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         if grad_scale is None:
             return kept
-        unscale = 1 / grad_scale
-        return [_times(one, unscale) for one in kept]
+        return [_times(one, 1 / grad_scale) for one in kept]
 
 
 def _times(kept: Kept, weight: Tensor) -> Kept:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from partialfc.head.rows.formats import FORMATS, decode, encode, noise
 from partialfc.head.rows.rules import States
-from partialfc.head.tiles import Workspace, take_rows
+from partialfc.head.tiles.torch_steps import take_rows
+from partialfc.head.tiles.workspace import Workspace
 from partialfc.keyed import key
 
 CENTERS = "centers"

@@ -13,8 +13,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from partialfc.head.tiles.dispatch import has_kernels
-from partialfc.head.tiles.limits import LARGEST_DIM, STATIONARY
+from partialfc.head.tiles.limits import STATIONARY
 from partialfc.head.tiles.parts import FirstPass, KeptTile, Logits
 from partialfc.head.tiles.workspace import Workspace
 
@@ -25,33 +24,6 @@ _TILE_ROWS = _PROGRAMS * 4 * STATIONARY
 """Four blocks of classes for each multiprocessor; keys of 33 MiB at D = 512."""
 
 _LARGEST_INDEX = 2**31
-
-
-def unable(
-    *, unit: bool, per_identity: int, offset: bool, dim: int, sgd: bool, compute: str, like: Tensor
-) -> str | None:
-    """Return why the fused kernels cannot do what is asked for, or ``None`` if they can.
-
-    Args:
-        unit: Whether keys are unit centers.
-        per_identity: Centers of an identity.
-        offset: Whether every negative has a loss of its own.
-        dim: D.
-        sgd: Whether the rule of the rows is SGD.
-        compute: Precision of the products.
-        like: A tensor where the head is.
-    """
-    if not has_kernels(like):
-        return f"they need a GPU and Triton, and the head is on {like.device.type}"
-    if like.is_cuda and torch.cuda.get_device_capability(like.device) < (9, 0):
-        return f"they need Hopper's shared memory, which {torch.cuda.get_device_name()} lacks"
-    if like.is_cuda and compute != "bf16":
-        return f'they multiply in bf16, and compute is "{compute}"'
-    if not unit or per_identity > 1 or offset:
-        return "they know a softmax over unit centers, one an identity"
-    if dim > LARGEST_DIM:
-        return f"they hold embeddings of up to {LARGEST_DIM} elements, not {dim}"
-    return None if sgd else "they know SGD only"
 
 
 def first_pass(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from partialfc.head.plan import Path
 from partialfc.margins.base import Bend
 from partialfc.numerics import Compute
 
@@ -28,6 +29,7 @@ class Logits:
         bend: Another logit above a threshold, or ``None``.
         offset: Scalar; every negative then has a loss of its own, log(1 + exp(logit - offset)),
             and the sigmoid of the same takes the place of the exponential. ``None``: a softmax.
+        path: Which code computes them.
     """
 
     scale: float
@@ -37,6 +39,7 @@ class Logits:
     per_identity: int = 1
     bend: Bend | None = None
     offset: Tensor | None = None
+    path: Path = "torch"
 
     @property
     def needs_maximum(self) -> bool:

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from partialfc.head.plan import Path
 from partialfc.head.tiles import torch_steps
-from partialfc.head.tiles.dispatch import has_kernels, steps_for
+from partialfc.head.tiles.dispatch import steps_of
 from partialfc.head.tiles.parts import FirstPass, Kept, KeptTile, Logits
 from partialfc.head.tiles.positives import Positives
 from partialfc.head.tiles.products import add_product_, scaled_products
@@ -207,7 +208,10 @@ def unit_keys(
     The keys are in the dtype of the queries, valid until the next tile is asked for.
     """
     for start, stop in tiles(query_BD, centers_CD, rows, logits.per_identity):
-        yield start, _unit_keys(centers_CD, rows, start, stop, query_BD.dtype, workspace)
+        yield (
+            start,
+            _unit_keys(centers_CD, rows, start, stop, query_BD.dtype, logits.path, workspace),
+        )
 
 
 def tiles(
@@ -281,8 +285,8 @@ def _keys(
     They are a view where they are the centers themselves.
     """
     as_stored = centers_CD.dtype == dtype
-    if logits.unit and (has_kernels(centers_CD) or not as_stored or dtype == torch.bfloat16):
-        return _unit_keys(centers_CD, rows, start, stop, dtype, workspace), None
+    if logits.unit and (logits.path != "torch" or not as_stored or dtype == torch.bfloat16):
+        return _unit_keys(centers_CD, rows, start, stop, dtype, logits.path, workspace), None
     buffer_TD = None
     if rows is not None and as_stored:
         buffer_TD = workspace("key", (stop - start, centers_CD.shape[1]), dtype, centers_CD.device)
@@ -296,10 +300,11 @@ def _unit_keys(
     start: int,
     stop: int,
     dtype: torch.dtype,
+    path: Path,
     workspace: Workspace,
 ) -> Tensor:
     key_TD = workspace("key", (stop - start, centers_CD.shape[1]), dtype, centers_CD.device)
-    steps_for(centers_CD).unit_rows(centers_CD, rows, start, stop, key_TD)
+    steps_of(path).unit_rows(centers_CD, rows, start, stop, key_TD)
     return key_TD
 
 
@@ -353,7 +358,7 @@ def _exponentials(
             dtype=query_BD.dtype,
             factor_T1=factor_T1,
         )
-    exp_TB: Tensor = steps_for(query_BD).exponentials(
+    exp_TB: Tensor = steps_of(logits.path).exponentials(
         logit_TB,
         column_B,
         bend=bend,
