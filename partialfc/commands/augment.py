@@ -8,6 +8,8 @@ a row is one change, made to every image with the settings' strength. The images
 own loader.
 """
 
+# Shape suffix: B = images asked for.
+
 import sys
 from contextlib import closing
 from dataclasses import replace

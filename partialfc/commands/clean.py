@@ -10,6 +10,8 @@ suspects.jsonl, a list that training leaves out (data.skip); and angles.png. The
 changed.
 """
 
+# Shape suffixes: N = images, K = centers of an identity, D = embedding.
+
 import csv
 import sys
 from collections.abc import Callable

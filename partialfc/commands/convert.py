@@ -12,6 +12,8 @@ that are left without an image are taken out, and OUT.identities.json lists the 
 (--keep-empty keeps them and their numbers).
 """
 
+# Shape suffixes: N = images, C = identities.
+
 import argparse
 import json
 import sys

@@ -11,6 +11,8 @@ corner of the mouth, in pixels; they are then aligned by arcface's template. A d
 insightface's or MTCNN gives these points.
 """
 
+# Shape suffixes: N = images, D = embedding.
+
 import argparse
 import sys
 from collections.abc import Callable

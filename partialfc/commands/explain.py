@@ -8,6 +8,8 @@ The picture has the positive's logit against its angle, and the gradient that pu
 its own center.
 """
 
+# Shape suffix: N = angles.
+
 import inspect
 import math
 import sys

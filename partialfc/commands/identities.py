@@ -12,6 +12,9 @@ and the identity; with --mean-of they are the mean embedding of their images in 
 numbers. Momentum begins anew.
 """
 
+# Shape suffixes: N = images, C = old identities, A = added ones, K = centers of an identity,
+# D = embedding.
+
 import csv
 import sys
 from pathlib import Path

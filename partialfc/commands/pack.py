@@ -11,6 +11,8 @@ number of workers. OpenRun work is kept in OUT.parts until the pack is complete:
 run again with the same words and it goes on from there.
 """
 
+# Shape suffix: N = images.
+
 import argparse
 import hashlib
 import json

@@ -9,6 +9,9 @@ threshold from embeddings with identities: the one that at most the part --far o
 different identities exceeds. That holds for images like those; measure it on your own.
 """
 
+# Shape suffixes: G = gallery, Q = queries, N = rows of a file, K = places that are found,
+# D = embedding.
+
 import argparse
 import csv
 import math

@@ -5,6 +5,8 @@ faces.png (a row of images for some identities, spread evenly over the pack). Th
 image is read; a pack of many millions takes a while.
 """
 
+# Shape suffixes: N = images, C = identities.
+
 import sys
 from dataclasses import dataclass
 from io import BytesIO

@@ -1,6 +1,9 @@
 """The picture of a training: loss and accuracy, scores of the pairs, ROC.
 
 Drawn with matplotlib's objects and its Agg canvas: no window, no global state.
+
+Shape suffixes: S = steps with a loss, V = verifications, N = pairs, U = points of the untrained
+ROC.
 """
 
 import os

@@ -3,6 +3,8 @@
 ``faces.npy`` is fp32 [N, D]; ``faces.csv`` beside it has a line "name,identity" for each row.
 """
 
+# Shape suffixes: N = images, D = embedding.
+
 import csv
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,5 +1,7 @@
 """The sets that partialfc evaluate measures: what a word on the command line names, opened."""
 
+# Shape suffixes: N = images, T = templates, K = pairs, D = embedding.
+
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path

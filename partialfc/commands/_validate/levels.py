@@ -1,5 +1,7 @@
 """Each level over a whole pack: in parallel, with its cost announced and its progress shown."""
 
+# Shape suffixes: N = records of a range, C = identities.
+
 import hashlib
 import json
 import math
