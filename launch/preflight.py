@@ -1,8 +1,6 @@
-"""Look at the machines of a run: torchrun ... launch/preflight.py CONFIG.toml."""
+"""Look at the machines of a run: ``torchrun ... launch/preflight.py CONFIG.toml``."""
 
-import sys
-
-from partialfc.commands.preflight import main
+from partialfc.__main__ import command_line
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    command_line("preflight")

@@ -1,8 +1,6 @@
 """Submit training to Slurm: ``partialfc slurm``."""
 
-import sys
-
-from partialfc.slurm.command import main
+from partialfc.__main__ import command_line
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    command_line("slurm")

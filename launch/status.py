@@ -1,8 +1,6 @@
 """Serve a page on a run: ``partialfc status``."""
 
-import sys
-
-from partialfc.status.command import main
+from partialfc.__main__ import command_line
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    command_line("status")

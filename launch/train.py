@@ -1,8 +1,6 @@
-"""Train: torchrun --nproc-per-node=N launch/train.py CONFIG.toml [key.sub=value ...]."""
+"""Train: ``torchrun --nproc-per-node=N launch/train.py CONFIG.toml`` is ``partialfc train``."""
 
-import sys
-
-from partialfc.commands.train import leave, main
+from partialfc.__main__ import command_line
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    command_line("train")

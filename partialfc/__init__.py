@@ -1,6 +1,6 @@
 """Face recognition training on millions of identities: a sharded, sampled margin softmax."""
 
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         UniFace,
     )
 
-    __version__: str
+__version__ = "0.1.0"
 
 __all__ = [
     "AdaCos",
@@ -71,8 +71,6 @@ _HOME = {
 
 def __getattr__(name: str) -> object:
     """Import a public name when it is first asked for: settings and packs need no torch."""
-    if name == "__version__":
-        return metadata.version("partialfc")
     if name not in __all__:
         raise AttributeError(f"module 'partialfc' has no attribute {name!r}")
     return getattr(import_module(f"partialfc.{_HOME.get(name, 'margins')}"), name)

@@ -1,8 +1,16 @@
 """``partialfc COMMAND ...``, also as ``python -m partialfc`` and ``torchrun -m partialfc``."""
 
+import difflib
+import os
+import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
+from typing import NoReturn
+
+import partialfc
+from partialfc.commands._command import status_of
 
 COMMANDS = {
     "train": "train a model; under torchrun, on many GPUs",
@@ -22,26 +30,77 @@ COMMANDS = {
     "report": "make the page of one run or of several",
     "embed": "turn images into embeddings",
     "search": "find faces in files of embeddings",
-    "export": "write a model as ONNX, TorchScript or safetensors",
+    "export": "write a model as ONNX, INT8, torch.export or safetensors",
     "identities": "carry class centers over to other identities",
     "convert-checkpoint": "read and write checkpoints of arcface_torch",
 }
 """Every command and what it does, in the order in which a project needs them."""
 
-_HOME = {"slurm": "partialfc.slurm.command", "status": "partialfc.status.command"}
+_ROOM = {"slurm": "partialfc.slurm.command", "status": "partialfc.status.command"}
+
+_USAGE = """usage: partialfc COMMAND ...
+
+{commands}
+
+``partialfc COMMAND --help`` says more of one. Several GPUs train, evaluate and embed together:
+
+    torchrun --nproc-per-node=N -m partialfc train CONFIG.toml"""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; return its exit status."""
-    name, *words = (sys.argv[1:] if arguments is None else arguments) or [""]
-    if name in COMMANDS:
-        module = import_module(_HOME.get(name, f"partialfc.commands.{name.replace('-', '_')}"))
-        return int(module.main(words))
-    width = max(map(len, COMMANDS))
-    lines = [f"  {command:{width}}  {does}" for command, does in COMMANDS.items()]
-    print("\n".join(["usage: partialfc COMMAND ...", "", *lines]))
+def main(arguments: Sequence[str]) -> int:
+    """Run the command that the first word names, and return its exit status.
+
+    0 is done, and ``partialfc.errors`` has the others; validate, export and estimate return 1 for
+    what they find wanting.
+    """
+    name, *words = arguments or [""]
+    if name == "--version":
+        print(f"partialfc {partialfc.__version__}")
+    elif name in ("", "-h", "--help"):
+        width = max(map(len, COMMANDS))
+        lines = [f"  {command:{width}}  {does}" for command, does in COMMANDS.items()]
+        print(_USAGE.format(commands="\n".join(lines)))
+        return 0 if name else 2
+    elif name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS)
+        remedy = (
+            f"Did you mean {' or '.join(near)}?" if near else "partialfc --help names them all."
+        )
+        print(f"partialfc: there is no command {name!r}. {remedy}", file=sys.stderr)
+        return 2
+    else:
+        return _run(name, words)
     return 0
 
 
+def command_line(*first: str) -> NoReturn:
+    """Run the command of this process's words, ``first`` before them, and end the process.
+
+    At once: all is closed then, and nothing is worth the teardown of torch, gloo and DALI. It takes
+    seconds, and one of their threads may abort in it.
+    """
+    status = main([*first, *sys.argv[1:]])
+    with suppress(BrokenPipeError):  # of ``| head``
+        sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _run(name: str, words: list[str]) -> int:
+    def work() -> int:
+        try:
+            module = import_module(_ROOM.get(name, f"partialfc.commands.{name.replace('-', '_')}"))
+            return int(module.main(words))
+        except BrokenPipeError:
+            return 128 + signal.SIGPIPE
+
+    try:
+        return status_of(work, ValueError, OSError)
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as end:  # argparse's
+        return int(end.code or 0)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line()

@@ -1,10 +1,21 @@
 """The causes that end a run, each with its exit code.
 
-2 settings (:class:`~partialfc.errors.ConfigError`), 3 not finite, 4 checkpoint, 5 data,
-6 hang, 7 lost rank, 8 crash loop, 75 preempted
-(:class:`~partialfc.runtime.process.preemption.Preempted`), 130 stopped; 1 is everything that nobody
-foresaw.
+2 settings, a wrong request or a missing package, 3 not finite, 4 checkpoint, 5 data, 6 hang, 7 lost
+rank, 8 crash loop, 75 preempted, 130 stopped by Ctrl-C; 1 is everything that nobody foresaw.
 """
+
+import json
+import os
+import time
+from pathlib import Path
+
+EXTRAS = {
+    "train": ("matplotlib", "PIL", "prometheus_client", "simplejpeg", "tensorboard", "nvidia"),
+    "slurm": ("submitit",),
+    "export": ("onnx", "onnxruntime", "onnxscript"),
+    "search": ("faiss", "pyarrow"),
+}
+"""What is imported of the packages that each extra of pyproject.toml installs."""
 
 
 class NonFiniteError(RuntimeError):
@@ -43,18 +54,43 @@ class CrashLoopError(RuntimeError):
     exit_code = 8
 
 
+def extra_of(error: BaseException) -> str | None:
+    """Return the extra that installs what an import did not find; ``None`` if no extra does."""
+    if isinstance(error, ModuleNotFoundError) and error.name is not None:
+        package = error.name.partition(".")[0]
+        return next((extra for extra, packages in EXTRAS.items() if package in packages), None)
+    return None
+
+
 def exit_code_of(error: BaseException) -> int:
     """Return the exit code of a process that an error ends."""
-    return 130 if isinstance(error, KeyboardInterrupt) else int(getattr(error, "exit_code", 1))
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return 2 if extra_of(error) else int(getattr(error, "exit_code", 1))
 
 
-def in_words(error: Exception) -> str:
-    """Return what a user is told: a file by its name, a package by how it is installed."""
-    if isinstance(error, ModuleNotFoundError):
-        return f"{error.name} is not installed: pip install -e '.[export,search]'"
+def in_words(error: BaseException) -> str:
+    """Return what a user is told: a file by its name, a package by the line that installs it."""
+    if extra := extra_of(error):
+        assert isinstance(error, ModuleNotFoundError)
+        return f"{error.name} is not installed: pip install 'partialfc[{extra}]'"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return str(error)
+
+
+def record_for_torchrun(error: BaseException, stack: str = "") -> None:
+    """Write the file from which torchrun's summary takes a run's first error; else do nothing.
+
+    Args:
+        error: What ends this process.
+        stack: The stack of an error that nobody foresaw; without it the summary has the words.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is not None:
+        more = {"timestamp": str(int(time.time()))} | ({"py_callstack": stack} if stack else {})
+        entry = {"message": {"message": in_words(error), "extraInfo": more}}
+        Path(path).write_text(json.dumps(entry))
 
 
 class ConfigError(ValueError):

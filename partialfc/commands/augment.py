@@ -10,7 +10,6 @@ own loader.
 
 # Shape suffix: B = images asked for.
 
-import sys
 from contextlib import closing
 from dataclasses import replace
 from itertools import islice
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 
-from partialfc.commands._parser import command_parser
+from partialfc.commands._command import command_parser
 
 mpl.use("Agg")
 
@@ -27,7 +26,7 @@ import torch
 from matplotlib import pyplot
 from numpy.typing import NDArray
 
-from partialfc.config import Config, ConfigError, load
+from partialfc.config import Config, load
 from partialfc.data.augment import CHANGES, Augmentation
 from partialfc.data.dataset import DataSet, open_dataset
 from partialfc.data.loaders.loader import open_batches
@@ -53,21 +52,17 @@ class Chosen:
         """Any batch can be made."""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the tool; return its exit status."""
+def main(arguments: list[str]) -> int:
+    """Run the command; return its exit status."""
     parser = command_parser("augment", __doc__)
     parser.add_argument("config", type=Path, help="settings of a run, TOML")
     parser.add_argument("overrides", nargs="*", help="key.sub=value")
     parser.add_argument("--out", type=Path, required=True, help="the picture, a .png")
     parser.add_argument("--each", action="store_true", help="a row for each change")
     options = parser.parse_intermixed_args(arguments)
-    try:
-        config = load(options.config, options.overrides)
-        dataset = open_dataset(config.data.train, config.data.skip)
-        (draw_each if options.each else draw_epochs)(config, dataset, options.out)
-    except (ConfigError, ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    config = load(options.config, options.overrides)
+    dataset = open_dataset(config.data.train, config.data.skip)
+    (draw_each if options.each else draw_epochs)(config, dataset, options.out)
     return 0
 
 

@@ -13,13 +13,12 @@ changed.
 # Shape suffixes: N = images, K = centers of an identity, D = embedding.
 
 import csv
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib as mpl
 
-from partialfc.commands._parser import command_parser
+from partialfc.commands._command import command_parser
 
 mpl.use("Agg")
 
@@ -31,19 +30,17 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from partialfc.checkpoint import CheckpointError
 from partialfc.config import ConfigError
 from partialfc.data.dataset import DataSet
 from partialfc.data.skip_list import write_skip_list
-from partialfc.errors import DataError
 from partialfc.head.centers import stored_centers
 from partialfc.training.open_run import OpenRun, open_run
 
 CHUNK = 8192
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the tool; return its exit status."""
+def main(arguments: list[str]) -> int:
+    """Run the command; return its exit status."""
     parser = command_parser("clean", __doc__)
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
@@ -51,19 +48,15 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not 0 < options.degrees < 180:
         parser.error(f"--degrees must be in (0, 180), got {options.degrees}.")
-    try:
-        with open_run(options.run) as run:
-            if run.model.head.centers_per_identity < 2:
-                raise ConfigError(
-                    f"{options.run}: its margin {run.config.head.margin.name!r} has one center an "
-                    'identity; train with head.margin.name = "subcenter_arcface".'
-                )
-            degrees = angles_to_dominant(run)
-            dataset = run.dataset
-            identities = dataset.identities(np.arange(len(dataset)))
-    except (ConfigError, CheckpointError, DataError) as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    with open_run(options.run) as run:
+        if run.model.head.centers_per_identity < 2:
+            raise ConfigError(
+                f"{options.run}: its margin {run.config.head.margin.name!r} has one center an "
+                'identity; train with head.margin.name = "subcenter_arcface".'
+            )
+        degrees = angles_to_dominant(run)
+        dataset = run.dataset
+        identities = dataset.identities(np.arange(len(dataset)))
     options.out.mkdir(parents=True, exist_ok=True)
     suspects = write(options.out / "suspects.csv", degrees, identities, options.degrees)
     write_skip_list(

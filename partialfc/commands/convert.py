@@ -16,7 +16,6 @@ that are left without an image are taken out, and OUT.identities.json lists the 
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -28,7 +27,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from partialfc.commands._parser import command_parser
+from partialfc.commands._command import command_parser
 from partialfc.data.dataset import DataSet, open_dataset
 from partialfc.data.packs.writer import PackWriter, write_insightface_pack
 from partialfc.data.sets.pairs import read_pairs, write_pairs
@@ -36,8 +35,8 @@ from partialfc.data.sets.pairs import read_pairs, write_pairs
 Item = TypeVar("Item")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the tool; return its exit status."""
+def main(arguments: list[str]) -> int:
+    """Run the command; return its exit status."""
     parser = command_parser("convert", __doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -71,15 +70,9 @@ def main(arguments: list[str] | None = None) -> int:
     pairs.set_defaults(run=to_pairs)
 
     options = parser.parse_args(arguments)
-    try:
-        if options.out.exists():
-            raise ValueError(f"{options.out} exists already: remove it, or choose another name.")
-        options.run(options)
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"convert: {error}", file=sys.stderr)
-        return 2
+    if options.out.exists():
+        raise ValueError(f"{options.out} exists already: remove it, or choose another name.")
+    options.run(options)
     return 0
 
 

@@ -13,7 +13,6 @@ Started by torchrun, every rank reads the part of the centers that it owns.
 
 import argparse
 import re
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,13 @@ from rich.table import Table
 from partialfc.checkpoint import CheckpointError, foreign
 from partialfc.checkpoint import loading as checkpoint
 from partialfc.checkpoint.trained_backbone import open_backbone
+from partialfc.commands._command import command_parser
 from partialfc.commands._convert_checkpoint import layouts, settings
 from partialfc.commands._convert_checkpoint.fill import fill
-from partialfc.commands._parser import command_parser
 from partialfc.config import Config, ConfigError, load, to_toml
 from partialfc.config.schema import to_value
 from partialfc.data.dataset import open_dataset
-from partialfc.errors import ForeignError, in_words
+from partialfc.errors import in_words
 from partialfc.model.build import Model, build
 from partialfc.records.console import from_here
 from partialfc.records.metrics import write_text
@@ -41,27 +40,23 @@ from partialfc.training.must_match import must_match
 _OVERRIDE = re.compile(r"[a-z_][a-z_.0-9]*=")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the tool; return its exit status."""
+def main(arguments: list[str]) -> int:
+    """Run the command; return its exit status."""
     parser = _parser()
     options, words = parser.parse_known_args(arguments)
     unknown = [word for word in words if options.what == "out" or not _OVERRIDE.match(word)]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     options.overrides = words
-    try:
-        if options.what == "in":
-            return bring_in(options)
-        if options.what == "out":
-            return take_out(options.run, options.model)
-        theirs = settings.parse(options.config)
-        text, notes = toml_of(theirs, options.ranks, options.config)
-        load_text(text, options.overrides, options.config)
-        print(text, *(f"# {note}" for note in notes), sep="\n")
-        return 0
-    except (ConfigError, CheckpointError, ForeignError) as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    if options.what == "in":
+        return bring_in(options)
+    if options.what == "out":
+        return take_out(options.run, options.model)
+    theirs = settings.parse(options.config)
+    text, notes = toml_of(theirs, options.ranks, options.config)
+    load_text(text, options.overrides, options.config)
+    print(text, *(f"# {note}" for note in notes), sep="\n")
+    return 0
 
 
 def bring_in(options: argparse.Namespace) -> int:

@@ -14,7 +14,6 @@ insightface's or MTCNN gives these points.
 # Shape suffixes: N = images, D = embedding.
 
 import argparse
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,15 +24,13 @@ from rich.console import Console
 from rich.progress import Progress
 
 from partialfc.checkpoint.trained_backbone import open_backbone
+from partialfc.commands._command import command_parser
 from partialfc.commands._embed.files import Embeddings, write_embeddings
-from partialfc.commands._parser import command_parser
 from partialfc.commands.evaluate import AUTOCAST, embedder, settings_of
-from partialfc.config import ConfigError
 from partialfc.data.images.align import align
 from partialfc.data.packs.pack import open_pack
 from partialfc.data.sets.benchmarks import read_image
 from partialfc.data.sets.pairs import Image
-from partialfc.errors import DataError, ForeignError, in_words
 from partialfc.evaluation.embedding import embed_images
 from partialfc.runtime.process import running
 
@@ -49,43 +46,36 @@ class Images:
     read: Callable[[int], Image]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the tool; return its exit status."""
+def main(arguments: list[str]) -> int:
+    """Run the command; return its exit status."""
     options = _parser().parse_args(arguments)
-    try:
-        if options.out.suffix not in (".npy", ".parquet"):
-            raise ValueError(f"--out {options.out}: must end in .npy or .parquet.")
-        if options.out.suffix == ".parquet":
-            import pyarrow  # noqa: F401  # before the images are embedded
-        trained = open_backbone(options.model, image_size=options.image_size)
-        size = trained.known.image_size
-        images = _images(options.images, options.landmarks)
-        flip = trained.config.verification.flip if trained.config else True
-        with running(settings_of(options.device)) as runtime:
-            share = -(-len(images.names) // runtime.ranks.size)
-            with Progress(console=Console(stderr=True), disable=not runtime.leads) as bar:
-                task = bar.add_task("embedding", total=share)
-                rows_ND = embed_images(
-                    embedder(trained, runtime, options.precision),
-                    str(options.images),
-                    len(images.names),
-                    images.read,
-                    runtime,
-                    size=size,
-                    flip=flip if options.flip is None else options.flip,
-                    threads=options.threads,
-                    progress=lambda done: bar.advance(task, done),
-                )
-            if runtime.leads:
-                found = Embeddings(images.names, images.identities, rows_ND.astype(np.float32))
-                write_embeddings(options.out, found)
-                print(f"{options.out}: {len(rows_ND):,} embeddings of {rows_ND.shape[1]}")
-    except (ConfigError, ForeignError, DataError) as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    except (ValueError, OSError, ImportError) as error:
-        print(in_words(error), file=sys.stderr)
-        return 2
+    if options.out.suffix not in (".npy", ".parquet"):
+        raise ValueError(f"--out {options.out}: must end in .npy or .parquet.")
+    if options.out.suffix == ".parquet":
+        import pyarrow  # noqa: F401  # before the images are embedded
+    trained = open_backbone(options.model, image_size=options.image_size)
+    size = trained.known.image_size
+    images = _images(options.images, options.landmarks)
+    flip = trained.config.verification.flip if trained.config else True
+    with running(settings_of(options.device)) as runtime:
+        share = -(-len(images.names) // runtime.ranks.size)
+        with Progress(console=Console(stderr=True), disable=not runtime.leads) as bar:
+            task = bar.add_task("embedding", total=share)
+            rows_ND = embed_images(
+                embedder(trained, runtime, options.precision),
+                str(options.images),
+                len(images.names),
+                images.read,
+                runtime,
+                size=size,
+                flip=flip if options.flip is None else options.flip,
+                threads=options.threads,
+                progress=lambda done: bar.advance(task, done),
+            )
+        if runtime.leads:
+            found = Embeddings(images.names, images.identities, rows_ND.astype(np.float32))
+            write_embeddings(options.out, found)
+            print(f"{options.out}: {len(rows_ND):,} embeddings of {rows_ND.shape[1]}")
     return 0
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from partialfc.commands._command import command_parser
 from partialfc.commands._estimate.backbone import (
     GIB,
     MOMENTS,
@@ -49,7 +50,6 @@ from partialfc.commands._estimate.time import (
     cores,
     seconds_of,
 )
-from partialfc.commands._parser import command_parser
 from partialfc.config import Config, ConfigError, load
 from partialfc.data.dataset import open_dataset
 from partialfc.errors import in_words
@@ -226,7 +226,7 @@ def identities_of(config: Config, given: int | None) -> int:
         ) from error
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str]) -> int:
     """Estimate, print, and return the exit code."""
     parser = command_parser("estimate", __doc__)
     parser.add_argument("config", help="settings of the run, TOML")
@@ -243,15 +243,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--json", type=Path, metavar="OUT", help="write all numbers there")
     options = parser.parse_intermixed_args(arguments)
-    try:
-        config, cluster = load(options.config, options.override), cluster_of(options)
-        config.check(cluster.ranks)
-        identities = identities_of(config, options.identities)
-        shard = shard_of(config, identities, cluster.ranks, cluster.device)
-        counted = count_backbone(config, cluster.ranks)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
+    config, cluster = load(options.config, options.override), cluster_of(options)
+    config.check(cluster.ranks)
+    identities = identities_of(config, options.identities)
+    shard = shard_of(config, identities, cluster.ranks, cluster.device)
+    counted = count_backbone(config, cluster.ranks)
     losses = count_losses(config, shard, cluster.ranks, cluster.device)
     parts = memory_of(config, counted, losses, identities, cluster)
     times = seconds_of(config, counted, losses, shard, cluster)

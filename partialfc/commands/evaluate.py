@@ -26,12 +26,11 @@ from rich.progress import Progress
 from rich.table import Table
 
 from partialfc.checkpoint.trained_backbone import TrainedBackbone, open_backbone
+from partialfc.commands._command import command_parser
 from partialfc.commands._evaluate import picture
 from partialfc.commands._evaluate.sets import KINDS, Measured, Set, Ways, open_set_of
-from partialfc.commands._parser import command_parser
 from partialfc.config import Config, ConfigError
 from partialfc.data.sets.pairs import Image
-from partialfc.errors import DataError, ForeignError
 from partialfc.evaluation.embedding import BLOCK, embed_images
 from partialfc.protocols.templates import Modes
 from partialfc.records.metrics import finite, write_json
@@ -40,30 +39,23 @@ from partialfc.runtime.process import Runtime, running
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the tool; return its exit status."""
+def main(arguments: list[str]) -> int:
+    """Run the command; return its exit status."""
     options = _parser().parse_args(arguments)
-    try:
-        trained = open_backbone(options.model, image_size=options.image_size)
-        flip = trained.config.verification.flip if trained.config else True
-        flip = flip if options.flip is None else options.flip
-        modes = Modes(keep_norms=options.norms, detector=options.detector)
-        targets = tuple(float(word) for word in options.far.split(","))
-        ways = Ways(flip, modes, options.compat, targets)
-        sets = [open_set_of(word, ways) for word in options.sets]
-        names = [one.name for one in sets]
-        if len(set(names)) < len(names):
-            raise ConfigError(f"sets: {', '.join(names)}: results go by name, so rename one.")
-        with running(settings_of(options.device)) as runtime:
-            found = measure(trained, sets, runtime, flip, options)
-            if runtime.leads:
-                _write(options, trained, flip, found)
-    except (ConfigError, ForeignError, DataError) as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
+    trained = open_backbone(options.model, image_size=options.image_size)
+    flip = trained.config.verification.flip if trained.config else True
+    flip = flip if options.flip is None else options.flip
+    modes = Modes(keep_norms=options.norms, detector=options.detector)
+    targets = tuple(float(word) for word in options.far.split(","))
+    ways = Ways(flip, modes, options.compat, targets)
+    sets = [open_set_of(word, ways) for word in options.sets]
+    names = [one.name for one in sets]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"sets: {', '.join(names)}: results go by name, so rename one.")
+    with running(settings_of(options.device)) as runtime:
+        found = measure(trained, sets, runtime, flip, options)
+        if runtime.leads:
+            _write(options, trained, flip, found)
     return 0
 
 

@@ -12,12 +12,11 @@ its own center.
 
 import inspect
 import math
-import sys
 from pathlib import Path
 
 import matplotlib as mpl
 
-from partialfc.commands._parser import command_parser
+from partialfc.commands._command import command_parser
 
 mpl.use("Agg")
 
@@ -27,7 +26,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from partialfc.config import Config, ConfigError, load
+from partialfc.config import Config, load
 from partialfc.data.dataset import open_dataset
 from partialfc.margins import MARGINS, Margin
 from partialfc.margins.guidance import (
@@ -45,8 +44,8 @@ DEGREES = (0, 15, 30, 45, 60, 75, 90, 120, 150, 180)
 NORMS = (5.0, 20.0, 60.0, 100.0)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the tool; return its exit status."""
+def main(arguments: list[str]) -> int:
+    """Run the command; return its exit status."""
     parser = command_parser("explain", __doc__)
     parser.add_argument("config", nargs="?", type=Path, help="a TOML file of settings")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings on top of it")
@@ -59,22 +58,16 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if options.config is None:
         parser.error("a settings file is needed, or --list")
-    try:
-        config = load(options.config, options.overrides)
-        margin = margin_of(config)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
+    config = load(options.config, options.overrides)
+    margin = margin_of(config)
     identities = options.identities
     try:
         if identities is None:
             identities = open_dataset(config.data.train, config.data.skip).num_identities
     except (OSError, ValueError) as error:
-        print(f"{error}\nWithout the pack, say --identities N.", file=sys.stderr)
-        return 2
+        raise ValueError(f"{error}\nWithout the pack, say --identities N.") from error
     if identities < 2:
-        print(f"--identities {identities}: a softmax needs two.", file=sys.stderr)
-        return 2
+        raise ValueError(f"--identities {identities}: a softmax needs two.")
     explain(config, margin, identities)
     if options.png:
         draw(config, margin, identities, options.png)

@@ -10,7 +10,6 @@ INT8 costs is measured and printed. Formats: onnx, fp16, int8, pt2 (torch.export
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,11 @@ from safetensors.torch import save
 
 from partialfc.checkpoint.foreign import read_backbone
 from partialfc.checkpoint.trained_backbone import TrainedBackbone, open_backbone
+from partialfc.commands._command import command_parser
 from partialfc.commands._export.card import write_card
 from partialfc.commands._export.check import Original, Run, calibration, check, original
-from partialfc.commands._parser import command_parser
 from partialfc.config import ConfigError
 from partialfc.data.sets.pairs import Pairs, read_pairs
-from partialfc.errors import DataError, ForeignError, in_words
 
 FILES = {
     "onnx": "model.onnx",
@@ -41,27 +39,19 @@ ALLOWED = {"fp16": (0.999, 1e-3), "int8": (-1.0, 1.0)}
 CALIBRATED_ON = 512
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the tool; return its exit status: 1 if a file is not the original."""
+def main(arguments: list[str]) -> int:
+    """Run the command; return its exit status: 1 if a file is not the original."""
     options = _parser().parse_args(arguments)
     formats = options.formats.split(",")
     if unknown := [word for word in formats if word not in FILES]:
-        print(f"--formats: {unknown[0]}: must be some of {','.join(FILES)}.", file=sys.stderr)
-        return 2
-    try:
-        if {"onnx", "fp16", "int8"} & set(formats):
-            import partialfc.commands._export.onnx_file  # noqa: F401  (is it all installed?)
-        trained = open_backbone(options.model, image_size=options.image_size)
-        path = _check_set(options.check, trained)
-        pairs = read_pairs(path)
-        options.out.mkdir(parents=True, exist_ok=True)
-        rows = _exported(trained, options.out, formats, pairs, options.inside)
-    except (ConfigError, ForeignError, DataError) as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    except (OSError, ValueError, ImportError) as error:
-        print(in_words(error), file=sys.stderr)
-        return 2
+        raise ValueError(f"--formats: {unknown[0]}: must be some of {','.join(FILES)}.")
+    if {"onnx", "fp16", "int8"} & set(formats):
+        import partialfc.commands._export.onnx_file  # noqa: F401  (is it all installed?)
+    trained = open_backbone(options.model, image_size=options.image_size)
+    path = _check_set(options.check, trained)
+    pairs = read_pairs(path)
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows = _exported(trained, options.out, formats, pairs, options.inside)
     write_card(
         options.out / "README.md",
         trained,

@@ -16,7 +16,6 @@ numbers. Momentum begins anew.
 # D = embedding.
 
 import csv
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +25,8 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from partialfc.checkpoint import CheckpointError
 from partialfc.checkpoint.warm_start import write_start
-from partialfc.commands._parser import command_parser
+from partialfc.commands._command import command_parser
 from partialfc.config import ConfigError
 from partialfc.data.packs.pack import Pack, open_pack
 from partialfc.errors import DataError
@@ -38,8 +36,8 @@ from partialfc.training.open_run import OpenRun, open_run
 CHUNK = 4096
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the tool; return its exit status."""
+def main(arguments: list[str]) -> int:
+    """Run the command; return its exit status."""
     parser = command_parser("identities", __doc__)
     parser.add_argument("run", type=Path, help="folder of a run")
     parser.add_argument("out", type=Path, help="folder to write, for run.start_from")
@@ -47,41 +45,34 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--identities", type=int, help="of the new run; as many as the map needs")
     parser.add_argument("--mean-of", type=Path, help="pack whose images begin added identities")
     options = parser.parse_args(arguments)
-    try:
-        if options.out.exists():
-            raise ConfigError(f"{options.out}: it exists already; name another folder.")
-        with open_run(options.run) as run:
-            old = run.model.head.sharding.num_identities
-            olds, news = read_map(options.map, old) if options.map else (np.arange(old),) * 2
-            count = options.identities or int(news.max()) + 1
-            if count <= news.max():
-                raise ConfigError(
-                    f"--identities {count}: the largest new number is {news.max()}, so at least "
-                    f"{news.max() + 1}."
-                )
-            pack = open_pack(options.mean_of) if options.mean_of else None
-            if pack is not None and pack.num_identities != count:
-                raise ConfigError(
-                    f"{options.mean_of}: it has {pack.num_identities:,} identities, and the new "
-                    f"run {count:,}. Give its number with --identities, or another map."
-                )
-            rows, added = new_rows(run, olds, news, count, pack)
-            head = run.model.head
-            write_start(
-                options.out,
-                run.model.backbone.state_dict(),
-                rows,
-                {
-                    "num_identities": count,
-                    "centers_per_identity": head.centers_per_identity,
-                },
+    if options.out.exists():
+        raise ConfigError(f"{options.out}: it exists already; name another folder.")
+    with open_run(options.run) as run:
+        old = run.model.head.sharding.num_identities
+        olds, news = read_map(options.map, old) if options.map else (np.arange(old),) * 2
+        count = options.identities or int(news.max()) + 1
+        if count <= news.max():
+            raise ConfigError(
+                f"--identities {count}: the largest new number is {news.max()}, so at least "
+                f"{news.max() + 1}."
             )
-    except (ConfigError, CheckpointError, DataError) as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    except (OSError, ValueError) as error:
-        print(f"identities: {error}", file=sys.stderr)
-        return 2
+        pack = open_pack(options.mean_of) if options.mean_of else None
+        if pack is not None and pack.num_identities != count:
+            raise ConfigError(
+                f"{options.mean_of}: it has {pack.num_identities:,} identities, and the new "
+                f"run {count:,}. Give its number with --identities, or another map."
+            )
+        rows, added = new_rows(run, olds, news, count, pack)
+        head = run.model.head
+        write_start(
+            options.out,
+            run.model.backbone.state_dict(),
+            rows,
+            {
+                "num_identities": count,
+                "centers_per_identity": head.centers_per_identity,
+            },
+        )
     merged = len(news) - len(np.unique(news))
     print(
         f"{options.out}: {count:,} identities, {added:,} of them added; of {old:,} trained ones "

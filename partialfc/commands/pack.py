@@ -39,6 +39,7 @@ from PIL import Image, ImageOps
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from partialfc.commands._command import command_parser
 from partialfc.commands._pack.sources import (
     SUFFIXES,
     Fault,
@@ -48,7 +49,6 @@ from partialfc.commands._pack.sources import (
     open_source,
     read,
 )
-from partialfc.commands._parser import command_parser
 from partialfc.data.packs.pack import open_pack
 from partialfc.data.packs.writer import PackWriter, write_insightface_pack
 
@@ -109,8 +109,8 @@ class Recipe:
         return stored.getvalue()
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the tool; return its exit status."""
+def main(arguments: list[str]) -> int:
+    """Run the command; return its exit status."""
     parser = command_parser("pack", __doc__)
     parser.add_argument("source", type=Path, help="folder of folders, list, tar or parquet files")
     parser.add_argument("out", type=Path, help="the pack to write, a name that ends with .rec")
@@ -130,9 +130,6 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenExecutor:
         print("pack: a worker was killed (memory?); the same command goes on.", file=sys.stderr)
         return 1
-    except (ValueError, OSError) as error:
-        print(f"pack: {error}", file=sys.stderr)
-        return 2
     return 0
 
 

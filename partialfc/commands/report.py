@@ -7,17 +7,16 @@ Every run makes its own at its end. The page is one file without anything outsid
 not ended is shown as far as it is.
 """
 
-import sys
 from pathlib import Path
 
-from partialfc.commands._parser import command_parser
+from partialfc.commands._command import command_parser
 from partialfc.records.report import read_run, write_report
 
 MOST = 8
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the tool; return its exit status."""
+def main(arguments: list[str]) -> int:
+    """Run the command; return its exit status."""
     parser = command_parser("report", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, help=f"folders of runs, at most {MOST}")
     parser.add_argument("--out", type=Path, help="the page (report.html of a single run)")
@@ -27,10 +26,6 @@ def main(arguments: list[str] | None = None) -> int:
     if len(options.runs) > 1 and options.out is None:
         parser.error("--out: name the page of several runs.")
     out = options.out or options.runs[0] / "report.html"
-    try:
-        write_report(out, [read_run(folder) for folder in options.runs])
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    write_report(out, [read_run(folder) for folder in options.runs])
     print(out)
     return 0

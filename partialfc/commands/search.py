@@ -15,7 +15,6 @@ different identities exceeds. That holds for images like those; measure it on yo
 import argparse
 import csv
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from partialfc.commands._command import command_parser
 from partialfc.commands._embed.files import Embeddings, read_embeddings
-from partialfc.commands._parser import command_parser
-from partialfc.errors import in_words
 from partialfc.protocols import unit_rows
 from partialfc.protocols.all_to_all import combine, search
 
@@ -35,34 +33,28 @@ CHUNK = 4096
 Rows = list[tuple[str, int, str, str, float, bool]]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the tool; return its exit status."""
+def main(arguments: list[str]) -> int:
+    """Run the command; return its exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if (options.calibrate is None) == (options.threshold is None):
         parser.error("give --threshold, or --calibrate with embeddings of known identities.")
-    try:
-        gallery, queries = read_embeddings(options.gallery), read_embeddings(options.queries)
-        if gallery.rows_ND.shape[1] != queries.rows_ND.shape[1]:
-            raise ValueError(
-                f"{options.gallery} has embeddings of {gallery.rows_ND.shape[1]}, "
-                f"{options.queries} of {queries.rows_ND.shape[1]}; both must be of one model."
-            )
-        threshold = options.threshold
-        if options.calibrate is not None:
-            threshold = calibrated(read_embeddings(options.calibrate), options.far)
-            print(
-                f"threshold {threshold:.6f}: at most {options.far:g} of different pairs exceed it"
-            )
-        if options.pairs:
-            rows = compare(gallery, queries, threshold)
-        else:
-            rows = find(gallery, queries, options.top, threshold)
-        if options.out is not None:
-            _write(options.out, rows)
-    except (ValueError, OSError, ImportError) as error:
-        print(in_words(error), file=sys.stderr)
-        return 2
+    gallery, queries = read_embeddings(options.gallery), read_embeddings(options.queries)
+    if gallery.rows_ND.shape[1] != queries.rows_ND.shape[1]:
+        raise ValueError(
+            f"{options.gallery} has embeddings of {gallery.rows_ND.shape[1]}, "
+            f"{options.queries} of {queries.rows_ND.shape[1]}; both must be of one model."
+        )
+    threshold = options.threshold
+    if options.calibrate is not None:
+        threshold = calibrated(read_embeddings(options.calibrate), options.far)
+        print(f"threshold {threshold:.6f}: at most {options.far:g} of different pairs exceed it")
+    if options.pairs:
+        rows = compare(gallery, queries, threshold)
+    else:
+        rows = find(gallery, queries, options.top, threshold)
+    if options.out is not None:
+        _write(options.out, rows)
     _show(rows)
     accepted = sum(row[5] for row in rows if row[1] == 1)
     print(f"{accepted:,} of {len(queries.names):,} queries have a score above {threshold:.4f}")

@@ -7,7 +7,6 @@ image is read; a pack of many millions takes a while.
 
 # Shape suffixes: N = images, C = identities.
 
-import sys
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import matplotlib as mpl
 
-from partialfc.commands._parser import command_parser
+from partialfc.commands._command import command_parser
 
 mpl.use("Agg")
 
@@ -63,24 +62,20 @@ class Contents:
     images_C: NDArray[np.int64]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the tool; return its exit status."""
+def main(arguments: list[str]) -> int:
+    """Run the command; return its exit status."""
     parser = command_parser("show", __doc__)
     parser.add_argument("pack", type=Path, help="a .rec file with its .idx beside it")
     parser.add_argument("--out", type=Path, help="folder for labels.png and faces.png")
     options = parser.parse_args(arguments)
-    try:
-        pack = open_pack(options.pack)
-        contents = read(pack)
-        print_counts(pack, contents)
-        if options.out:
-            options.out.mkdir(parents=True, exist_ok=True)
-            with mpl.rc_context(STYLE):
-                draw_labels(pack, contents).savefig(options.out / "labels.png")
-                draw_faces(pack, contents).savefig(options.out / "faces.png")
-    except (ValueError, OSError) as error:
-        print(f"inspect: {error}", file=sys.stderr)
-        return 2
+    pack = open_pack(options.pack)
+    contents = read(pack)
+    print_counts(pack, contents)
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        with mpl.rc_context(STYLE):
+            draw_labels(pack, contents).savefig(options.out / "labels.png")
+            draw_faces(pack, contents).savefig(options.out / "faces.png")
     return 0
 
 

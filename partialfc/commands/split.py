@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 from rich.progress import track
 
+from partialfc.commands._command import command_parser
 from partialfc.commands._pack.sources import SUFFIXES
-from partialfc.commands._parser import command_parser
 from partialfc.keyed import key, permute
 
 Images = dict[str, list[Path]]
@@ -33,8 +33,8 @@ PUT: dict[str, Callable[[Path, Path], object]] = {
 }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the tool; return its exit status."""
+def main(arguments: list[str]) -> int:
+    """Run the command; return its exit status."""
     parser = command_parser("split", __doc__)
     parser.add_argument("source", type=Path, help="folder with one folder of images per identity")
     parser.add_argument("out", type=Path, help="folder to make; must not exist")
@@ -57,16 +57,12 @@ def main(arguments: list[str] | None = None) -> int:
     if options.out.exists():
         parser.error(f"{options.out} exists already; choose a new folder.")
     out = options.out.parent.resolve() / options.out.name  # relative links need the real folder
-    try:
-        images = images_of(options.source.resolve())
-        shares = {"validation": options.validation, "test": options.test}
-        parts = split(sorted(images), shares, options.seed)
-        query, distractors = query_and_distractors(
-            {name: images[name] for name in parts["test"]}, options.distractors, options.seed
-        )
-    except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    images = images_of(options.source.resolve())
+    shares = {"validation": options.validation, "test": options.test}
+    parts = split(sorted(images), shares, options.seed)
+    query, distractors = query_and_distractors(
+        {name: images[name] for name in parts["test"]}, options.distractors, options.seed
+    )
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

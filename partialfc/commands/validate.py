@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from partialfc.commands._parser import command_parser
+from partialfc.commands._command import command_parser
 from partialfc.commands._validate import levels
 from partialfc.data.packs.pack import Pack, open_pack
 from partialfc.data.packs.recordio import RecordError
@@ -30,8 +30,8 @@ SHOWN = 20
 """Bad records that are printed; --bad has all."""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the tool; return its exit status."""
+def main(arguments: list[str]) -> int:
+    """Run the command; return its exit status."""
     parser = command_parser("validate", __doc__)
     parser.add_argument("pack", type=Path, help="a .rec file with its .idx beside it")
     parser.add_argument("--level", choices=LEVELS, default="images", help="the last one to check")
@@ -43,14 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the report here")
     parser.add_argument("--mean", type=Path, help="write the mean image here, a .png")
     options = parser.parse_args(arguments)
-    console = Console(stderr=True)
-    try:
-        return validate(options, console)
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"validate: {error}", file=sys.stderr)
-        return 2
+    return validate(options, Console(stderr=True))
 
 
 def validate(arguments: argparse.Namespace, console: Console) -> int:

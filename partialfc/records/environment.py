@@ -32,7 +32,7 @@ def environment(device: torch.device) -> Facts:
 
 def _commit() -> str:
     """The commit of the checkout that this file is in, and whether files differ from it."""
-    folder = Path(__file__).parents[1]
+    folder = Path(__file__).parents[2]
     if not (folder / ".git").exists():
         return "not a git checkout"
     words = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]

@@ -18,11 +18,10 @@ from typing import Any, NoReturn, Protocol
 
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store
-from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 
 from partialfc.distributed import ranks as collectives
 from partialfc.distributed.ranks import Ranks
-from partialfc.errors import HangError, LostRankError, exit_code_of
+from partialfc.errors import HangError, LostRankError, exit_code_of, record_for_torchrun
 from partialfc.records.ledger import Ledger
 from partialfc.runtime.beats import OUTSIDE, Beat, Sight, names_of, verdict
 
@@ -291,14 +290,6 @@ class Watchdog:
         if store is not None:
             self._wait_for_dumps(store)
         _exit(error.exit_code)
-
-
-def record_for_torchrun(error: BaseException) -> None:
-    """Write the file from which torchrun takes a run's first error; nothing without torchrun."""
-    try:
-        raise error
-    except BaseException as raised:  # it records the stack of what is being handled
-        ErrorHandler().record_exception(raised)
 
 
 def _exit(code: int) -> NoReturn:

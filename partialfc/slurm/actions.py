@@ -21,9 +21,11 @@ _SECONDS_BETWEEN_LOOKS = 1.0
 class JobError(RuntimeError):
     """Slurm is not here, or does not know or take a job."""
 
+    exit_code = 2
+
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class Submitted:
     """A submitted job, as its folder keeps it.
 
     Attributes:
@@ -52,7 +54,7 @@ class Record:
         return self.folder / f"{member}_{rank}_log.out"
 
 
-def records(jobs: Path) -> list[Record]:
+def all_submitted(jobs: Path) -> list[Submitted]:
     """Return the jobs of a folder, oldest first.
 
     Raises:
@@ -63,26 +65,26 @@ def records(jobs: Path) -> list[Record]:
         try:
             entry = json.loads(path.read_text())
             runs = tuple(Path(run) for run in entry["runs"])
-            found.append(Record(str(entry["job_id"]), path.parent, runs))
+            found.append(Submitted(str(entry["job_id"]), path.parent, runs))
         except (ValueError, KeyError, TypeError) as error:
             raise JobError(f"{path}: not a record of a job: {error!r}. Remove it.") from error
     return found
 
 
-def find(job: str, jobs: Path) -> tuple[Record, str]:
-    """Return the record of a job id and the id of its member: that of an array is ``ID_NUMBER``.
+def find(job: str, jobs: Path) -> tuple[Submitted, str]:
+    """Return the job of an id and the id of its member: that of an array is ``ID_NUMBER``.
 
     Raises:
         JobError: If no job of the folder has this id.
     """
-    known = records(jobs)
-    for record in known:
-        members = [member for member, _ in record.members]
+    known = all_submitted(jobs)
+    for submitted in known:
+        members = [member for member, _ in submitted.members]
         if job in members:
-            return record, job
-        if job == record.job_id:
-            return record, members[0]
-    ids = ", ".join(record.job_id for record in known) or "none"
+            return submitted, job
+        if job == submitted.job_id:
+            return submitted, members[0]
+    ids = ", ".join(submitted.job_id for submitted in known) or "none"
     raise JobError(f"job {job}: not submitted from {jobs.absolute()}, which knows {ids}.")
 
 
@@ -122,8 +124,8 @@ def state_of(member: str) -> State:
 def show_status(job: str | None, jobs: Path) -> int:
     """Print the state of one job, or of all that were submitted from here."""
     table = Table("job", "state", "starts", "step", "loss", "run")
-    for record in [find(job, jobs)[0]] if job else records(jobs):
-        for member, run in record.members:
+    for submitted in [find(job, jobs)[0]] if job else all_submitted(jobs):
+        for member, run in submitted.members:
             state = state_of(member)
             losses = [entry for entry in read_records(run / "metrics.jsonl") if "loss" in entry]
             word = state.name or ("FINISHED" if (run / "summary.json").exists() else "GONE")
@@ -144,8 +146,8 @@ def show_status(job: str | None, jobs: Path) -> int:
 
 def show_log(job: str, jobs: Path, rank: int) -> int:
     """Print the log of one rank so far, of all starts."""
-    record, member = find(job, jobs)
-    path = record.log(member, rank)
+    submitted, member = find(job, jobs)
+    path = submitted.log(member, rank)
     if not path.exists():
         raise JobError(f"job {member}: rank {rank} has written nothing yet ({path}).")
     print(path.read_text(errors="replace"), end="")
@@ -154,9 +156,9 @@ def show_log(job: str, jobs: Path, rank: int) -> int:
 
 def follow_log(job: str, jobs: Path, rank: int) -> int:
     """Print the log of one rank as it grows, until the job ends; Ctrl-C leaves the job running."""
-    record, member = find(job, jobs)
+    submitted, member = find(job, jobs)
     try:
-        follow(record.log(member, rank), lambda: state_of(member).at_work)
+        follow(submitted.log(member, rank), lambda: state_of(member).at_work)
     except KeyboardInterrupt:
         return 130
     state = state_of(member).name

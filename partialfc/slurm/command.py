@@ -10,11 +10,10 @@ saves a checkpoint, goes back to the queue and goes on from there.
 import argparse
 import dataclasses
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from partialfc.commands._parser import command_parser
+from partialfc.commands._command import command_parser
 from partialfc.config import ConfigError
 from partialfc.slurm import actions as jobs
 from partialfc.slurm.submit import REQUEUES, REQUEUES_HERE, Job, submission_text, submit, train_here
@@ -28,21 +27,17 @@ ACTIONS: dict[str, Callable[..., int]] = {
 
 
 def main(arguments: list[str]) -> int:
-    """Submit or act; return the exit code: 0, 2 for a mistake, or that of a local run."""
-    try:
-        if arguments and arguments[0] in ACTIONS:
-            return _act(arguments)
-        options = _parser().parse_intermixed_args(arguments)
-        job = _job(options)
-        if options.dry_run:
-            print(submission_text(job), end="")
-            return 0
-        if options.local:
-            return train_here(job)
-        submitted = submit(job)
-    except (ConfigError, jobs.JobError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    """Submit or act; return the exit code: 0, or that of a local run."""
+    if arguments and arguments[0] in ACTIONS:
+        return _act(arguments)
+    options = _parser().parse_intermixed_args(arguments)
+    job = _job(options)
+    if options.dry_run:
+        print(submission_text(job), end="")
+        return 0
+    if options.local:
+        return train_here(job)
+    submitted = submit(job)
     print(f"{submitted.job_id}: {submitted.folder}")
     print(f"partialfc slurm attach {submitted.job_id}   # Ctrl-C leaves it running")
     return 0

@@ -1,4 +1,4 @@
-"""From a command line of launch/slurm.py to a job, through submitit."""
+"""From a command line of ``partialfc slurm`` to a job, through submitit."""
 
 import os
 import shlex
@@ -13,10 +13,8 @@ from typing import Any
 from submitit import LocalExecutor, SlurmExecutor
 
 from partialfc.config import ConfigError, load
-from partialfc.slurm.actions import JobError, Record, follow
+from partialfc.slurm.actions import JobError, Submitted, follow
 from partialfc.slurm.task import Training
-
-ROOT = Path(__file__).resolve().parents[2]
 
 # Until Python installs a handler, SIGUSR2 would end a task; ignored, nothing is lost: no step yet.
 PYTHON = f"env --ignore-signal=USR2 {shlex.quote(sys.executable)}"
@@ -30,7 +28,7 @@ _SLURM_ONLY = ("cpus_per_task", "partition", "account", "qos", "slurm")
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A job, or an array of them: the options of launch/slurm.py.
+    """A job, or an array of them: the options of ``partialfc slurm``.
 
     Attributes:
         configs: Settings files, one run each.
@@ -90,8 +88,8 @@ class Job:
         return folders
 
 
-def submit(job: Job) -> Record:
-    """Hand the job to Slurm; return what is known of it.
+def submit(job: Job) -> Submitted:
+    """Hand the job to Slurm; return its id and where it writes.
 
     Raises:
         ConfigError: If the settings are wrong.
@@ -103,9 +101,9 @@ def submit(job: Job) -> Record:
         first, *_ = _slurm(job, folder, runs).submit_array(job.trainings)
     except Exception as error:  # submitit raises what sbatch prints, in several kinds
         raise JobError(f"Slurm did not take the job: {error}") from error
-    record = Record(first.job_id.partition("_")[0], folder, tuple(runs))
-    record.write()
-    return record
+    submitted = Submitted(first.job_id.partition("_")[0], folder, tuple(runs))
+    submitted.write()
+    return submitted
 
 
 def submission_text(job: Job) -> str:
@@ -147,7 +145,7 @@ def train_here(job: Job) -> int:
         timeout_min=job.time,
         signal_delay_s=job.lead,
         stderr_to_stdout=True,
-        setup=_setup(job),
+        setup=list(job.setup) or None,
     )
     running = executor.submit(job.trainings[0])
     try:
@@ -191,18 +189,13 @@ def _slurm(job: Job, folder: Path, runs: Sequence[Path]) -> _Slurm:
         time=job.time,
         signal_delay_s=job.lead,
         stderr_to_stdout=True,
-        setup=_setup(job),
+        setup=list(job.setup) or None,
         srun_args=srun,
         additional_parameters=more,
         wckey="partialfc",
         **{name: value for name, value in optional.items() if value is not None},
     )
     return executor
-
-
-def _setup(job: Job) -> list[str]:
-    path = shlex.quote(str(ROOT))
-    return [*job.setup, f"export PYTHONPATH={path}${{PYTHONPATH:+:$PYTHONPATH}}"]
 
 
 def _name(job: Job, runs: Sequence[Path]) -> str:

@@ -1,4 +1,4 @@
-"""One task of a job: one rank. submitit starts it on every node; see launch/slurm.py.
+"""One task of a job: one rank. submitit starts it on every node.
 
 submitit hands over a :class:`Training` as a pickle: it holds the words of a command line and
 nothing else, and its folder is its owner's alone.
@@ -28,7 +28,7 @@ class Training:
     """Train in the ranks of this job, and queue it again if it is preempted or out of time.
 
     Attributes:
-        arguments: Of launch/train.py: a settings file and overrides.
+        arguments: Of ``partialfc train``: a settings file and overrides.
         max_requeues: How often the job may start again, whatever the reason.
     """
 

@@ -7,10 +7,9 @@ On 127.0.0.1 unless another address is named: there is no password. For a cluste
 """
 
 import http.server
-import sys
 from pathlib import Path
 
-from partialfc.commands._parser import command_parser
+from partialfc.commands._command import command_parser
 from partialfc.status.page import page
 from partialfc.status.run import RunFolder
 
@@ -33,8 +32,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, help="write the page here instead, once")
     options = parser.parse_args(arguments)
     if not options.run.is_dir():
-        print(f"{options.run}: not a folder. Name the run.folder of a run.", file=sys.stderr)
-        return 2
+        raise ValueError(f"{options.run}: not a folder. Name the run.folder of a run.")
     folder = RunFolder(options.run.absolute())
     if options.out is not None:
         options.out.write_text(page(folder.look(), every=options.every), encoding="utf-8")
@@ -42,10 +40,9 @@ def main(arguments: list[str]) -> int:
     try:
         server = serve(folder, options.host, options.port, options.every)
     except OSError as error:
-        print(
-            f"--host {options.host} --port {options.port}: {error}. Try --port 0.", file=sys.stderr
-        )
-        return 2
+        raise ValueError(
+            f"--host {options.host} --port {options.port}: {error}. Try --port 0."
+        ) from error
     print(f"http://{options.host}:{server.server_port}", flush=True)
     try:
         server.serve_forever()

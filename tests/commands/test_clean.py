@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from partialfc.__main__ import main
 from partialfc.commands import clean
 from tests.support.places import FIXTURES, ROOT
 from tools import omniglot
@@ -74,8 +75,8 @@ def test_a_run_with_sub_centers_gives_suspects(runs, tmp_path, capsys):
 
 
 def test_what_is_no_such_run_is_refused_by_name(runs, tmp_path, capsys):
-    assert clean.main([str(runs / "arcface"), "--out", str(tmp_path / "out")]) == 2
+    assert main(["clean", str(runs / "arcface"), "--out", str(tmp_path / "out")]) == 2
     assert "its margin 'arcface' has one center an identity" in capsys.readouterr().err
-    assert clean.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert main(["clean", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "config.toml" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

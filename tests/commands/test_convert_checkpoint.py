@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from partialfc.__main__ import main
 from partialfc.backbones import build_backbone
 from partialfc.checkpoint import loading as checkpoint
 from partialfc.checkpoint.foreign import read, read_backbone, recognise
@@ -60,7 +61,7 @@ def batches(number, start=0):
 
 
 def convert(source, out, *words):
-    return convert_checkpoint.main(["in", str(source), str(out), *map(str, words)])
+    return main(["convert-checkpoint", "in", str(source), str(out), *map(str, words)])
 
 
 WORDS = (f"data.image_size={SIZE}", "run.device=cpu")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from partialfc.__main__ import main
 from partialfc.commands import estimate
 from partialfc.commands._estimate.backbone import count
 from tests.support.places import FIXTURES, ROOT
@@ -112,7 +113,7 @@ def test_an_unknown_gpu_is_refused_by_name(capsys):
 
 def test_without_a_pack_the_error_names_both_ways_out(capsys):
     config = str(ROOT / "configs" / "ms1mv3_r50.toml")
-    assert estimate.main([config, *H200, "data.train=missing.rec"]) == 2
+    assert main(["estimate", config, *H200, "data.train=missing.rec"]) == 2
     message = capsys.readouterr().err
     assert "data.train" in message
     assert "missing.rec" in message
@@ -121,7 +122,7 @@ def test_without_a_pack_the_error_names_both_ways_out(capsys):
 
 def test_a_batch_that_does_not_divide_is_refused(capsys):
     config = str(CONFIGS[0])
-    assert estimate.main([config, "--gpus-per-node", "7", "--gpu", "h200"]) == 2
+    assert main(["estimate", config, "--gpus-per-node", "7", "--gpu", "h200"]) == 2
     assert "data.global_batch" in capsys.readouterr().err
 
 

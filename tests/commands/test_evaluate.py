@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from partialfc.__main__ import main
 from partialfc.backbones import build_backbone
 from partialfc.commands import evaluate
 from partialfc.data.images.align import TEMPLATE, align, similarity
@@ -163,7 +164,7 @@ def test_every_mode_is_printed_beside_its_numbers(model, ijb, capsys):
     ],
 )
 def test_a_missing_set_is_an_error_that_names_it(model, word, message, capsys):
-    assert evaluate.main([str(model), word, "--image-size", str(SIZE)]) == 2
+    assert main(["evaluate", str(model), word, "--image-size", str(SIZE)]) == 2
     error = capsys.readouterr().err
     assert re.search(message, error), error
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from partialfc.__main__ import main
 from partialfc.backbones import build_backbone
 from partialfc.commands import export
 from partialfc.data.images.align import TEMPLATE, align
@@ -175,7 +176,7 @@ def test_a_file_that_is_not_the_original_is_told(model, tmp_path, monkeypatch, c
     ],
 )
 def test_what_cannot_be_exported_is_refused(model, tmp_path, words, message, capsys):
-    assert export.main([str(model), str(tmp_path), *words, *SIZED]) == 2
+    assert main(["export", str(model), str(tmp_path), *words, *SIZED]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -184,6 +185,6 @@ def test_a_missing_package_is_named_before_anything_is_done(model, tmp_path, mon
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     monkeypatch.delitem(sys.modules, "partialfc.commands._export.onnx_file", raising=False)
     words = [str(model), str(tmp_path / "out"), "--check", str(PAIRS), *SIZED]
-    assert export.main(words) == 2
+    assert main(["export", *words]) == 2
     assert "onnxruntime is not installed: pip install" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -232,7 +232,7 @@ def test_what_training_sees_is_drawn(words, tmp_path, capsys):
     assert augment.main([*start, f"data.train={GOLDEN}"]) == 0
     with Image.open(out) as picture:
         assert np.asarray(picture.convert("L")).std() > 5
-    assert augment.main([*start, "data.train=none.rec"]) == 2
+    assert main(["augment", *start, "data.train=none.rec"]) == 2
     assert "none.rec" in capsys.readouterr().err
 
 

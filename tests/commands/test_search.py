@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from partialfc.__main__ import main
 from partialfc.backbones import build_backbone
 from partialfc.commands import embed, search
 from partialfc.commands._embed.files import Embeddings, read_embeddings, write_embeddings
@@ -40,7 +41,9 @@ def photos(tmp_path_factory):
 
 
 def run(model, images, out, *words):
-    return embed.main([str(model), str(images), "--out", str(out), f"--image-size={SIZE}", *words])
+    return main(
+        ["embed", str(model), str(images), "--out", str(out), f"--image-size={SIZE}", *words]
+    )
 
 
 def test_photos_become_embeddings_by_name(model, photos, tmp_path):
@@ -133,7 +136,7 @@ def test_pairs_are_compared_row_by_row(tmp_path, capsys):
     assert search.main(words) == 0
     assert [row["accepted"] for row in results(tmp_path / "o.csv")] == ["1", "0"]
     short = stored(tmp_path / "s.npy", [[3, 0]])
-    assert search.main([left, short, "--pairs", "--threshold", "0.5"]) == 2
+    assert main(["search", left, short, "--pairs", "--threshold", "0.5"]) == 2
     assert "2 rows and 1; must be equal" in capsys.readouterr().err
 
 
@@ -148,7 +151,7 @@ def test_the_threshold_of_a_false_accept_rate(tmp_path, capsys):
     scores, same = (unit @ unit.T)[upper], (identity[:, None] == identity)[upper]
     assert (scores[~same] > threshold + 1e-6).sum() == int(1e-3 * (~same).sum())
     words = [known, known, "--calibrate", known]
-    assert search.main([*words, "--far", "1e-6"]) == 2
+    assert main(["search", *words, "--far", "1e-6"]) == 2
     assert "at least 1,000,000 are needed" in capsys.readouterr().err
     assert search.main([*words, "--far", "1e-3"]) == 0
     assert f"threshold {threshold:.6f}" in capsys.readouterr().out
@@ -157,12 +160,12 @@ def test_the_threshold_of_a_false_accept_rate(tmp_path, capsys):
 def test_files_that_are_not_embeddings_are_refused(tmp_path, capsys):
     good = stored(tmp_path / "g.npy", [[1, 0]])
     wide = stored(tmp_path / "w.npy", [[1, 0, 0]])
-    assert search.main([good, wide, "--threshold", "0"]) == 2
+    assert main(["search", good, wide, "--threshold", "0"]) == 2
     assert "both must be of one model" in capsys.readouterr().err
     (tmp_path / "b.parquet").write_bytes(b"PAR1 no")
     np.save(tmp_path / "o.npy", np.array([{}], dtype=object), allow_pickle=True)
     for name in ("b.parquet", "o.npy", "g.txt"):
-        assert search.main([good, str(tmp_path / name), "--threshold", "0"]) == 2
+        assert main(["search", good, str(tmp_path / name), "--threshold", "0"]) == 2
 
 
 def test_a_missing_package_is_named_before_images_are_embedded(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from partialfc.__main__ import main
 from partialfc.commands import split
 
 
@@ -80,7 +81,7 @@ def test_mistakes_are_named(photos, tmp_path, capsys, words, message):
 
 def test_a_folder_without_identities_and_one_that_exists_are_refused(photos, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    assert split.main([str(tmp_path / "empty"), str(tmp_path / "out")]) == 2
+    assert main(["split", str(tmp_path / "empty"), str(tmp_path / "out")]) == 2
     assert "one folder of images per identity" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         split.main([str(photos), str(tmp_path / "empty")])

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from scipy.stats import beta
 
-from partialfc.commands import validate
+from partialfc.__main__ import main
 from partialfc.commands._validate.levels import share_at_most
 from partialfc.commands._validate.look import Look
 from partialfc.data.dataset import open_dataset
@@ -33,9 +33,8 @@ def damaged(folder: Path, change, name="insightface") -> Path:
     return path
 
 
-def run(monkeypatch, *words) -> int:
-    monkeypatch.setattr("sys.argv", ["validate.py", *map(str, words)])
-    return validate.main()
+def run(*words) -> int:
+    return main(["validate", *map(str, words)])
 
 
 @pytest.mark.parametrize("name", ["insightface", "plain", "labels2"])
@@ -90,12 +89,12 @@ HEADER_DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", HEADER_DAMAGE)
-def test_damage_in_a_header_is_found_named_and_can_be_skipped(kind, tmp_path, monkeypatch, capsys):
+def test_damage_in_a_header_is_found_named_and_can_be_skipped(kind, tmp_path, capsys):
     """The list goes into data.skip, and what is left can be read to the last image."""
     change, message = HEADER_DAMAGE[kind]
     path = damaged(tmp_path, change)
     bad = tmp_path / "bad.jsonl"
-    assert run(monkeypatch, path, "--level", "headers", "--bad", bad) == 1
+    assert run(path, "--level", "headers", "--bad", bad) == 1
     pack = open_pack(path)
     out = capsys.readouterr().out
     assert f"bad: image 7, key 8, offset {pack.offset(7)}: " in out
@@ -124,23 +123,21 @@ def bad_table(data, pack):
 
 
 @pytest.mark.parametrize("change", [truncated_jpeg, bad_table])
-def test_an_image_that_cannot_be_decoded_is_found_at_level_images_only(
-    change, tmp_path, monkeypatch, capsys
-):
+def test_an_image_that_cannot_be_decoded_is_found_at_level_images_only(change, tmp_path, capsys):
     path = damaged(tmp_path, change)
-    assert run(monkeypatch, path, "--level", "headers") == 0
-    assert run(monkeypatch, path, "--images", "all", "--json", tmp_path / "r") == 1
+    assert run(path, "--level", "headers") == 0
+    assert run(path, "--images", "all", "--json", tmp_path / "r") == 1
     assert "bad: image 9, key 10, " in capsys.readouterr().out
     images = json.loads((tmp_path / "r").read_text())["levels"]["images"]
     assert (images["decoded"], images["bad"], images["bad_share_at_most"]) == (60, 1, 1 / 60)
 
 
-def test_damage_of_the_index_or_the_end_of_the_file(tmp_path, monkeypatch, capsys):
+def test_damage_of_the_index_or_the_end_of_the_file(tmp_path, capsys):
     path = damaged(tmp_path, lambda data, pack: data + bytes(4096))
-    assert run(monkeypatch, path, "--level", "index") == 1
+    assert run(path, "--level", "index") == 1
     assert "4096 bytes follow the last record" in capsys.readouterr().out
     path = damaged(tmp_path, lambda data, pack: data[: len(data) // 2])
-    assert run(monkeypatch, path, "--json", tmp_path / "r") == 1
+    assert run(path, "--json", tmp_path / "r") == 1
     assert "inside the .rec of" in capsys.readouterr().out
     assert "inside the .rec of" in json.loads((tmp_path / "r").read_text())["problem"]
     path = damaged(tmp_path, lambda data, pack: None, "plain")
@@ -149,22 +146,22 @@ def test_damage_of_the_index_or_the_end_of_the_file(tmp_path, monkeypatch, capsy
     swapped = [offsets[1], offsets[0], *offsets[2:]]
     text = "".join(f"{key}\t{offset}\n" for key, offset in enumerate(swapped))
     (tmp_path / "a.idx").write_text(text)
-    assert run(monkeypatch, path, "--level", "index") == 1
+    assert run(path, "--level", "index") == 1
     assert "the first record must be at offset 0" in capsys.readouterr().out
 
 
-def test_what_cannot_be_checked_is_exit_code_2(tmp_path, monkeypatch, capsys):
-    assert run(monkeypatch, tmp_path / "none.rec") == 2
+def test_what_cannot_be_checked_is_exit_code_2(tmp_path, capsys):
+    assert run(tmp_path / "none.rec") == 2
     assert "none.rec" in capsys.readouterr().err
-    assert run(monkeypatch, GOLDEN / "plain.rec", "--images", "0") == 2
+    assert run(GOLDEN / "plain.rec", "--images", "0") == 2
     assert "--images must be a whole number >= 1" in capsys.readouterr().err
 
 
-def test_labels_tell_empty_and_lonely_identities(tmp_path, monkeypatch, capsys):
+def test_labels_tell_empty_and_lonely_identities(tmp_path, capsys):
     jpeg = open_pack(GOLDEN / "plain.rec").jpeg(0)
     labels = [1, 1, 2, 4, 4]
     write_insightface_pack(tmp_path / "a.rec", [(label, jpeg) for label in labels], 7)
-    assert run(monkeypatch, tmp_path / "a.rec", "--level", "labels") == 0
+    assert run(tmp_path / "a.rec", "--level", "labels") == 0
     out = capsys.readouterr().out
     for hint in (
         "the smallest label is 1, not 0",
@@ -216,11 +213,11 @@ def test_hints_on_channels_and_crops(kind, tmp_path):
     assert Image.open(tmp_path / "mean.png").width == (168 if kind == "size" else 336)
 
 
-def test_the_hash_is_kept_and_made_again_for_a_changed_file(tmp_path, monkeypatch):
+def test_the_hash_is_kept_and_made_again_for_a_changed_file(tmp_path):
     path = damaged(tmp_path, lambda data, pack: None)
     found = []
     for _ in range(2):
-        assert run(monkeypatch, path, "--level", "hash", "--json", tmp_path / "r") == 0
+        assert run(path, "--level", "hash", "--json", tmp_path / "r") == 0
         found.append(json.loads((tmp_path / "r").read_text())["levels"]["hash"])
     assert [entry["cached"] for entry in found] == [False, True]
     assert found[0]["sha256"] == found[1]["sha256"]
@@ -228,7 +225,7 @@ def test_the_hash_is_kept_and_made_again_for_a_changed_file(tmp_path, monkeypatc
     assert kept.parent == tmp_path
     truncated_jpeg(data := bytearray(path.read_bytes()), open_pack(path))
     path.write_bytes(data)
-    run(monkeypatch, path, "--level", "hash", "--json", tmp_path / "r")
+    run(path, "--level", "hash", "--json", tmp_path / "r")
     again = json.loads((tmp_path / "r").read_text())["levels"]["hash"]
     assert not again["cached"]
     assert again["sha256"] != found[0]["sha256"]

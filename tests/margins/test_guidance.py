@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from partialfc.__main__ import main
 from partialfc.commands import explain
 from partialfc.margins import (
     MARGINS,
@@ -122,7 +123,7 @@ def test_explain_says_what_a_margin_means(name, tmp_path, capsys):
     ],
 )
 def test_explain_refuses_by_name(arguments, message, capsys):
-    assert explain.main(arguments) == 2
+    assert main(["explain", *arguments]) == 2
     assert message in capsys.readouterr().err
 
 

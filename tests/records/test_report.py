@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from partialfc.__main__ import main
 from partialfc.commands import report
 from partialfc.protocols.curves import curves
 from partialfc.records.report import read_run, write_report
@@ -123,11 +124,11 @@ def test_a_run_that_goes_on_is_shown_as_far_as_it_is(tmp_path):
 
 
 def test_what_is_no_run_is_refused_by_name(tmp_path, capsys):
-    assert report.main([str(tmp_path)]) == 2
+    assert main(["report", str(tmp_path)]) == 2
     assert "it holds no run" in capsys.readouterr().err
     run = make_run(tmp_path / "run")
     (run / "summary.json").write_text("[1]")
-    assert report.main([str(run)]) == 2
+    assert main(["report", str(run)]) == 2
     assert "summary.json: must be an object" in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""launch/slurm.py without Slurm: the script that it would submit, and mistakes."""
+"""partialfc slurm without Slurm: the script that it would submit, and mistakes."""
 
 import os
 import re
@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from partialfc.__main__ import main
 from partialfc.errors import Preempted
 from partialfc.slurm import command as slurm
 from partialfc.slurm.task import TOO_MANY_REQUEUES, Training
@@ -58,7 +59,7 @@ def test_the_script_is_the_golden_one(name, words, capsys, monkeypatch):
     ],
 )
 def test_a_mistake_is_found_before_anything_is_submitted(words, message, tmp_path, capsys):
-    assert slurm.main([*words, f"--jobs={tmp_path / 'jobs'}"]) == 2
+    assert main(["slurm", *words, f"--jobs={tmp_path / 'jobs'}"]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "jobs").exists()
 
@@ -82,7 +83,7 @@ def test_a_folder_that_others_may_write_is_refused(tmp_path, capsys):
     jobs.mkdir()
     jobs.chmod(0o777)
     words = ["configs/demo.toml", "--tasks-per-node=1", "--local", f"--jobs={jobs}"]
-    assert slurm.main(words) == 2
+    assert main(["slurm", *words]) == 2
     assert "writable by nobody else" in capsys.readouterr().err
 
 
@@ -100,9 +101,9 @@ def test_a_job_that_started_too_often_does_not_train():
 
 EVERY_END = """
 import os, signal, sys
-import launch.train
+import partialfc.commands.train
+from partialfc.runtime import preemption
 from partialfc.slurm.task import Training
-from partialfc import preemption
 for code in map(int, sys.argv[1:]):
     for number in (None, signal.SIGTERM, signal.SIGUSR2):
         preemption._received.clear()
