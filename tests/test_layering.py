@@ -11,7 +11,7 @@ import pytest
 from tests.support.places import ROOT
 
 FLOORS = (
-    ("errors", "keyed", "numerics", "backbones", "protocols", "distributed"),
+    ("errors", "keyed", "words", "writing", "numerics", "backbones", "protocols", "distributed"),
     ("records", "margins", "losses", "data"),
     ("head", "config", "runtime"),
     ("model",),

@@ -26,7 +26,7 @@ from partialfc.commands._estimate.time import GPUS as MODULES
 from partialfc.commands._estimate.time import Cluster, seconds_of
 from partialfc.commands.estimate import memory_of, totals
 from partialfc.config import load
-from partialfc.records.metrics import write_text
+from partialfc.writing import write_text
 
 GPUS = (1, 8, 16, 32, 64)
 SGD_RATE, SGD_BATCH = 0.1, 1024

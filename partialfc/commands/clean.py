@@ -19,6 +19,7 @@ from pathlib import Path
 import matplotlib as mpl
 
 from partialfc.commands._command import command_parser
+from partialfc.writing import atomic_write
 
 mpl.use("Agg")
 
@@ -114,13 +115,11 @@ def write(path: Path, degrees: np.ndarray, identities: np.ndarray, limit: float)
     """Write the suspects, the furthest first; return their number."""
     order = np.argsort(-degrees, kind="stable")
     suspects = order[degrees[order] > limit]
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", newline="") as file:
+    with atomic_write(path) as partial, partial.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["record", "identity", "degrees"])
         for index in suspects.tolist():
             writer.writerow([index, int(identities[index]), f"{degrees[index]:.2f}"])
-    partial.replace(path)
     return len(suspects)
 
 

@@ -33,9 +33,9 @@ from partialfc.data.dataset import open_dataset
 from partialfc.errors import in_words
 from partialfc.model.build import Model, build
 from partialfc.records.console import from_here
-from partialfc.records.metrics import write_text
 from partialfc.runtime.process import Runtime, running
 from partialfc.training.must_match import must_match
+from partialfc.writing import atomic_write, write_text
 
 _OVERRIDE = re.compile(r"[a-z_][a-z_.0-9]*=")
 
@@ -127,12 +127,11 @@ def _finish(
 def take_out(run: Path, model: Path) -> int:
     """Write the backbone of a run as arcface_torch's model.pt."""
     trained = open_backbone(run)
-    partial = model.with_name(f"{model.name}.partial")
-    torch.save(trained.state, partial)
-    back = foreign.read_backbone(partial)
-    if any(not torch.equal(back[name], value) for name, value in trained.state.items()):
-        raise CheckpointError(f"{partial}: does not read back as it was written.")
-    partial.replace(model)
+    with atomic_write(model) as partial:
+        torch.save(trained.state, partial)
+        back = foreign.read_backbone(partial)
+        if any(not torch.equal(back[name], value) for name, value in trained.state.items()):
+            raise CheckpointError(f"{model}: does not read back as it was written.")
     at = "" if trained.step is None else f" at step {trained.step:,}"
     print(f"{model}: {trained.known.name}{at}, {len(trained.state)} tensors, arcface_torch's keys")
     return 0

@@ -8,7 +8,6 @@ arithmetic on rates that are all printed. Exit code: 0 fits, 1 does not, 2 a mis
 
 import argparse
 import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -53,6 +52,7 @@ from partialfc.commands._estimate.time import (
 from partialfc.config import Config, ConfigError, load
 from partialfc.data.dataset import open_dataset
 from partialfc.errors import in_words
+from partialfc.writing import write_json
 
 # --- Memory
 
@@ -280,7 +280,7 @@ def main(arguments: list[str]) -> int:
             "images_per_second": images,
             "assumptions": assumptions(cluster),
         }
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        write_json(options.json, record)
     return 0 if fits else 1
 
 

@@ -33,8 +33,9 @@ from partialfc.config import Config, ConfigError
 from partialfc.data.sets.pairs import Image
 from partialfc.evaluation.embedding import BLOCK, embed_images
 from partialfc.protocols.templates import Modes
-from partialfc.records.metrics import finite, write_json
+from partialfc.records.metrics import finite
 from partialfc.runtime.process import Runtime, running
+from partialfc.writing import write_json
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

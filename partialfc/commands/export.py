@@ -25,6 +25,7 @@ from partialfc.commands._export.card import write_card
 from partialfc.commands._export.check import Original, Run, calibration, check, original
 from partialfc.config import ConfigError
 from partialfc.data.sets.pairs import Pairs, read_pairs
+from partialfc.writing import atomic_write
 
 FILES = {
     "onnx": "model.onnx",
@@ -113,10 +114,9 @@ def _write(
 ) -> Run:
     """Write one file, and return how it is run."""
     path, size = out / FILES[name], trained.known.image_size
-    partial = path.with_name(f"partial{path.suffix}")
     if name == "safetensors":
-        partial.write_bytes(save(trained.state, metadata=_metadata(trained, inside=False)))
-        partial.replace(path)
+        with atomic_write(path) as partial:
+            partial.write_bytes(save(trained.state, metadata=_metadata(trained, inside=False)))
         again = TrainedBackbone(path, trained.known, read_backbone(path)).backbone()
         return lambda images: again(torch.from_numpy(images)).numpy()
     if name == "pt2":
@@ -124,8 +124,8 @@ def _write(
         program = torch.export.export(
             backbone, example, dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
         )
-        torch.export.save(program, partial)
-        partial.replace(path)
+        with atomic_write(path) as partial, partial.open("wb") as file:
+            torch.export.save(program, file)
         loaded = torch.export.load(path).module()
         return lambda images: loaded(torch.from_numpy(images)).numpy()
     from partialfc.commands._export import onnx_file

@@ -51,6 +51,7 @@ from partialfc.commands._pack.sources import (
 )
 from partialfc.data.packs.pack import open_pack
 from partialfc.data.packs.writer import PackWriter, write_insightface_pack
+from partialfc.writing import write_text
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")
 CHUNK = 1024
@@ -164,7 +165,7 @@ def make_pack(arguments: argparse.Namespace, console: Console) -> None:
                 f"{source} holds no images (files named {', '.join(sorted(SUFFIXES))})."
             )
         text = json.dumps([names[folder] for folder in folders], indent=0) + "\n"
-        _write_whole(out.with_suffix(".identities.json"), text)
+        write_text(out.with_suffix(".identities.json"), text)
         images = stored_images(recipe.parts, pieces, folders)
         row = bar.add_task("images written", total=total)
         write_insightface_pack(out, bar.track(images, task_id=row), len(folders))
@@ -248,7 +249,7 @@ def make_piece(recipe: Recipe, task: Task) -> Piece:
                 kept += 1
     piece = Piece(sorted(folders), kept, faults)
     report = {"inputs": digest, "pack": _hash(pack), "piece": piece}
-    _write_whole(pack.with_suffix(".json"), json.dumps(report))
+    write_text(pack.with_suffix(".json"), json.dumps(report))
     return piece
 
 
@@ -314,12 +315,6 @@ def _stamp(path: Path) -> tuple[int, int]:
 def _hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def _end_with_parent() -> None:

@@ -27,6 +27,7 @@ from partialfc.commands._command import command_parser
 from partialfc.commands._embed.files import Embeddings, read_embeddings
 from partialfc.protocols import unit_rows
 from partialfc.protocols.all_to_all import combine, search
+from partialfc.writing import atomic_write
 
 SHOWN = 20
 CHUNK = 4096
@@ -125,13 +126,11 @@ def _row(
 
 
 def _write(path: Path, rows: Rows) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
+    with atomic_write(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["query", "rank", "found", "identity", "cosine", "accepted"])
         for query, rank, name, identity, score, accepted in rows:
             writer.writerow([query, rank, name, identity, f"{score:.6f}", int(accepted)])
-    partial.replace(path)
 
 
 def _show(rows: Rows) -> None:

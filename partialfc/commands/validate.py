@@ -10,7 +10,6 @@ as a list that training leaves out: data.skip=LIST.
 """
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -24,6 +23,7 @@ from partialfc.commands._validate import levels
 from partialfc.data.packs.pack import Pack, open_pack
 from partialfc.data.packs.recordio import RecordError
 from partialfc.data.skip_list import write_skip_list
+from partialfc.writing import write_json
 
 LEVELS = ("index", "headers", "labels", "images", "hash")
 SHOWN = 20
@@ -125,4 +125,4 @@ def _value(value: object) -> str:
 
 def _write_report(path: Path | None, facts: dict[str, Any]) -> None:
     if path is not None:
-        path.write_text(json.dumps(facts, indent=2) + "\n")
+        write_json(path, facts)

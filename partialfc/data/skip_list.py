@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from partialfc.data.files.image_files import ImageFiles
 from partialfc.data.source import Source
+from partialfc.writing import atomic_write
 
 _LONGEST_LINE = 1 << 16
 
@@ -55,10 +56,8 @@ class BadRecord(NamedTuple):
 
 def write_skip_list(path: Path, records: Iterable[tuple[Source, BadRecord]]) -> None:
     """Write a list of records of packs, whole or not at all."""
-    temporary = path.with_name(f"{path.name}.partial")
-    with temporary.open("w") as file:
+    with atomic_write(path) as partial, partial.open("w") as file:
         file.writelines(record.line(pack) for pack, record in records)
-    temporary.replace(path)
 
 
 def read_skip_lists(paths: Sequence[Path], packs: Sequence[Source]) -> list[NDArray[np.int64]]:

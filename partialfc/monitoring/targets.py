@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from partialfc.records.metrics import write_text
+from partialfc.writing import write_text
 
 
 def targets_path(folder: Path, run: Path) -> Path:

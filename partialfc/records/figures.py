@@ -6,7 +6,6 @@ Shape suffixes: S = steps with a loss, V = verifications, N = pairs, U = points 
 ROC.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MultipleLocator, PercentFormatter
 
 from partialfc.protocols.verification import roc
+from partialfc.writing import atomic_write
 
 _INK = "#1f2933"
 _FAINT = "#7b8794"
@@ -154,12 +154,8 @@ def _draw_roc(
 
 
 def _save(figure: Figure, path: Path) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        figure.savefig(temporary, format="png", dpi=_DOTS_PER_INCH, facecolor="white")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_write(path) as partial:
+        figure.savefig(partial, format="png", dpi=_DOTS_PER_INCH, facecolor="white")
 
 
 def _frame(axes: Axes, title: str, x_label: str) -> None:

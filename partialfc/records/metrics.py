@@ -5,7 +5,6 @@ Records are written by rank 0 every ``log.every_steps`` steps; verification writ
 
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from partialfc.records.ledger import KINDS
+from partialfc.writing import write_text
 
 Values = Mapping[str, float]
 
@@ -109,9 +109,7 @@ class JsonLines:
 
     def __init__(self, path: Path, step: int) -> None:
         kept = [line for line in read_records(path) if line["step"] <= step] if step else []
-        temporary = path.with_suffix(".partial")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.replace(path)
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file: IO[str] = path.open("a")
 
     def write(self, step: int, values: Values) -> None:
@@ -164,18 +162,6 @@ def _tag(name: str) -> str:
     """TensorBoard groups by what stands before the slash."""
     group, _, rest = name.partition("_")
     return f"{group}/{rest}" if group in ("verification", "identification") else f"train/{name}"
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write a JSON file whole or not at all."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def finite(value: Any) -> Any:

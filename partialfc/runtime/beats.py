@@ -5,8 +5,10 @@ kind of :mod:`partialfc.records.ledger`), and the head's collectives that it has
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from partialfc.words import names_of
 
 _PROGRESS = 10
 """A step may take so many times as long as a rank may be silent;"""
@@ -96,10 +98,3 @@ def verdict(seen: Mapping[int, Sight], now: float, seconds: float) -> tuple[list
             "collective does not return"
         )
     return behind, f"{names_of(behind)} holds up the others {where} for {still:.0f} s"
-
-
-def names_of(ranks: Collection[int]) -> str:
-    """Return ``rank 3`` or ``ranks 3, 4``; no more than eight of them."""
-    shown = ", ".join(str(rank) for rank in sorted(ranks)[:8])
-    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
-    return f"rank {shown}{more}" if len(ranks) == 1 else f"ranks {shown}{more}"

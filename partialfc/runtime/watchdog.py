@@ -23,7 +23,8 @@ from partialfc.distributed import ranks as collectives
 from partialfc.distributed.ranks import Ranks
 from partialfc.errors import HangError, LostRankError, exit_code_of, record_for_torchrun
 from partialfc.records.ledger import Ledger
-from partialfc.runtime.beats import OUTSIDE, Beat, Sight, names_of, verdict
+from partialfc.runtime.beats import OUTSIDE, Beat, Sight, verdict
+from partialfc.words import names_of
 
 _SECONDS_TO_LEAVE = 15.0
 _SECONDS_TO_DUMP = 10.0

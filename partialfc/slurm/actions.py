@@ -11,7 +11,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from partialfc.records.metrics import read_records, write_json
+from partialfc.records.metrics import read_records
+from partialfc.writing import write_json
 
 _WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED"}
 _AT_WORK = _WAITING | {"RUNNING", "COMPLETING"}

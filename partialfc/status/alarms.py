@@ -4,14 +4,14 @@ from collections.abc import Iterator
 from statistics import median
 
 from partialfc.status.run import Seen
-from partialfc.status.words import duration, size
+from partialfc.words import duration, names_of, size
 
 _SILENT = 300.0
 _STARVED = 0.2
 _LATE = 0.15
 
 
-def warnings(seen: Seen) -> Iterator[str]:
+def alarms(seen: Seen) -> Iterator[str]:
     """Yield a sentence for each thing that somebody should look at."""
     ending = seen.starts[-1].end if seen.starts else None
     if ending is not None and ending["code"] not in (0, 75, 130):
@@ -21,18 +21,18 @@ def warnings(seen: Seen) -> Iterator[str]:
         yield f"Nothing was written for {duration(seen.silence)}."
     lost = [one.rank for one in seen.ranks if one.step is None]
     if lost:
-        yield f"No answer from {_some(lost)} (of {len(seen.ranks)})."
+        yield f"No answer from {names_of(lost)} (of {len(seen.ranks)})."
     moving = [one for one in seen.ranks if one.step is not None]
     furthest = max((one.step or 0 for one in moving), default=0)
     behind = [one.rank for one in moving if (one.step or 0) < furthest - 1]
     if behind:
-        yield f"Behind the others: {_some(behind)} (of {len(seen.ranks)})."
+        yield f"Behind the others: {names_of(behind)} (of {len(seen.ranks)})."
     step = seen.last("step_seconds")
     if len(moving) > 2 and step:
         usual = median(one.wait for one in moving)
         late = [one.rank for one in moving if (usual - one.wait) / step > _LATE]
         if late:
-            yield f"The others wait for {_some(late)}."
+            yield f"The others wait for {names_of(late)}."
     if skipped := seen.last("skipped_steps"):
         yield f"{skipped:.0f} steps were skipped: the loss or the gradient was not finite."
     waited = seen.last("data_wait_seconds")
@@ -49,9 +49,3 @@ def warnings(seen: Seen) -> Iterator[str]:
     wall = seen.spent.get("wall", 0.0)
     if wall > 3600 and seen.spent["goodput"] < 0.8:
         yield f"Of {duration(wall)} only {seen.spent['goodput']:.0%} was training."
-
-
-def _some(ranks: list[int]) -> str:
-    shown = ", ".join(str(rank) for rank in ranks[:8])
-    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
-    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}{more}"

@@ -6,10 +6,10 @@ from html import escape
 from pathlib import Path
 
 from partialfc.records.ledger import KINDS, Start
-from partialfc.status.alarms import warnings
+from partialfc.status.alarms import alarms
 from partialfc.status.chart import line_chart
 from partialfc.status.run import Rank, Seen
-from partialfc.status.words import duration, size
+from partialfc.words import duration, size
 
 _COLOURS = {
     "train": "#2e9e6b",
@@ -55,7 +55,7 @@ def _head(seen: Seen) -> Iterator[str]:
         yield f"<span class=dim>{escape(' · '.join(facts))}</span>"
     done = f"{_share_done(seen):.2%}"
     yield f'<div class=bar><i style="width:{done};background:var(--good)"></i></div>'
-    sentences = [escape(sentence) for sentence in warnings(seen)]
+    sentences = [escape(sentence) for sentence in alarms(seen)]
     if sentences:
         yield f"<ul class=bad><li>{'<li>'.join(sentences)}</ul>"
 

@@ -29,6 +29,7 @@ from partialfc.distributed.ranks import gather_rows, sum_to_owner
 from partialfc.records.console import show_table
 from partialfc.records.environment import package_version
 from partialfc.runtime.process import Runtime, local_rank
+from partialfc.words import names_of
 
 _REPEATS = 10
 _SECONDS_OF_DECODING = 2.0
@@ -117,7 +118,7 @@ def _versions(runtime: Runtime) -> Iterator[Finding]:
     if differ:
         yield Finding(
             "versions",
-            f"others on {_named(differ)}; rank {runtime.ranks.rank} has {text}",
+            f"others on {names_of(differ)}; rank {runtime.ranks.rank} has {text}",
             "refused",
             "Give all hosts the same environment.",
         )
@@ -134,7 +135,7 @@ def _clocks(runtime: Runtime) -> Iterator[Finding]:
         ranks = _ranks_with((away > _SKEW_SECONDS).tolist())
         yield Finding(
             "clocks",
-            f"{skew:.1f} s between {_named(ranks)} and the others",
+            f"{skew:.1f} s between {names_of(ranks)} and the others",
             "warning",
             "Run a time service: records and alerts compare times of hosts.",
         )
@@ -202,7 +203,7 @@ def _decoding(runtime: Runtime, open_batches: Callable[[], Batches]) -> Iterator
     if slow:
         yield Finding(
             "images",
-            f"{value}; {_named(slow)} below half of the median",
+            f"{value}; {names_of(slow)} below half of the median",
             "warning",
             "Every step waits for the slowest: look at the disk and the cores of its host.",
         )
@@ -220,7 +221,7 @@ def _pack(runtime: Runtime, dataset: DataSet) -> Iterator[Finding]:
     if slow:
         yield Finding(
             "data.train",
-            f"{value}; {_named(slow)} below half of the median",
+            f"{value}; {names_of(slow)} below half of the median",
             "warning",
             "Look at the disk or the mount of its host.",
         )
@@ -257,7 +258,7 @@ def _disk(config: Config, runtime: Runtime, dataset: DataSet) -> Iterator[Findin
     if failed:
         yield Finding(
             "run.folder",
-            f"{_named(failed)} cannot write in {folder}" + (f": {problem}" if problem else ""),
+            f"{names_of(failed)} cannot write in {folder}" + (f": {problem}" if problem else ""),
             "refused",
             "Every host must be able to write there.",
         )
@@ -328,9 +329,3 @@ def _of_all(values: list[float], runtime: Runtime) -> Tensor:
 
 def _ranks_with(flags: list[bool]) -> list[int]:
     return [rank for rank, flag in enumerate(flags) if flag]
-
-
-def _named(ranks: list[int]) -> str:
-    shown = ", ".join(str(rank) for rank in ranks[:8])
-    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
-    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}{more}"

@@ -22,11 +22,12 @@ from partialfc.records.console import ProgressBar, from_here, show_table
 from partialfc.records.environment import environment, peak_memory
 from partialfc.records.figures import training_figure
 from partialfc.records.ledger import Ledger
-from partialfc.records.metrics import JsonLines, Sink, TensorBoard, finite, read_records, write_json
+from partialfc.records.metrics import JsonLines, Sink, TensorBoard, finite, read_records
 from partialfc.records.report import read_run, write_report
 from partialfc.runtime.process import Runtime
 from partialfc.runtime.stragglers import Stragglers
 from partialfc.training.bad_images import BadImages
+from partialfc.writing import write_json
 
 _SKIPS_IN_A_ROW = 20
 """Steps that fp16 may skip one after the other while it looks for its loss scale."""

@@ -20,7 +20,6 @@ from partialfc.model.build import Model, build
 from partialfc.model.step import train_step
 from partialfc.records.console import from_here
 from partialfc.records.ledger import fruitless, keeping
-from partialfc.records.metrics import write_text
 from partialfc.runtime import preemption
 from partialfc.runtime.process import Runtime, refuse_interrupted
 from partialfc.training.data import open_batches, open_training_data, with_next
@@ -28,6 +27,7 @@ from partialfc.training.must_match import must_match
 from partialfc.training.preflight import Finding, preflight, report
 from partialfc.training.recorder import Recorder
 from partialfc.training.schedule import learning_rate
+from partialfc.writing import write_text
 
 
 def train(config: Config, runtime: Runtime) -> None:

@@ -3,7 +3,8 @@ import re
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from partialfc.records.metrics import TABLE, JsonLines, TensorBoard, read_records, write_json
+from partialfc.records.metrics import TABLE, JsonLines, TensorBoard, read_records
+from partialfc.writing import write_json
 
 
 def test_table_names_follow_prometheus_and_are_explained():

@@ -6,7 +6,7 @@ import pytest
 import torch.distributed as dist
 
 from partialfc.distributed.ranks import Ranks
-from partialfc.runtime.beats import Beat, Sight, names_of, verdict
+from partialfc.runtime.beats import Beat, Sight, verdict
 from partialfc.runtime.watchdog import Watchdog
 
 SECONDS = 10
@@ -78,8 +78,3 @@ def test_a_look_counts_from_when_something_changed():
     assert (one.alive, one.moved) == (8, 8)
     one.update(Beat(3, 5, "data", 9, False), 9)
     assert (one.alive, one.moved) == (8, 8)
-
-
-def test_names_are_short():
-    assert names_of([3]) == "rank 3"
-    assert names_of(range(10)) == "ranks 0, 1, 2, 3, 4, 5, 6, 7 and 2 more"

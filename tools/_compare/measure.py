@@ -19,8 +19,8 @@ from partialfc.head.centers import stored_centers
 from partialfc.keyed import key, permute
 from partialfc.protocols.identification import first_of_each
 from partialfc.protocols.open_set import open_set
-from partialfc.records.metrics import write_json
 from partialfc.training.open_run import OpenRun, open_run
+from partialfc.writing import write_json
 
 TRAINING_IMAGES = 4096
 CHUNK = 64

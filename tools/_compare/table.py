@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from partialfc.writing import atomic_write
+
 Result = dict[str, Any]
 
 
@@ -69,8 +71,7 @@ def cell(column: Column, results: list[Result]) -> str:
 
 def write_csv(path: Path, found: dict[str, list[Result]]) -> None:
     """Write a line for every run."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", newline="") as file:
+    with atomic_write(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["setting", "seed", *(column.title for column in COLUMNS)])
         for label, results in found.items():
@@ -78,4 +79,3 @@ def write_csv(path: Path, found: dict[str, list[Result]]) -> None:
                 numbers = (column.value(result) for column in COLUMNS)
                 shown = ("" if number is None else f"{number:.6g}" for number in numbers)
                 writer.writerow([label, result["seed"], *shown])
-    partial.replace(path)

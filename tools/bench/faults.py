@@ -30,8 +30,8 @@ from rich.table import Table
 
 from partialfc.distributed.ranks import Ranks
 from partialfc.records.ledger import KINDS, goodput, read_ledger
-from partialfc.records.metrics import write_json
 from partialfc.runtime.process import Runtime
+from partialfc.writing import write_json
 from tools.bench._faults.crash import corruptions, crash_points
 from tools.bench._faults.elastic import joined
 from tools.bench._faults.model import BATCH, IMAGES, ORDER

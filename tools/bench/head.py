@@ -29,6 +29,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from partialfc.margins import MARGINS
+from partialfc.writing import write_json
 from tools.bench._head.expected import START, expected_seconds
 from tools.bench._head.measure import TEXTBOOKS, Case
 from tools.bench._head.plot import plot
@@ -96,9 +97,7 @@ def _save(path: str | None, about: Row, rows: list[Row], left: list[Case]) -> No
     record = {**about, "rows": rows, "not_measured": [_named(case) for case in left]}
     out = Path(path)
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f"{out.name}.partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n")
-    partial.replace(out)
+    write_json(out, record)
 
 
 def _named(case: Case) -> str:

@@ -31,7 +31,7 @@ from partialfc.protocols.distractors import with_distractors
 from partialfc.protocols.identification import rank_k
 from partialfc.protocols.templates import pair_scores, templates
 from partialfc.protocols.verification import tar_at_far, verify
-from partialfc.records.metrics import write_json
+from partialfc.writing import write_json
 from tools.bench.conditions import conditions
 
 DIM, PER_IDENTITY, TARGETS = 512, 6.6, (1e-6,)

@@ -27,8 +27,8 @@ from partialfc.checkpoint import Saver
 from partialfc.distributed.ranks import Ranks
 from partialfc.model.build import Model, assemble
 from partialfc.model.step import train_step
-from partialfc.records.metrics import write_json
 from partialfc.runtime.process import Runtime
+from partialfc.writing import write_json
 from tools.bench._faults.model import FACTS, settings
 from tools.bench.conditions import conditions
 

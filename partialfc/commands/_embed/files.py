@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from partialfc.writing import atomic_write
+
 _COLUMNS = ("name", "identity", "embedding")
 
 
@@ -36,16 +38,17 @@ def write_embeddings(path: Path, found: Embeddings) -> None:
     Raises:
         ValueError: If the name has another ending.
     """
-    partial = path.with_name(f"{path.name}.partial")
     if path.suffix == ".npy":
-        with partial.open("wb") as file:
-            np.save(file, found.rows_ND)
-        names = path.with_suffix(".csv.partial")
-        with names.open("w", newline="", encoding="utf-8") as text:
+        names = path.with_suffix(".csv")
+        with (
+            atomic_write(names) as partial,
+            partial.open("w", newline="", encoding="utf-8") as text,
+        ):
             writer = csv.writer(text)
             writer.writerow(_COLUMNS[:2])
             writer.writerows(zip(found.names, found.identities, strict=True))
-        names.replace(path.with_suffix(".csv"))
+        with atomic_write(path) as partial, partial.open("wb") as file:
+            np.save(file, found.rows_ND)
     elif path.suffix == ".parquet":
         import pyarrow as pa
         from pyarrow import parquet
@@ -53,10 +56,10 @@ def write_embeddings(path: Path, found: Embeddings) -> None:
         flat = pa.array(np.ascontiguousarray(found.rows_ND).ravel(), pa.float32())
         column = pa.FixedSizeListArray.from_arrays(flat, found.rows_ND.shape[1])
         columns = [pa.array(found.names), pa.array(found.identities), column]
-        parquet.write_table(pa.Table.from_arrays(columns, names=list(_COLUMNS)), partial)
+        with atomic_write(path) as partial:
+            parquet.write_table(pa.Table.from_arrays(columns, names=list(_COLUMNS)), partial)
     else:
         raise ValueError(f"{path}: must end in .npy or .parquet.")
-    partial.replace(path)
 
 
 def read_embeddings(path: Path) -> Embeddings:

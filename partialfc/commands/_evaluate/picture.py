@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 
 from partialfc.commands._evaluate.sets import Measured
 from partialfc.protocols.curves import Curves
+from partialfc.writing import atomic_write
 
 INK, FAINT, GREEN, CORAL = "#1f2933", "#7b8794", "#0d9373", "#e0583b"
 _MOST_HISTOGRAMS = 3
@@ -49,10 +50,9 @@ def draw(path: Path, found: dict[str, Measured], *, title: str) -> None:
     _scales(dict(zip(panels, axes.flat, strict=False)))
     for panel in list(axes.flat)[len(panels) :]:
         panel.set_visible(False)
-    partial = path.with_name(f"{path.name}.partial")
-    figure.savefig(partial, format="png", dpi=150)
+    with atomic_write(path) as partial:
+        figure.savefig(partial, format="png", dpi=150)
     pyplot.close(figure)
-    partial.replace(path)
 
 
 def _scales(panels: dict[str, Axes]) -> None:

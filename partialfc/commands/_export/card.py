@@ -7,6 +7,7 @@ from typing import Any
 
 from partialfc.checkpoint.trained_backbone import TrainedBackbone
 from partialfc.config import to_toml
+from partialfc.writing import write_text
 
 Row = dict[str, Any]
 
@@ -60,9 +61,7 @@ def write_card(
         _LIMITS,
         f"Written {date.today().isoformat()} by partialfc's partialfc export.",
     ]
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text("\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, "\n\n".join(part.strip() for part in parts) + "\n")
 
 
 def _files(rows: list[Row], checked_on: str) -> str:

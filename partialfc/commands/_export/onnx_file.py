@@ -29,6 +29,8 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 from torch import Tensor, nn
 
+from partialfc.writing import atomic_write
+
 OPSET = 18
 INPUT, OUTPUT = "input.1", "embedding"
 _LOOKED_AT = 8
@@ -156,6 +158,5 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]
 
 def _save(model: onnx.ModelProto, path: Path) -> None:
     onnx.checker.check_model(model)
-    partial = path.with_name(f"{path.name}.partial")
-    onnx.save(model, partial)
-    partial.replace(path)
+    with atomic_write(path) as partial:
+        onnx.save(model, partial)

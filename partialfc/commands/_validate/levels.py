@@ -23,6 +23,8 @@ from partialfc.data.checks import check_headers, check_image, check_index, check
 from partialfc.data.packs.index_cache import cache_places
 from partialfc.data.packs.pack import Pack
 from partialfc.data.skip_list import BadRecord
+from partialfc.words import duration, size
+from partialfc.writing import write_text
 
 PAGE = 4096
 """Bytes that a file system reads for one header."""
@@ -106,7 +108,7 @@ def images(
         chosen = np.random.default_rng(seed).choice(len(pack), count, replace=False)
         drawn = np.sort(chosen).tolist()
     mean = pack.file.size / len(pack.index)
-    console.print(f"images: {count:,} to decode, about {_size(count * mean)} to read")
+    console.print(f"images: {count:,} to decode, about {size(count * mean)} to read")
     look, bad = Look(), 0
     with ThreadPoolExecutor(workers) as pool, _progress(console) as progress:
         task = progress.add_task("images", total=count)
@@ -137,7 +139,7 @@ def file_hash(pack: Pack, report: Report, console: Console) -> None:
             if kept["stamp"] == stamp:
                 report.levels["hash"] = {"sha256": str(kept["sha256"]), "cached": True}
                 return
-    console.print(f"hash: {_size(status.st_size)} to read")
+    console.print(f"hash: {size(status.st_size)} to read")
     digest = hashlib.sha256()
     with pack.path.open("rb") as file, _progress(console) as progress:
         task = progress.add_task("hash", total=status.st_size)
@@ -177,8 +179,8 @@ def _announce_headers(pack: Pack, workers: int, console: Console) -> None:
         list(pool.map(lambda at: check_headers(pack, at, at + 1), range(0, count, step)))
     seconds = (time.monotonic() - started) / len(range(0, count, step)) * count
     console.print(
-        f"headers: {count:,} records, {_size(min(count * PAGE, pack.file.size))} in reads of "
-        f"{PAGE} bytes, at most {_duration(seconds)} by a first look at {min(count, _PROBES):,}"
+        f"headers: {count:,} records, {size(min(count * PAGE, pack.file.size))} in reads of "
+        f"{PAGE} bytes, at most {duration(seconds)} by a first look at {min(count, _PROBES):,}"
     )
 
 
@@ -197,18 +199,10 @@ def _keep(places: list[Path], value: Any) -> None:
     for place in places:
         with suppress(OSError):
             place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_text(json.dumps(value))
+            write_text(place, json.dumps(value))
             return
 
 
 def _progress(console: Console) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
     return Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
-
-
-def _size(count: float) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"

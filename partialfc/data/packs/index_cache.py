@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from partialfc.writing import atomic_write
 from partialfc.data.packs.index import RecordIndex, read_index
 from partialfc.data.packs.recordio import RecordFile
 
@@ -155,17 +156,13 @@ def read_kept(path: Path) -> tuple[dict[str, Any], NDArray[np.uint8]]:
 def write_kept(places: list[Path], header: dict[str, Any], columns: list[NDArray[Any]]) -> bool:
     """Return whether header and columns could be written to one of the places, whole."""
     for path in places:
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as stream:
+            with atomic_write(path) as partial, partial.open("wb") as stream:
                 stream.write(json.dumps(header).encode().ljust(_HEADER))
                 for column in columns:
                     stream.write(column.data)
-            temporary.replace(path)
         except OSError:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
             continue
         return True
     return False

@@ -17,6 +17,7 @@ import numpy as np
 
 from partialfc.data.sets.pickle_machine import PairsError, run
 from partialfc.data.sets.pickle_stubs import Array
+from partialfc.writing import atomic_write
 
 __all__ = ["Image", "Pairs", "PairsError", "read_pairs", "write_pairs"]
 
@@ -76,23 +77,18 @@ def write_pairs(path: str | Path, images: Sequence[bytes], same: Sequence[bool])
     """
     target = Path(path)
     _require_two_images_per_pair(len(images), len(same), str(path))
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    try:
-        with temporary.open("wb") as file:
-            file.write(b"\x80\x03](")  # PROTO 3, EMPTY_LIST, MARK
-            for index, image in enumerate(images):
-                if not _is_jpeg(image) or len(image) >= 1 << 32:
-                    raise _not_an_image(image, index, str(path))
-                file.write(struct.pack("<cI", b"B", len(image)))  # BINBYTES
-                file.write(image)
-            file.write(b"e](")  # APPENDS, EMPTY_LIST, MARK
-            file.write(b"".join(b"\x88" if pair else b"\x89" for pair in same))
-            file.write(b"e\x86.")  # APPENDS, TUPLE2, STOP
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_write(target) as partial, partial.open("wb") as file:
+        file.write(b"\x80\x03](")  # PROTO 3, EMPTY_LIST, MARK
+        for index, image in enumerate(images):
+            if not _is_jpeg(image) or len(image) >= 1 << 32:
+                raise _not_an_image(image, index, str(path))
+            file.write(struct.pack("<cI", b"B", len(image)))  # BINBYTES
+            file.write(image)
+        file.write(b"e](")  # APPENDS, EMPTY_LIST, MARK
+        file.write(b"".join(b"\x88" if pair else b"\x89" for pair in same))
+        file.write(b"e\x86.")  # APPENDS, TUPLE2, STOP
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _require_two_images_per_pair(num_images: int, num_pairs: int, name: str) -> None:
