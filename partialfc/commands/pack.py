@@ -146,7 +146,7 @@ def make_pack(arguments: argparse.Namespace, console: Console) -> None:
     opened = open_source(source, survey)
     names = opened.names
     recipe = Recipe(opened.root, out.with_suffix(".parts"), arguments.size, arguments.quality)
-    recipe.parts.mkdir(exist_ok=True)
+    recipe.parts.mkdir(parents=True, exist_ok=True)
 
     pieces: list[Piece] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -186,8 +186,6 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{out} must not be inside {source}, whose folders are identities.")
     if out.exists():
         raise ValueError(f"{out} exists already: remove it, or choose another name.")
-    if not out.parent.is_dir():
-        raise ValueError(f"{out.parent} is not a folder: make it first.")
     for name, low, high in (("size", 8, 4096), ("quality", 1, 100), ("workers", 1, 1024)):
         value = getattr(arguments, name)
         if not low <= value <= high:

@@ -50,17 +50,21 @@ def source(tmp_path_factory):
 
 
 def test_a_folder_becomes_a_pack(source, tmp_path):
-    done = tool("pack", source, tmp_path / "a.rec", "--workers", 1, cwd=tmp_path)
+    done = tool("pack", source, tmp_path / "packs" / "a.rec", "--workers", 1, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    pack = open_pack(tmp_path / "a.rec")
+    pack = open_pack(tmp_path / "packs" / "a.rec")
     assert pack.identities(np.arange(9)).tolist() == [0] * 4 + [1] * 4 + [2]
-    assert json.loads((tmp_path / "a.identities.json").read_text()) == ["ann", "bob", "zoe"]
+    assert json.loads((tmp_path / "packs" / "a.identities.json").read_text()) == [
+        "ann",
+        "bob",
+        "zoe",
+    ]
     assert pack.jpeg(0) == (source / "ann" / "0.jpg").read_bytes(), "stored byte for byte"
     large = decode(pack.jpeg_view(7))
     assert large.shape == (112, 112, 3)
     truth = render(np.array([1]), np.array([9]), seed=1, size=112)[0]
     assert np.abs(large.astype(int) - truth).mean() < 12
-    assert not (tmp_path / "a.parts").exists()
+    assert not (tmp_path / "packs" / "a.parts").exists()
 
 
 def write_table(path, rows, structs):
@@ -184,7 +188,6 @@ def test_kill_9_and_the_same_command_give_the_same_bytes(tmp_path):
         (["missing", "a.rec"], "missing is not a folder"),
         (["SOURCE", "a.bin"], "must end with .rec"),
         (["SOURCE", "a.rec", "--quality", "0"], "--quality must be in"),
-        (["SOURCE", "nowhere/a.rec"], "nowhere is not a folder"),
     ],
 )
 def test_mistakes_are_one_message(words, message, source, tmp_path):

@@ -121,11 +121,12 @@ for code in map(int, sys.argv[1:]):
 
 
 def test_only_what_a_signal_stopped_goes_back_to_the_queue(tmp_path):
-    """Of every exit code that the README has: a crash loop, or a fault, is not started again.
+    """Of every exit code that users are told: a crash loop, or a fault, is not started again.
 
     scontrol is a script here, which does to the task what Slurm does: it ends it.
     """
-    table = (ROOT / "README.md").read_text().partition("| exit code | cause |")[2]
+    page = (ROOT / "partialfc" / "config" / "README.md").read_text()
+    table = page.partition("| exit code | cause |")[2]
     codes = [int(code) for code in re.findall(r"^\| (\d+) \|", table.partition("\n\n")[0], re.M)]
     assert {0, 2, 8, Preempted.exit_code, 130} < set(codes)
     scontrol = tmp_path / "scontrol"

@@ -1,4 +1,4 @@
-"""Start tools/bench/measure.py, one process per rank, and pass on what it finds as it finds it."""
+"""Start _head/measure.py, one process per rank, and pass on what it finds as it finds it."""
 
 import itertools
 import json
