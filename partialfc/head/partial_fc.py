@@ -2,8 +2,8 @@
 
 https://arxiv.org/abs/2203.15565. The data flow, and where each part lives:
 
-    gather (collectives) -> sample (sampling) -> logits in tiles (tiles) -> margin (margins)
-    -> distributed softmax (margin_loss) -> gradients (there and tiles) -> rows (row_optimizer)
+    gather (here) -> sample (sampling) -> positives and margin (loss, margins) -> logits in tiles
+    (tiles) -> distributed softmax (push) -> gradients (loss, tiles) -> rows (rows)
 
 Shape suffixes: b = rows of this rank's batch, B = rows of the gathered batch, D = embedding,
 n = sampled rows of this rank.
@@ -18,17 +18,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from partialfc.distributed.ranks import Ranks, gather_rows
+from partialfc.distributed.ranks import Ranks, gather_batch, gather_rows
+from partialfc.head.batch import Batch, Queries
 from partialfc.head.centers import expand, fill_initial_
-from partialfc.head.loss import MarginLoss
+from partialfc.head.loss import MarginLoss, Outcome, margin_loss
 from partialfc.head.machine import machine_of
 from partialfc.head.plan import Plan, decide
 from partialfc.head.rows.formats import DTYPES
 from partialfc.head.rows.optimizer import RowOptimizer
 from partialfc.head.rows.rules import RowRule, RowSGD
 from partialfc.head.rows.staging import Placement, host_tensor, row_tensor
-from partialfc.head.sampling import KeyedSampler, Sample
+from partialfc.head.sampling import KeyedSampler, Sample, refuse_unfixed, refuse_unknown
 from partialfc.head.sharding import Sharding, default_canonical_shards
+from partialfc.keyed import key
 from partialfc.margins import Margin
 from partialfc.numerics import Compute
 
@@ -209,7 +211,7 @@ class PartialFC(nn.Module):
             identities: int64 [any], this rank's, the same number on every rank.
         """
         identities_B = gather_rows(identities, self.ranks)
-        self.refuse_foreign(identities_B)
+        refuse_unknown(identities_B, self.sharding.num_identities)
         step = self.optimizer.steps
         rows = expand(self.sampler(step, identities_B), self.centers_per_identity).rows
         self._step_sample = _StepSample(step, identities_B, rows)
@@ -266,8 +268,59 @@ class PartialFC(nn.Module):
         # The anchor makes backward reach the centers where the embeddings want no gradient.
         anchor = torch.zeros((), requires_grad=torch.is_grad_enabled())
         with torch.autocast(embeddings.device.type, enabled=False):
-            loss: Tensor = MarginLoss.apply(embeddings, anchor, identities, self)  # type: ignore[no-untyped-call]
+            with torch.no_grad():
+                batch = self._gather(embeddings, identities, want_gradient=anchor.requires_grad)
+                outcome = margin_loss(batch)
+                self._learn(outcome)
+            loss: Tensor = MarginLoss.apply(  # type: ignore[no-untyped-call]
+                embeddings, anchor, outcome, self.optimizer.add_micro_batch
+            )
         return loss
+
+    def _gather(self, embeddings: Tensor, identities: Tensor, *, want_gradient: bool) -> Batch:
+        """Gather the global batch, refuse what is no identity of it, and sample its centers."""
+        margin, optimizer = self.margin, self.optimizer
+        state = {name: value.clone() for name, value in self.margin_state().items()}
+        queries = Queries.of(embeddings, margin, state, self.compute)
+        query_BD, identities_B, norm_B = gather_batch(
+            queries.query_bD,
+            identities,
+            queries.norm_b if margin.needs_norms else None,
+            self.ranks,
+        )
+        refuse_unknown(identities_B, self.sharding.num_identities)
+        sample = self.sample(identities_B)
+        optimizer.catch_up(sample.rows)
+        centers_CD, rows = optimizer.open(sample.rows)
+        steps, part = optimizer.steps, optimizer.micro_batches
+        return Batch(
+            queries=queries,
+            query_BD=query_BD,
+            norm_B=norm_B,
+            centers_CD=centers_CD,
+            rows=rows,
+            target_B=sample.target_B,
+            margin=margin,
+            state=state,
+            step=steps,
+            draw_key=key(self.seed, "margin", steps, part),
+            center_weight=self.center_weight,
+            inter_class_weight=self.inter_class_weight,
+            compute=self.compute,
+            path=self.plan.path,
+            ranks=self.ranks,
+            want_gradient=want_gradient,
+            want_pull=want_gradient and embeddings.requires_grad,
+            keep_bytes=self.keep_bytes - optimizer.kept_bytes if want_gradient else 0,
+            workspace=optimizer.workspace,
+        )
+
+    def _learn(self, outcome: Outcome) -> None:
+        """Take over what the margin remembers; a batch without a finite loss leaves no trace."""
+        self.terms = outcome.terms
+        if outcome.state is not None and outcome.finite is not None:
+            for name, value in self.margin_state().items():
+                value.copy_(torch.where(outcome.finite, outcome.state[name], value))
 
     def get_extra_state(self) -> dict[str, int]:
         """What ``load_state_dict`` checks: centers fit only the rank they were cut for."""
@@ -306,25 +359,11 @@ class PartialFC(nn.Module):
         if fixed is None or fixed.step != self.optimizer.steps:
             sample = self.sampler(self.optimizer.steps, identities_B)
             return expand(sample, self.centers_per_identity)
-        self._refuse_unfixed(identities_B, fixed.identities_B)
+        refuse_unfixed(identities_B, fixed.identities_B)
         # The set of positives is that of the step, so the rows are; the targets are this batch's.
         known_B = torch.cat([fixed.identities_B, identities_B])
         every = expand(self.sampler(fixed.step, known_B), self.centers_per_identity)
         return Sample(fixed.rows, every.target_B[len(fixed.identities_B) :])
-
-    def _refuse_unfixed(self, identities_B: Tensor, fixed_P: Tensor) -> None:
-        """Refuse an identity that the sample of the step was not fixed for: it has no target."""
-        fixed_P = fixed_P.sort().values
-        place_B = torch.searchsorted(fixed_P, identities_B).clamp(max=len(fixed_P) - 1)
-        unfixed_B = fixed_P[place_B] != identities_B
-        if unfixed_B.device.type != "cpu":
-            torch._assert_async(~unfixed_B.any(), "an identity was not given to sample_step")
-        elif unfixed_B.any():
-            raise ValueError(
-                f"identity {int(identities_B[unfixed_B][0])} was not given to sample_step, which "
-                "fixed the centers of this step; give it those of all micro-batches, or call it "
-                "after what is only looked at."
-            )
 
     def _decide(self, rule: RowRule, *, fused: bool) -> Plan:
         """Return which code computes this head; refuse the fused kernels where they cannot."""
@@ -341,23 +380,6 @@ class PartialFC(nn.Module):
         if fused and plan.path != "fused":
             raise ValueError(f"fused = True: {plan.reason}; remove it.")
         return plan
-
-    def refuse_foreign(self, identities_B: Tensor) -> None:
-        """Refuse an identity outside [0, C): all ranks see the same ones, so all refuse together.
-
-        Raises:
-            ValueError: If there is one; on a GPU, a device-side assertion fails instead.
-        """
-        count = self.sharding.num_identities
-        foreign_B = (identities_B < 0) | (identities_B >= count)
-        if foreign_B.device.type != "cpu":
-            torch._assert_async(~foreign_B.any(), f"an identity is not in [0, {count})")
-        elif foreign_B.any():
-            where = int(foreign_B.nonzero()[0])
-            raise ValueError(
-                f"identities must be in [0, {count}), got {int(identities_B[where])} at position "
-                f"{where} of the global batch; num_identities of the head must cover the data."
-            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,8 @@ the negatives are uniform without replacement given the positives, any number of
 same rows, and nothing costs time or memory in the size of the shard.
 
 Shape suffixes: B = rows of the gathered batch, n = sampled rows, P = distinct positives on this
-rank, V = canonical shards of this rank.
+rank or all that a step was fixed for, V = canonical shards of this rank, M = positives beyond the
+quota.
 """
 
 from dataclasses import dataclass
@@ -144,3 +145,43 @@ class KeyedSampler:
             return walk(index, size, key, largest=self._largest)
         arrays = (index.numpy(), size.numpy(), key.numpy())
         return torch.from_numpy(walk(*arrays, largest=self._largest))
+
+
+def refuse_unknown(identities_B: Tensor, num_identities: int) -> None:
+    """Refuse an identity outside [0, C): all ranks see the same ones, so all refuse together.
+
+    Raises:
+        ValueError: If there is one; on a GPU, a device-side assertion fails instead.
+    """
+    unknown_B = (identities_B < 0) | (identities_B >= num_identities)
+    if unknown_B.device.type != "cpu":
+        torch._assert_async(~unknown_B.any(), f"an identity is not in [0, {num_identities})")
+    elif unknown_B.any():
+        where = int(unknown_B.nonzero()[0])
+        raise ValueError(
+            f"identities must be in [0, {num_identities}), got {int(identities_B[where])} at "
+            f"position {where} of the global batch; num_identities of the head must cover the data."
+        )
+
+
+def refuse_unfixed(identities_B: Tensor, fixed_P: Tensor) -> None:
+    """Refuse an identity that the sample of the step was not fixed for: it has no target.
+
+    Args:
+        identities_B: int64 identities of a micro-batch.
+        fixed_P: int64 identities that the sample was fixed for.
+
+    Raises:
+        ValueError: If there is one; on a GPU, a device-side assertion fails instead.
+    """
+    fixed_P = fixed_P.sort().values
+    place_B = torch.searchsorted(fixed_P, identities_B).clamp(max=len(fixed_P) - 1)
+    unfixed_B = fixed_P[place_B] != identities_B
+    if unfixed_B.device.type != "cpu":
+        torch._assert_async(~unfixed_B.any(), "an identity was not given to sample_step")
+    elif unfixed_B.any():
+        raise ValueError(
+            f"identity {int(identities_B[unfixed_B][0])} was not given to sample_step, which "
+            "fixed the centers of this step; give it those of all micro-batches, or call it "
+            "after what is only looked at."
+        )

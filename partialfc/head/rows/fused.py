@@ -38,11 +38,11 @@ def second_pass(
     centers_CD: Tensor = arguments["centers_CD"]
     index = None if arguments["compact"] else rows
     total, dim = len(centers_CD) if index is None else len(index), centers_CD.shape[1]
-    target = [align(one.target_B, one.rows, rows) for one in kept]
-    present_n = [present(one.rows, rows) for one in kept]
+    target = [align(one.target_B, one.row_n, rows) for one in kept]
+    present_n = [present(one.row_n, rows) for one in kept]
     largest = max(len(one.query_BD) for one in kept)
     # Kept tiles are those of a micro-batch of the same size with the same rows.
-    same = [one.rows is rows and len(one.query_BD) == largest for one in kept]
+    same = [one.row_n is rows and len(one.query_BD) == largest for one in kept]
     for number, (start, stop) in enumerate(tiles(largest, total)):
         size = stop - start, dim
         gradient_TD = workspace("gradient", size, torch.float32, centers_CD.device)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from partialfc.head.plan import Plan
+from partialfc.head.row_set import RowSet
 from partialfc.head.rows import catch_up as unsampled
 from partialfc.head.rows import fused
 from partialfc.head.rows.catch_up import Moves
@@ -130,14 +131,16 @@ class RowOptimizer(torch.optim.Optimizer):
         self._kept, self._skip = [], []
 
     @torch.no_grad()
-    def open(self, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the centers to read in this step, and the rows of them that are sampled.
+    def open(self, row_n: Tensor | None) -> tuple[Tensor, RowSet]:
+        """Return the centers to read in this step, and where the sampled rows lie in them.
 
-        They are all centers of the rank and ``rows``, or a compact copy on the device and ``None``.
+        They are all centers of the rank, or a compact copy of the sampled ones on the device.
         """
-        if rows is None or not self._placement.stages:
+        compact = row_n is not None and self._placement.stages
+        rows = RowSet.of(row_n, first_row=self._first, compact=compact)
+        if row_n is None or not compact:
             return self.param_groups[0]["params"][0].detach(), rows
-        return self._stage().open(self.steps, rows)[CENTERS], None
+        return self._stage().open(self.steps, row_n)[CENTERS], rows
 
     @property
     def stages(self) -> bool:
@@ -392,9 +395,9 @@ def _times(kept: Kept, weight: Tensor) -> Kept:
 
 def _union(kept: list[Kept]) -> Tensor | None:
     """Rows that any micro-batch sampled; they are one object where the step's sample was fixed."""
-    rows = kept[0].rows
-    if rows is None or all(one.rows is rows for one in kept):
+    rows = kept[0].row_n
+    if rows is None or all(one.row_n is rows for one in kept):
         return rows
-    sampled = torch.cat([one.rows for one in kept if one.rows is not None])
+    sampled = torch.cat([one.row_n for one in kept if one.row_n is not None])
     union: Tensor = torch.unique(sampled)  # host sync
     return union

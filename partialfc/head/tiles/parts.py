@@ -108,7 +108,7 @@ class Kept:
 
     Attributes:
         query_BD: Gathered queries in the operand dtype.
-        rows: int64 [n] sampled rows, or ``None`` for all rows of the shard.
+        row_n: int64 [n] sampled rows of the shard, or ``None`` for all of them.
         target_B: Place of each row's own class center among the sampled ones, or ``NOT_LOCAL``.
         logits: What the products become.
         maximum_B: Subtracted from the logits before exp, or ``None``.
@@ -123,7 +123,7 @@ class Kept:
     """
 
     query_BD: Tensor
-    rows: Tensor | None
+    row_n: Tensor | None
     target_B: Tensor
     logits: Logits
     maximum_B: Tensor | None

@@ -185,7 +185,7 @@ def second_pass(
 def positives(rows: Tensor | None, kept: Sequence[Kept]) -> Positives:
     """Return the positives' share of the same gradient; arguments as in :func:`second_pass`."""
     every = [
-        (align(target_P, one.rows, rows), slope_P, direction_PD)
+        (align(target_P, one.row_n, rows), slope_P, direction_PD)
         for one in kept
         for target_P, slope_P, direction_PD in (
             (one.target_B, one.positive_B, one.positive_BD),
@@ -244,9 +244,9 @@ class _Part:
 
     @classmethod
     def of(cls, kept: Kept, rows: Tensor | None, *, like: Tensor) -> "_Part":
-        target_B, present_n = align(kept.target_B, kept.rows, rows), present(kept.rows, rows)
+        target_B, present_n = align(kept.target_B, kept.row_n, rows), present(kept.row_n, rows)
         factor_B1 = kept.negative_B.unsqueeze(1)
-        same_tiles = kept.rows is rows and kept.query_BD.shape == like.shape
+        same_tiles = kept.row_n is rows and kept.query_BD.shape == like.shape
         return cls(
             kept,
             target_B,
