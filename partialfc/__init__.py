@@ -4,9 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from partialfc.head.options import Kernels, Memory, Precision
     from partialfc.head.partial_fc import PartialFC
     from partialfc.head.rows.rules import RowAdagrad, RowAdamW, RowSGD
-    from partialfc.head.rows.staging import Placement
     from partialfc.losses.over_ranks import EmbeddingLosses
     from partialfc.margins import (
         AdaCos,
@@ -41,14 +41,16 @@ __all__ = [
     "ElasticFace",
     "EmbeddingLosses",
     "FNormSphereFace",
+    "Kernels",
     "LSoftmax",
     "MVSoftmax",
     "MagFace",
     "Margin",
+    "Memory",
     "ModifiedSoftmax",
     "NormalizedSoftmax",
     "PartialFC",
-    "Placement",
+    "Precision",
     "RowAdagrad",
     "RowAdamW",
     "RowSGD",
@@ -60,11 +62,13 @@ __all__ = [
 ]
 
 _HOME = {
+    "Kernels": "head.options",
+    "Memory": "head.options",
     "PartialFC": "head.partial_fc",
+    "Precision": "head.options",
     "RowAdagrad": "head.rows.rules",
     "RowAdamW": "head.rows.rules",
     "RowSGD": "head.rows.rules",
-    "Placement": "head.rows.staging",
     "EmbeddingLosses": "losses.over_ranks",
 }
 

@@ -5,23 +5,19 @@ Shape suffixes: D = embedding, T = rows.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Compute = Literal["fp32", "tf32", "bf16"]
-"""Precision of the head's matrix products. ``tf32`` is for GPUs, with fp32 operands in memory."""
 
-
-def operand_dtype(compute: Compute) -> torch.dtype:
-    """What the operands of a product are stored as."""
+def operand_dtype(compute: str) -> torch.dtype:
+    """What the operands of a product in fp32, tf32 or bf16 are stored as."""
     return torch.bfloat16 if compute == "bf16" else torch.float32
 
 
 @contextmanager
-def precision(compute: Compute, device: torch.device) -> Iterator[None]:
+def precision(compute: str, device: torch.device) -> Iterator[None]:
     """Let fp32 products on a GPU run in TF32 for ``"tf32"``, and only then."""
     if device.type != "cuda" or compute == "bf16":
         yield

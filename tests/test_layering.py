@@ -117,6 +117,7 @@ def test_settings_and_records_need_no_torch():
         "partialfc.__main__",
         "partialfc.errors",
         "partialfc.config",
+        "partialfc.head.options",
         "partialfc.head.plan",
         "partialfc.records.metrics",
         "partialfc.records.ledger",

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from partialfc.distributed.ranks import Ranks
+from partialfc.head.options import Compute
 from partialfc.head.plan import Path
 from partialfc.head.row_set import RowSet
 from partialfc.head.tiles.workspace import Workspace
 from partialfc.margins import Margin, State
-from partialfc.numerics import Compute, operand_dtype, unit
+from partialfc.numerics import operand_dtype, unit
 
 
 @dataclass(frozen=True, slots=True)

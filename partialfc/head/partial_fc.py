@@ -12,7 +12,6 @@ n = sampled rows of this rank.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -23,18 +22,16 @@ from partialfc.head.batch import Batch, Queries
 from partialfc.head.centers import expand, fill_initial_
 from partialfc.head.loss import MarginLoss, Outcome, margin_loss
 from partialfc.head.machine import machine_of
+from partialfc.head.options import Kernels, Memory, Precision, check_fit, check_inter_class
 from partialfc.head.plan import Plan, decide
 from partialfc.head.rows.formats import DTYPES
 from partialfc.head.rows.optimizer import RowOptimizer
 from partialfc.head.rows.rules import RowRule, RowSGD
-from partialfc.head.rows.staging import Placement, host_tensor, row_tensor
+from partialfc.head.rows.staging import host_tensor, row_tensor
 from partialfc.head.sampling import KeyedSampler, Sample, refuse_unfixed, refuse_unknown
 from partialfc.head.sharding import Sharding, default_canonical_shards
 from partialfc.keyed import key
 from partialfc.margins import Margin
-from partialfc.numerics import Compute
-
-_KEEP_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 
 
 class PartialFC(nn.Module):
@@ -49,19 +46,9 @@ class PartialFC(nn.Module):
         margin: What the logits are, e.g. ``ArcFace()``; see :mod:`partialfc.margins`.
         sample_rate: Fraction of the centers used per step, positives included, in (0, 1].
         optimizer: Update of the sampled centers.
-        compute: Precision of the matrix products. ``"bf16"`` gathers embeddings in bf16 too. The
-            positive's cosine, the softmax and all sums are fp32 in every case.
-        center_format: How centers are stored: ``"fp32"``, ``"bf16"``, or ``"fp16"`` with a scale a
-            row in the optimizer's state; see :mod:`partialfc.head.rows.formats`.
-        keep_bytes: Most memory of the exponentials that spare pass 2 a matrix product; the result
-            does not depend on it, but for rounding where ``fused`` or a logit may be above 64.
-            ``None``: 256 MiB on a CPU, 2 GiB on a GPU.
-        placement: Where class centers and optimizer states lie between steps; ``None`` for the
-            device. In host memory, a step's rows travel to the device and back.
-        fused: Do each pass in one kernel, whose logits and gradients stay on the chip; the result
-            is the same to rounding. On Hopper, in bf16, with SGD and a softmax over unit centers.
-        overlap: On a GPU, update the centers beside the backbone's backward; a loss scale or a
-            verdict (``found_inf``) on that backward cannot be had then.
+        precision: Number formats of products and stored centers.
+        memory: What may be kept, and where the rows lie between steps.
+        kernels: What a GPU does faster at a price.
         seed: Initial centers, negatives and rounding are functions of it and of global ids.
         center_weight: Of the mean of 1 - cos(theta) to the own center, added to the loss; >= 0.
         inter_class_weight: Of the mean cosine of the batch's centers and the nearest other sampled
@@ -76,9 +63,9 @@ class PartialFC(nn.Module):
     """
 
     centers: nn.Parameter
-    """[rows of this rank, D] in ``center_format``, not normalised; changed by ``optimizer`` alone.
-    fp16 rows are in units of their scale. A margin may want several rows for an identity, which
-    follow one another, or a bias, which is one element more."""
+    """[rows of this rank, D] as ``precision`` stores them, not normalised; changed by ``optimizer``
+    alone. fp16 rows are in units of their scale. A margin may want several rows for an identity,
+    which follow one another, or a bias, which is one element more."""
 
     def __init__(
         self,
@@ -88,12 +75,9 @@ class PartialFC(nn.Module):
         *,
         sample_rate: float = 1.0,
         optimizer: RowRule | None = None,
-        compute: Compute = "fp32",
-        center_format: Literal["fp32", "bf16", "fp16"] = "fp32",
-        keep_bytes: int | None = None,
-        placement: Placement | None = None,
-        fused: bool = False,
-        overlap: bool = False,
+        precision: Precision | None = None,
+        memory: Memory | None = None,
+        kernels: Kernels | None = None,
         center_weight: float = 0.0,
         inter_class_weight: float = 0.0,
         seed: int = 2048,
@@ -104,26 +88,26 @@ class PartialFC(nn.Module):
         super().__init__()
         if embedding_dim < 1:
             raise ValueError(f"embedding_dim must be >= 1, got {embedding_dim}.")
-        if center_format not in ("fp32", "bf16", "fp16"):
-            raise ValueError(f"center_format must be fp32, bf16 or fp16, got {center_format!r}.")
-        if center_format == "fp16" and not margin.unit_centers:
-            raise ValueError(
-                f"center_format = 'fp16' keeps directions, and {type(margin).__name__} looks at "
-                "the length of a center; use fp32 or bf16."
-            )
+        precision, memory = precision or Precision(), memory or Memory()
+        kernels = kernels or Kernels()
+        self.device = torch.empty(0, device=device).device
+        named = type(margin).__name__
+        check_fit(
+            precision,
+            memory,
+            kernels,
+            sample_rate=sample_rate,
+            unit_centers=margin.unit_centers,
+            margin=named,
+            device=self.device.type,
+        )
+        check_inter_class(inter_class_weight, unit_centers=margin.unit_centers, margin=named)
         for name, weight in (
             ("center_weight", center_weight),
             ("inter_class_weight", inter_class_weight),
         ):
             if not 0 <= weight < math.inf:
                 raise ValueError(f"{name} must be >= 0 and finite, got {weight}.")
-        if inter_class_weight and not margin.unit_centers:
-            raise ValueError(
-                f"inter_class_weight = {inter_class_weight} turns unit centers, and "
-                f"{type(margin).__name__} keeps their lengths; set it to 0 or use another margin."
-            )
-        if keep_bytes is not None and keep_bytes < 0:
-            raise ValueError(f"keep_bytes must be >= 0, got {keep_bytes}.")
         self.ranks = Ranks.of(group)
         self.sharding = Sharding(
             num_identities=num_identities,
@@ -142,12 +126,11 @@ class PartialFC(nn.Module):
             self.owned.start * self.centers_per_identity,
             self.owned.stop * self.centers_per_identity,
         )
-        self.device = torch.empty(0, device=device).device
         for name, value in margin.new_state(num_identities).items():
             self.register_buffer(f"margin_{name}", torch.tensor(value, device=self.device))
         rule = optimizer or RowSGD()
-        self.compute = _checked(compute, self.device)
-        self.plan = self._decide(rule, fused=fused)
+        self.compute = precision.compute
+        self.plan = self._decide(rule, fused=kernels.fused)
         self.sampler = KeyedSampler(
             self.sharding,
             self.ranks.rank,
@@ -155,13 +138,11 @@ class PartialFC(nn.Module):
             seed=seed,
             path=self.plan.path,
         )
-        placement = placement or Placement()
-        _check_placement(placement, sample_rate)
         size = len(self.owned_rows), embedding_dim + margin.bias
-        dtype = DTYPES[center_format]
-        if placement.centers == "host":
+        dtype = DTYPES[precision.center_format]
+        if memory.centers_in == "host":
             centers = host_tensor(
-                "centers", size, dtype, placement.folder, pinned=self.device.type == "cuda"
+                "centers", size, dtype, memory.host_folder, pinned=self.device.type == "cuda"
             )
         else:
             centers = row_tensor(size, dtype, self.device)
@@ -169,20 +150,16 @@ class PartialFC(nn.Module):
         if margin.bias:
             centers[:, -1] = 0
         self.centers = nn.Parameter(centers, requires_grad=False)
-        if overlap and self.device.type != "cuda":
-            raise ValueError(
-                f"overlap = True needs a GPU, the head is on {self.device.type}; remove it."
-            )
-        self.keep_bytes = _KEEP_BYTES[self.device.type] if keep_bytes is None else keep_bytes
+        self.memory, self.keep_bytes = memory, memory.keep_bytes(self.device.type)
         self.optimizer = RowOptimizer(
             self.centers,
             rule,
             first_row=self.owned_rows.start,
             seed=seed,
-            placement=placement,
+            memory=memory,
             device=self.device,
             plan=self.plan,
-            overlap=overlap,
+            overlap=kernels.overlap,
             every_row=sample_rate == 1,
         )
         # Whoever reads or writes centers finds all of them there, and none on their way.
@@ -226,7 +203,7 @@ class PartialFC(nn.Module):
         Args:
             identities: int64 [any], this rank's of the next step, the same number on every rank.
         """
-        if self.optimizer.stages:
+        if self.memory.uses_host:
             identities_B = gather_rows(identities, self.ranks)
             sample = self.sampler(self.optimizer.steps + 1, identities_B)
             self.optimizer.prefetch(expand(sample, self.centers_per_identity).rows)
@@ -393,21 +370,3 @@ class _StepSample:
 
 def _settle(head: PartialFC, *_: object) -> None:
     head.optimizer.settle()
-
-
-def _check_placement(placement: Placement, sample_rate: float) -> None:
-    if placement.stages and sample_rate == 1:
-        raise ValueError(
-            "sample_rate = 1 with rows in host memory would bring all of them to the device at "
-            "every step; keep them on the device, or sample."
-        )
-
-
-def _checked(compute: Compute, device: torch.device) -> Compute:
-    if compute not in get_args(Compute):
-        raise ValueError(f"compute must be one of {', '.join(get_args(Compute))}, got {compute!r}.")
-    if compute == "tf32" and device.type != "cuda":
-        raise ValueError(
-            f"compute = 'tf32' needs a GPU, the head is on {device.type}; use fp32 or bf16."
-        )
-    return compute

@@ -1,6 +1,6 @@
 """From settings to the objects of a run: backbone, head, their optimizers, the loss scale."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from inspect import signature
 from typing import Any
 
@@ -10,13 +10,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from partialfc.backbones import build_backbone
 from partialfc.config import Config, ConfigError
-from partialfc.head import PartialFC
+from partialfc.head import Kernels, Memory, PartialFC, Precision
+from partialfc.head.options import Compute
 from partialfc.head.rows.rules import RowAdagrad, RowAdamW, RowRule, RowSGD
-from partialfc.head.rows.staging import Placement
 from partialfc.losses import LOSSES
 from partialfc.losses.over_ranks import EmbeddingLosses, Weighted
 from partialfc.margins import MARGINS, Margin
-from partialfc.numerics import Compute
 from partialfc.runtime.process import Runtime
 
 _ROW_RULES: dict[str, type[RowRule]] = {
@@ -193,6 +192,11 @@ def embedding_losses(config: Config) -> EmbeddingLosses:
     return EmbeddingLosses(losses)
 
 
+def memory_of(config: Config) -> Memory:
+    """Return what the head may keep, and where its rows lie."""
+    return Memory(**config.head.model_dump(include={field.name for field in fields(Memory)}))
+
+
 def _head(config: Config, runtime: Runtime, num_identities: int) -> PartialFC:
     settings = config.head
     rule = settings.optimizer.model_dump(exclude={"name", "lr_factor"})
@@ -204,12 +208,11 @@ def _head(config: Config, runtime: Runtime, num_identities: int) -> PartialFC:
             margin,
             sample_rate=settings.sample_rate,
             optimizer=_ROW_RULES[settings.optimizer.name](**rule),
-            compute=head_compute(config, runtime.device),
-            center_format=settings.center_format,
-            keep_bytes=None if settings.keep_mib is None else settings.keep_mib << 20,
-            placement=Placement(settings.centers_in, settings.states_in, settings.host_folder),
-            fused=settings.fused,
-            overlap=settings.overlap,
+            precision=Precision(
+                compute=head_compute(config, runtime.device), center_format=settings.center_format
+            ),
+            memory=memory_of(config),
+            kernels=Kernels(fused=settings.fused, overlap=settings.overlap),
             center_weight=config.losses.center.weight,
             inter_class_weight=config.losses.inter_class.weight,
             seed=config.run.seed,

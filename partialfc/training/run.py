@@ -161,7 +161,7 @@ class _Loop:
         if step == 0 or step >= total_steps:
             self._verify(step)
         ledger.switch("train")
-        stop, pairs = False, with_next(self.batches, want_next=head.optimizer.stages)
+        stop, pairs = False, with_next(self.batches, want_next=head.memory.uses_host)
         while step < total_steps and not stop:
             with recorder.waiting():
                 (images, identities, replaced), next_identities = next(pairs)

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from partialfc import ArcFace, PartialFC, RowSGD
+from partialfc import ArcFace, RowSGD
 from partialfc.head.rows.formats import decode
-from partialfc.head.rows.staging import Placement
 from partialfc.margins import CurricularFace, Margin
+from tests.support.heads import flat_head
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,7 +20,7 @@ pytestmark = [
 def trained(fused: bool, margin: Margin, formats: tuple[str, str], dim: int, **settings):
     """Three steps with a sample, one of them of two micro-batches."""
     centers, momentum = formats
-    head = PartialFC(
+    head = flat_head(
         100_000,
         dim,
         margin,
@@ -60,9 +60,9 @@ def trained(fused: bool, margin: Margin, formats: tuple[str, str], dim: int, **s
     ("margin", "formats", "settings"),
     [
         (ArcFace(), ("fp32", "fp32"), {}),
-        (ArcFace(), ("fp16", "int8"), {"keep_bytes": 0, "placement": Placement(states="host")}),
+        (ArcFace(), ("fp16", "int8"), {"keep_mib": 0, "states_in": "host"}),
         (ArcFace(scale=128, label_smoothing=0.1), ("fp32", "fp32"), {}),
-        (CurricularFace(), ("bf16", "bf16"), {"keep_bytes": 0}),
+        (CurricularFace(), ("bf16", "bf16"), {"keep_mib": 0}),
     ],
     ids=["kept", "fp16 int8 host", "row maximum", "curricular"],
 )

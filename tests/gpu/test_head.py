@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-from partialfc import ArcFace, CosFace, PartialFC, RowAdagrad, RowAdamW, RowSGD
+from partialfc import ArcFace, CosFace, RowAdagrad, RowAdamW, RowSGD
 from partialfc.distributed.ranks import Ranks
 from partialfc.head.rows.formats import decode
 from partialfc.model.build import assemble
 from partialfc.model.step import train_step
 from partialfc.runtime.process import Runtime
 from tests.support import reference
+from tests.support.heads import flat_head
 from tests.support.models import Flat, batch, settings
 
 pytestmark = [
@@ -31,7 +32,7 @@ def test_loss_and_gradients_equal_the_fp64_oracle(margin, rate):
     embeddings = torch.randn(64, 128, generator=generator)
     labels = torch.randint(0, 5000, (64,), generator=generator)
     centers = torch.randn(5000, 128, generator=generator)
-    head = PartialFC(5000, 128, margin, sample_rate=rate, optimizer=PLAIN, device="cuda")
+    head = flat_head(5000, 128, margin, sample_rate=rate, optimizer=PLAIN, device="cuda")
     head.centers.data.copy_(centers)
     rows = head.sampler(0, labels.cuda()).rows
     sampled = torch.arange(5000) if rows is None else rows.cpu().sort().values
@@ -55,7 +56,7 @@ def test_loss_and_gradients_equal_the_fp64_oracle(margin, rate):
 
 def test_gpu_and_cpu_sample_the_same_rows():
     labels = torch.randint(0, 70_001, (256,), generator=torch.Generator().manual_seed(1))
-    head = PartialFC(70_001, 8, ArcFace(), sample_rate=0.05)
+    head = flat_head(70_001, 8, ArcFace(), sample_rate=0.05)
     for step in range(3):
         here, there = head.sampler(step, labels), head.sampler(step, labels.cuda())
         assert torch.equal(here.rows, there.rows.cpu())
@@ -67,7 +68,7 @@ FORMATS = [("fp32", "fp32"), ("fp16", "int8"), ("bf16", "bf16"), ("fp16", "fp32"
 
 def trained(device, rule, steps=20, **settings):
     """Loss of every step, and the centers as they are stored."""
-    head = PartialFC(
+    head = flat_head(
         5000, 128, ArcFace(scale=32), sample_rate=0.3, optimizer=rule, device=device, **settings
     )
     start = torch.randn(5000, 128, generator=torch.Generator().manual_seed(5)) * 0.01
@@ -107,7 +108,7 @@ def test_low_precision_is_no_worse_than_plain_bf16_code(compute):
     generator = torch.Generator().manual_seed(0)
     embeddings, labels = torch.randn(64, 128, generator=generator), torch.arange(64) * 7
     margin = ArcFace()
-    head = PartialFC(5000, 128, margin, optimizer=PLAIN, device="cuda", compute=compute)
+    head = flat_head(5000, 128, margin, optimizer=PLAIN, device="cuda", compute=compute)
     centers = head.centers.detach().cpu()
     own = embeddings.cuda().requires_grad_()
     loss = head(own, labels.cuda())
@@ -123,7 +124,7 @@ def test_low_precision_is_no_worse_than_plain_bf16_code(compute):
 
 
 def test_kept_exponentials_change_no_result():
-    ends = [trained("cuda", RowSGD(lr=0.1), keep_bytes=keep)[1] for keep in (0, 1 << 30)]
+    ends = [trained("cuda", RowSGD(lr=0.1), keep_mib=keep)[1] for keep in (0, 1024)]
     assert torch.equal(ends[0], ends[1])
 
 
@@ -138,7 +139,7 @@ def test_the_update_beside_the_backward_is_the_same_update():
 def test_a_step_never_waits_for_the_device(compute):
     """All centers in use: any hidden synchronisation with the host raises here."""
     config = settings(precision={"compute": compute})
-    head = PartialFC(1000, 64, ArcFace(scale=16), optimizer=RowSGD(lr=0.1), device="cuda")
+    head = flat_head(1000, 64, ArcFace(scale=16), optimizer=RowSGD(lr=0.1), device="cuda")
     model = assemble(config, Runtime(Ranks(), torch.device("cuda")), Flat(8, 64), head)
     images, identities = (part.cuda() for part in batch(0, 64, identities=1000))
     losses = [train_step(model, config, images, identities, 0.05).loss]
@@ -154,7 +155,7 @@ def test_a_step_never_waits_for_the_device(compute):
 
 def test_a_bad_image_changes_nothing_without_the_host():
     config = settings()
-    head = PartialFC(1000, 64, ArcFace(scale=16), optimizer=RowSGD(lr=0.1), device="cuda")
+    head = flat_head(1000, 64, ArcFace(scale=16), optimizer=RowSGD(lr=0.1), device="cuda")
     model = assemble(config, Runtime(Ranks(), torch.device("cuda")), Flat(8, 64), head)
     images, identities = (part.cuda() for part in batch(0, 64, identities=1000))
     train_step(model, config, images, identities, 0.05)

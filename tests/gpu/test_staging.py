@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from partialfc.head.rows.staging import Placement
 from tests.head.test_staging import HOST, RULES, assert_equal, head_of, trained
 
 pytestmark = [
@@ -13,7 +12,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("prefetch", [True, False])
-@pytest.mark.parametrize("placement", [Placement(states="host"), HOST], ids=["states", "both"])
+@pytest.mark.parametrize("placement", [{"states_in": "host"}, HOST], ids=["states", "both"])
 @pytest.mark.parametrize("rule", RULES)
 def test_every_step_is_that_of_rows_on_the_device(rule, placement, prefetch):
     """A copy that is read before it has arrived, or overwritten before it was sent."""

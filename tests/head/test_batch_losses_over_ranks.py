@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from partialfc import PartialFC
 from partialfc.losses import Triplet, Uniformity
 from partialfc.losses.over_ranks import EmbeddingLosses, Weighted
 from tests.head import test_center_losses
@@ -13,6 +12,7 @@ from tests.head.test_margins_on_head import IDENTITIES, PLAIN, head_of
 from tests.losses import test_embedding_losses
 from tests.losses.test_embedding_losses import EVERY_LOSS, found_of
 from tests.support.every_margin import EVERY_MARGIN
+from tests.support.heads import flat_head
 from tests.support.ranks import run_on_ranks
 
 pytestmark = pytest.mark.distributed
@@ -49,7 +49,7 @@ def center_losses_on_rank(rank, world_size, inputs):
     for case, (margin, rate, centers, embeddings, labels) in inputs.items():
         dim = embeddings.shape[1]
         settings = {"sample_rate": rate, "optimizer": PLAIN, **WEIGHTS}
-        head = PartialFC(IDENTITIES, dim, margin, **settings)
+        head = flat_head(IDENTITIES, dim, margin, **settings)
         mine = centers[head.owned_rows.start : head.owned_rows.stop]
         head.centers.data.copy_(mine)
         own = embeddings.chunk(world_size)[rank].clone().requires_grad_()
@@ -86,7 +86,7 @@ def test_center_losses_sharded_and_sampled(world_size):
 def ties_on_rank(rank, world_size):
     """Two identities on each of two ranks; the neighbours of the first two tie across ranks."""
     settings = {"canonical_shards": 2, "optimizer": PLAIN, "inter_class_weight": 1.0}
-    head = PartialFC(4, 2, EVERY_MARGIN["cosface"], **settings)
+    head = flat_head(4, 2, EVERY_MARGIN["cosface"], **settings)
     rows = torch.tensor([[1.0, 0.0], [0.6, 0.8], [-1.0, 0.0], [0.6, 0.8]])
     head.centers.data.copy_(rows[head.owned.start : head.owned.stop])
     head(torch.ones(1, 2, requires_grad=True), torch.tensor([0])).backward()

@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from partialfc import PartialFC
 from partialfc.margins import ArcFace, CosFace, LSoftmax, Softmax
 from tests.head.test_margins_on_head import BATCH, IDENTITIES, head_of, problem, settings_of, step
 from tests.support import loss_truth
 from tests.support.every_margin import EVERY_MARGIN
+from tests.support.heads import flat_head
 from tests.support.reference import relative_error
 
 CENTER, INTER_CLASS = 3.0, 2.0
@@ -99,7 +99,7 @@ def test_bf16_products_find_the_same_neighbours():
 
 
 def test_one_identity_has_no_neighbour():
-    head = PartialFC(1, 8, CosFace(), inter_class_weight=1.0)
+    head = flat_head(1, 8, CosFace(), inter_class_weight=1.0)
     embeddings = torch.randn(4, 8, requires_grad=True)
     loss = head(embeddings, torch.zeros(4, dtype=torch.int64))
     loss.backward()
@@ -111,10 +111,10 @@ def test_one_identity_has_no_neighbour():
 @pytest.mark.parametrize("name", ["center_weight", "inter_class_weight"])
 def test_a_weight_outside_its_range_is_refused(name):
     with pytest.raises(ValueError, match=f"{name} must be >= 0 and finite, got -1"):
-        PartialFC(10, 4, ArcFace(), **{name: -1.0})
+        flat_head(10, 4, ArcFace(), **{name: -1.0})
 
 
 @pytest.mark.parametrize("margin", [Softmax(), LSoftmax()])
 def test_inter_class_loss_wants_unit_centers(margin):
     with pytest.raises(ValueError, match=r"inter_class_weight = 1\.0 turns unit centers"):
-        PartialFC(10, 4, margin, inter_class_weight=1.0)
+        flat_head(10, 4, margin, inter_class_weight=1.0)

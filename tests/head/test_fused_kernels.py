@@ -13,14 +13,14 @@ import json
 import pytest
 import torch
 
-from partialfc import AdaFace, ArcFace, PartialFC, RowAdamW, RowSGD, SubCenterArcFace
+from partialfc import AdaFace, ArcFace, RowAdamW, RowSGD, SubCenterArcFace
 from partialfc.config import load
 from partialfc.head import machine
 from partialfc.head.plan import Machine
 from partialfc.head.rows.formats import decode
-from partialfc.head.rows.staging import Placement
 from partialfc.head.tiles import fused
 from partialfc.margins import CurricularFace, Softmax, UniFace
+from tests.support.heads import flat_head
 from tests.support.places import ROOT
 
 if importlib.util.find_spec("triton") is None:
@@ -124,12 +124,12 @@ def _asked_for(device, scale, parts):
     machine.FORCED, tile = True, fused._TILE_ROWS
     fused._TILE_ROWS = 64
     try:
-        head = PartialFC(
+        head = flat_head(
             130,
             16,
             ArcFace(scale=scale),
             compute="bf16" if device == "cuda" else "fp32",
-            keep_bytes=1 << 20,
+            keep_mib=1,
             fused=True,
             device=device,
         )
@@ -188,7 +188,7 @@ def _trained(device, forced, margin, formats, dim, settings, parts):
     machine.FORCED, tile = forced, fused._TILE_ROWS
     fused._TILE_ROWS = 64
     try:
-        head = PartialFC(
+        head = flat_head(
             IDENTITIES,
             dim,
             MARGINS[margin],
@@ -238,22 +238,22 @@ def assert_trains_alike(launch, margin, formats=FORMATS[0], dim=20, parts=1, **s
 @pytest.mark.parametrize("margin", MARGINS)
 def test_every_margin_trains_as_tile_by_tile(launch, margin):
     """With the exponentials of the first tile kept, and those of the others computed again."""
-    assert_trains_alike(launch, margin, keep_bytes=64 * BATCH * 4)
+    assert_trains_alike(launch, margin, keep_mib=64 * BATCH * 4 / 2**20)
 
 
-@pytest.mark.parametrize("keep_bytes", [0, None], ids=["no", "all"])
-def test_exponentials_of_no_tile_or_of_all(launch, keep_bytes):
-    assert_trains_alike(launch, "arcface", keep_bytes=keep_bytes)
+@pytest.mark.parametrize("keep_mib", [0, None], ids=["no", "all"])
+def test_exponentials_of_no_tile_or_of_all(launch, keep_mib):
+    assert_trains_alike(launch, "arcface", keep_mib=keep_mib)
 
 
 @pytest.mark.parametrize(
-    ("formats", "placement"),
-    [(FORMATS[0], Placement("host", "host")), (FORMATS[1], None), (FORMATS[2], None)],
+    ("formats", "places"),
+    [(FORMATS[0], {"centers_in": "host", "states_in": "host"}), (FORMATS[1], {}), (FORMATS[2], {})],
     ids=["fp32 on its way", "fp16 int8", "bf16 bf16"],
 )
-def test_every_format_and_rows_on_their_way(launch, formats, placement):
+def test_every_format_and_rows_on_their_way(launch, formats, places):
     """Also rows of a width that no block has, and D = 50 whose last lane of bits is not full."""
-    assert_trains_alike(launch, "arcface", formats, dim=50, placement=placement)
+    assert_trains_alike(launch, "arcface", formats, dim=50, **places)
 
 
 @pytest.mark.parametrize(
@@ -286,7 +286,7 @@ def test_what_the_kernels_do_not_know_is_refused(margin, settings, why, monkeypa
     monkeypatch.setattr(machine, "FORCED", "GPU" not in why)
     settings = {"embedding_dim": 8, **settings}
     with pytest.raises(ValueError, match=f"fused = True: they .*{why}.*; remove it"):
-        PartialFC(20, margin=margin, fused=True, **settings)
+        flat_head(20, margin=margin, fused=True, **settings)
 
 
 # --- compiled for Hopper, without a GPU --------------------------------------------------------

@@ -5,8 +5,9 @@ import importlib.util
 import pytest
 import torch
 
-from partialfc import ArcFace, PartialFC, RowSGD
+from partialfc import ArcFace, RowSGD
 from partialfc.head import machine
+from tests.support.heads import flat_head
 from tests.support.ranks import run_on_ranks
 
 if importlib.util.find_spec("triton") is None:
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.distributed
 def trained(rank, world_size, fused):
     machine.FORCED = fused
     try:
-        head = PartialFC(
+        head = flat_head(
             151,
             20,
             ArcFace(scale=128, label_smoothing=0.1),

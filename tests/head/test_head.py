@@ -6,12 +6,13 @@ import math
 import pytest
 import torch
 
-from partialfc import ArcFace, CosFace, PartialFC, RowAdamW, RowSGD
+from partialfc import ArcFace, CosFace, RowAdamW, RowSGD
 from partialfc.head.centers import fill_initial_
 from partialfc.head.rows.formats import decode
 from partialfc.head.tiles import passes
 from partialfc.head.tiles.torch_steps import project_
 from tests.support import reference
+from tests.support.heads import flat_head
 
 PLAIN = RowSGD(lr=1.0, momentum=0.0, weight_decay=0.0)
 """The change of the centers is minus their gradient."""
@@ -56,7 +57,7 @@ def sampled_identities(head, identities):
 )
 def test_loss_and_gradients_equal_the_fp64_oracle(margin, rate):
     embeddings, labels = problem()
-    head = PartialFC(200, 32, margin, sample_rate=rate, optimizer=PLAIN)
+    head = flat_head(200, 32, margin, sample_rate=rate, optimizer=PLAIN)
     torch.nn.init.normal_(head.centers, generator=torch.Generator().manual_seed(1))
     truth = reference.gradients_of(
         embeddings,
@@ -89,8 +90,14 @@ def test_kept_exponentials_change_no_result(compute, rate, parts, inter_class_fi
     tile = 128 * 24 // parts * (4 if compute == "fp32" else 2)
     ends = []
     for budget, kept in ((0, 0), (2 * tile + 1, 2 * tile), (1 << 30, None)):
-        head = PartialFC(
-            1000, 32, margin, sample_rate=rate, optimizer=PLAIN, compute=compute, keep_bytes=budget
+        head = flat_head(
+            1000,
+            32,
+            margin,
+            sample_rate=rate,
+            optimizer=PLAIN,
+            compute=compute,
+            keep_mib=budget / 2**20,
         )
         before = head.centers.detach().clone()
         head.sample_step(labels)
@@ -117,7 +124,7 @@ def test_bf16_is_no_worse_than_plain_bf16_code(margin):
     ours, plain = [], []
     for seed in range(4):
         embeddings, labels = problem(identities=1000, seed=seed)
-        head = PartialFC(1000, 32, margin, optimizer=PLAIN, compute="bf16")
+        head = flat_head(1000, 32, margin, optimizer=PLAIN, compute="bf16")
         centers = head.centers.detach().clone()
         truth = reference.gradients_of(
             embeddings, centers, labels, reference.positive_logit(margin), scale=margin.scale
@@ -142,7 +149,7 @@ def test_bf16_products_of_bf16_centers_are_as_exact_as_of_fp32_ones():
         logit = reference.positive_logit(ArcFace(angular=0.1))
         truth, *_ = reference.gradients_of(embeddings, centers, labels, logit, scale=64)
         for center_format in errors:
-            head = PartialFC(
+            head = flat_head(
                 1000, 32, ArcFace(angular=0.1), compute="bf16", center_format=center_format
             )
             head.centers.data.copy_(centers)
@@ -153,7 +160,7 @@ def test_bf16_products_of_bf16_centers_are_as_exact_as_of_fp32_ones():
 
 def test_an_identity_that_the_sample_was_not_fixed_for_is_refused():
     """It had the target of another row, and a loss of its own making."""
-    head = PartialFC(100, 8, ArcFace(), sample_rate=0.2)
+    head = flat_head(100, 8, ArcFace(), sample_rate=0.2)
     head.sample_step(torch.arange(12))
     head(torch.randn(3, 8), torch.tensor([11, 0, 5]))
     with pytest.raises(ValueError, match="identity 12 was not given to sample_step"):
@@ -169,7 +176,7 @@ def test_stored_bits_are_read_exactly(center_format):
     embeddings, labels = problem()
     settings = {"optimizer": RowSGD(unsampled="stay"), "center_format": center_format}
     margin = ArcFace(gradient="exact")
-    head = PartialFC(200, 32, margin, sample_rate=0.5, **settings)
+    head = flat_head(200, 32, margin, sample_rate=0.5, **settings)
     for _ in range(2):  # the second time with scales that are not one
         rows = decode(head.centers.detach(), head.optimizer.states().get("centers_scale"))
         truth = reference.gradients_of(
@@ -195,7 +202,7 @@ def test_extreme_cosines_stay_exact(scale, cosine):
     centers = torch.eye(8)
     labels = torch.arange(8)
     margin = CosFace(scale=scale, additive=0.2)
-    head = PartialFC(8, 8, margin, optimizer=PLAIN)
+    head = flat_head(8, 8, margin, optimizer=PLAIN)
     head.centers.data.copy_(centers)
     loss, gradient, _ = center_gradient(head, cosine * centers, labels)
     truth, expected, _ = reference.gradients_of(
@@ -207,7 +214,7 @@ def test_extreme_cosines_stay_exact(scale, cosine):
 
 def test_loss_does_not_saturate():
     """arcface_torch reports at most 69.08 = -log(1e-30) for a sample."""
-    head = PartialFC(2, 2, CosFace(scale=128, additive=0.5))
+    head = flat_head(2, 2, CosFace(scale=128, additive=0.5))
     head.centers.data.copy_(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
     assert head(torch.tensor([[-1.0, 0.0]]), torch.tensor([0])).item() == pytest.approx(
         320, rel=1e-6
@@ -216,7 +223,7 @@ def test_loss_does_not_saturate():
 
 def test_one_identity_has_no_loss_and_no_gradient():
     for scale in (64, 128):
-        head = PartialFC(1, 4, ArcFace(scale=scale), optimizer=PLAIN)
+        head = flat_head(1, 4, ArcFace(scale=scale), optimizer=PLAIN)
         loss, gradient, change = center_gradient(head, torch.randn(3, 4), torch.zeros(3).long())
         assert loss == 0
         assert not gradient.any()
@@ -225,7 +232,7 @@ def test_one_identity_has_no_loss_and_no_gradient():
 
 def test_only_sampled_rows_and_their_states_change():
     embeddings, labels = problem()
-    head = PartialFC(200, 32, ArcFace(), sample_rate=0.1)
+    head = flat_head(200, 32, ArcFace(), sample_rate=0.1)
     before = head.centers.detach().clone()
     sampled = sampled_identities(head, labels)
     loss = head(embeddings.requires_grad_(), labels)
@@ -241,7 +248,7 @@ def test_only_sampled_rows_and_their_states_change():
 def test_accumulated_micro_batches_equal_one_batch(rule):
     """arcface_torch forgets the division; and with a fixed sample the negatives agree too."""
     embeddings, labels = problem(batch=48)
-    heads = [PartialFC(200, 32, ArcFace(), sample_rate=0.1, optimizer=rule) for _ in range(2)]
+    heads = [flat_head(200, 32, ArcFace(), sample_rate=0.1, optimizer=rule) for _ in range(2)]
     for _ in range(3):
         whole = embeddings.clone().requires_grad_()
         heads[0](whole, labels).backward()
@@ -258,7 +265,7 @@ def test_accumulated_micro_batches_equal_one_batch(rule):
 def test_micro_batches_with_their_own_samples_add_up():
     """Without sample_step the rows of the micro-batches differ; each gets its own gradient."""
     embeddings, labels = problem(batch=32)
-    head = PartialFC(200, 32, ArcFace(), sample_rate=0.05, optimizer=PLAIN)
+    head = flat_head(200, 32, ArcFace(), sample_rate=0.05, optimizer=PLAIN)
     before, total = head.centers.detach().clone(), torch.zeros(200, 32, dtype=torch.float64)
     for piece in (slice(0, 16), slice(16, 32)):
         _, _, gradient = reference.gradients_of(
@@ -280,8 +287,8 @@ def test_micro_batches_of_several_sizes_keep_tiles_of_several_sizes(monkeypatch)
     monkeypatch.setitem(passes.TILE_BYTES, "cpu", 4 * (8 + 32) * 512)  # 512 rows of 8, 256 of 32
     embeddings, labels = problem(batch=40, identities=1000)
     ends = []
-    for keep_bytes in (0, None):
-        head = PartialFC(1000, 32, ArcFace(), optimizer=PLAIN, keep_bytes=keep_bytes)
+    for keep_mib in (0, None):
+        head = flat_head(1000, 32, ArcFace(), optimizer=PLAIN, keep_mib=keep_mib)
         for piece in (slice(0, 8), slice(8, 40)):
             head(embeddings[piece].clone().requires_grad_(), labels[piece]).backward()
         head.optimizer.step()
@@ -293,7 +300,7 @@ def test_weight_of_the_loss_reaches_the_centers():
     embeddings, labels = problem()
     changes = []
     for weight in (1.0, 0.25):
-        head = PartialFC(200, 32, ArcFace(), optimizer=PLAIN)
+        head = flat_head(200, 32, ArcFace(), optimizer=PLAIN)
         before = head.centers.detach().clone()
         (head(embeddings.clone().requires_grad_(), labels) * weight).backward()
         head.optimizer.step()
@@ -304,7 +311,7 @@ def test_weight_of_the_loss_reaches_the_centers():
 def test_centers_learn_when_the_embeddings_want_no_gradient():
     """Training the head on a frozen backbone."""
     embeddings, labels = problem()
-    head = PartialFC(200, 32, ArcFace())
+    head = flat_head(200, 32, ArcFace())
     first = head(embeddings, labels)
     first.backward()
     head.optimizer.step()
@@ -314,7 +321,7 @@ def test_centers_learn_when_the_embeddings_want_no_gradient():
 @pytest.mark.parametrize("poison", ["embedding", "center", "center too long for fp32"])
 def test_non_finite_loss_changes_nothing(poison):
     embeddings, labels = problem()
-    head = PartialFC(200, 32, ArcFace(), compute="bf16" if "too long" in poison else "fp32")
+    head = flat_head(200, 32, ArcFace(), compute="bf16" if "too long" in poison else "fp32")
     head.optimizer.state[head.centers].update(head.optimizer.rule.new_states(head.centers))
     if poison == "embedding":
         embeddings[3, 5] = torch.nan
@@ -334,7 +341,7 @@ def test_non_finite_loss_changes_nothing(poison):
 @pytest.mark.parametrize("poisoned", [0, 1])
 def test_one_non_finite_micro_batch_spoils_the_step(poisoned):
     embeddings, labels = problem()
-    head = PartialFC(200, 32, ArcFace())
+    head = flat_head(200, 32, ArcFace())
     before = head.centers.detach().clone()
     for number, piece in enumerate((slice(0, 12), slice(12, 24))):
         part = embeddings[piece].clone()
@@ -349,7 +356,7 @@ def test_grad_scaler_scale_and_found_inf_are_honoured():
     embeddings, labels = problem()
     changes = []
     for scaled in (False, True):
-        head = PartialFC(200, 32, ArcFace(), optimizer=PLAIN)
+        head = flat_head(200, 32, ArcFace(), optimizer=PLAIN)
         weight = torch.nn.Parameter(torch.ones(32))
         backbone = torch.optim.SGD([weight], lr=0.1)
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
@@ -370,7 +377,7 @@ def test_grad_scaler_scale_and_found_inf_are_honoured():
 
 def test_zero_grad_forgets_the_micro_batches():
     embeddings, labels = problem()
-    head = PartialFC(200, 32, ArcFace())
+    head = flat_head(200, 32, ArcFace())
     before = head.centers.detach().clone()
     head(embeddings, labels).backward()
     head.optimizer.zero_grad()
@@ -394,7 +401,7 @@ def test_state_dicts_resume_bit_for_bit(rule):
         return losses
 
     def new():
-        head = PartialFC(200, 32, ArcFace(), sample_rate=0.2, optimizer=rule)
+        head = flat_head(200, 32, ArcFace(), sample_rate=0.2, optimizer=rule)
         return head, torch.optim.lr_scheduler.LinearLR(head.optimizer, 1.0, 0.1, total_iters=8)
 
     straight, resumed = new(), new()
@@ -409,11 +416,11 @@ def test_state_dicts_resume_bit_for_bit(rule):
 
 
 def test_initial_centers_are_a_function_of_seed_and_identity():
-    whole = PartialFC(3000, 8, ArcFace(), seed=5).centers
+    whole = flat_head(3000, 8, ArcFace(), seed=5).centers
     part = torch.empty(1100, 8)
     fill_initial_(part, range(1000, 2100), seed=5, device=part.device)
     assert torch.equal(part, whole[1000:2100])
-    assert not torch.equal(PartialFC(3000, 8, ArcFace(), seed=6).centers, whole)
+    assert not torch.equal(flat_head(3000, 8, ArcFace(), seed=6).centers, whole)
     assert whole.std().item() == pytest.approx(0.01, rel=0.03)
     assert not torch.equal(whole[:1024], whole[1024:2048])
 
@@ -422,7 +429,7 @@ def test_low_precision_embeddings_get_their_own_dtype_back():
     embeddings, labels = problem()
     embeddings = embeddings.bfloat16().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        loss = PartialFC(200, 32, ArcFace())(embeddings, labels)
+        loss = flat_head(200, 32, ArcFace())(embeddings, labels)
     assert loss.dtype == torch.float32
     loss.backward()
     assert embeddings.grad.dtype == torch.bfloat16
@@ -440,7 +447,7 @@ def test_low_precision_embeddings_get_their_own_dtype_back():
 )
 def test_wrong_input_is_refused(embeddings, identities, message):
     with pytest.raises(ValueError, match=message):
-        PartialFC(200, 32, ArcFace())(embeddings, identities)
+        flat_head(200, 32, ArcFace())(embeddings, identities)
 
 
 @pytest.mark.parametrize(
@@ -449,19 +456,19 @@ def test_wrong_input_is_refused(embeddings, identities, message):
         ({"compute": "fp8"}, "compute must be one of fp32, tf32, bf16, got 'fp8'"),
         ({"compute": "tf32"}, "compute = 'tf32' needs a GPU, the head is on cpu"),
         ({"center_format": "int8"}, "center_format must be fp32, bf16 or fp16, got 'int8'"),
-        ({"keep_bytes": -1}, "keep_bytes must be >= 0, got -1"),
+        ({"keep_mib": -1}, "keep_mib must be >= 0 and finite, got -1"),
         ({"overlap": True}, "overlap = True needs a GPU, the head is on cpu"),
     ],
 )
 def test_wrong_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        PartialFC(200, 32, ArcFace(), **settings)
+        flat_head(200, 32, ArcFace(), **settings)
 
 
 def test_inputs_are_not_changed():
     embeddings, labels = problem()
     kept = embeddings.clone(), labels.clone()
-    PartialFC(200, 32, ArcFace(), sample_rate=0.1)(embeddings.requires_grad_(), labels).backward()
+    flat_head(200, 32, ArcFace(), sample_rate=0.1)(embeddings.requires_grad_(), labels).backward()
     assert torch.equal(embeddings.detach(), kept[0])
     assert torch.equal(labels, kept[1])
 
@@ -469,7 +476,7 @@ def test_inputs_are_not_changed():
 def test_rows_of_any_length_give_the_gradients_of_their_directions():
     """The largest exponential over the shortest norm would leave fp32, and the sums with it."""
     embeddings, labels = problem(batch=8, identities=40)
-    head = PartialFC(40, 32, CosFace(additive=0.0), optimizer=PLAIN)
+    head = flat_head(40, 32, CosFace(additive=0.0), optimizer=PLAIN)
     head.centers.data.copy_(torch.nn.functional.normalize(head.centers.data))
     other = next(i for i in range(40) if i not in labels.tolist())
     head.centers.data[other] = torch.nn.functional.normalize(embeddings[0], dim=0)  # logit 64
@@ -498,7 +505,7 @@ def test_rows_of_any_length_give_the_gradients_of_their_directions():
 def test_a_graph_outlives_its_step_and_another_forward():
     """Exponentials lie in buffers of former steps: not in those that somebody still reads."""
     embeddings, labels = problem()
-    twice, once = (PartialFC(200, 32, ArcFace(), optimizer=PLAIN) for _ in range(2))
+    twice, once = (flat_head(200, 32, ArcFace(), optimizer=PLAIN) for _ in range(2))
 
     def steps(head, between):
         for part in (slice(0, 12), slice(12, 24)):
@@ -519,7 +526,7 @@ def test_a_graph_outlives_its_step_and_another_forward():
 
 
 def test_positive_at_zero_angle_gives_finite_exact_gradient():
-    head = PartialFC(4, 4, ArcFace(gradient="exact"), optimizer=PLAIN)
+    head = flat_head(4, 4, ArcFace(gradient="exact"), optimizer=PLAIN)
     head.centers.data.copy_(torch.eye(4))
     loss, gradient, change = center_gradient(head, torch.eye(4), torch.arange(4))
     assert math.isfinite(loss)

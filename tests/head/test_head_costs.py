@@ -5,9 +5,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from partialfc import ArcFace, PartialFC, RowAdagrad, RowAdamW, RowSGD, SubCenterArcFace
-from partialfc.head.rows.staging import Placement
+from partialfc import ArcFace, RowAdagrad, RowAdamW, RowSGD, SubCenterArcFace
 from partialfc.head.tiles import passes
+from tests.support.heads import flat_head
 
 IDENTITIES, DIM, BATCH = 100_000, 16, 8
 BY_ROWS = {"index_select", "index_copy_", "index_fill_", "detach"}
@@ -64,14 +64,15 @@ def test_nothing_of_a_sampled_step_is_as_large_as_the_shard(rule, center_format,
     """One pass over all rows, even to zero a byte of each, would cost more than the step."""
     margins = [ArcFace(label_smoothing=0.1), SubCenterArcFace()]
     for margin, weight in zip(margins, (0.1, 0.0), strict=True):
-        head = PartialFC(
+        head = flat_head(
             IDENTITIES,
             DIM,
             margin,
             sample_rate=1e-3,
             optimizer=rule,
             center_format=center_format,
-            placement=Placement(where, where),
+            centers_in=where,
+            states_in=where,
             center_weight=weight,
             inter_class_weight=weight,
         )
@@ -82,13 +83,13 @@ def test_nothing_of_a_sampled_step_is_as_large_as_the_shard(rule, center_format,
 
 
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
-@pytest.mark.parametrize("keep_bytes", [0, None])
+@pytest.mark.parametrize("keep_mib", [0, None])
 def test_neither_logits_nor_gradient_of_all_centers_is_ever_one_tensor(
-    compute, keep_bytes, monkeypatch
+    compute, keep_mib, monkeypatch
 ):
     """At rate 1 too; what is made is a tile at most."""
     monkeypatch.setitem(passes.TILE_BYTES, "cpu", 1)  # 128 rows
-    head = PartialFC(4096, DIM, ArcFace(), compute=compute, keep_bytes=keep_bytes)
+    head = flat_head(4096, DIM, ArcFace(), compute=compute, keep_mib=keep_mib)
     head.optimizer.states()
     with Sizes(1 << 60) as step:
         train(head, identities=4096)
@@ -99,7 +100,7 @@ def test_exponentials_of_every_size_stay_within_the_budget(monkeypatch):
     """Those of the last step are held for the next: of another batch size, they were beside it."""
     monkeypatch.setitem(passes.TILE_BYTES, "cpu", 1)
     budget = 1 << 20
-    head = PartialFC(4096, DIM, ArcFace(), keep_bytes=budget)
+    head = flat_head(4096, DIM, ArcFace(), keep_mib=budget / 2**20)
     for batch in (64, 64, 48, 64, 96, 40):
         head(torch.randn(batch, DIM, requires_grad=True), torch.arange(batch)).backward()
         held = head.optimizer.workspace._returned.values()

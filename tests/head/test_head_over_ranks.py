@@ -8,10 +8,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from partialfc import ArcFace, CosFace, PartialFC, RowAdagrad, RowSGD
+from partialfc import ArcFace, CosFace, RowAdagrad, RowSGD
 from partialfc.head.rows.formats import decode
 from partialfc.head.sampling import NOT_LOCAL, Sample
 from tests.support import reference
+from tests.support.heads import flat_head
 from tests.support.places import FIXTURES
 from tests.support.ranks import run_on_ranks
 
@@ -63,7 +64,7 @@ def golden_on_rank(rank, world_size):
         prefix, margin_name = case.split(".")[1], case.split(".")[2]
         inputs = f"w{world_size}.{prefix}"
         centers = data[f"{inputs}.centers"]
-        head = PartialFC(*centers.shape, GOLDEN_MARGINS[margin_name], optimizer=PLAIN)
+        head = flat_head(*centers.shape, GOLDEN_MARGINS[margin_name], optimizer=PLAIN)
         head.sampler = fixed_sampler(head, data[f"{case}.sampled"])
         results[case] = one_step(
             head, data[f"{inputs}.embeddings"], data[f"{inputs}.labels"], centers
@@ -150,7 +151,7 @@ def oracle_on_rank(rank, world_size):
     results = {}
     for name in ORACLE_CASES:
         embeddings, centers, labels, margin, rate = oracle_case(name, world_size)
-        head = PartialFC(*centers.shape, margin, sample_rate=rate, optimizer=PLAIN)
+        head = flat_head(*centers.shape, margin, sample_rate=rate, optimizer=PLAIN)
         rows = head.sampler(0, labels).rows
         rows = torch.arange(len(head.owned)) if rows is None else rows
         results[name] = (
@@ -189,7 +190,7 @@ def train_on_rank(rank, world_size, rule=None, settings=None):
     backbone = torch.nn.Linear(24, 16)
     if world_size > 1:
         backbone = torch.nn.parallel.DistributedDataParallel(backbone)
-    head = PartialFC(2000, 16, ArcFace(scale=16), sample_rate=0.1, optimizer=rule, **settings)
+    head = flat_head(2000, 16, ArcFace(scale=16), sample_rate=0.1, optimizer=rule, **settings)
     optimizer = torch.optim.SGD(backbone.parameters(), lr=0.05, momentum=0.9)
     losses, sampled = [], []
     for step in range(50):
@@ -217,7 +218,7 @@ def train_on_rank(rank, world_size, rule=None, settings=None):
         (RowSGD(lr=0.5), {}),
         (
             RowSGD(lr=0.5, momentum_format="int8", unsampled="stay"),
-            {"center_format": "fp16", "keep_bytes": 0},
+            {"center_format": "fp16", "keep_mib": 0},
         ),
         (RowSGD(lr=0.5, unsampled="move"), {"center_format": "bf16"}),
         (RowAdagrad(lr=0.1), {}),
@@ -260,7 +261,7 @@ class Collectives(TorchDispatchMode):
 
 def count_on_rank(rank, world_size, scale, compute):
     with Collectives() as step:
-        head = PartialFC(100, 8, ArcFace(scale=scale), sample_rate=0.5, compute=compute)
+        head = flat_head(100, 8, ArcFace(scale=scale), sample_rate=0.5, compute=compute)
         labels = torch.arange(4)
         head(torch.randn(4, 8, requires_grad=True), labels).backward()
         head.optimizer.step()
@@ -283,7 +284,7 @@ def test_collectives_are_as_many_and_as_large_as_the_docstring_says(
 
 
 def refuse_on_rank(rank, world_size):
-    head = PartialFC(10, 8, ArcFace())
+    head = flat_head(10, 8, ArcFace())
     labels = torch.tensor([0, 1]) if rank else torch.tensor([2, 10])
     try:
         head(torch.randn(2, 8), labels)
@@ -301,7 +302,7 @@ def test_every_rank_refuses_a_foreign_identity_of_one():
 
 def transposed_on_rank(rank, world_size):
     """The loss of embeddings whose elements lie row by row, and of the same column by column."""
-    head = PartialFC(10, 8, ArcFace())
+    head = flat_head(10, 8, ArcFace())
     embeddings = torch.randn(2, 8, generator=torch.Generator().manual_seed(rank))
     labels = torch.tensor([rank, 5])
     return [head(value, labels).item() for value in (embeddings, embeddings.T.contiguous().T)]

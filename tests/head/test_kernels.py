@@ -21,12 +21,13 @@ from multiprocessing import get_context
 import pytest
 import torch
 
-from partialfc import ArcFace, PartialFC, RowSGD
+from partialfc import ArcFace, RowSGD
 from partialfc.head import machine
 from partialfc.head.rows.catch_up import Moves
 from partialfc.head.rows.formats import DTYPES, FORMATS, SCALED, decode, encode
 from partialfc.keyed import key, permute, unpermute
 from partialfc.margins import Bend, CurricularFace
+from tests.support.heads import flat_head
 from tests.support.places import ROOT
 
 if importlib.util.find_spec("triton") is None:
@@ -713,7 +714,7 @@ def _trained(device, forced, margin, compute, center_format, rule):
     """Three steps of a sampled head: losses, the embeddings' last gradient, centers and states."""
     machine.FORCED = forced
     try:
-        head = PartialFC(
+        head = flat_head(
             300,
             20,
             margin,

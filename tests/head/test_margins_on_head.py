@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from pytorch_metric_learning import losses
 
-from partialfc import PartialFC, RowSGD
+from partialfc import RowSGD
 from partialfc.head.tiles import passes
 from partialfc.keyed import key, normal
 from partialfc.margins import (
@@ -24,6 +24,7 @@ from partialfc.margins import (
 )
 from tests.support import loss_truth
 from tests.support.every_margin import EVERY_MARGIN
+from tests.support.heads import flat_head
 from tests.support.reference import relative_error
 
 PLAIN = RowSGD(lr=1.0, momentum=0.0, weight_decay=0.0)
@@ -34,7 +35,7 @@ IDENTITIES, DIM, BATCH = 300, 32, 24
 def head_of(margin, **settings):
     """A head with centers of any length, as they are during a run."""
     settings = {"optimizer": PLAIN, **settings}
-    head = PartialFC(IDENTITIES, DIM, margin, **settings)
+    head = flat_head(IDENTITIES, DIM, margin, **settings)
     generator = torch.Generator(head.centers.device).manual_seed(1)
     torch.nn.init.normal_(head.centers, 0, 0.3, generator=generator)
     return head
@@ -115,7 +116,7 @@ def test_kept_exponentials_change_no_result(name, compute, monkeypatch):
     monkeypatch.setitem(passes.TILE_BYTES, "cpu", 1)
     changes = []
     for budget in (0, 10_000, 1 << 30):
-        head = head_of(EVERY_MARGIN[name], compute=compute, keep_bytes=budget)
+        head = head_of(EVERY_MARGIN[name], compute=compute, keep_mib=budget / 2**20)
         changes.append(step(head, *problem(head))[2])
     assert changes[0].any()
     for other in changes[1:]:
@@ -300,7 +301,7 @@ def test_pytorch_metric_learning_has_the_same_loss_and_gradients(name):
 @pytest.mark.parametrize("scale", [64, 128, 256])
 def test_a_filtered_negative_does_not_hide_the_others(scale):
     """Its cosine is the largest and its logit is 0: the row maximum is that of the rest."""
-    head = PartialFC(8, 8, ArcFace(scale=scale, inter_class_filter=0.5), optimizer=PLAIN)
+    head = flat_head(8, 8, ArcFace(scale=scale, inter_class_filter=0.5), optimizer=PLAIN)
     head.centers.data.copy_(torch.eye(8))
     embeddings, labels = torch.tensor([[0.2, 0.98, 0, 0, 0, 0, 0, 0]]), torch.tensor([3])
     truth = loss_truth.gradients_of(head.margin, embeddings, head.centers, labels)

@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from partialfc import ArcFace, CosFace, PartialFC, RowAdagrad, RowAdamW, RowSGD
+from partialfc import ArcFace, CosFace, RowAdagrad, RowAdamW, RowSGD
 from partialfc.head.rows.catch_up import Moves
 from partialfc.head.rows.formats import decode, encode, noise
 from partialfc.head.rows.rules import RowRule
 from partialfc.keyed import key
 from tests.support import reference
+from tests.support.heads import flat_head
 
 STEPS = 200
 
@@ -150,7 +151,7 @@ def heads_batch(step):
 
 def train_head(rule, *, rate_of, steps, **settings):
     """A head, and the same training of fp64 centers with a dense optimizer of torch's."""
-    head = PartialFC(IDENTITIES, DIM, MARGIN, sample_rate=0.4, optimizer=rule, **settings)
+    head = flat_head(IDENTITIES, DIM, MARGIN, sample_rate=0.4, optimizer=rule, **settings)
     centers = nn.Parameter(decode(head.centers.detach(), None).double())
     dense = torch.optim.SGD(
         [centers], lr=1.0, momentum=rule.momentum, weight_decay=rule.weight_decay
@@ -273,7 +274,7 @@ def test_at_a_sample_rate_of_1_no_row_misses_anything_and_nothing_is_kept_of_it(
     """Neither a state nor an entry of the checkpoint, and the training of rows that stay."""
     ends = []
     for unsampled in ("move", "stay"):
-        head = PartialFC(IDENTITIES, DIM, MARGIN, optimizer=RowSGD(unsampled=unsampled))
+        head = flat_head(IDENTITIES, DIM, MARGIN, optimizer=RowSGD(unsampled=unsampled))
         for step in range(3):
             head(*heads_batch(step)).backward()
             head.optimizer.step()
@@ -375,7 +376,7 @@ def test_every_format_resumes_bit_for_bit_from_state_dicts(rule, center_format):
     """torch's load_state_dict casts states to the parameter's dtype; ours must not."""
 
     def new():
-        return PartialFC(
+        return flat_head(
             IDENTITIES,
             DIM,
             ArcFace(scale=16),

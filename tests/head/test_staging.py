@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from partialfc import ArcFace, PartialFC, RowAdagrad, RowAdamW, RowSGD, SubCenterArcFace
+from partialfc import ArcFace, RowAdagrad, RowAdamW, RowSGD, SubCenterArcFace
 from partialfc.head.rows import optimizer as row_optimizer
-from partialfc.head.rows.staging import Placement, Staging, host_tensor, row_tensor
+from partialfc.head.rows.staging import Staging, host_tensor, row_tensor
+from tests.support.heads import flat_head
 
 IDENTITIES, DIM, BATCH, STEPS = 400, 16, 24, 30
-HOST = Placement("host", "host")
+HOST = {"centers_in": "host", "states_in": "host"}
 HOSTED = (("centers", "host"), ("states", "host"))
 RULES = {
     "sgd": (RowSGD(unsampled="stay"), "fp32"),
@@ -42,14 +43,14 @@ def batches(steps=STEPS):
 
 
 def head_of(rule, center_format, placement, *, margin=None, rate=0.3, device=None):
-    return PartialFC(
+    return flat_head(
         IDENTITIES,
         DIM,
         margin or ArcFace(scale=16),
         sample_rate=rate,
         optimizer=copy.deepcopy(rule),
         center_format=center_format,
-        placement=placement,
+        **(placement or {}),
         device=device,
     )
 
@@ -91,10 +92,10 @@ def assert_equal(one, other):
 def test_every_step_is_that_of_rows_on_the_device(rule, where, prefetch, tmp_path):
     """A row that two steps in a row sample, read before it was written back."""
     placement = {
-        "states": Placement(states="host"),
-        "centers": Placement(centers="host"),
+        "states": {"states_in": "host"},
+        "centers": {"centers_in": "host"},
         "both": HOST,
-        "files": Placement("host", "host", tmp_path / "rows"),
+        "files": {**HOST, "host_folder": tmp_path / "rows"},
     }[where]
     expected = trained(head_of(*RULES[rule], None), prefetch=False)
     assert_equal(trained(head_of(*RULES[rule], placement), prefetch=prefetch), expected)
@@ -116,7 +117,7 @@ def test_all_rows_catch_up_where_they_lie(rule, where, monkeypatch):
     """What an export writes: rows that no step has visited for long, in pieces."""
     monkeypatch.setattr(row_optimizer, "_STAGED_ROWS", 64)
     wanted, found = results = [], []
-    placement = Placement(*(w if where in (n, "both") else "device" for n, w in HOSTED))
+    placement = {f"{n}_in": w if where in (n, "both") else "device" for n, w in HOSTED}
     for given, result in zip((None, placement), results, strict=True):
         head = head_of(*RULES[rule], given)
         trained(head, given=batches(9))
@@ -179,7 +180,7 @@ def test_rows_that_inference_mode_has_opened_can_be_trained():
     assert_equal(*results)
 
 
-@pytest.mark.parametrize("where", [HOST, Placement(centers="host")], ids=["both", "centers"])
+@pytest.mark.parametrize("where", [HOST, {"centers_in": "host"}], ids=["both", "centers"])
 def test_rows_that_an_evaluation_moved_are_not_older_in_the_next_step(where):
     """They were gathered for it before; with the step that they are at on the device, they missed
     what had moved them."""
@@ -201,7 +202,7 @@ def test_state_dicts_move_between_placements():
     trained(straight, given=batches(10))
     saved = copy.deepcopy((straight.state_dict(), straight.optimizer.state_dict()))
     expected = trained(straight, given=batches(20)[10:])
-    for placement in (None, Placement(states="host"), HOST):
+    for placement in (None, {"states_in": "host"}, HOST):
         head = head_of(*RULES["sgd fp16 int8"], placement)
         trained(head, given=batches(3))
         head.load_state_dict(saved[0])
@@ -311,7 +312,7 @@ def test_a_folder_that_cannot_hold_the_rows_is_refused(tmp_path, blocked):
 def test_what_host_memory_cannot_do_is_refused(settings, message):
     settings = {"sample_rate": 0.5, **settings}
     with pytest.raises(ValueError, match=message):
-        PartialFC(10, 4, ArcFace(), placement=Placement(states="host"), **settings)
+        flat_head(10, 4, ArcFace(), states_in="host", **settings)
 
 
 def huge_pages_wanted() -> bool:

@@ -3,11 +3,12 @@
 import torch
 from torch import nn
 
-from partialfc import ArcFace, PartialFC, RowSGD
+from partialfc import ArcFace, RowSGD
 from partialfc.config import Config
 from partialfc.distributed.ranks import Ranks
 from partialfc.model.build import Model, assemble
 from partialfc.runtime.process import Runtime
+from tests.support.heads import flat_head
 
 
 class Flat(nn.Module):
@@ -33,7 +34,7 @@ def flat_model(
     rule, margin = rule or RowSGD(lr=0.1), margin or ArcFace(scale=16)
     head.setdefault("center_weight", config.losses.center.weight)
     head.setdefault("inter_class_weight", config.losses.inter_class.weight)
-    partial_fc = PartialFC(identities, dim, margin, sample_rate=rate, optimizer=rule, **head)
+    partial_fc = flat_head(identities, dim, margin, sample_rate=rate, optimizer=rule, **head)
     return assemble(config, runtime(), Flat(size, dim), partial_fc)
 
 

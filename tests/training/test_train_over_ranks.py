@@ -22,7 +22,6 @@ from partialfc.checkpoint import loading as checkpoint
 from partialfc.checkpoint.disk import Disk
 from partialfc.config import ConfigError
 from partialfc.distributed.agreement import all_agree, from_leader, largest
-from partialfc.head.rows.staging import Placement
 from partialfc.model.build import assemble
 from partialfc.model.statistics import mean_statistics, statistics, with_mean_statistics
 from partialfc.model.step import train_step
@@ -224,7 +223,8 @@ HEADS = {
     "in host memory": {
         "rule": RowSGD(lr=0.1, momentum_format="int8", unsampled="stay"),
         "center_format": "fp16",
-        "placement": Placement("host", "host"),
+        "centers_in": "host",
+        "states_in": "host",
     },
 }
 

@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from partialfc import ArcFace, PartialFC, RowSGD
+from partialfc import ArcFace, PartialFC, Precision, RowSGD
+from partialfc.head.options import Compute
 from partialfc.head.rows.formats import decode
-from partialfc.numerics import Compute
 from tools.bench.conditions import conditions
 
 PLAIN = RowSGD(lr=1.0, momentum=0.0, weight_decay=0.0)
@@ -86,8 +86,7 @@ def errors_at(
                 centers.shape[1],
                 margin,
                 optimizer=PLAIN,
-                compute=compute,
-                center_format=center_format,
+                precision=Precision(compute=compute, center_format=center_format),
                 device=device,
             )
             head.centers.data.copy_(centers)

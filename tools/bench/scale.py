@@ -36,12 +36,11 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import nn
 
-from partialfc import ArcFace, PartialFC, RowSGD
+from partialfc import ArcFace, Kernels, Memory, PartialFC, Precision, RowSGD
 from partialfc.checkpoint import loading as checkpoint
 from partialfc.commands._estimate.time import GPUS, HEAD_SHARE, MEMORY, PRODUCTS
 from partialfc.config import Config
 from partialfc.distributed.ranks import Ranks
-from partialfc.head.rows.staging import Placement
 from partialfc.model.build import assemble
 from partialfc.runtime.process import Runtime
 from tools.bench.conditions import conditions
@@ -128,11 +127,11 @@ def measure(case: Case) -> dict[str, Any]:
     """Build the head, step it, and take its memory; in this process."""
     torch.set_num_threads(case.threads)
     device = torch.device(case.device)
-    placement = {
-        "device": Placement(),
-        "states": Placement(states="host"),
-        "host": Placement("host", "host"),
-        "files": Placement("host", "host", Path(case.folder)),
+    where = {
+        "device": Memory(),
+        "states": Memory(states_in="host"),
+        "host": Memory(centers_in="host", states_in="host"),
+        "files": Memory(centers_in="host", states_in="host", host_folder=Path(case.folder)),
     }[case.place]
     began = time.perf_counter()
     head = PartialFC(
@@ -141,10 +140,11 @@ def measure(case: Case) -> dict[str, Any]:
         ArcFace(),
         sample_rate=case.rate,
         optimizer=RowSGD(momentum_format=case.momentum, unsampled=case.unsampled),
-        center_format=case.centers,
-        compute="fp32" if device.type == "cpu" else "bf16",
-        placement=placement,
-        fused=case.passes == "fused",
+        precision=Precision(
+            compute="fp32" if device.type == "cpu" else "bf16", center_format=case.centers
+        ),
+        memory=where,
+        kernels=Kernels(fused=case.passes == "fused"),
         device=device,
     )
     states = head.optimizer.states()

@@ -13,9 +13,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from partialfc.commands._estimate.backbone import MIB, Device, Ledger, Part, bytes_of
+from partialfc.commands._estimate.backbone import Device, Ledger, Part, bytes_of
 from partialfc.config import Config, ConfigError
-from partialfc.head import partial_fc as head_module
 from partialfc.head.plan import Machine, Plan, decide
 from partialfc.head.rows.formats import DTYPES
 from partialfc.head.rows.optimizer import RowOptimizer
@@ -24,7 +23,7 @@ from partialfc.head.sharding import Sharding, default_canonical_shards
 from partialfc.head.tiles import fused, passes
 from partialfc.head.tiles.parts import Logits
 from partialfc.margins import Margin
-from partialfc.model.build import _ROW_RULES, head_compute, margin_of
+from partialfc.model.build import _ROW_RULES, head_compute, margin_of, memory_of
 from partialfc.numerics import operand_dtype
 
 
@@ -82,8 +81,7 @@ def shard_of(config: Config, identities: int, world_size: int, device: Device) -
     fused_tile, path = 0, plan_of(config, margin, device).path
     if path == "fused":
         _, fused_tile = next(fused.tiles(micro_batch, sampled), (0, 0))
-    budget = settings.keep_mib
-    budget_bytes = head_module._KEEP_BYTES[device] if budget is None else budget * MIB
+    budget_bytes = memory_of(config).keep_bytes(device)
     exponentials = sampled * batch * operand
     kept = exponentials
     if exponentials > budget_bytes:
@@ -185,7 +183,7 @@ def head_parts(config: Config, shard: Shard, world_size: int, device: Device) ->
     }
     pooled = device == "cpu" and operand == 4  # their buffers wait for the next step
     staged = 0
-    if "host" in (settings.centers_in, settings.states_in):
+    if memory_of(config).uses_host:
         staged = 3 * n * row_bytes  # of this step, the next and the last
     return [
         Part.always(

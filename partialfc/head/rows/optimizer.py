@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from partialfc.head.options import Memory
 from partialfc.head.plan import Plan
 from partialfc.head.row_set import RowSet
 from partialfc.head.rows import catch_up as unsampled
 from partialfc.head.rows import fused
 from partialfc.head.rows.catch_up import Moves
 from partialfc.head.rows.rules import RowRule, States
-from partialfc.head.rows.staging import Placement, Staging, host_tensor, row_tensor
+from partialfc.head.rows.staging import Staging, host_tensor, row_tensor
 from partialfc.head.rows.tile import AT_STEP, CENTERS, SCALE, Tile
 from partialfc.head.tiles.parts import Kept
 from partialfc.head.tiles.passes import positives, second_pass
@@ -47,7 +48,7 @@ class RowOptimizer(torch.optim.Optimizer):
         rule: What happens to a row.
         first_row: Global number of the first row.
         seed: Stochastic rounding is a function of it.
-        placement: Where the rows lie between steps.
+        memory: Where the rows lie between steps.
         device: Where they are needed; ``None`` for where the centers are.
         plan: Which code computes pass 2.
         overlap: On a GPU, :meth:`step` runs beside what the current stream does since the head's
@@ -64,7 +65,7 @@ class RowOptimizer(torch.optim.Optimizer):
         *,
         first_row: int = 0,
         seed: int = 0,
-        placement: Placement | None = None,
+        memory: Memory | None = None,
         device: torch.device | None = None,
         plan: Plan | None = None,
         overlap: bool = False,
@@ -72,7 +73,7 @@ class RowOptimizer(torch.optim.Optimizer):
     ) -> None:
         self.rule, self._plan = rule, plan or Plan()
         self._device = device or centers.device
-        self._placement = placement or Placement()
+        self._memory = memory or Memory()
         self._staging: Staging | None = None
         self._first, self._seed = first_row, seed
         self._kept: list[Kept] = []
@@ -85,7 +86,7 @@ class RowOptimizer(torch.optim.Optimizer):
         misses = getattr(rule, "unsampled", "stay") == "move" and not every_row
         self._moves = Moves(self._device) if misses else None
         super().__init__([centers], {**asdict(rule), "steps": 0})
-        if self._placement.stages:
+        if self._memory.uses_host:
             self.states()  # a folder without room is refused now
 
     @property
@@ -136,20 +137,15 @@ class RowOptimizer(torch.optim.Optimizer):
 
         They are all centers of the rank, or a compact copy of the sampled ones on the device.
         """
-        compact = row_n is not None and self._placement.stages
+        compact = row_n is not None and self._memory.uses_host
         rows = RowSet.of(row_n, first_row=self._first, compact=compact)
         if row_n is None or not compact:
             return self.param_groups[0]["params"][0].detach(), rows
         return self._stage().open(self.steps, row_n)[CENTERS], rows
 
-    @property
-    def stages(self) -> bool:
-        """Whether any rows lie in host memory between steps."""
-        return self._placement.stages
-
     def prefetch(self, rows: Tensor | None) -> None:
         """Begin to bring the rows of the step after the present one; a no-op without staging."""
-        if rows is not None and self._placement.stages:
+        if rows is not None and self._memory.uses_host:
             self._stage().prefetch(self.steps + 1, rows)
 
     def settle(self) -> None:
@@ -161,8 +157,8 @@ class RowOptimizer(torch.optim.Optimizer):
         if self._staging is None:
             centers: Tensor = self.param_groups[0]["params"][0].detach()
             states = self.states()
-            in_host = {CENTERS} if self._placement.centers == "host" else set()
-            if self._placement.states == "host":
+            in_host = {CENTERS} if self._memory.centers_in == "host" else set()
+            if self._memory.states_in == "host":
                 in_host |= states.keys()
             self._staging = Staging({CENTERS: centers, **states}, frozenset(in_host), self._device)
         return self._staging
@@ -180,7 +176,7 @@ class RowOptimizer(torch.optim.Optimizer):
         moves = self._moves
         if moves is None or not moves.steps:
             return
-        if rows is None and self._placement.stages:
+        if rows is None and self._memory.uses_host:
             total = len(self.param_groups[0]["params"][0])
             for start in range(0, total, _STAGED_ROWS):
                 stop = min(start + _STAGED_ROWS, total)
@@ -194,7 +190,7 @@ class RowOptimizer(torch.optim.Optimizer):
             rows,
             step_key,
             first_row=self._first,
-            compact=self._placement.stages,
+            compact=self._memory.uses_host,
             path=self._plan.path,
             workspace=self.workspace,
         )
@@ -274,7 +270,7 @@ class RowOptimizer(torch.optim.Optimizer):
 
     def _update(self, group: dict[str, Any], kept: list[Kept], skips: list[Tensor]) -> None:
         rows = _union(kept)
-        compact = rows is not None and self._placement.stages
+        compact = rows is not None and self._memory.uses_host
         index = None if compact else rows
         centers, states = self._working(rows)
         bad = torch.stack(skips).any()
@@ -339,7 +335,7 @@ class RowOptimizer(torch.optim.Optimizer):
             "momentum_key": key(step_key, "momentum"),
             "first_identity": self._first,
             "skip": skip,
-            "compact": rows is not None and self._placement.stages,
+            "compact": rows is not None and self._memory.uses_host,
             **settings,
         }
 
@@ -358,10 +354,10 @@ class RowOptimizer(torch.optim.Optimizer):
             wanted[CENTERS + SCALE] = torch.empty(len(centers), 1, device="meta")
         if self._moves is not None:
             wanted[AT_STEP] = torch.empty(len(centers), 1, dtype=torch.int32, device="meta")
-        placement, states = self._placement, {}
+        memory, states = self._memory, {}
         for name, like in wanted.items():
-            if placement.states == "host":
-                folder, pinned = placement.folder, self._device.type == "cuda"
+            if memory.states_in == "host":
+                folder, pinned = memory.host_folder, self._device.type == "cuda"
                 states[name] = host_tensor(name, like.shape, like.dtype, folder, pinned=pinned)
             else:
                 states[name] = row_tensor(like.shape, like.dtype, self._device)
@@ -371,7 +367,7 @@ class RowOptimizer(torch.optim.Optimizer):
 
     def _working(self, rows: Tensor | None) -> tuple[Tensor, States]:
         """Centers and states to update: all of the rank, or compact ones of the rows."""
-        if rows is None or not self._placement.stages:
+        if rows is None or not self._memory.uses_host:
             return self.param_groups[0]["params"][0].detach(), self.states()
         tensors = dict(self._stage().open(self.steps, rows))
         return tensors.pop(CENTERS), tensors

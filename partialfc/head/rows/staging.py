@@ -20,36 +20,13 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Where = Literal["device", "host"]
-
 _HUGE = 16 << 20
 """Bytes from which huge pages are asked for; smaller tensors are few pages anyway."""
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Where the rows of a rank lie between steps.
-
-    Attributes:
-        centers: The class centers.
-        states: What the optimizer keeps of them.
-        folder: Where what is in the host's memory is mapped from files, which vanish with the
-            process (Linux); ``None`` for memory, pinned where there is a GPU.
-    """
-
-    centers: Where = "device"
-    states: Where = "device"
-    folder: Path | None = None
-
-    @property
-    def stages(self) -> bool:
-        """Whether anything is in host memory."""
-        return "host" in (self.centers, self.states)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from partialfc.head.options import Compute
 from partialfc.head.plan import Path
 from partialfc.margins.base import Bend
-from partialfc.numerics import Compute
 
 _LARGEST_PLAIN_LOGIT = 64.0
 """exp(±z) of a larger logit, summed over 1e8 classes, leaves fp32's range: keep a row maximum."""

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -136,7 +136,8 @@ def build(name: str, case: Case, device: torch.device) -> tuple[Any, Step]:
         settings |= {"scale": SCALE, "angular": ANGULAR, "tf32": name == "textbook_tf32"}
         head = textbook(case.classes, case.dim, **settings, **rule)
         return head, head.step
-    from partialfc import PartialFC, RowSGD
+    from partialfc import Kernels, PartialFC, Precision, RowSGD
+    from partialfc.head.options import CenterFormat, Compute
     from partialfc.head.tiles import passes
     from partialfc.margins import MARGINS, ArcFace
 
@@ -145,11 +146,10 @@ def build(name: str, case: Case, device: torch.device) -> tuple[Any, Step]:
     rule["unsampled"] = case.unsampled
     if case.momentum != "fp32":
         rule["momentum_format"] = case.momentum
-    if case.centers != "fp32":
-        settings["center_format"] = case.centers
-    if case.dtype != "fp32":
-        settings["compute"] = case.dtype
-    settings["fused"] = name == "fused"
+    settings["precision"] = Precision(
+        compute=cast(Compute, case.dtype), center_format=cast(CenterFormat, case.centers)
+    )
+    settings["kernels"] = Kernels(fused=name == "fused")
     plain = name in ("ours", "fused")
     margin = ArcFace(scale=SCALE, angular=ANGULAR) if plain else MARGINS[name]()
     head = PartialFC(case.classes, case.dim, margin, optimizer=RowSGD(**rule), **settings)

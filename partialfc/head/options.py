@@ -1,0 +1,172 @@
+"""The options of a head in groups, under the names that they have in a settings file.
+
+They check themselves, and :func:`check_fit` what does not go together, without torch: settings are
+refused by the same code before a machine is booked.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+Compute = Literal["fp32", "tf32", "bf16"]
+CenterFormat = Literal["fp32", "bf16", "fp16"]
+Where = Literal["device", "host"]
+
+_KEEP_MIB = {"cpu": 256, "cuda": 2048}
+"""Default of ``keep_mib`` by the type of the device."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Precision:
+    """Number formats.
+
+    Attributes:
+        compute: Of the matrix products. ``"bf16"`` gathers embeddings in bf16 too; ``"tf32"`` is
+            for GPUs, with fp32 operands in memory. The positive's cosine, the softmax and all sums
+            are fp32 in every case.
+        center_format: Of the stored centers; ``"fp16"`` has a scale a row in the optimizer's state.
+            See :mod:`partialfc.head.rows.formats`.
+
+    Raises:
+        ValueError: If a value is none of these.
+    """
+
+    compute: Compute = "fp32"
+    center_format: CenterFormat = "fp32"
+
+    def __post_init__(self) -> None:
+        if self.compute not in get_args(Compute):
+            names = ", ".join(get_args(Compute))
+            raise ValueError(f"compute must be one of {names}, got {self.compute!r}.")
+        if self.center_format not in get_args(CenterFormat):
+            raise ValueError(
+                f"center_format must be fp32, bf16 or fp16, got {self.center_format!r}."
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """What a head may keep in memory, and where the rows of a rank lie between steps.
+
+    Attributes:
+        keep_mib: Most MiB of the exponentials that spare pass 2 a matrix product; the result does
+            not depend on it, but for rounding with fused kernels or logits above 64. ``None``: 256
+            on a CPU, 2048 on a GPU.
+        centers_in: Where the class centers lie: on the device, or in host memory, from which a
+            step's rows travel to the device and back.
+        states_in: Where the optimizer's states of them lie.
+        host_folder: Where what is in host memory is mapped from files, which vanish with the
+            process (Linux); ``None`` for memory, pinned where there is a GPU.
+
+    Raises:
+        ValueError: If a value is outside its range, or a folder is given and nothing is in host
+            memory.
+    """
+
+    keep_mib: float | None = None
+    centers_in: Where = "device"
+    states_in: Where = "device"
+    host_folder: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.keep_mib is not None and not 0 <= self.keep_mib < math.inf:
+            raise ValueError(f"keep_mib must be >= 0 and finite, got {self.keep_mib}.")
+        for name in ("centers_in", "states_in"):
+            if getattr(self, name) not in get_args(Where):
+                raise ValueError(f"{name} must be device or host, got {getattr(self, name)!r}.")
+        if self.host_folder is not None and not self.uses_host:
+            raise ValueError(
+                f'host_folder = "{self.host_folder}": nothing lies in host memory. Set centers_in '
+                'or states_in to "host", or remove host_folder.'
+            )
+
+    @property
+    def uses_host(self) -> bool:
+        """Whether any rows lie in host memory between steps."""
+        return "host" in (self.centers_in, self.states_in)
+
+    def keep_bytes(self, device: str) -> int:
+        """Return the bytes of ``keep_mib`` on a type of device."""
+        mib = _KEEP_MIB[device] if self.keep_mib is None else self.keep_mib
+        return int(mib * (1 << 20))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernels:
+    """What a GPU does faster at a price.
+
+    Attributes:
+        fused: Do each pass in one kernel, whose logits and gradients stay on the chip; the result
+            is the same to rounding. On Hopper, in bf16, with SGD and a softmax over unit centers.
+        overlap: Update the centers beside the backbone's backward; a loss scale or a verdict
+            (``found_inf``) on that backward cannot be had then.
+    """
+
+    fused: bool = False
+    overlap: bool = False
+
+
+def check_fit(
+    precision: Precision,
+    memory: Memory,
+    kernels: Kernels,
+    *,
+    sample_rate: float,
+    unit_centers: bool,
+    margin: str,
+    device: str | None = None,
+) -> None:
+    """Refuse options that do not go together.
+
+    Args:
+        precision: Number formats.
+        memory: Where rows lie.
+        kernels: What is asked of a GPU; :func:`partialfc.head.plan.decide` knows of ``fused``.
+        sample_rate: Fraction of the centers used per step.
+        unit_centers: Whether the margin takes class centers as unit vectors.
+        margin: Its name, for messages.
+        device: Type of the device; ``None`` if it is not known yet.
+
+    Raises:
+        ValueError: With the name of the option first.
+    """
+    if precision.center_format == "fp16" and not unit_centers:
+        raise ValueError(
+            f"center_format = 'fp16' keeps directions, and {margin} looks at the length of a "
+            "center; use fp32 or bf16."
+        )
+    if memory.uses_host and sample_rate == 1:
+        raise ValueError(
+            "sample_rate = 1 with rows in host memory would bring all of them to the device at "
+            "every step; keep them on the device, or sample."
+        )
+    if device in (None, "cuda"):
+        return
+    if precision.compute == "tf32":
+        raise ValueError(
+            f"compute = 'tf32' needs a GPU, the head is on {device}; use fp32 or bf16."
+        )
+    if kernels.overlap:
+        raise ValueError(f"overlap = True needs a GPU, the head is on {device}; remove it.")
+
+
+def check_inter_class(
+    weight: float, *, unit_centers: bool, margin: str, name: str = "inter_class_weight"
+) -> None:
+    """Refuse the inter-class loss where centers keep their lengths.
+
+    Args:
+        weight: Of that loss.
+        unit_centers: As in :func:`check_fit`.
+        margin: Its name, for messages.
+        name: Of the weight, for messages.
+
+    Raises:
+        ValueError: If it has a weight there.
+    """
+    if weight and not unit_centers:
+        raise ValueError(
+            f"{name} = {weight} turns unit centers, and {margin} keeps their lengths; set it to 0 "
+            "or use another margin."
+        )
