@@ -24,7 +24,7 @@ monitor: .venv/installed
 	$(BIN)/python tools/monitor.py
 
 omniglot: .venv/installed
-	$(BIN)/python tools/omniglot.py tests/data/omniglot/omniglot_background.npz packs/omniglot
+	$(BIN)/python tools/omniglot.py tests/fixtures/omniglot/omniglot_background.npz packs/omniglot
 	$(BIN)/torchrun --standalone --nproc-per-node=2 launch/train.py configs/omniglot.toml
 
 lint: .venv/installed

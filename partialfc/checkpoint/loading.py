@@ -26,7 +26,7 @@ from partialfc.checkpoint.folder import (
     verify,
 )
 from partialfc.checkpoint.saving import Saver
-from partialfc.distributed.agreement import all_agree, from_leader
+from partialfc.distributed.agreement import from_leader, words_of_any
 from partialfc.errors import CheckpointError
 from partialfc.head import PartialFC
 from partialfc.model.build import Model
@@ -76,19 +76,23 @@ def newest(folder: Path, runtime: Runtime, *, tidy: bool = True) -> Path | None:
         for leftover in leftovers(folder):
             disk.remove(leftover)
     invalid: list[Path] = []
+    problem = ""
     while True:
         step = from_leader(step_of(found.pop()) if found else _NONE, runtime.ranks)
         if step == _NONE:
             break
         path = path_of(folder, step)
-        if _all_valid(path, runtime):
+        problem = _problem_of(path, runtime)
+        if not problem:
             if runtime.leads and tidy:
                 set_aside(invalid)
             return path
+        if runtime.leads:
+            print(f"{path}: not a valid checkpoint: {problem}", flush=True)
         invalid.append(path)
     if invalid:
         raise CheckpointError(
-            f"{folder}: no checkpoint in it is valid, see the messages above. Copy a good one "
+            f"{folder}: no checkpoint in it is valid; the oldest: {problem}. Copy a good one "
             "back, or start again in another run.folder."
         )
     return None
@@ -100,9 +104,9 @@ def named(path: Path, runtime: Runtime) -> Path:
     Raises:
         CheckpointError: If it is none, or corrupt.
     """
-    if not _all_valid(path, runtime):
+    if problem := _problem_of(path, runtime):
         raise CheckpointError(
-            f"{path}: it is not a valid checkpoint, see the messages above. Name a folder such as "
+            f"{path}: not a valid checkpoint: {problem}. Name a folder such as "
             "runs/mine/checkpoints/step_00002000, or another checkpoint."
         )
     return path
@@ -225,11 +229,10 @@ def _pieces(low: int, high: int, part: Any, rows: int) -> list[tuple[int, int]]:
     return [(start, min(start + step, high)) for start in range(low, high, step)]
 
 
-def _all_valid(path: Path, runtime: Runtime) -> bool:
-    problem = verify(path, part=runtime.ranks.rank, of=runtime.ranks.size)
-    if problem:
-        print(f"{path}: not a valid checkpoint: {problem}", flush=True)
-    return all_agree(problem is None, runtime.ranks)
+def _problem_of(path: Path, runtime: Runtime) -> str:
+    """What the first rank that finds anything wrong says; each verifies a share of the files."""
+    ranks = runtime.ranks
+    return words_of_any(verify(path, part=ranks.rank, of=ranks.size) or "", ranks)
 
 
 def _same_run(

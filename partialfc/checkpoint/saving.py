@@ -30,7 +30,7 @@ from partialfc.checkpoint import folder as checkpoint_folder
 from partialfc.checkpoint.disk import Disk
 from partialfc.checkpoint.folder import free_bytes, path_of
 from partialfc.checkpoint.tensor_file import size_of, write_tensors
-from partialfc.distributed.agreement import all_agree
+from partialfc.distributed.agreement import words_of_any
 from partialfc.distributed.ranks import Ranks
 from partialfc.errors import CheckpointError
 from partialfc.model.build import Model
@@ -279,8 +279,8 @@ class Saver:
                 action()
         except Exception as error:  # whatever it is, the other ranks wait for the verdict
             problem = error
-        if not all_agree(problem is None, self._ranks):
-            reason = problem or "another rank failed, see its message"
+        own = "" if problem is None else str(problem) or type(problem).__name__
+        if reason := words_of_any(own, self._ranks):
             raise CheckpointError(f"{final} was not written: {reason}") from problem
 
 

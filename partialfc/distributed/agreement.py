@@ -58,6 +58,31 @@ def from_leader(value: int, ranks: Ranks) -> int:
     return int(shared.item())
 
 
+def words_of_any(own: str, ranks: Ranks) -> str:
+    """Return on every rank the words of the lowest rank that has any, or "" if none has.
+
+    For an error that all ranks raise and one can explain: whichever rank's message is read first
+    names the cause. Collective: one all-reduce, and two broadcasts if there are words; host
+    synchronisations.
+    """
+    if ranks.size == 1:
+        return own
+    device = collective_device(ranks)
+    speaker = torch.tensor(ranks.rank if own else ranks.size, device=device)
+    dist.all_reduce(speaker, dist.ReduceOp.MIN, group=ranks.group)
+    source = int(speaker.item())
+    if source == ranks.size:
+        return ""
+    encoded = own.encode(errors="replace")
+    length = torch.tensor(len(encoded), device=device)
+    dist.broadcast(length, group_src=source, group=ranks.group)
+    text = torch.zeros(int(length.item()), dtype=torch.uint8, device=device)
+    if ranks.rank == source:
+        text.copy_(torch.frombuffer(bytearray(encoded), dtype=torch.uint8))
+    dist.broadcast(text, group_src=source, group=ranks.group)
+    return bytes(text.tolist()).decode()
+
+
 def largest(value: int, ranks: Ranks) -> int:
     """Return the largest integer of all ranks. Collective: one all-reduce."""
     if ranks.size == 1:

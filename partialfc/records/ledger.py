@@ -12,6 +12,7 @@ Rank 0 appends a JSON object per line; a line that a kill cut short is left out 
 
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -66,6 +67,7 @@ class Ledger:
         self.step, self._written = 0, -_SECONDS_BETWEEN_LINES
         self.first: int | None = None
         self._file: IO[str] | None = None
+        self._writing = threading.Lock()  # the watchdog's thread may end it
         self.before: list[dict[str, Any]] = []
         self._past: dict[str, float] | None = None
         if path is not None:
@@ -109,11 +111,12 @@ class Ledger:
             self._append("spent")
 
     def end(self, cause: str, code: int) -> None:
-        """Note why this start ended. A start without an end was killed."""
+        """Note why this start ended, unless that is noted. A start without an end was killed."""
         self._append("end", cause=cause, code=code)
-        if self._file is not None:
-            self._file.close()
-        self._file = None
+        with self._writing:
+            if self._file is not None:
+                self._file.close()
+            self._file = None
 
     def totals(self) -> dict[str, float]:
         """Seconds by kind of the whole run until now, ``wall`` and ``goodput`` with them.
@@ -133,9 +136,10 @@ class Ledger:
         self._written = time.monotonic()
         entry: dict[str, Any] = {"event": event, "time": time.time(), "step": self.step, **more}
         entry["seconds"] = {kind: round(value, 4) for kind, value in self._seconds.items()}
-        if self._file is not None:
-            self._file.write(json.dumps(entry) + "\n")
-            self._file.flush()
+        with self._writing:
+            if self._file is not None:
+                self._file.write(json.dumps(entry) + "\n")
+                self._file.flush()
 
 
 @contextmanager

@@ -159,6 +159,7 @@ class Watchdog:
         if store.check(["failure"]) and self._leave_by is None:
             failure = json.loads(store.get("failure"))
             if failure["rank"] != self._ranks.rank:
+                self._note(failure)
                 saving = self._saver is not None and self._saver.pending
                 wait = _SECONDS_TO_SAVE if saving else _SECONDS_TO_LEAVE
                 self._failed = self._failed or now
@@ -228,12 +229,26 @@ class Watchdog:
             "rank": self._ranks.rank,
             "step": step,
             "message": f"{type(error).__name__}: {error}",
+            "code": exit_code_of(error),
         }
-        if self._store is not None:
-            try:
-                self._store.compare_set("failure", "", json.dumps(failure))
-            except RuntimeError:
-                return
+        if self._store is None:
+            return
+        try:
+            self._store.compare_set("failure", "", json.dumps(failure))
+            if self._ranks.rank == 0:  # its ledger has the error
+                self._tell("noted", "1")
+            deadline = time.monotonic() + 2 * self.interval + 1
+            while time.monotonic() < deadline and not self._store.check(["noted"]):
+                time.sleep(self.interval / 10)
+        except RuntimeError:
+            return
+
+    def _note(self, failure: Mapping[str, Any]) -> None:
+        """Write another rank's error to the ledger: torchrun kills rank 0 when that one leaves."""
+        if self._ranks.rank == 0 and self._failed is None:
+            if self._ledger is not None:
+                self._ledger.end(f"rank {failure['rank']}: {failure['message']}", failure["code"])
+            self._tell("noted", "1")
 
     def _tell(self, name: str, value: str) -> None:
         if self._store is not None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from partialfc.data.loaders.stream import Replaced
-from partialfc.distributed.agreement import total
+from partialfc.distributed.agreement import total, words_of_any
 from partialfc.distributed.ranks import Ranks
 from partialfc.errors import DataError
 
@@ -48,7 +48,9 @@ class BadImages:
                 )
 
     def check(self, images: int) -> int:
-        """Return how many images were replaced on all ranks. Collective: one all-reduce.
+        """Return how many images were replaced on all ranks.
+
+        Collective: one all-reduce; before an error also those of its words.
 
         Args:
             images: That all ranks have seen in this process.
@@ -59,10 +61,11 @@ class BadImages:
         count = total(self._count, self._ranks)
         if count <= max(float(self._share > 0), self._share * images):
             return count
-        last = f" The last on this rank: {self._last.rstrip('.')}." if self._last else ""
+        last = words_of_any(self._last and f"rank {self._ranks.rank}: {self._last}", self._ranks)
+        lists = self._path.with_name("bad_images.*.jsonl")
         raise DataError(
             f"{count} of {images} images had to be replaced, and data.bad_share = {self._share:g} "
-            f"allows {self._share * images:.0f}.{last} They are listed in "
-            f"{self._path.with_name('bad_images.*.jsonl')}: leave them out with data.skip, copy "
-            f"the pack again, or raise data.bad_share."
+            f"allows {self._share * images:.0f}. The last on {last.rstrip('.')}. They are listed "
+            f"in {lists}: leave them out with data.skip, copy the pack again, or raise "
+            "data.bad_share."
         )

@@ -12,7 +12,7 @@ from partialfc.data.dataset import DataSet, open_dataset
 from partialfc.data.loaders import loader
 from partialfc.data.loaders.stream import Batch, Batches, Stream
 from partialfc.data.order import Order
-from partialfc.distributed.agreement import all_agree, from_leader
+from partialfc.distributed.agreement import from_leader, words_of_any
 from partialfc.errors import DataError, in_words
 from partialfc.runtime.process import Runtime
 
@@ -71,12 +71,16 @@ def open_training_data(config: Config, runtime: Runtime) -> TrainingData:
 
 def _refuse_other_images(dataset: DataSet, runtime: Runtime) -> None:
     """A host with a copy of its own, or a folder that still grows, would train on other labels."""
-    own = int(dataset.fingerprint[:15], 16)
-    if not all_agree(own == from_leader(own, runtime.ranks), runtime.ranks):
+    ranks, fingerprint = runtime.ranks, int(dataset.fingerprint[:15], 16)
+    own = (
+        f"rank {ranks.rank} has {len(dataset):,} of {dataset.num_identities:,} identities, "
+        f"fingerprint {dataset.fingerprint}"
+    )
+    same = fingerprint == from_leader(fingerprint, ranks)
+    if other := words_of_any("" if same else own, ranks):
         raise ConfigError(
-            f"data.train: not all ranks have the same images. Rank {runtime.ranks.rank} has "
-            f"{len(dataset):,} of {dataset.num_identities:,} identities, fingerprint "
-            f"{dataset.fingerprint}. Give all hosts the same files, which nobody changes."
+            f"data.train: not all ranks have the same images: {words_of_any(own, ranks)}; {other}. "
+            "Give all hosts the same files, which nobody changes."
         )
 
 

@@ -24,7 +24,7 @@ from partialfc.config import Config, ConfigError
 from partialfc.data.dataset import DataSet
 from partialfc.data.loaders.stream import Batches
 from partialfc.data.source import files_of
-from partialfc.distributed.agreement import all_agree, collective_device
+from partialfc.distributed.agreement import all_agree, collective_device, words_of_any
 from partialfc.distributed.ranks import gather_rows, sum_to_owner
 from partialfc.records.console import show_table
 from partialfc.records.environment import package_version
@@ -111,14 +111,15 @@ def _versions(runtime: Runtime) -> Iterator[Finding]:
         parts["gpu"] = torch.cuda.get_device_name(runtime.device)
     text = ", ".join(f"{name} {value}" for name, value in parts.items())
     digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6])
-    differ = _ranks_with([digest != other for other in _of_all([digest], runtime)[:, 0].tolist()])
-    # A rank of the majority names the others.
-    if len(differ) * 2 > runtime.ranks.size:
-        differ = [rank for rank in range(runtime.ranks.size) if rank not in differ]
-    if differ:
+    digests = _of_all([digest], runtime)[:, 0].tolist()
+    usual = statistics.mode(digests)
+    if differ := _ranks_with([one != usual for one in digests]):
+        most = words_of_any(text if digest == usual else "", runtime.ranks)
+        other = words_of_any(text if digest != usual else "", runtime.ranks)
         yield Finding(
             "versions",
-            f"others on {names_of(differ)}; rank {runtime.ranks.rank} has {text}",
+            f"others on {names_of(differ)}: rank {differ[0]} has {other}, "
+            f"rank {digests.index(usual)} has {most}",
             "refused",
             "Give all hosts the same environment.",
         )
@@ -258,7 +259,7 @@ def _disk(config: Config, runtime: Runtime, dataset: DataSet) -> Iterator[Findin
     if failed:
         yield Finding(
             "run.folder",
-            f"{names_of(failed)} cannot write in {folder}" + (f": {problem}" if problem else ""),
+            f"{names_of(failed)} cannot write in {folder}: {words_of_any(problem, runtime.ranks)}",
             "refused",
             "Every host must be able to write there.",
         )

@@ -12,7 +12,7 @@ from partialfc.checkpoint.saving import Saver
 from partialfc.checkpoint.warm_start import warm_start
 from partialfc.config import Config, ConfigError, to_toml
 from partialfc.data.loaders.stream import Batches
-from partialfc.distributed.agreement import any_rank, from_leader
+from partialfc.distributed.agreement import any_rank, words_of_any
 from partialfc.errors import CrashLoopError, Preempted
 from partialfc.evaluation.sets import Evaluation
 from partialfc.margins import guidance
@@ -114,17 +114,16 @@ def _refuse_crash_loop(
 ) -> None:
     allowed = config.run.fruitless_starts
     failed = fruitless(before, settings)
-    if not from_leader(int(0 < allowed <= len(failed)), runtime.ranks):
-        return
-    causes = [
+    causes = "; ".join(
         f"at step {start.reached}: {start.end['cause'] if start.end else 'killed'}"
-        for start in failed[-allowed:]
-    ]
-    raise CrashLoopError(
-        f"run.fruitless_starts = {allowed}: so many starts in a row came to no new step"
-        + (f" ({'; '.join(causes)})" if causes else "")
-        + ". Repair the cause and start once with run.fruitless_starts=0, or with other settings."
+        for start in (failed[-allowed:] if 0 < allowed <= len(failed) else ())
     )
+    if causes := words_of_any(causes, runtime.ranks):  # rank 0 alone has read the ledger
+        raise CrashLoopError(
+            f"run.fruitless_starts = {allowed}: so many starts in a row came to no new step "
+            f"({causes}). Repair the cause and start once with run.fruitless_starts=0, or with "
+            "other settings."
+        )
 
 
 def _restore(config: Config, runtime: Runtime, model: Model, facts: dict[str, object]) -> int:

@@ -294,7 +294,8 @@ def test_a_read_only_folder_uses_the_users_cache(folder, tmp_path):
     """A real read-only mount, where this user may make one."""
     code = (
         "from partialfc.data.packs import index_cache; index_cache.KEPT_FROM = 1; import sys;"
-        "from partialfc.data.image_files import open_image_files as o; print(len(o(sys.argv[1])))"
+        "from partialfc.data.files.image_files import open_image_files as o;"
+        "print(len(o(sys.argv[1])))"
     )
     (tmp_path / "disk").mkdir()
     folder.rename(tmp_path / "disk" / "photos")

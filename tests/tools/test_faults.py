@@ -86,7 +86,7 @@ def test_a_killed_rank_of_two_hosts_ends_both_and_is_named(start, tmp_path):
     assert second.wait(60) != 0
     assert all(map(gone, everyone))
     assert time.monotonic() - began < 30
-    assert re.search(r"LostRankError: rank 1 was lost at step \d+", first.text())
+    assert re.search(r"rank 1 was lost at step \d+", first.text())
     assert re.search(r"exitcode  : 7", first.text())
     assert re.search(r"rank      : 1 .*\n.*exitcode  : -9", second.text())
 
@@ -152,9 +152,9 @@ def test_starts_that_come_no_further_are_refused_with_their_causes(start, broken
     failed, refused, again = summaries
     for summary in (failed, again):
         assert "exitcode  : 5 " in summary
-        assert re.search(r"DataError: .*train.rec: image \d+, .*offset \d+", summary)
+        assert re.search(r"train.rec: image \d+, .*offset \d+", summary)
     assert "exitcode  : 8 " in refused
-    assert re.search(r"run.fruitless_starts = 1: .* \(at step 0: DataError: ", refused)
+    assert re.search(r"run.fruitless_starts = 1: .* \(at step 0: (rank 1: )?DataError: ", refused)
 
 
 def test_the_benchmark_of_faults_in_small(tmp_path):

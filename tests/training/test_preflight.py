@@ -55,20 +55,48 @@ def test_what_is_refused_is_one_message_and_a_warning_is_none(capsys):
         report([warning, Finding("disk", "full", "refused", "Make room.")], runtime())
 
 
-def test_ranks_that_differ_are_the_minority(monkeypatch):
-    """The one host with another torch is named, on whichever rank one reads it."""
-    import torch
+def versions_on_rank(rank, world_size, versions):
+    right, preflight.package_version = preflight.package_version, lambda: versions[rank]
+    try:
+        (finding,) = preflight._versions(runtime())
+    finally:
+        preflight.package_version = right
+    return finding.level, finding.value
 
-    for own, others in ((1.0, [1.0, 2.0, 1.0]), (2.0, [1.0, 2.0, 1.0])):
-        column = torch.tensor(others, dtype=torch.float64).unsqueeze(1)
-        monkeypatch.setattr(preflight, "_of_all", lambda values, runtime, c=column: c)
-        monkeypatch.setattr(
-            preflight.hashlib, "sha256", lambda text, n=own: _Digest(int(n).to_bytes(6))
+
+@pytest.mark.distributed
+def test_ranks_that_differ_are_the_minority():
+    """The one host with another version is named, and both versions, whichever rank one reads."""
+    said, *others = run_on_ranks(3, versions_on_rank, ("1", "1", "1"))
+    assert said[0] == "fine"
+    assert others == [said] * 2
+    for level, value in run_on_ranks(3, versions_on_rank, ("1", "2", "1")):
+        assert level == "refused"
+        assert re.fullmatch(
+            "others on rank 1: rank 1 has python .*, partialfc 2, rank 0 has python .* 1", value
         )
-        many = _Three()
-        (finding,) = preflight._versions(many)
-        assert finding.level == "refused"
-        assert finding.value.startswith("others on rank 1; rank 0 has python ")
+
+
+def folder_on_rank(rank, world_size, folder):
+    """One host whose disk refuses to be written to."""
+
+    def refuse(path):
+        raise OSError(30, "Read-only file system")
+
+    right = preflight._write_speed
+    preflight._write_speed = refuse if rank == 1 else right
+    preflight.local_rank, local = (lambda: 0), preflight.local_rank
+    try:
+        (finding,) = preflight._disk(settings(run={"folder": str(folder)}), runtime(), None)
+    finally:
+        preflight._write_speed, preflight.local_rank = right, local
+    return finding.level, finding.value
+
+
+@pytest.mark.distributed
+def test_why_one_host_cannot_write_is_said_by_all(tmp_path):
+    expected = f"rank 1 cannot write in {tmp_path}: [Errno 30] Read-only file system"
+    assert run_on_ranks(2, folder_on_rank, tmp_path) == [("refused", expected)] * 2
 
 
 def clocks_on_rank(rank, world_size, ahead):
@@ -90,24 +118,6 @@ def test_ranks_whose_clocks_are_away_from_the_others_are_named():
     for level, value in run_on_ranks(3, clocks_on_rank, (0, 0.1, -40)):
         assert level == "warning"
         assert re.fullmatch(r"(39|40)\.\d s between rank 2 and the others", value)
-
-
-class _Digest:
-    def __init__(self, value):
-        self._value = value
-
-    def digest(self):
-        return self._value
-
-
-class _Three:
-    """Three ranks, of which this is one."""
-
-    class ranks:
-        size, rank = 3, 0
-
-    class device:
-        type = "cpu"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at Linux's interfaces")

@@ -20,12 +20,9 @@ from partialfc import (
 from partialfc.checkpoint import folder as checkpoint_folder
 from partialfc.checkpoint import loading as checkpoint
 from partialfc.checkpoint.disk import Disk
-from partialfc.config import ConfigError
-from partialfc.distributed.agreement import all_agree, from_leader, largest
 from partialfc.model.build import assemble
 from partialfc.model.statistics import mean_statistics, statistics, with_mean_statistics
 from partialfc.model.step import train_step
-from partialfc.training.data import open_training_data
 from tests.support.models import batch, flat_model, runtime, settings, share, weights
 from tests.support.ranks import run_on_ranks
 
@@ -69,27 +66,6 @@ def test_ranks_do_not_change_the_training_with_every_loss():
     for result in run_on_ranks(2, steps_on_rank, 1, None, losses):
         assert result[0] == pytest.approx(alone[0], rel=1e-5)
         np.testing.assert_allclose(result[2], alone[2], rtol=1e-4, atol=1e-6)
-
-
-def images_of_rank(rank, world_size, packs):
-    config = settings(data={"train": str(packs[rank]), "global_batch": 4}, run={"steps": 4})
-    try:
-        return len(open_training_data(config, runtime()).dataset)
-    except ConfigError as error:
-        return str(error)
-
-
-def test_ranks_with_other_images_are_refused(tmp_path):
-    """Each would go through its own order and give the classes its own numbers, and say nothing."""
-    for host, people in (("a", "01"), ("b", "02")):
-        for person in people:
-            (tmp_path / host / person).mkdir(parents=True)
-            for number in range(3):
-                (tmp_path / host / person / f"{number}.jpg").write_bytes(b"x" * (9 + number))
-    a, b = tmp_path / "a", tmp_path / "b"
-    assert run_on_ranks(2, images_of_rank, [a, a]) == [6, 6]
-    for rank, said in enumerate(run_on_ranks(2, images_of_rank, [a, b])):
-        assert f"not all ranks have the same images. Rank {rank} has 6 of 2 identities" in str(said)
 
 
 def poison_on_rank(rank, world_size, what):
@@ -194,20 +170,6 @@ def test_another_number_of_ranks_goes_on_with_the_mean_of_their_statistics(tmp_p
     (path / "manifest.json").write_text(json.dumps(manifest))
     refused = run_on_ranks(3, load_statistics_on_rank, tmp_path)
     assert refused[1].endswith("it lacks statistics_000001.safetensors")
-
-
-def agree_on_rank(rank, world_size):
-    ranks = runtime().ranks
-    return (
-        all_agree(True, ranks),
-        all_agree(rank != 1, ranks),
-        from_leader(10 + rank, ranks),
-        largest(2**40 + rank, ranks),
-    )
-
-
-def test_small_agreements():
-    assert run_on_ranks(3, agree_on_rank) == [(True, False, 10, 2**40 + 2)] * 3
 
 
 HEADS = {
@@ -316,8 +278,8 @@ def fail_on_rank(rank, world_size, folder):
 def test_all_ranks_learn_that_one_disk_is_full(tmp_path):
     """R7: one verdict, what was needed and is free, nothing left, and the one before loads."""
     messages, found = zip(*run_on_ranks(2, fail_on_rank, tmp_path), strict=True)
-    assert "another rank failed" in messages[0]
-    assert "No space left" in messages[1]
-    assert re.search(r"[1-9][\d,]* bytes needed by rank 1, [1-9][\d,]* free", messages[1])
+    for said in messages:
+        assert "No space left" in said
+        assert re.search(r"[1-9][\d,]* bytes needed by rank 1, [1-9][\d,]* free", said)
     assert found == ("step_00000001",) * 2
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]

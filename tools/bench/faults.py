@@ -95,7 +95,7 @@ def main() -> int:
 
 def pack(scratch: Path) -> None:
     """Real handwriting: 40 identities."""
-    archive = ROOT / "tests" / "data" / "omniglot" / "omniglot_background.npz"
+    archive = ROOT / "tests" / "fixtures" / "omniglot" / "omniglot_background.npz"
     size = ["--characters", "16", "--held-out", "6", "--pairs", "200", "--size", "32"]
     words = [sys.executable, "tools/omniglot.py", str(archive), str(scratch), *size]
     subprocess.run(words, cwd=ROOT, check=True, capture_output=True)

@@ -255,7 +255,7 @@ def make_seeds(folder: Path) -> dict[str, list[tuple[bytes, ...]]]:
         rec = (folder / f"{name}.rec").read_bytes()
         packs += [(rec, (folder / f"{name}.idx").read_bytes()), (rec,)]
     write_pairs(folder / "a.bin", [jpeg[:200] for jpeg in jpegs], [True, False])
-    golden = Path(__file__).resolve().parents[2] / "tests" / "data" / "pairs"
+    golden = Path(__file__).resolve().parents[2] / "tests" / "fixtures" / "pairs"
     sets = [path.read_bytes() for path in sorted(golden.glob("python*.bin"))]
     return {
         "pack": packs,

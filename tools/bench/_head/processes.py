@@ -15,7 +15,7 @@ from typing import Any
 
 from tools.bench._head.measure import Case
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 WORKER = ROOT / "tools/bench/_head/measure.py"
 
 _GRACE = 60.0
