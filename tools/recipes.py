@@ -19,11 +19,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from partialfc.commands._estimate.backbone import GIB, Counted, count_backbone
+from partialfc.commands._estimate.backbone import GIB, NetworkCost, count_backbone
 from partialfc.commands._estimate.head import shard_of
 from partialfc.commands._estimate.losses import count_losses
-from partialfc.commands._estimate.time import GPUS as MODULES
-from partialfc.commands._estimate.time import Cluster, seconds_of
+from partialfc.commands._estimate.step_time import GPUS as MODULES
+from partialfc.commands._estimate.step_time import Cluster, seconds_of
 from partialfc.commands.estimate import memory_of, totals
 from partialfc.config import load
 from partialfc.writing import write_text
@@ -254,7 +254,7 @@ def predict(folder: Path, data: str, network: str, gpus: int = 8, gpu: str = "h1
 
 
 @cache
-def _counted(folder: Path, network: str, micro_batch: int, several: bool, cut: bool) -> Counted:
+def _counted(folder: Path, network: str, micro_batch: int, several: bool, cut: bool) -> NetworkCost:
     """Count a network once for all data sets: nothing else of a recipe changes what is counted."""
     ranks, parts = 1 + several, 1 + cut
     words = [f"data.global_batch={micro_batch * ranks * parts}", f"optimizer.accumulation={parts}"]

@@ -1,7 +1,7 @@
 """In from arcface_torch and out to it: checkpoints of any number of ranks, settings, weights.
 
     partialfc convert-checkpoint in work_dirs/wf42m runs/wf42m --config configs/wf42m.py
-    torchrun --nproc-per-node=4 launch/train.py runs/wf42m/config.toml    # goes on from there
+    torchrun --nproc-per-node=4 -m partialfc train runs/wf42m/config.toml    # goes on from there
     partialfc convert-checkpoint out runs/wf42m model.pt            # their keys again
     partialfc convert-checkpoint settings configs/wf42m.py --ranks 32
 
@@ -121,7 +121,7 @@ def _finish(
     for note in notes:
         print(f"note: {note}")
     settings_file = from_here(config.run.folder) / "config.toml"
-    print(f"torchrun --standalone --nproc-per-node=N launch/train.py {settings_file}")
+    print(f"torchrun --standalone --nproc-per-node=N -m partialfc train {settings_file}")
 
 
 def take_out(run: Path, model: Path) -> int:

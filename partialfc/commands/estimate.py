@@ -1,9 +1,9 @@
 """Memory per GPU and time per step of a run, before a machine is booked.
 
-partialfc estimate CONFIG.toml [key.sub=value ...] --nodes N --gpus-per-node G --gpu h200
+    partialfc estimate CONFIG.toml [key.sub=value ...] --nodes N --gpus-per-node G --gpu h200
 
-Memory is counted where it can be (_estimate) and assumed where it says so. Time is
-arithmetic on rates that are all printed. Exit code: 0 fits, 1 does not, 2 a mistake in the request.
+Memory is counted where it can be and assumed where it says so. Time is arithmetic on rates that are
+all printed. Exit code: 0 fits, 1 does not, 2 a mistake in the request.
 """
 
 import argparse
@@ -23,15 +23,15 @@ from partialfc.commands._command import command_parser
 from partialfc.commands._estimate.backbone import (
     GIB,
     MOMENTS,
-    Counted,
     Device,
-    Part,
+    MemoryItem,
+    NetworkCost,
     backbone_parts,
     count_backbone,
 )
 from partialfc.commands._estimate.head import head_parts, shard_of
-from partialfc.commands._estimate.losses import Beside, count_losses, loss_parts
-from partialfc.commands._estimate.time import (
+from partialfc.commands._estimate.losses import LossCost, count_losses, loss_parts
+from partialfc.commands._estimate.step_time import (
     ALLOCATOR_SLACK,
     CPU_BANDWIDTH,
     CPU_CORE,
@@ -59,11 +59,11 @@ from partialfc.writing import write_json
 
 def memory_of(
     config: Config,
-    counted: Counted,
-    losses: Sequence[Beside],
+    counted: NetworkCost,
+    losses: Sequence[LossCost],
     identities: int,
     cluster: Cluster,
-) -> dict[str, list[Part]]:
+) -> dict[str, list[MemoryItem]]:
     """Return the parts of a rank's memory by group; identities decide the head's only."""
     shard = shard_of(config, identities, cluster.ranks, cluster.device)
     parts = {
@@ -77,14 +77,14 @@ def memory_of(
     return {**parts, "process": process_parts(config, cluster, moving)}
 
 
-def totals(parts: dict[str, list[Part]]) -> tuple[int, ...]:
+def totals(parts: dict[str, list[MemoryItem]]) -> tuple[int, ...]:
     """Return the bytes at each of ``MOMENTS``."""
     every = [part for group in parts.values() for part in group]
     return tuple(sum(part.bytes[i] for part in every) for i in range(len(MOMENTS)))
 
 
 def most_identities(
-    config: Config, counted: Counted, losses: Sequence[Beside], cluster: Cluster
+    config: Config, counted: NetworkCost, losses: Sequence[LossCost], cluster: Cluster
 ) -> int:
     """Return the largest number of identities that fits, 0 if none does."""
 
@@ -104,7 +104,7 @@ def most_identities(
     return low
 
 
-def data_parts(config: Config, world_size: int, device: Device) -> list[Part]:
+def data_parts(config: Config, world_size: int, device: Device) -> list[MemoryItem]:
     """Return the memory of images under way and, on a CPU, of packs."""
     data, sets = config.data, config.verification
     image, batch = 3 * data.image_size**2, data.global_batch // world_size
@@ -119,7 +119,7 @@ def data_parts(config: Config, world_size: int, device: Device) -> list[Part]:
     copies = 3 if device == "cpu" else 2  # mirrored; on a CPU also before they are a batch
     measured = sets.batch * 4 * image * copies * bool(sets.pairs or sets.identification)
     parts = [
-        Part(
+        MemoryItem(
             "images under way",
             (under_way, under_way, under_way, under_way + measured),
             f"{ahead} batches of {batch} x 3 x {data.image_size}², {who}",
@@ -128,17 +128,21 @@ def data_parts(config: Config, world_size: int, device: Device) -> list[Part]:
     if device == "cpu":
         files = [*data.train, *sets.pairs, *sets.identification]
         mapped = sum(path.stat().st_size for path in files if path.exists())
-        parts.append(Part.always("packs and sets", mapped, "those of their files that are here"))
+        parts.append(
+            MemoryItem.always("packs and sets", mapped, "those of their files that are here")
+        )
     return parts
 
 
-def process_parts(config: Config, cluster: Cluster, moving: int) -> list[Part]:
+def process_parts(config: Config, cluster: Cluster, moving: int) -> list[MemoryItem]:
     """Return what a process takes besides its tensors; ``moving`` bytes of them come and go."""
     if cluster.device == "cpu":
         baseline = process_baseline(_uses_dali(config, "cpu"))
         return [
-            Part.always("libraries", baseline, "measured: a process that takes two tiny steps"),
-            Part.always(
+            MemoryItem.always(
+                "libraries", baseline, "measured: a process that takes two tiny steps"
+            ),
+            MemoryItem.always(
                 "heap slack",
                 int(moving * HEAP_SLACK),
                 f"assumed, {HEAP_SLACK:.0%} of what comes and goes: glibc and oneDNN",
@@ -146,11 +150,13 @@ def process_parts(config: Config, cluster: Cluster, moving: int) -> list[Part]:
         ]
     several, dali = cluster.ranks > 1, _uses_dali(config, "cuda")
     return [
-        Part.always("CUDA context, cuBLAS", CUDA_CONTEXT, "assumed"),
-        Part.always("cuDNN workspace", CUDNN_WORKSPACE, "assumed: the algorithms that it tries"),
-        Part.always("NCCL", NCCL_BUFFERS * several, "assumed"),
-        Part.always("DALI's decoder", DALI_ON_GPU * dali, "assumed"),
-        Part.always(
+        MemoryItem.always("CUDA context, cuBLAS", CUDA_CONTEXT, "assumed"),
+        MemoryItem.always(
+            "cuDNN workspace", CUDNN_WORKSPACE, "assumed: the algorithms that it tries"
+        ),
+        MemoryItem.always("NCCL", NCCL_BUFFERS * several, "assumed"),
+        MemoryItem.always("DALI's decoder", DALI_ON_GPU * dali, "assumed"),
+        MemoryItem.always(
             "allocator slack",
             int(moving * ALLOCATOR_SLACK),
             f"assumed, {ALLOCATOR_SLACK:.0%} of what comes and goes",
@@ -192,9 +198,6 @@ def process_baseline(with_dali: bool) -> int:
     those of the process that started it."""
     command = [sys.executable, "-c", _TINY_TRAINING, str(with_dali)]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-
-# --- Time
 
 
 # --- The request
@@ -295,7 +298,7 @@ def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
 
 
 def _show(
-    parts: dict[str, list[Part]],
+    parts: dict[str, list[MemoryItem]],
     times: list[tuple[str, float, str]],
     cluster: Cluster,
     identities: int,

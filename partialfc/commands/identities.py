@@ -3,7 +3,7 @@
     partialfc identities runs/a starts/b                       # the same identities
     partialfc identities runs/a starts/b --identities 9000     # more of them, behind the old
     partialfc identities runs/a starts/b --map map.csv --mean-of packs/b.rec
-    torchrun ... launch/train.py CONFIG.toml data.train=packs/b.rec run.start_from=starts/b
+    torchrun ... -m partialfc train CONFIG.toml data.train=packs/b.rec run.start_from=starts/b
 
 A map has a line "old,new" for every identity that goes on: one without a line is removed, several
 with the same new number are merged into the mean of their directions, and a new number that no line

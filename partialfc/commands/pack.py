@@ -75,7 +75,7 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Conversion:
     """Where the images come from and how they are stored; ``parts`` keeps the finished pieces."""
 
     source: Path
@@ -145,14 +145,16 @@ def make_pack(arguments: argparse.Namespace, console: Console) -> None:
     survey = Survey()
     opened = open_source(source, survey)
     names = opened.names
-    recipe = Recipe(opened.root, out.with_suffix(".parts"), arguments.size, arguments.quality)
-    recipe.parts.mkdir(parents=True, exist_ok=True)
+    conversion = Conversion(
+        opened.root, out.with_suffix(".parts"), arguments.size, arguments.quality
+    )
+    conversion.parts.mkdir(parents=True, exist_ok=True)
 
     pieces: list[Piece] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
         row = bar.add_task("identities read", total=None if opened.rows else len(names))
-        for task, piece in run(recipe, tasks(opened, survey), arguments.workers):
+        for task, piece in run(conversion, tasks(opened, survey), arguments.workers):
             pieces.append(piece)
             bar.update(row, completed=task.images[-1][0] + 1)
 
@@ -166,10 +168,10 @@ def make_pack(arguments: argparse.Namespace, console: Console) -> None:
             )
         text = json.dumps([names[folder] for folder in folders], indent=0) + "\n"
         write_text(out.with_suffix(".identities.json"), text)
-        images = stored_images(recipe.parts, pieces, folders)
+        images = stored_images(conversion.parts, pieces, folders)
         row = bar.add_task("images written", total=total)
         write_insightface_pack(out, bar.track(images, task_id=row), len(folders))
-    remove_parts(recipe.parts)
+    remove_parts(conversion.parts)
     if survey.ignored:
         console.print(f"{survey.ignored} files and folders that are not images were ignored")
     console.print(f"{out}: {total} images of {len(folders)} identities, {out.stat().st_size} bytes")
@@ -202,14 +204,16 @@ def tasks(source: Source, survey: Survey) -> Iterator[Task]:
         yield Task(number, piece)
 
 
-def run(recipe: Recipe, tasks: Iterable[Task], workers: int) -> Iterator[tuple[Task, Piece]]:
+def run(
+    conversion: Conversion, tasks: Iterable[Task], workers: int
+) -> Iterator[tuple[Task, Piece]]:
     """Do the tasks in processes; yield them with their results, in order."""
     waiting: deque[tuple[Task, Future[Piece]]] = deque()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=start_worker) as pool:
         try:
             for task in tasks:
-                waiting.append((task, pool.submit(make_piece, recipe, task)))
+                waiting.append((task, pool.submit(make_piece, conversion, task)))
                 if len(waiting) > 4 * workers:
                     task, future = waiting.popleft()
                     yield task, future.result()
@@ -227,10 +231,10 @@ def start_worker() -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def make_piece(recipe: Recipe, task: Task) -> Piece:
+def make_piece(conversion: Conversion, task: Task) -> Piece:
     """Store the images of one task as a small pack, or find that an earlier run did."""
-    digest = recipe.digest(task)
-    pack = recipe.parts / f"{task.number:06d}.rec"
+    digest = conversion.digest(task)
+    pack = conversion.parts / f"{task.number:06d}.rec"
     piece = finished_piece(pack, digest)
     if piece is not None:
         return piece
@@ -238,7 +242,7 @@ def make_piece(recipe: Recipe, task: Task) -> Piece:
     with PackWriter(pack) as writer:
         for folder, path in task.images:
             try:
-                jpeg = recipe.jpeg(path)
+                jpeg = conversion.jpeg(path)
             except Exception as error:  # decoders raise anything on broken files
                 faults.append(Fault(path, f"{type(error).__name__}: {error}"))
             else:

@@ -54,7 +54,7 @@ class Run(Section):
     run."""
 
     preflight: bool = False
-    """Look at the machines before the first step, as launch/preflight.py does; a few seconds."""
+    """Look at the machines before the first step, as partialfc preflight does; a few seconds."""
 
     deterministic: bool = False
     """Use deterministic kernels only, for a run that repeats bit for bit on the same hardware.

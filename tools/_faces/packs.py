@@ -18,7 +18,7 @@ from partialfc.data.images.jpeg import encode
 from partialfc.data.packs.writer import write_insightface_pack
 from partialfc.data.sets.pairs import write_pairs
 from partialfc.keyed import key, uniform
-from tools._faces.code import FACE, SHOT, draw_codes
+from tools._faces.face_code import FACE, SHOT, draw_codes
 from tools._faces.painter import paint
 
 _IMAGES_PER_TASK = 64

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from partialfc.keyed import key, uniform
-from tools._faces.code import HAIR, IRIS, SKIN, Code, Colour, colour_at, darker
+from tools._faces.face_code import HAIR, IRIS, SKIN, Code, Colour, colour_at, darker
 
 Plane = np.ndarray
 """Float32, one value per pixel of a window."""

@@ -38,7 +38,7 @@ from torch import nn
 
 from partialfc import ArcFace, Kernels, Memory, PartialFC, Precision, RowSGD
 from partialfc.checkpoint import loading as checkpoint
-from partialfc.commands._estimate.time import GPUS, HEAD_SHARE, MEMORY, PRODUCTS
+from partialfc.commands._estimate.step_time import GPUS, HEAD_SHARE, MEMORY, PRODUCTS
 from partialfc.config import Config
 from partialfc.distributed.ranks import Ranks
 from partialfc.model.build import assemble

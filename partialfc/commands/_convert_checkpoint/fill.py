@@ -6,7 +6,7 @@ Shape suffixes: C = identities of one of their shards, D = embedding.
 import torch
 from torch import Tensor, nn
 
-from partialfc.commands._convert_checkpoint.layouts import Layout, Shard, States, rows_of
+from partialfc.commands._convert_checkpoint.layouts import Layout, RankCenters, States, rows_of
 from partialfc.config import ConfigError
 from partialfc.errors import ForeignError
 from partialfc.head import PartialFC
@@ -91,7 +91,7 @@ def _set(
         )
 
 
-def _row_states(shard: Shard, adamw: bool) -> dict[str, Tensor]:
+def _row_states(shard: RankCenters, adamw: bool) -> dict[str, Tensor]:
     """Their states of the centers under our names; AdamW's steps become every row's own."""
     named = {_CENTER_STATES[k]: v for k, v in shard.states.items() if k in _CENTER_STATES}
     if adamw and "step" in shard.states:
@@ -100,7 +100,7 @@ def _row_states(shard: Shard, adamw: bool) -> dict[str, Tensor]:
     return named
 
 
-def _check(shard: Shard, theirs: range, head: PartialFC, rank: int, ranks: int) -> None:
+def _check(shard: RankCenters, theirs: range, head: PartialFC, rank: int, ranks: int) -> None:
     expected = [len(theirs), head.centers.shape[1]]
     if head.centers_per_identity > 1 or list(shard.centers_CD.shape) != expected:
         raise ForeignError(

@@ -30,7 +30,7 @@ _BACKBONES = ("model.pt", "backbone.pth", "backbone.pt")
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
+class RankCenters:
     """The class centers of one of their ranks: [C, D] and their states."""
 
     path: Path
@@ -56,7 +56,7 @@ class Layout:
     source: Path
     backbone: dict[str, Tensor]
     backbone_states: dict[str, States] = field(default_factory=dict)
-    shards: Sequence[Callable[[], Shard]] = ()
+    shards: Sequence[Callable[[], RankCenters]] = ()
     step: int | None = None
     sampled_only: bool = False
 
@@ -125,10 +125,10 @@ def _by_rank(folder: Path, name: str) -> list[Path]:
     return [found[rank] for rank in sorted(found)]
 
 
-def _reader(path: Path, moment: Path | None) -> Callable[[], Shard]:
+def _reader(path: Path, moment: Path | None) -> Callable[[], RankCenters]:
     """Centers in a file of their own: a matrix, or a state_dict with "weight"."""
 
-    def shard() -> Shard:
+    def shard() -> RankCenters:
         value = read(path)
         weight = value.get("weight") if isinstance(value, Mapping) else value
         states = {}
@@ -150,8 +150,8 @@ def _checkpoints(paths: list[Path]) -> Layout:
             f"has {len(names)}. It is of another program."
         )
 
-    def reader(path: Path) -> Callable[[], Shard]:
-        def shard() -> Shard:
+    def reader(path: Path) -> Callable[[], RankCenters]:
+        def shard() -> RankCenters:
             value = _checkpoint(path)
             if value["global_step"] != first["global_step"]:
                 raise ForeignError(
@@ -217,10 +217,10 @@ def _matrix(value: Any, path: Path) -> Tensor:
     return value
 
 
-def _checked(path: Path, centers_CD: Tensor, states: States) -> Shard:
+def _checked(path: Path, centers_CD: Tensor, states: States) -> RankCenters:
     for name, value in states.items():
         if value.ndim and value.shape != centers_CD.shape:
             raise ForeignError(
                 f"{path}: {name} is {list(value.shape)}, its centers {list(centers_CD.shape)}."
             )
-    return Shard(path, centers_CD, states)
+    return RankCenters(path, centers_CD, states)

@@ -32,7 +32,7 @@ Bytes = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class MemoryItem:
     """Bytes of one thing at each of ``MOMENTS``."""
 
     name: str
@@ -40,13 +40,13 @@ class Part:
     origin: str
 
     @classmethod
-    def always(cls, name: str, size: int, origin: str) -> "Part":
+    def always(cls, name: str, size: int, origin: str) -> "MemoryItem":
         """Return a part that is there at every moment."""
         return cls(name, (size, size, size, size), origin)
 
 
 @dataclass(frozen=True, slots=True)
-class Counted:
+class NetworkCost:
     """Tensors and floating-point operations of a network for one micro-batch, by simulation.
 
     Attributes:
@@ -77,7 +77,7 @@ class _Storage:
     is_gradient: bool = False
 
 
-class Ledger(TorchDispatchMode):
+class TensorMeter(TorchDispatchMode):
     """Adds up the storages that operators make, while they live."""
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
@@ -132,7 +132,7 @@ def count(
     channels_last: bool = False,
     keeps_gradients: bool = False,
     inference_batch: int = 1,
-) -> Counted:
+) -> NetworkCost:
     """Run a network on fake tensors and count.
 
     They are fake tensors of the CPU: a torch without CUDA has no others. CUDA's autocast casts
@@ -151,37 +151,37 @@ def count(
         weights, buffers = list(network.parameters()), list(network.buffers())
         trained = [weight for weight in weights if weight.requires_grad]
 
-        def forward(batch: int) -> tuple[Ledger, Tensor]:
+        def forward(batch: int) -> tuple[TensorMeter, Tensor]:
             images = torch.empty(batch, *shape[1:])
-            ledger = Ledger([*weights, *buffers, images])
-            with ledger:
+            meter = TensorMeter([*weights, *buffers, images])
+            with meter:
                 if channels_last:
                     images = images.contiguous(memory_format=torch.channels_last)
                 with torch.autocast("cpu", autocast) if autocast else nullcontext():
                     embeddings: Tensor = network(images)
-            return ledger, embeddings
+            return meter, embeddings
 
-        ledger, embeddings = forward(shape[0])
-        saved = ledger.live
+        meter, embeddings = forward(shape[0])
+        saved = meter.live
         for weight in trained:
             weight.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                _drop_gradient if keeps_gradients else ledger.keep_apart
+                _drop_gradient if keeps_gradients else meter.keep_apart
             )
-        ledger.peak = ledger.live, 0
-        with ledger:
+        meter.peak = meter.live, 0
+        with meter:
             embeddings.backward(torch.empty_like(embeddings))  # type: ignore[no-untyped-call]
         network.eval()
         with torch.no_grad():
             without_gradients, _ = forward(inference_batch)
-        return Counted(
+        return NetworkCost(
             weights=bytes_of(weights),
             trained=bytes_of(trained),
             buffers=bytes_of(buffer for buffer in buffers if buffer.is_floating_point()),
             saved=saved,
-            backward=ledger.peak[0],
-            gradients=ledger.peak[1],
+            backward=meter.peak[0],
+            gradients=meter.peak[1],
             inference=sum(without_gradients.peak),
-            flops=ledger.flops,
+            flops=meter.flops,
         )
 
 
@@ -203,7 +203,7 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def count_backbone(config: Config, world_size: int) -> Counted:
+def count_backbone(config: Config, world_size: int) -> NetworkCost:
     """Count the backbone of a run for one micro-batch of a rank.
 
     Raises:
@@ -237,7 +237,7 @@ def _keeps_gradients(config: Config, world_size: int) -> bool:
     return world_size > 1 or config.optimizer.accumulation > 1
 
 
-def backbone_parts(config: Config, counted: Counted, world_size: int) -> list[Part]:
+def backbone_parts(config: Config, counted: NetworkCost, world_size: int) -> list[MemoryItem]:
     """Return the memory of the backbone, its optimizer and its activations."""
     settings, saved, buffers = config.optimizer, counted.saved, counted.buffers
     states = 2 if settings.name == "adamw" else int(settings.momentum > 0)
@@ -246,17 +246,17 @@ def backbone_parts(config: Config, counted: Counted, world_size: int) -> list[Pa
     recomputed = ", blocks computed again" * config.backbone.checkpoint_activations
     if _keeps_gradients(config, world_size):
         where = "fp32, in DDP's buckets" if world_size > 1 else "fp32, of all micro-batches"
-        gradients = Part.always("gradients", counted.trained, where)
+        gradients = MemoryItem.always("gradients", counted.trained, where)
     else:
         sizes = 0, counted.gradients, counted.trained, 0
-        gradients = Part("gradients", sizes, "fp32, those there when memory is highest")
+        gradients = MemoryItem("gradients", sizes, "fp32, those there when memory is highest")
     return [
-        Part.always("weights", counted.weights, "fp32"),
-        Part.always("optimizer", states * counted.trained, f"{settings.name}, fp32"),
+        MemoryItem.always("weights", counted.weights, "fp32"),
+        MemoryItem.always("optimizer", states * counted.trained, f"{settings.name}, fp32"),
         gradients,
-        Part.always("BatchNorm statistics", 2 * buffers, "fp32, and a copy in a step"),
-        Part("activations", (saved, saved, 0, counted.inference), images),
-        Part(
+        MemoryItem.always("BatchNorm statistics", 2 * buffers, "fp32, and a copy in a step"),
+        MemoryItem("activations", (saved, saved, 0, counted.inference), images),
+        MemoryItem(
             "in backward",
             (0, max(0, counted.backward - saved), 0, 0),
             f"gradients of activations{recomputed}",

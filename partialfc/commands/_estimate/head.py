@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from partialfc.commands._estimate.backbone import Device, Ledger, Part, bytes_of
+from partialfc.commands._estimate.backbone import Device, MemoryItem, TensorMeter, bytes_of
 from partialfc.config import Config, ConfigError
 from partialfc.head.plan import Machine, Plan, decide
 from partialfc.head.rows.formats import DTYPES
@@ -28,7 +28,7 @@ from partialfc.numerics import operand_dtype
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
+class ShardSizes:
     """What the largest rank has of the head: rows and bytes."""
 
     rows: int
@@ -44,7 +44,7 @@ class Shard:
     """Bytes of all of them."""
 
 
-def shard_of(config: Config, identities: int, world_size: int, device: Device) -> Shard:
+def shard_of(config: Config, identities: int, world_size: int, device: Device) -> ShardSizes:
     """Return the sizes of the largest rank's part of the head.
 
     Raises:
@@ -89,7 +89,7 @@ def shard_of(config: Config, identities: int, world_size: int, device: Device) -
         kept = budget_bytes // one * one
     if path == "fused" and _needs_maximum(margin):
         kept = 0
-    return Shard(rows, sampled, tile, fused_tile, per_identity, kept, exponentials)
+    return ShardSizes(rows, sampled, tile, fused_tile, per_identity, kept, exponentials)
 
 
 def plan_of(config: Config, margin: Margin, device: Device) -> Plan:
@@ -128,7 +128,9 @@ def dim_of(config: Config, margin: Margin) -> int:
     return config.backbone.embedding_dim + margin.bias
 
 
-def head_parts(config: Config, shard: Shard, world_size: int, device: Device) -> list[Part]:
+def head_parts(
+    config: Config, shard: ShardSizes, world_size: int, device: Device
+) -> list[MemoryItem]:
     """Return the memory of the class centers and of the head's two passes over them."""
     settings, margin = config.head, margin_of(config)
     dim = dim_of(config, margin)
@@ -186,39 +188,39 @@ def head_parts(config: Config, shard: Shard, world_size: int, device: Device) ->
     if memory_of(config).uses_host:
         staged = 3 * n * row_bytes  # of this step, the next and the last
     return [
-        Part.always(
+        MemoryItem.always(
             "class centers",
             0 if in_host["centers"] else center_bytes,
             f"{shard.rows:,} x {dim} x {settings.center_format}, the largest rank's",
         ),
-        Part.always(
+        MemoryItem.always(
             "row states",
             0 if in_host["states"] else state_bytes,
             f"{listed} a row" if listed else "none",
         ),
-        Part.always(
+        MemoryItem.always(
             "staged rows",
             staged,
             f"{n:,} rows of this step, the next and the last"
             + _elsewhere("centers", in_host["centers"] * center_bytes)
             + _elsewhere("states", in_host["states"] * state_bytes),
         ),
-        Part(
+        MemoryItem(
             "kept exponentials",
             (shard.kept, shard.kept, shard.kept, shard.kept if pooled else 0),
             f"{n:,} sampled rows x {config.data.global_batch:,} x {operand} B{limited}",
         ),
-        Part(
+        MemoryItem(
             "batch buffers",
             (first, between, second, 0),
             f"[{batch:,}, {dim}]: embeddings, gradient, positives' centers",
         ),
-        Part(
+        MemoryItem(
             "tile",
             (buffers + logits, buffers, buffers + copies + again, buffers),
             said,
         ),
-        Part(
+        MemoryItem(
             "sampled rows",
             (n * sampler, rows, rows, 0),
             f"{sampler} B a row in the sampler (measured), 8 afterwards" if rows else "all rows",
@@ -236,7 +238,7 @@ def _sampler_bytes() -> int:
     sharding = Sharding(num_identities=65536, canonical_shards=64, world_size=1)
     sampler = KeyedSampler(sharding, 0, sample_rate=0.5, seed=0)
     identities_B = torch.arange(0, 65536, 1024)
-    ledger = Ledger()
-    with ledger:
+    meter = TensorMeter()
+    with meter:
         sampler(0, identities_B)
-    return -(-sum(ledger.peak) // 32768)
+    return -(-sum(meter.peak) // 32768)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from partialfc.commands._estimate.backbone import Device, Ledger, Part
-from partialfc.commands._estimate.head import Shard, dim_of
+from partialfc.commands._estimate.backbone import Device, MemoryItem, TensorMeter
+from partialfc.commands._estimate.head import ShardSizes, dim_of
 from partialfc.config import Config
 from partialfc.distributed.ranks import Ranks
 from partialfc.head.center_losses import CenterTerm, center_loss, inter_class_loss
@@ -25,7 +25,7 @@ from partialfc.numerics import operand_dtype, unit
 
 
 @dataclass(frozen=True, slots=True)
-class Beside:
+class LossCost:
     """One loss, or several that share their pairs, of one micro-batch.
 
     Attributes:
@@ -48,7 +48,9 @@ class Beside:
     compute: str = "fp32"
 
 
-def count_losses(config: Config, shard: Shard, world_size: int, device: Device) -> list[Beside]:
+def count_losses(
+    config: Config, shard: ShardSizes, world_size: int, device: Device
+) -> list[LossCost]:
     """Return what the losses that have a weight take on a rank."""
     batch = config.data.global_batch // config.optimizer.accumulation
     dim, margin = config.backbone.embedding_dim, margin_of(config)
@@ -71,7 +73,7 @@ def count_losses(config: Config, shard: Shard, world_size: int, device: Device) 
         gathered = (whole + 8 * batch) * (world_size > 1)
         kept, moved = whole // world_size, 2 * whole
         names = ", ".join(losses)
-        found.append(Beside(names, peak + gathered, kept, 0, flops, made, moved))
+        found.append(LossCost(names, peak + gathered, kept, 0, flops, made, moved))
     row = dim_of(config, margin)
     vectors = [((batch, row), operand_dtype(compute)), ((batch, row), torch.float32)]
     if config.losses.center.weight:
@@ -79,7 +81,7 @@ def count_losses(config: Config, shard: Shard, world_size: int, device: Device) 
         def center(query_BD: Tensor, own_BD: Tensor) -> CenterTerm:
             return center_loss(query_BD, own_BD, _targets(batch), dim, Ranks())
 
-        found.append(Beside("center", *_with_pulls(_count(center, vectors), 1, whole), 4))
+        found.append(LossCost("center", *_with_pulls(_count(center, vectors), 1, whole), 4))
     if config.losses.inter_class.weight:
         logits = Logits(
             scale=1.0, unit=True, largest=1.0, compute=compute, per_identity=shard.per_identity
@@ -95,11 +97,11 @@ def count_losses(config: Config, shard: Shard, world_size: int, device: Device) 
         peak, flops, made = _count(inter_class, [*vectors, tile])
         tiles = max(1, shard.sampled // max(1, shard.tile))
         of_tiles = peak, flops * tiles, made * tiles
-        found.append(Beside("inter_class", *_with_pulls(of_tiles, 2, whole), 2 * whole, compute))
+        found.append(LossCost("inter_class", *_with_pulls(of_tiles, 2, whole), 2 * whole, compute))
     return found
 
 
-def loss_parts(config: Config, losses: Sequence[Beside]) -> list[Part]:
+def loss_parts(config: Config, losses: Sequence[LossCost]) -> list[MemoryItem]:
     """Return their memory, on top of what a pass of the head has at its peak."""
     parts = config.optimizer.accumulation
     found = []
@@ -107,7 +109,7 @@ def loss_parts(config: Config, losses: Sequence[Beside]) -> list[Part]:
         kept = parts * one.kept
         peak = kept - one.kept + max(one.peak, one.kept)
         sizes = peak, kept, (kept + parts * one.update) * bool(one.update), 0
-        found.append(Part(one.name, sizes, "run on fake tensors; then its gradients"))
+        found.append(MemoryItem(one.name, sizes, "run on fake tensors; then its gradients"))
     return found
 
 
@@ -125,11 +127,11 @@ def _count(
     """Return the most bytes alive, the FLOP and the bytes made of a call on empty tensors."""
     with FakeTensorMode():
         tensors = [torch.empty(size, dtype=dtype) for size, dtype in inputs]
-        ledger = Ledger(tensors)
-        with ledger:
+        meter = TensorMeter(tensors)
+        with meter:
             result = run(*tensors)
         del result
-    return sum(ledger.peak), ledger.flops, ledger.made
+    return sum(meter.peak), meter.flops, meter.made
 
 
 def _targets(batch: int) -> Tensor:

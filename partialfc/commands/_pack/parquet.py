@@ -26,10 +26,11 @@ def rows_of(shards: list[Path]) -> Iterator[tuple[str, str]]:
     """Yield label and place of every row; the label is "" where there is none.
 
     Raises:
-        ValueError: If pyarrow is missing, or a file does not say which column is which.
+        ModuleNotFoundError: If pyarrow is missing.
+        ValueError: If a file does not say which column is which.
     """
     if parquet is None:
-        raise ValueError("parquet files need pyarrow: pip install 'partialfc[search]'.")
+        raise ModuleNotFoundError("no pyarrow", name="pyarrow")
     for shard in shards:
         _, label = _columns(shard)
         file = parquet.ParquetFile(shard)

@@ -3,7 +3,7 @@
 Rates are those of partialfc estimate; the textbook head's bytes are PERFORMANCE.md's.
 """
 
-from partialfc.commands._estimate.time import GPUS, HEAD_SHARE, MEMORY, PRODUCTS
+from partialfc.commands._estimate.step_time import GPUS, HEAD_SHARE, MEMORY, PRODUCTS
 from partialfc.head.tiles.passes import TILE_BYTES
 from tools.bench._head.measure import TEXTBOOKS, WARM_UP, Case
 

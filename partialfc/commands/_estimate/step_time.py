@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from partialfc.commands._estimate.backbone import GIB, MIB, Counted, Device
-from partialfc.commands._estimate.head import Shard, head_parts
-from partialfc.commands._estimate.losses import Beside
+from partialfc.commands._estimate.backbone import GIB, MIB, Device, NetworkCost
+from partialfc.commands._estimate.head import ShardSizes, head_parts
+from partialfc.commands._estimate.losses import LossCost
 from partialfc.config import Config
 from partialfc.model.build import head_compute
 
@@ -86,7 +86,11 @@ class Cluster:
 
 
 def seconds_of(
-    config: Config, counted: Counted, losses: Sequence[Beside], shard: Shard, cluster: Cluster
+    config: Config,
+    counted: NetworkCost,
+    losses: Sequence[LossCost],
+    shard: ShardSizes,
+    cluster: Cluster,
 ) -> list[tuple[str, float, str]]:
     """Return (name, seconds, arithmetic) of the parts of a step, which add up to it."""
     gpu, ranks = cluster.gpu, cluster.ranks
