@@ -6,6 +6,7 @@ import torch
 
 from partialfc.data.loaders.stream import Batches, Stream
 from partialfc.data.loaders.torch_loader import torch_batches
+from partialfc.errors import in_words
 
 
 def open_batches(
@@ -47,13 +48,13 @@ def open_batches(
             if loader == "dali":
                 raise ValueError(
                     f'data.loader = "dali" needs NVIDIA DALI, which cannot be imported here '
-                    f'({error}): install nvidia-dali-cuda130, or set data.loader = "torch".'
+                    f'({in_words(error)}): install it, or set data.loader = "torch".'
                 ) from error
     missing = [name for name in stream.augmentation.changes if name != "crop"]
     if missing and batches is torch_batches:
         raise ValueError(
             f"data.augment.{missing[0]} = {getattr(stream.augmentation, missing[0])}: the torch "
-            f"loader has crop, shift and flip only. Install nvidia-dali-cuda130 and use "
+            f"loader has crop, shift and flip only. Install DALI and use "
             f'data.loader = "dali", or set {", ".join(f"data.augment.{n}=0" for n in missing)}.'
         )
     return batches(stream, samples_seen, device=device, threads=threads, prefetch=prefetch)
