@@ -10,7 +10,15 @@ import time
 from pathlib import Path
 
 EXTRAS = {
-    "train": ("matplotlib", "PIL", "prometheus_client", "simplejpeg", "tensorboard", "nvidia"),
+    "train": (
+        "jinja2",
+        "matplotlib",
+        "PIL",
+        "prometheus_client",
+        "simplejpeg",
+        "tensorboard",
+        "nvidia",
+    ),
     "slurm": ("submitit",),
     "export": ("onnx", "onnxruntime", "onnxscript"),
     "search": ("faiss", "pyarrow"),

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from statistics import median
 
-from partialfc.status.run import Seen
+from partialfc.status.run import Look
 from partialfc.words import duration, names_of, size
 
 _SILENT = 300.0
@@ -11,41 +11,41 @@ _STARVED = 0.2
 _LATE = 0.15
 
 
-def alarms(seen: Seen) -> Iterator[str]:
+def alarms(look: Look) -> Iterator[str]:
     """Yield a sentence for each thing that somebody should look at."""
-    ending = seen.starts[-1].end if seen.starts else None
+    ending = look.starts[-1].end if look.starts else None
     if ending is not None and ending["code"] not in (0, 75, 130):
         yield f"The last start ended with exit code {ending['code']}: {ending['cause']}"
-    running = ending is None and not seen.ended
-    if running and seen.silence > _SILENT:
-        yield f"Nothing was written for {duration(seen.silence)}."
-    lost = [one.rank for one in seen.ranks if one.step is None]
+    running = ending is None and not look.ended
+    if running and look.silence > _SILENT:
+        yield f"Nothing was written for {duration(look.silence)}."
+    lost = [one.rank for one in look.ranks if one.step is None]
     if lost:
-        yield f"No answer from {names_of(lost)} (of {len(seen.ranks)})."
-    moving = [one for one in seen.ranks if one.step is not None]
+        yield f"No answer from {names_of(lost)} (of {len(look.ranks)})."
+    moving = [one for one in look.ranks if one.step is not None]
     furthest = max((one.step or 0 for one in moving), default=0)
     behind = [one.rank for one in moving if (one.step or 0) < furthest - 1]
     if behind:
-        yield f"Behind the others: {names_of(behind)} (of {len(seen.ranks)})."
-    step = seen.last("step_seconds")
+        yield f"Behind the others: {names_of(behind)} (of {len(look.ranks)})."
+    step = look.last("step_seconds")
     if len(moving) > 2 and step:
         usual = median(one.wait for one in moving)
         late = [one.rank for one in moving if (usual - one.wait) / step > _LATE]
         if late:
             yield f"The others wait for {names_of(late)}."
-    if skipped := seen.last("skipped_steps"):
+    if skipped := look.last("skipped_steps"):
         yield f"{skipped:.0f} steps were skipped: the loss or the gradient was not finite."
-    waited = seen.last("data_wait_seconds")
+    waited = look.last("data_wait_seconds")
     if step and waited and waited / step > _STARVED:
         yield f"A step waits {waited / step:.0%} of its time for images."
-    if seen.checkpoints and seen.free < 3 * seen.checkpoints[0].bytes:
-        taken = size(seen.checkpoints[0].bytes)
-        yield f"{size(seen.free)} are left on the disk, and a checkpoint takes {taken}."
-    every = seen.config.checkpoint.every_steps if seen.config else 0
-    saved = seen.checkpoints[0].step if seen.checkpoints else 0
-    if running and every and seen.step - saved > 2 * every + 1:
-        old = seen.step - saved
+    if look.checkpoints and look.free < 3 * look.checkpoints[0].bytes:
+        taken = size(look.checkpoints[0].bytes)
+        yield f"{size(look.free)} are left on the disk, and a checkpoint takes {taken}."
+    every = look.config.checkpoint.every_steps if look.config else 0
+    saved = look.checkpoints[0].step if look.checkpoints else 0
+    if running and every and look.step - saved > 2 * every + 1:
+        old = look.step - saved
         yield f"The newest checkpoint is {old:,} steps old; one is due every {every:,}."
-    wall = seen.spent.get("wall", 0.0)
-    if wall > 3600 and seen.spent["goodput"] < 0.8:
-        yield f"Of {duration(wall)} only {seen.spent['goodput']:.0%} was training."
+    wall = look.spent.get("wall", 0.0)
+    if wall > 3600 and look.spent["goodput"] < 0.8:
+        yield f"Of {duration(wall)} only {look.spent['goodput']:.0%} was training."

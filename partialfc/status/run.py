@@ -59,7 +59,7 @@ class Lines:
 
 
 @dataclass(frozen=True, slots=True)
-class Rank:
+class RankAnswer:
     """What one rank answered to a scrape.
 
     Attributes:
@@ -87,7 +87,7 @@ class Checkpoint:
 
 
 @dataclass(slots=True)
-class Seen:
+class Look:
     """All that a page shows.
 
     Attributes:
@@ -110,7 +110,7 @@ class Seen:
     records: list[dict[str, Any]]
     starts: list[ledger.Start]
     spent: Mapping[str, float]
-    ranks: list[Rank] = field(default_factory=list)
+    ranks: list[RankAnswer] = field(default_factory=list)
     closed: bool = False
     checkpoints: list[Checkpoint] = field(default_factory=list)
     free: int = 0
@@ -144,16 +144,16 @@ class RunFolder:
             Lines(folder / "metrics.jsonl"),
             Lines(folder / "ledger.jsonl"),
         )
-        self._ranks: tuple[float, list[Rank] | None] = (0.0, [])
+        self._ranks: tuple[float, list[RankAnswer] | None] = (0.0, [])
 
-    def look(self) -> Seen:
+    def look(self) -> Look:
         """Return what is to be seen now."""
         try:
             config = load(self.folder / "config.toml")
         except ConfigError:
             config = None
         entries = [entry for entry in self._ledger.read() if {"event", "seconds"} <= entry.keys()]
-        seen = Seen(
+        look = Look(
             name=self.folder.name,
             now=time.time(),
             config=config,
@@ -162,16 +162,16 @@ class RunFolder:
             spent=ledger.goodput(entries) if entries else {},
             ended=(self.folder / "summary.json").exists(),
         )
-        seen.checkpoints = sorted(_checkpoints(self.folder), key=lambda one: -one.step)
+        look.checkpoints = sorted(_checkpoints(self.folder), key=lambda one: -one.step)
         disk = shutil.disk_usage(self.folder)
-        seen.free, seen.size = disk.free, disk.total
+        look.free, look.size = disk.free, disk.total
         if config is not None and config.monitor.targets is not None:
             path = targets_path(config.monitor.targets, config.run.folder)
             ranks = self._ask(path, config.monitor)
-            seen.ranks, seen.closed = ranks or [], ranks is None
-        return seen
+            look.ranks, look.closed = ranks or [], ranks is None
+        return look
 
-    def _ask(self, path: Path, monitor: Monitor) -> list[Rank] | None:
+    def _ask(self, path: Path, monitor: Monitor) -> list[RankAnswer] | None:
         """Ask every rank of a targets file, at most every few seconds.
 
         Returns:
@@ -207,10 +207,10 @@ def _way_in(monitor: Monitor) -> ssl.SSLContext | None:
     return context
 
 
-def _answer(entry: Mapping[str, Any], *, context: ssl.SSLContext | None) -> Rank | None:
+def _answer(entry: Mapping[str, Any], *, context: ssl.SSLContext | None) -> RankAnswer | None:
     """What a rank says; ``None`` if it lives and does not let us in."""
     labels, address = entry["labels"], entry["targets"][0]
-    rank = Rank(int(labels["rank"]), address)
+    rank = RankAnswer(int(labels["rank"]), address)
     try:
         with urlopen(
             f"{labels['__scheme__']}://{address}/metrics",
@@ -231,7 +231,7 @@ def _answer(entry: Mapping[str, Any], *, context: ssl.SSLContext | None) -> Rank
         values[sample.name] = values.get(sample.name, 0.0) + sample.value
     if "partialfc_step" not in values:
         return rank
-    return Rank(
+    return RankAnswer(
         rank.rank,
         address,
         int(values["partialfc_step"]),

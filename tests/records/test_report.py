@@ -13,8 +13,8 @@ from PIL import Image
 from partialfc.__main__ import main
 from partialfc.commands import report
 from partialfc.protocols.curves import curves
+from partialfc.records.pages import Series, line_chart, steps_of
 from partialfc.records.report import read_run, write_report
-from partialfc.records.report.chart import Series, line_chart, steps_of
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 

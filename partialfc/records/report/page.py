@@ -4,37 +4,23 @@ Nothing is loaded from anywhere: the page works from a folder, by mail and witho
 phone and on a desktop, in light and in dark.
 """
 
-import html
-import os
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from partialfc.records.report.chart import Series, legend, line_chart, steps_of
-from partialfc.records.report.read import RunRecord
-from partialfc.records.report.style import STYLE
+from partialfc.records.pages import Series, line_chart, render, steps_of, time_parts
+from partialfc.records.report.read import RunFiles
+from partialfc.words import duration, size
+from partialfc.writing import write_text
 
 Form = Callable[[float], str]
-
-_KINDS = {
-    "train": "training",
-    "data": "waiting for data",
-    "save": "saving",
-    "startup": "starting",
-    "restore": "restoring",
-    "recovery": "recovering",
-    "wasted": "lost to failures",
-    "other": "verification and other",
-}
+Figure = tuple[str, str]
+"""Title and chart."""
 
 
 def _percent(value: float) -> str:
     return f"{100 * value:.4g} %"
-
-
-def _mebi(value: float) -> str:
-    return f"{value / 2**30:.3g} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
 
 
 _CURVES: tuple[tuple[str, str, Form | None, bool], ...] = (
@@ -46,13 +32,28 @@ _CURVES: tuple[tuple[str, str, Form | None, bool], ...] = (
     ("gradient_norm", "Gradient norm", None, True),
     ("throughput", "Images per second", None, False),
     ("data_wait_seconds", "Wait for data, seconds a step", None, False),
-    ("peak_memory_bytes", "Peak memory of rank 0", _mebi, False),
+    ("peak_memory_bytes", "Peak memory of rank 0", size, False),
     ("goodput", "Goodput: share of time in training", _percent, False),
     ("loss_scale", "Loss scale", None, True),
 )
+_HEADLINE: tuple[tuple[str, Form, tuple[str, ...]], ...] = (
+    ("ten-fold accuracy", _percent, ("verification", "accuracy")),
+    ("at step 0", _percent, ("verification", "accuracy_untrained")),
+    ("TAR at FAR 1e-3", _percent, ("verification", "tar_at_far", "0.001")),
+    ("equal error rate", _percent, ("verification", "eer")),
+    ("rank 1", _percent, ("identification", "rank_1")),
+    ("loss", "{:.3f}".format, ("loss",)),
+    ("steps", "{:,.0f}".format, ("steps",)),
+    ("images/s", "{:,.0f}".format, ("images_per_second",)),
+    ("time", duration, ("seconds",)),
+    ("peak memory a rank", size, ("peak_memory_bytes",)),
+    ("ranks", "{:.0f}".format, ("world_size",)),
+)
+_FARS = {f"{10.0**-power:g}": f"1e-{power}" for power in range(1, 7)}
+"""False accept rates as summary.json has them, and as people write them."""
 
 
-def write_report(path: Path, runs: Sequence[RunRecord]) -> None:
+def write_report(path: Path, runs: Sequence[RunFiles]) -> None:
     """Write the page of one or several runs, the whole file or none.
 
     Args:
@@ -60,93 +61,92 @@ def write_report(path: Path, runs: Sequence[RunRecord]) -> None:
         runs: At least one; eight colours are told apart.
     """
     names = [run.name for run in runs]
-    title = names[0] if len(names) == 1 else " · ".join(names)
-    sections = [
-        ("", _headline(runs)),
-        ("Training", _training(runs)),
-        ("Verification", _verification(runs)),
-        ("Where the time went", _time(runs)),
-        ("Checkpoints", _checkpoints(runs)),
-        ("Settings", _settings(runs)),
-        ("Environment", _environment(runs)),
-    ]
-    body = "".join(
-        f"<section>{f'<h2>{name}</h2>' if name else ''}{content}</section>"
-        for name, content in sections
-        if content
+    settings = _by_key([run.settings for run in runs])
+    page = render(
+        Path(__file__).with_name("report.html"),
+        title=" · ".join(names),
+        names=names,
+        several=len(runs) > 1,
+        date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        headline=_headline(runs),
+        training=_training(runs),
+        curves=[figure for name in _sets(runs) for figure in _curves(name, runs)],
+        verified=_verified(runs),
+        verified_head=[
+            "set",
+            "accuracy",
+            *(f"TAR@{far}" for far in _FARS.values()),
+            "EER",
+            "AUC",
+            "pairs",
+        ],
+        times=[
+            (run.name, parts) for run in runs if (parts := time_parts(run.summary.get("spent", {})))
+        ],
+        checkpoints=[
+            (run.name, f"{step:,}", size(count)) for run in runs for step, count in run.checkpoints
+        ],
+        settings=settings,
+        differing=[row for row in settings if len(set(row[1:])) > 1 and row[0] != "run.folder"],
+        environment=_by_key([run.summary.get("environment", {}) for run in runs]),
     )
-    now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    text = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>"
-        f"<header><h1>{html.escape(title)}</h1><p>partialfc, {now}</p>"
-        f"{legend(names) if len(names) > 1 else ''}</header>{body}</body></html>"
-    )
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_text(path, page)
 
 
-def _headline(runs: Sequence[RunRecord]) -> str:
-    """The numbers to look at first: cards of one run, a table of several."""
-    rows: list[tuple[str, list[str]]] = []
-    numbers: tuple[tuple[str, Callable[[RunRecord], str]], ...] = (
-        ("ten-fold accuracy", lambda run: _of(run, _percent, "verification", "accuracy")),
-        ("at step 0", lambda run: _of(run, _percent, "verification", "accuracy_untrained")),
-        ("TAR at FAR 1e-3", lambda run: _of(run, _percent, "verification", "tar_at_far", "0.001")),
-        ("equal error rate", lambda run: _of(run, _percent, "verification", "eer")),
-        ("rank 1", lambda run: _of(run, _percent, "identification", "rank_1")),
-        ("loss", lambda run: _of(run, lambda v: f"{v:.3f}", "loss")),
-        ("steps", lambda run: _of(run, lambda v: f"{v:,.0f}", "steps")),
-        ("images/s", lambda run: _of(run, lambda v: f"{v:,.0f}", "images_per_second")),
-        ("time", lambda run: _of(run, _duration, "seconds")),
-        ("peak memory a rank", lambda run: _of(run, _mebi, "peak_memory_bytes")),
-        ("ranks", lambda run: _of(run, lambda v: f"{v:.0f}", "world_size")),
-    )
-    for label, value in numbers:
-        cells = [value(run) for run in runs]
+def _headline(runs: Sequence[RunFiles]) -> list[list[str]]:
+    """The numbers to look at first, each with its value of every run; one run's get a note."""
+    rows = []
+    for label, form, keys in _HEADLINE:
+        cells = [_of(run, form, *keys) for run in runs]
         if any(cells):
-            rows.append((label, [cell or "–" for cell in cells]))
-    if not rows:
-        return "<p>No summary yet: the run has not ended.</p>"
-    if len(runs) == 1:
-        cards = "".join(f"<div><b>{cell[0]}</b><span>{label}</span></div>" for label, cell in rows)
-        return f'<div class="cards">{cards}</div>'
-    return _table(["", *(run.name for run in runs)], [[label, *cells] for label, cells in rows])
+            rows.append([label, *(cell or "–" for cell in cells)])
+    return rows if len(runs) > 1 else [[*row, ""] for row in rows]
 
 
-def _training(runs: Sequence[RunRecord]) -> str:
-    figures = []
+def _training(runs: Sequence[RunFiles]) -> list[Figure]:
+    figures: list[Figure] = []
     for name, title, form, log in _CURVES:
         series = [Series(run.name, *run.values(name), colour) for colour, run in enumerate(runs)]
         if name == "loss_scale" and all(set(one.y) <= {1.0} for one in series):
             continue
-        figures.append((title, line_chart(series, x_label="step", form=form, log_y=log)))
-    return _grid(figures)
+        if chart := line_chart(series, x_label="step", form=form, log_y=log):
+            figures.append((title, chart))
+    return figures
 
 
-def _verification(runs: Sequence[RunRecord]) -> str:
-    figures, rows = [], []
-    sets = list(dict.fromkeys(name for run in runs for name in run.curves))
-    for name in sets:
-        having = [(i, run.curves[name]) for i, run in enumerate(runs) if name in run.curves]
-        series = [Series(name, c["far"], c["tar"], i) for i, c in having]
-        chart = line_chart(series, x_label="false accept rate", form=_percent, log_x=True)
-        figures.append((f"ROC of {name}: true accept rate", chart))
-        misses = [Series(name, c["far"], [1 - tar for tar in c["tar"]], i) for i, c in having]
-        chart = line_chart(
-            misses, x_label="false accept rate", form=_percent, log_x=True, log_y=True
-        )
-        figures.append((f"DET of {name}: false reject rate", chart))
-        for number, one in having:
-            kinds = [
-                Series(kind, *steps_of(one["edges"], one[kind]), colour)
-                for kind, colour in (("same", 2), ("different", 1))
-            ]
-            of = f" ({runs[number].name})" if len(runs) > 1 else ""
-            chart = line_chart(kinds, x_label="cosine", form=_percent, filled=True)
-            figures.append((f"Scores of {name}{of}: same and different", chart))
+def _sets(runs: Sequence[RunFiles]) -> list[str]:
+    return list(dict.fromkeys(name for run in runs for name in run.curves))
+
+
+def _curves(name: str, runs: Sequence[RunFiles]) -> list[Figure]:
+    """ROC, DET and scores of a verification set."""
+    having = [(i, run.curves[name]) for i, run in enumerate(runs) if name in run.curves]
+    hits = [Series(name, c["far"], c["tar"], i) for i, c in having]
+    misses = [Series(name, c["far"], [1 - tar for tar in c["tar"]], i) for i, c in having]
+    far = "false accept rate"
+    figures: list[Figure] = [
+        (
+            f"ROC of {name}: true accept rate",
+            line_chart(hits, x_label=far, form=_percent, log_x=True),
+        ),
+        (
+            f"DET of {name}: false reject rate",
+            line_chart(misses, x_label=far, form=_percent, log_x=True, log_y=True),
+        ),
+    ]
+    for number, one in having:
+        kinds = [
+            Series(kind, *steps_of(one["edges"], one[kind]), colour)
+            for kind, colour in (("same", 2), ("different", 1))
+        ]
+        of = f" ({runs[number].name})" if len(runs) > 1 else ""
+        chart = line_chart(kinds, x_label="cosine", form=_percent, filled=True)
+        figures.append((f"Scores of {name}{of}: same and different", chart))
+    return figures
+
+
+def _verified(runs: Sequence[RunFiles]) -> list[list[str]]:
+    rows = []
     for run in runs:
         for name, numbers in run.summary.get("verification", {}).get("sets", {}).items():
             tars = [numbers["tar_at_far"].get(key) for key in _FARS]
@@ -160,76 +160,13 @@ def _verification(runs: Sequence[RunRecord]) -> str:
                     f"{numbers['num_pairs']:,}",
                 ]
             )
-    tars_at = [f"TAR@{far}" for far in _FARS.values()]
-    head = ["set", "accuracy", *tars_at, "EER", "AUC", "pairs"]
-    return (_table(head, rows) if rows else "") + _grid(figures)
+    return rows
 
 
-_FARS = {f"{10.0**-power:g}": f"1e-{power}" for power in range(1, 7)}
-"""False accept rates as summary.json has them, and as people write them."""
-
-
-def _time(runs: Sequence[RunRecord]) -> str:
-    bars = []
-    for run in runs:
-        spent = run.summary.get("spent", {})
-        total = sum(spent.get(kind, 0.0) for kind in _KINDS)
-        if total <= 0:
-            continue
-        parts = [(number, kind, spent.get(kind, 0.0)) for number, kind in enumerate(_KINDS)]
-        pieces = "".join(
-            f'<i class="c{number}" style="flex:{seconds / total:.5f}"></i>'
-            for number, _, seconds in parts
-            if seconds > 0
-        )
-        words = "".join(
-            f'<span><i class="c{number}"></i>{_KINDS[kind]} {_duration(seconds)}</span>'
-            for number, kind, seconds in parts
-            if seconds >= 0.05
-        )
-        name = f"<h3>{html.escape(run.name)}</h3>" if len(runs) > 1 else ""
-        bars.append(f'{name}<div class="bar">{pieces}</div><p class="legend">{words}</p>')
-    return "".join(bars)
-
-
-def _checkpoints(runs: Sequence[RunRecord]) -> str:
-    rows = [[run.name, f"{step:,}", _mebi(size)] for run in runs for step, size in run.checkpoints]
-    return _table(["run", "step", "size"], rows) if rows else ""
-
-
-def _settings(runs: Sequence[RunRecord]) -> str:
-    keys = list(dict.fromkeys(key for run in runs for key in run.settings))
-    rows = [[key, *(_setting(run.settings.get(key)) for run in runs)] for key in keys]
-    head = ["", *(run.name for run in runs)]
-    if len(runs) == 1:
-        return f"<details><summary>all settings</summary>{_table(head, rows)}</details>"
-    differ = [row for row in rows if len(set(row[1:])) > 1 and row[0] != "run.folder"]
-    shown = _table(head, differ) if differ else "<p>No setting differs.</p>"
-    return f"{shown}<details><summary>all settings</summary>{_table(head, rows)}</details>"
-
-
-def _environment(runs: Sequence[RunRecord]) -> str:
-    found = [run.summary.get("environment", {}) for run in runs]
-    keys = list(dict.fromkeys(key for one in found for key in one))
-    rows = [[key, *(_setting(one.get(key)) for one in found)] for key in keys]
-    return _table(["", *(run.name for run in runs)], rows) if rows else ""
-
-
-def _grid(figures: list[tuple[str, str]]) -> str:
-    shown = "".join(
-        f"<figure><figcaption>{html.escape(title)}</figcaption>{chart}</figure>"
-        for title, chart in figures
-        if chart
-    )
-    return f'<div class="grid">{shown}</div>' if shown else ""
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    top = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    return f'<div class="scroll"><table><tr>{top}</tr>{body}</table></div>'
+def _by_key(values: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """A row for each key, with its value of every run."""
+    keys = dict.fromkeys(key for one in values for key in one)
+    return [[key, *(_setting(one.get(key)) for one in values)] for key in keys]
 
 
 def _setting(value: Any) -> str:
@@ -240,15 +177,8 @@ def _setting(value: Any) -> str:
     return "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _of(run: RunRecord, form: Form, *keys: str) -> str:
+def _of(run: RunFiles, form: Form, *keys: str) -> str:
     value: Any = run.summary
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return form(float(value)) if isinstance(value, int | float) else ""
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.3g} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"

@@ -12,7 +12,7 @@ Json = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class RunRecord:
+class RunFiles:
     """One run.
 
     Attributes:
@@ -37,7 +37,7 @@ class RunRecord:
         return [step for step, _ in found], [value for _, value in found]
 
 
-def read_run(folder: Path) -> RunRecord:
+def read_run(folder: Path) -> RunFiles:
     """Read what is there.
 
     Raises:
@@ -51,7 +51,7 @@ def read_run(folder: Path) -> RunRecord:
     except (ValueError, OSError) as error:
         raise ValueError(f"{config}: {error}") from error
     metrics = folder / "metrics.jsonl"
-    return RunRecord(
+    return RunFiles(
         name=folder.resolve().name,
         settings=settings,
         records=read_records(metrics) if metrics.is_file() else [],
