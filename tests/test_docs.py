@@ -94,6 +94,9 @@ def test_every_room_has_a_short_page(room):
     text = (room / "README.md").read_text()
     assert len(text.splitlines()) <= LONGER.get(room.name, 60)
     assert "**Not in this room:**" in text, "what may not be in it"
+    for folder in room.iterdir():
+        if folder.is_dir() and not folder.name.startswith("_"):
+            assert f"{folder.name}/" in text, "a folder in a room is on the room's page"
 
 
 def test_the_readme_has_the_floors_that_are_tested():
