@@ -28,7 +28,7 @@ from partialfc.config import ConfigError, config_hash, load
 from partialfc.config.margins import AnyMargin
 from partialfc.margins import MARGINS
 from partialfc.model.build import margin_of
-from partialfc.records.metrics import read_records
+from partialfc.records.metrics import read_metrics
 from tools._compare import page, table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -210,7 +210,7 @@ def run(variant: Variant, seed: int, out: Path, ranks: int) -> dict[str, Any] | 
         command = [sys.executable, worker, str(folder), str(measured)]
         if not _done(command, folder.with_suffix(".log")):
             return None
-    records = read_records(folder / "metrics.jsonl")
+    records = read_metrics(folder / "metrics.jsonl")
     return {
         **json.loads((folder / "summary.json").read_text()),
         **json.loads(measured.read_text()),

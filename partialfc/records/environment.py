@@ -10,10 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-Facts = dict[str, str]
 
-
-def environment(device: torch.device) -> Facts:
+def environment(device: torch.device) -> dict[str, str]:
     """Return versions, hardware and the commit of this package, by name."""
     facts = {
         "commit": _commit(),

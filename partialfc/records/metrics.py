@@ -108,7 +108,7 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, step: int) -> None:
-        kept = [line for line in read_records(path) if line["step"] <= step] if step else []
+        kept = [line for line in read_metrics(path) if line["step"] <= step] if step else []
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file: IO[str] = path.open("a")
 
@@ -122,7 +122,7 @@ class JsonLines:
         self._file.close()
 
 
-def read_records(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: Path) -> list[dict[str, float]]:
     """Return the records of a metrics.jsonl; a last line that a kill cut short is left out."""
     records = []
     for line in path.read_text().splitlines() if path.exists() else ():

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from partialfc.records.metrics import read_records
+from partialfc.records.metrics import read_metrics
 from partialfc.writing import write_json
 
 _WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED"}
@@ -128,7 +128,7 @@ def show_status(job: str | None, jobs: Path) -> int:
     for submitted in [find(job, jobs)[0]] if job else all_submitted(jobs):
         for member, run in submitted.members:
             state = state_of(member)
-            losses = [entry for entry in read_records(run / "metrics.jsonl") if "loss" in entry]
+            losses = [entry for entry in read_metrics(run / "metrics.jsonl") if "loss" in entry]
             word = state.name or ("FINISHED" if (run / "summary.json").exists() else "GONE")
             if state.name in _WAITING and state.reason not in ("", "None"):
                 word += f" ({state.reason})"

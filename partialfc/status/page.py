@@ -82,7 +82,7 @@ def _state(look: Look) -> tuple[str, str]:
     if ending is not None:
         words = {75: "preempted, to go on", 130: "stopped"}.get(ending["code"])
         return (words, "warn") if words else (f"failed, exit code {ending['code']}", "bad")
-    if not look.records and not look.starts:
+    if not look.metrics and not look.starts:
         return "nothing yet", "warn"
     if look.silence > 60:
         return f"silent for {duration(look.silence)}", "warn"
@@ -134,7 +134,7 @@ def _numbers(look: Look) -> list[tuple[str, str, str]]:
 def _charts(look: Look) -> list[tuple[str, str]]:
     figures: list[tuple[str, str]] = []
     for title, name, form, log in _CHARTS:
-        points = [(record["step"], record[name]) for record in look.records if name in record]
+        points = [(record["step"], record[name]) for record in look.metrics if name in record]
         series = Series(name, [step for step, _ in points], [value for _, value in points])
         figures.append((title, line_chart([series], x_label="step", form=form, log_y=log)))
     return figures

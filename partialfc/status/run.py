@@ -94,7 +94,7 @@ class Look:
         name: Of the run.
         now: When this was, Unix time.
         config: Its settings, or ``None`` where the folder has none yet.
-        records: Of metrics.jsonl.
+        metrics: Of metrics.jsonl.
         starts: Of the ledger.
         spent: Seconds by kind over all starts, ``wall`` and ``goodput`` with them.
         ranks: What each answered, by rank; empty where none serves metrics.
@@ -107,7 +107,7 @@ class Look:
     name: str
     now: float
     config: Config | None
-    records: list[dict[str, Any]]
+    metrics: list[dict[str, Any]]
     starts: list[ledger.Start]
     spent: Mapping[str, float]
     ranks: list[RankAnswer] = field(default_factory=list)
@@ -119,18 +119,18 @@ class Look:
 
     def last(self, name: str) -> float | None:
         """The newest value of a metric."""
-        found = (record[name] for record in reversed(self.records) if name in record)
+        found = (record[name] for record in reversed(self.metrics) if name in record)
         return next(found, None)
 
     @property
     def step(self) -> int:
         """The last step that was recorded."""
-        return int(self.records[-1]["step"]) if self.records else 0
+        return int(self.metrics[-1]["step"]) if self.metrics else 0
 
     @property
     def silence(self) -> float:
         """Seconds since the run wrote its last line."""
-        times = [entries[-1]["time"] for entries in (self.records,) if entries]
+        times = [entries[-1]["time"] for entries in (self.metrics,) if entries]
         times += [start.entries[-1]["time"] for start in self.starts[-1:]]
         return self.now - max(times, default=self.now)
 
@@ -140,7 +140,7 @@ class RunFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._records, self._ledger = (
+        self._metrics, self._ledger = (
             Lines(folder / "metrics.jsonl"),
             Lines(folder / "ledger.jsonl"),
         )
@@ -157,7 +157,7 @@ class RunFolder:
             name=self.folder.name,
             now=time.time(),
             config=config,
-            records=list(self._records.read()),
+            metrics=list(self._metrics.read()),
             starts=ledger.starts(entries),
             spent=ledger.goodput(entries) if entries else {},
             ended=(self.folder / "summary.json").exists(),

@@ -22,7 +22,7 @@ from partialfc.records.console import ProgressBar, from_here, show_table
 from partialfc.records.environment import environment, peak_memory
 from partialfc.records.figures import training_figure
 from partialfc.records.ledger import Ledger
-from partialfc.records.metrics import JsonLines, Sink, TensorBoard, finite, read_records
+from partialfc.records.metrics import JsonLines, Sink, TensorBoard, finite, read_metrics
 from partialfc.records.report import read_run, write_report
 from partialfc.runtime.process import Runtime
 from partialfc.runtime.stragglers import Stragglers
@@ -211,7 +211,7 @@ class Recorder:
             sink.close()
         self._sinks = []
         folder = self._config.run.folder
-        records = read_records(folder / "metrics.jsonl")
+        records = read_metrics(folder / "metrics.jsonl")
         summary = self._summary(peak, records)
         write_json(folder / "summary.json", summary)
         verified = self._results.verified if self._results else {}

@@ -3,7 +3,7 @@ import re
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from partialfc.records.metrics import TABLE, JsonLines, TensorBoard, read_records
+from partialfc.records.metrics import TABLE, JsonLines, TensorBoard, read_metrics
 from partialfc.writing import write_json
 
 
@@ -26,7 +26,7 @@ def test_a_resumed_run_drops_the_records_that_it_repeats(tmp_path):
     resumed = JsonLines(path, 3)
     resumed.write(4, {"loss": 40.0})
     resumed.close()
-    records = read_records(path)
+    records = read_metrics(path)
     assert [record["step"] for record in records] == [0, 1, 2, 3, 4]
     assert records[-1]["loss"] == 40.0
 

@@ -13,7 +13,6 @@ from PIL import Image
 from partialfc.__main__ import main
 from partialfc.commands import report
 from partialfc.protocols.curves import curves
-from partialfc.records.pages import Series, line_chart, steps_of
 from partialfc.records.report import read_run, write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -130,20 +129,6 @@ def test_what_is_no_run_is_refused_by_name(tmp_path, capsys):
     (run / "summary.json").write_text("[1]")
     assert main(["report", str(run)]) == 2
     assert "summary.json: must be an object" in capsys.readouterr().err
-
-
-def test_a_chart_puts_points_where_they_belong():
-    """Ends of the axes, by hand: x from 52 to 390, y from 216 up."""
-    svg = line_chart([Series("a", [0, 5, 10], [0, 50, 100])], x_label="step")
-    points = re.search(r'<polyline[^>]* points="([^"]*)"', svg)[1].split()
-    assert [point.split(",")[0] for point in points] == ["52.0", "221.0", "390.0"]
-    heights = [float(point.split(",")[1]) for point in points]
-    assert heights[0] == 216.0
-    assert heights[1] == pytest.approx((heights[0] + heights[2]) / 2, abs=0.1)
-    assert line_chart([Series("a", [1], [float("nan")])], x_label="x") == ""
-    assert line_chart([Series("a", [1, 2], [0, -1])], x_label="x", log_y=True) == ""
-    assert "<circle" in line_chart([Series("a", [3], [7])], x_label="x")
-    assert steps_of([0, 1, 2], [5, 6]) == ([0, 1, 1, 2], [5, 5, 6, 6])
 
 
 FRAME = """<body style="margin:0"><iframe src="page.html" width="WIDTH" height="3000"></iframe>

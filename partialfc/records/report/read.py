@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from partialfc.records.metrics import read_records
+from partialfc.records.metrics import read_metrics
 
 Json = dict[str, Any]
 
@@ -18,7 +18,7 @@ class RunFiles:
     Attributes:
         name: Of its folder.
         settings: By dotted key.
-        records: Lines of metrics.jsonl.
+        metrics: Lines of metrics.jsonl.
         summary: summary.json, or nothing while it runs.
         curves: curves.json: ROC and histogram of each verification set.
         checkpoints: Step and bytes of each, oldest first.
@@ -26,14 +26,14 @@ class RunFiles:
 
     name: str
     settings: dict[str, Any]
-    records: list[dict[str, float]]
+    metrics: list[dict[str, float]]
     summary: Json
     curves: Json
     checkpoints: list[tuple[int, int]]
 
     def values(self, name: str) -> tuple[list[float], list[float]]:
         """Return steps and values of a metric."""
-        found = [(r["step"], r[name]) for r in self.records if r.get(name) is not None]
+        found = [(r["step"], r[name]) for r in self.metrics if r.get(name) is not None]
         return [step for step, _ in found], [value for _, value in found]
 
 
@@ -54,7 +54,7 @@ def read_run(folder: Path) -> RunFiles:
     return RunFiles(
         name=folder.resolve().name,
         settings=settings,
-        records=read_records(metrics) if metrics.is_file() else [],
+        metrics=read_metrics(metrics) if metrics.is_file() else [],
         summary=_json(folder / "summary.json"),
         curves=_json(folder / "curves.json"),
         checkpoints=_checkpoints(folder / "checkpoints"),
