@@ -54,23 +54,20 @@ def main(arguments: Sequence[str]) -> int:
     what they find wanting.
     """
     name, *words = arguments or [""]
+    if name in COMMANDS:
+        return _run(name, words)
     if name == "--version":
         print(f"partialfc {partialfc.__version__}")
-    elif name in ("", "-h", "--help"):
+        return 0
+    if name in ("", "-h", "--help"):
         width = max(map(len, COMMANDS))
         lines = [f"  {command:{width}}  {does}" for command, does in COMMANDS.items()]
         print(_USAGE.format(commands="\n".join(lines)))
         return 0 if name else 2
-    elif name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS)
-        remedy = (
-            f"Did you mean {' or '.join(near)}?" if near else "partialfc --help names them all."
-        )
-        print(f"partialfc: there is no command {name!r}. {remedy}", file=sys.stderr)
-        return 2
-    else:
-        return _run(name, words)
-    return 0
+    near = " or ".join(difflib.get_close_matches(name, COMMANDS))
+    remedy = f"Did you mean {near}?" if near else "partialfc --help names them all."
+    print(f"partialfc: there is no command {name!r}. {remedy}", file=sys.stderr)
+    return 2
 
 
 def command_line(*first: str) -> NoReturn:
