@@ -15,7 +15,7 @@ from partialfc.data.packs.pack import open_pack
 from partialfc.data.packs.writer import write_insightface_pack
 from partialfc.data.sets.pairs import read_pairs
 from partialfc.data.skip_list import BadRecord, write_skip_list
-from tests.commands.test_pack_tools import tool
+from tests.commands.test_pack import tool
 from tests.support.places import FIXTURES
 
 GOLDEN = FIXTURES

@@ -16,7 +16,7 @@ from partialfc.data.dataset import open_dataset
 from partialfc.data.packs import index_cache
 from partialfc.data.packs.pack import open_pack
 from partialfc.data.packs.writer import write_insightface_pack
-from tests.commands.test_pack_tools import tool
+from tests.commands.test_pack import tool
 from tests.support.places import FIXTURES
 
 GOLDEN = FIXTURES / "records"

@@ -35,7 +35,7 @@ from partialfc.data.packs import index_cache
 from partialfc.data.packs.pack import open_pack
 from partialfc.data.packs.recordio import RecordError
 from partialfc.data.skip_list import write_skip_list
-from tests.commands.test_pack_tools import tool
+from tests.commands.test_pack import tool
 from tests.data.test_loaders import LOADERS, encoded, lopsided
 from tests.support.places import FIXTURES, ROOT
 

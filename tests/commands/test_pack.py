@@ -1,4 +1,4 @@
-"""partialfc pack and partialfc show as a user runs them."""
+"""partialfc pack, show and augment as a user runs them."""
 
 import json
 import os
@@ -17,7 +17,6 @@ from partialfc.data.images.jpeg import decode, encode
 from partialfc.data.packs.pack import open_pack
 from tests.support.places import FIXTURES, ROOT
 from tools._faces.packs import render
-from tools.bench import fuzz
 
 GOLDEN = FIXTURES / "records" / "insightface.rec"
 
@@ -198,7 +197,7 @@ def test_mistakes_are_one_message(words, message, source, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_inspect_counts_and_draws(tmp_path):
+def test_show_counts_and_draws(tmp_path):
     done = tool("show", GOLDEN, "--out", tmp_path, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "60" in done.stdout
@@ -211,13 +210,6 @@ def test_inspect_counts_and_draws(tmp_path):
     assert "none.rec" in done.stderr
 
 
-@pytest.mark.parametrize("name", sorted((ROOT / "tools").glob("*.py")), ids=lambda path: path.name)
-def test_every_tool_starts_from_any_folder(name, tmp_path):
-    done = subprocess.run([sys.executable, name, "--help"], cwd=tmp_path, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    assert b"usage" in done.stdout
-
-
 @pytest.mark.parametrize("words", [[], ["--each"]])
 def test_what_training_sees_is_drawn(words, tmp_path, capsys):
     out = tmp_path / "sheet.png"
@@ -228,52 +220,3 @@ def test_what_training_sees_is_drawn(words, tmp_path, capsys):
         assert np.asarray(picture.convert("L")).std() > 5
     assert main(["augment", *start, "data.train=none.rec"]) == 2
     assert "none.rec" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("part", "rows"),
-    [
-        ("loaders", {"reader alone, image files", "DALI, 1", "DataLoader, Pillow, 1"}),
-        ("cold", {"shuffled", "blocks of 256", "image files, shuffled"}),
-    ],
-)
-def test_the_data_benchmark_measures_what_is_there(part, rows, tmp_path):
-    """A moment of each loader and of the disk; figures are recorded by hand, not here."""
-    words = ["--parts", part, "--rounds", 1, "--images", 512, "--seconds", 0.1]
-    done = tool("bench/data.py", *words, "--threads", 1, "--json", tmp_path / "r")
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "r").read_text())[part]
-    found = found.get("measured", found)
-    assert rows <= set(found)
-    assert all(entry["images_per_second"] > 100 for (entry,) in found.values())
-
-
-def test_the_fuzzer_finds_nothing_in_a_moment_and_finds_what_is_there(tmp_path, monkeypatch):
-    """The recorded million inputs are of the same program; a reader that fails is told."""
-    done = tool("bench/fuzz.py", "--inputs", 3000, "--workers", 1, "--json", tmp_path / "r")
-    assert done.returncode == 0, done.stderr
-    record = json.loads((tmp_path / "r").read_text())
-    assert {name: target["inputs"] for name, target in record["targets"].items()} == {
-        "pack": 1200, "jpeg": 1200, "bin": 600,
-    }  # fmt: skip
-    for target in record["targets"].values():
-        assert min(target["outcomes"]["accepted"], target["outcomes"]["refused"]) > 20
-    monkeypatch.setattr(fuzz, "_FOLDER", tmp_path)
-    seeds = [(b"x" * 40,)]
-
-    def broken(files, folder):
-        if files[0][:1] != b"x":
-            raise KeyError("wrong kind")
-        if len(files[0]) > 200:
-            bytearray(300 << 20)
-        if len(files[0]) < 20:
-            time.sleep(3)
-        raise ValueError("right kind")
-
-    monkeypatch.setitem(fuzz.TARGETS, "jpeg", fuzz.Target(seeds, broken, ValueError))
-    before = signal.signal(signal.SIGALRM, fuzz._too_long)
-    outcome = fuzz.fuzz(("jpeg", 1, 0, 300, 0.05, 200))
-    signal.signal(signal.SIGALRM, before)
-    kinds = " ".join(outcome.failures)
-    assert all(kind in kinds for kind in ("KeyError", "MemoryError", "TimeoutError"))
-    assert "--target jpeg --seed 1 --only " in outcome.failures[0]

@@ -1,0 +1,81 @@
+"""tools/bench/data.py and fuzz.py: a moment of each, and that every tool starts."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.support.places import ROOT
+from tools.bench import fuzz
+
+TOOLS = sorted((ROOT / "tools").glob("*.py"))
+
+
+def bench(name, *words):
+    return subprocess.run(
+        [sys.executable, ROOT / "tools" / "bench" / name, *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.parametrize("name", TOOLS, ids=lambda path: path.name)
+def test_every_tool_starts_from_any_folder(name, tmp_path):
+    done = subprocess.run([sys.executable, name, "--help"], cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert b"usage" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("part", "rows"),
+    [
+        ("loaders", {"reader alone, image files", "DALI, 1", "DataLoader, Pillow, 1"}),
+        ("cold", {"shuffled", "blocks of 256", "image files, shuffled"}),
+    ],
+)
+def test_the_data_benchmark_measures_what_is_there(part, rows, tmp_path):
+    """A moment of each loader and of the disk; figures are recorded by hand, not here."""
+    words = ["--parts", part, "--rounds", 1, "--images", 512, "--seconds", 0.1]
+    done = bench("data.py", *words, "--threads", 1, "--json", tmp_path / "r")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "r").read_text())[part]
+    found = found.get("measured", found)
+    assert rows <= set(found)
+    assert all(entry["images_per_second"] > 100 for (entry,) in found.values())
+
+
+def test_the_fuzzer_finds_nothing_in_a_moment_and_finds_what_is_there(tmp_path, monkeypatch):
+    """The recorded million inputs are of the same program; a reader that fails is told."""
+    done = bench("fuzz.py", "--inputs", 3000, "--workers", 1, "--json", tmp_path / "r")
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "r").read_text())
+    assert {name: target["inputs"] for name, target in record["targets"].items()} == {
+        "pack": 1200, "jpeg": 1200, "bin": 600,
+    }  # fmt: skip
+    for target in record["targets"].values():
+        assert min(target["outcomes"]["accepted"], target["outcomes"]["refused"]) > 20
+    monkeypatch.setattr(fuzz, "_FOLDER", tmp_path)
+    seeds = [(b"x" * 40,)]
+
+    def broken(files, folder):
+        if files[0][:1] != b"x":
+            raise KeyError("wrong kind")
+        if len(files[0]) > 200:
+            bytearray(300 << 20)
+        if len(files[0]) < 20:
+            time.sleep(3)
+        raise ValueError("right kind")
+
+    monkeypatch.setitem(fuzz.TARGETS, "jpeg", fuzz.Target(seeds, broken, ValueError))
+    before = signal.signal(signal.SIGALRM, fuzz._too_long)
+    outcome = fuzz.fuzz(("jpeg", 1, 0, 300, 0.05, 200))
+    signal.signal(signal.SIGALRM, before)
+    kinds = " ".join(outcome.failures)
+    assert all(kind in kinds for kind in ("KeyError", "MemoryError", "TimeoutError"))
+    assert "--target jpeg --seed 1 --only " in outcome.failures[0]
