@@ -11,7 +11,17 @@ import pytest
 from tests.support.places import ROOT
 
 FLOORS = (
-    ("errors", "keyed", "words", "writing", "numerics", "backbones", "protocols", "distributed"),
+    (
+        "errors",
+        "definitions",
+        "keyed",
+        "words",
+        "writing",
+        "numerics",
+        "backbones",
+        "protocols",
+        "distributed",
+    ),
     ("records", "margins", "losses", "data"),
     ("head", "config", "runtime"),
     ("model",),

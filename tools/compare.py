@@ -18,14 +18,14 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from partialfc.config import ConfigError, config_hash, load
-from partialfc.config.margins import AnyMargin
+from partialfc.definitions import annotations_of
 from partialfc.margins import MARGINS
 from partialfc.model.build import margin_of
 from partialfc.records.metrics import read_metrics
@@ -180,10 +180,7 @@ def _margin(name: str, base: Any) -> str:
 
 
 def _fields(name: str) -> set[str]:
-    sections = get_args(get_args(AnyMargin)[0])
-    return {
-        field for section in sections if section().name == name for field in section.model_fields
-    }
+    return {"name", *annotations_of(MARGINS[name])} if name in MARGINS else set()
 
 
 def run(variant: Variant, seed: int, out: Path, ranks: int) -> dict[str, Any] | None:

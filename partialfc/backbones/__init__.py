@@ -4,20 +4,21 @@ import difflib
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
+from typing import get_args
 
 from torch import nn
 
 from partialfc.backbones import convnet, iresnet, vit
 from partialfc.backbones.mobilefacenet import MobileFaceNet
+from partialfc.definitions.backbones import Backbone, refused_size
 
-BACKBONES: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
-    {
-        **{name: partial(iresnet.IResNet, depths) for name, depths in iresnet.DEPTHS.items()},
-        "mobilefacenet": MobileFaceNet,
-        **{name: partial(vit.VisionTransformer, shape) for name, shape in vit.SHAPES.items()},
-        **{name: partial(convnet.ConvNet, layers) for name, layers in convnet.LAYERS.items()},
-    }
-)
+_BUILT: Mapping[str, Callable[..., nn.Module]] = {
+    **{name: partial(iresnet.IResNet, depths) for name, depths in iresnet.DEPTHS.items()},
+    "mobilefacenet": MobileFaceNet,
+    **{name: partial(vit.VisionTransformer, shape) for name, shape in vit.SHAPES.items()},
+    **{name: partial(convnet.ConvNet, layers) for name, layers in convnet.LAYERS.items()},
+}
+BACKBONES = MappingProxyType({name: _BUILT[name] for name in get_args(Backbone)})
 """Name -> constructor, with the keywords of :func:`build_backbone`."""
 
 
@@ -46,11 +47,13 @@ def build_backbone(
     if name not in BACKBONES:
         nearest = difflib.get_close_matches(name, BACKBONES, n=1, cutoff=0)[0]
         raise ValueError(
-            f"backbone.name = {name!r} is unknown; did you mean {nearest!r}? "
-            f"The backbones are: {', '.join(BACKBONES)}."
+            f"name = {name!r}: there is no such backbone. Did you mean {nearest!r}? "
+            f"The backbones are {', '.join(BACKBONES)}."
         )
     if embedding_dim < 1:
-        raise ValueError(f"backbone.embedding_dim must be >= 1, got {embedding_dim}.")
+        raise ValueError(f"embedding_dim = {embedding_dim}: must be an integer >= 1.")
+    if refused := refused_size(name, image_size):
+        raise ValueError(refused)
     return BACKBONES[name](
         embedding_dim=embedding_dim,
         image_size=image_size,

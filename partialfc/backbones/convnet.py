@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from partialfc.backbones.parts import grid_of_stride_16, run_block, run_in_weight_dtype
+from partialfc.backbones.parts import run_block, run_in_weight_dtype
 
 
 class Layers(NamedTuple):
@@ -39,9 +39,6 @@ class ConvNet(nn.Module):
         embedding_dim: D, >= 1.
         image_size: S in pixels, a multiple of 16.
         checkpoint_activations: Recompute the stages' activations in backward.
-
-    Raises:
-        ValueError: If ``image_size`` is not a multiple of 16.
     """
 
     def __init__(
@@ -54,7 +51,7 @@ class ConvNet(nn.Module):
     ) -> None:
         super().__init__()
         self.checkpoint_activations = checkpoint_activations
-        grid = grid_of_stride_16(image_size)
+        grid = image_size // 16
         self.stages = nn.Sequential(
             *(
                 _stage(inputs, outputs, pooled=layers.pooled)

@@ -8,7 +8,7 @@ layers halves it, in the second conv of its first block.
 import torch
 from torch import Tensor, nn
 
-from partialfc.backbones.parts import grid_of_stride_16, run_block, run_in_weight_dtype
+from partialfc.backbones.parts import run_block, run_in_weight_dtype
 
 DEPTHS = {
     "iresnet18": (2, 2, 2, 2),
@@ -31,9 +31,6 @@ class IResNet(nn.Module):
         embedding_dim: D, >= 1.
         image_size: S in pixels, a multiple of 16.
         checkpoint_activations: Recompute the blocks' activations in backward.
-
-    Raises:
-        ValueError: If ``image_size`` is not a multiple of 16.
     """
 
     def __init__(
@@ -46,7 +43,7 @@ class IResNet(nn.Module):
     ) -> None:
         super().__init__()
         self.checkpoint_activations = checkpoint_activations
-        grid = grid_of_stride_16(image_size)
+        grid = image_size // 16
         self.conv1 = _conv(3, 64, 3)
         self.bn1 = nn.BatchNorm2d(64)
         self.prelu = nn.PReLU(64)

@@ -8,7 +8,7 @@ global depthwise convolution: per channel, a learned average over the grid.
 
 from torch import Tensor, nn
 
-from partialfc.backbones.parts import grid_of_stride_16, run_block, run_in_weight_dtype
+from partialfc.backbones.parts import run_block, run_in_weight_dtype
 
 
 class MobileFaceNet(nn.Module):
@@ -21,9 +21,6 @@ class MobileFaceNet(nn.Module):
         embedding_dim: D, >= 1.
         image_size: S in pixels, a multiple of 16.
         checkpoint_activations: Recompute the bottlenecks' activations in backward.
-
-    Raises:
-        ValueError: If ``image_size`` is not a multiple of 16.
     """
 
     def __init__(
@@ -35,7 +32,7 @@ class MobileFaceNet(nn.Module):
     ) -> None:
         super().__init__()
         self.checkpoint_activations = checkpoint_activations
-        grid = grid_of_stride_16(image_size)
+        grid = image_size // 16
         self.layers = nn.Sequential(
             _conv(3, 128, 3, stride=2),
             _conv(128, 128, 3, groups=64),

@@ -1,4 +1,4 @@
-"""What the backbones share: the image size rule, recomputed blocks and the precision of the end."""
+"""What the backbones share: recomputed blocks and the precision of the end."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -6,21 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # the base of BatchNorm1d, 2d and SyncBatchNorm
 from torch.utils.checkpoint import checkpoint
-
-
-def grid_of_stride_16(image_size: int) -> int:
-    """Return the side of the last feature map of a network that halves images four times.
-
-    Raises:
-        ValueError: If ``image_size`` is not a positive multiple of 16.
-    """
-    if image_size < 16 or image_size % 16:
-        below = max(16, image_size // 16 * 16)
-        raise ValueError(
-            f"image_size = {image_size}: this backbone halves the image four times, so it needs a "
-            f"multiple of 16; use {below} or {below + 16}."
-        )
-    return image_size // 16
 
 
 def run_block(block: nn.Module, x: Tensor, *, recompute: bool) -> Tensor:

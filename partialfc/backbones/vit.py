@@ -23,7 +23,6 @@ from torch.nn import functional as F
 from partialfc.backbones.parts import run_block, run_in_weight_dtype
 
 HEADS = 8
-MIN_IMAGE_SIZE = 24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,9 +64,6 @@ class VisionTransformer(nn.Module):
         embedding_dim: D, >= 1.
         image_size: S in pixels, >= 24.
         checkpoint_activations: Recompute the blocks' activations in backward.
-
-    Raises:
-        ValueError: If ``image_size`` is below 24.
     """
 
     def __init__(
@@ -79,11 +75,6 @@ class VisionTransformer(nn.Module):
         checkpoint_activations: bool = False,
     ) -> None:
         super().__init__()
-        if image_size < MIN_IMAGE_SIZE:
-            raise ValueError(
-                f"image_size = {image_size}: a ViT needs at least {MIN_IMAGE_SIZE} pixels, 2 for "
-                "each of its 12 patches a side; resize the images or use convnet_s."
-            )
         self.checkpoint_activations = checkpoint_activations
         self.masked = shape.masked
         width, patch = shape.width, image_size // 12

@@ -28,8 +28,8 @@ from partialfc.commands._command import command_parser
 from partialfc.commands._convert_checkpoint import layouts, settings
 from partialfc.commands._convert_checkpoint.fill import fill
 from partialfc.config import Config, ConfigError, load, to_toml
-from partialfc.config.schema import to_value
 from partialfc.data.dataset import open_dataset
+from partialfc.definitions.words import to_value
 from partialfc.errors import in_words
 from partialfc.model.build import Model, build
 from partialfc.records.console import from_here

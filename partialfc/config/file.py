@@ -19,15 +19,14 @@ from pydantic.fields import FieldInfo
 from partialfc.config.schema import (
     Section,
     choices,
-    either,
     first_sentence,
-    rule,
     settings_of,
     tag_name,
-    to_value,
+    takes,
     unit,
     variants,
 )
+from partialfc.definitions.words import either, to_value, with_article
 from partialfc.errors import ConfigError
 
 S = TypeVar("S", bound=Section)
@@ -219,7 +218,7 @@ def _problem(schema: type[Section], place: _Place, details: Any, overridden: Seq
         problem = _unknown(schema, place)
     elif value is None:
         return (
-            f"{key}: required, and not set. It takes {_with_article(rule(field))}. "
+            f"{key}: required, and not set. It takes {with_article(takes(field))}. "
             f"{first_sentence(field)} Add {place.name} = ... below [{place.parent}], or {key}=... "
             "on the command line."
         )
@@ -232,7 +231,7 @@ def _problem(schema: type[Section], place: _Place, details: Any, overridden: Seq
     elif options:
         problem = f"must be a section. Write its settings below a line [{key}]."
     else:
-        problem = f"must be {_with_article(rule(field))}. {_remedy(place, field)}"
+        problem = f"must be {with_article(takes(field))}. {_remedy(place, field)}"
     is_overridden = any(
         f"{key}.".startswith(f"{other}.") or other.startswith(f"{key}.") for other in overridden
     )
@@ -317,12 +316,6 @@ def _accepts(section: type[Section], name: str, value: Any) -> bool:
     except ValidationError as error:
         return all(details["loc"][:1] != (name,) for details in error.errors())
     return True
-
-
-def _with_article(words: str) -> str:
-    if words[0] == '"' or words.startswith("true"):
-        return words
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def _shown(value: Any) -> str:

@@ -2,15 +2,16 @@
 
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from partialfc.config.schema import Section, UserPath
+from partialfc.definitions import Range
 
 
 class Monitor(Section):
     """What Prometheus can read; configs/monitoring has its rules, alerts and dashboard."""
 
-    port: Annotated[int | None, Field(ge=0, le=65535)] = None
+    port: Annotated[int | None, Range(ge=0, le=65535)] = None
     """Port of the first rank of a host; the others take the next ones. One that is taken is
     replaced by a free one, and 0 always takes a free one. Left out, nothing is served."""
 

@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from partialfc.config.schema import Section, Unit, UserPath
+from partialfc.config.schema import Section, UserPath
+from partialfc.definitions import Range, Unit
 
-EverySteps = Annotated[int, Field(ge=0), Unit("steps")]
+EverySteps = Annotated[int, Range(ge=0), Unit("steps")]
 
 
 class Run(Section):
@@ -16,20 +17,20 @@ class Run(Section):
     folder: UserPath = Path("runs/default")
     """Where checkpoints, logs and the resolved settings go. Made if it does not exist."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 2048
+    seed: Annotated[int, Range(ge=0, lt=2**63)] = 2048
     """Key of every random choice. Any number of ranks with the same seed makes the same choices."""
 
-    epochs: Annotated[float | None, Field(gt=0), Unit("epochs")] = 20.0
+    epochs: Annotated[float | None, Range(gt=0), Unit("epochs")] = 20.0
     """Length of the run in passes over the data, fractions allowed. Left out when ``steps`` is
     set."""
 
-    steps: Annotated[int | None, Field(ge=1), Unit("steps")] = None
+    steps: Annotated[int | None, Range(ge=1), Unit("steps")] = None
     """Length of the run in optimizer steps, instead of ``epochs``."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train. ``auto`` is a GPU per rank if there are GPUs, otherwise the CPU."""
 
-    threads: Annotated[int | None, Field(ge=1), Unit("threads")] = None
+    threads: Annotated[int | None, Range(ge=1), Unit("threads")] = None
     """CPU threads per rank for torch's operators. Left out, the host's cores are divided among its
     ranks."""
 
@@ -44,11 +45,11 @@ class Run(Section):
     """What a new run begins with: a run's folder, a checkpoint or a file of weights for the
     backbone alone, or a folder that partialfc identities made, for its class centers as well."""
 
-    fruitless_starts: Annotated[int, Field(ge=0)] = 3
+    fruitless_starts: Annotated[int, Range(ge=0)] = 3
     """Starts in a row that may fail before they come to a new step; the next one is refused with
     their causes. Other settings begin a new count, and 0 refuses none."""
 
-    hang_seconds: Annotated[float, Field(ge=0), Unit("seconds")] = 60.0
+    hang_seconds: Annotated[float, Range(ge=0), Unit("seconds")] = 60.0
     """How long a rank may give no sign of life before the run names it and ends; a step may take
     ten times as long, and the first one, a verification or a save sixty times. 0 never ends a
     run."""
@@ -93,7 +94,7 @@ class Checkpoint(Section):
     every_steps: EverySteps = 2000
     """Steps between checkpoints. 0 saves at the end only."""
 
-    keep: Annotated[int, Field(ge=1)] = 2
+    keep: Annotated[int, Range(ge=1)] = 2
     """Newest checkpoints kept. One is deleted only after its successor is complete."""
 
     keep_every_steps: EverySteps = 0
@@ -114,7 +115,7 @@ class Checkpoint(Section):
 class Log(Section):
     """What is recorded of a run, and where."""
 
-    every_steps: Annotated[int, Field(ge=1), Unit("steps")] = 10
+    every_steps: Annotated[int, Range(ge=1), Unit("steps")] = 10
     """Steps between records of the metrics."""
 
     tensorboard: bool = True

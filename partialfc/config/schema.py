@@ -6,25 +6,16 @@ that is a union of sections, told apart by a tag such as ``name``, is a choice o
 first is the default, and a setting of another variant is refused.
 """
 
-import json
-import math
 import textwrap
-import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 from pydantic.fields import FieldInfo
 
-
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """Unit of a number, for help and messages: ``Annotated[int, Unit("images")]``."""
-
-    name: str
+from partialfc.definitions.words import options_of, rule, to_value, unit_of
 
 
 class Section(BaseModel):
@@ -63,7 +54,7 @@ def variants(field: FieldInfo) -> dict[str, type[Section]]:
     """The sections that a field can be, by tag; one without a tag has "". Empty for a setting."""
     sections = [
         kind
-        for kind in _options(field.annotation)
+        for kind in options_of(field.annotation)
         if isinstance(kind, type) and issubclass(kind, Section)
     ]
     tag = tag_name(field)
@@ -85,26 +76,24 @@ def settings_of(section: type[Section], prefix: str = "") -> Iterator[tuple[str,
             yield from settings_of(variant, f"{prefix}{name}.")
 
 
-def _options(annotation: Any) -> tuple[Any, ...]:
-    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    return typing.get_args(annotation) if is_union else (annotation,)
-
-
 # The schema in words
 
 
-def rule(field: FieldInfo) -> str:
+def takes(field: FieldInfo) -> str:
     """What a setting takes, e.g. ``integer >= 1, in images``."""
-    in_unit = f", in {unit(field)}" if unit(field) else ""
-    kind = _kind(field.annotation, field.metadata, plural=False)
     if OneOrMore in field.metadata:
-        kind = f"{_kind(typing.get_args(field.annotation)[0], (), plural=False)} or {kind}"
-    return kind + in_unit
+        one, *_ = typing.get_args(field.annotation)
+        return f"{rule(one)} or {rule(_type(field))}"
+    return rule(_type(field))
 
 
 def unit(field: FieldInfo) -> str | None:
     """The name of a number's unit, if it has one."""
-    return next((entry.name for entry in field.metadata if isinstance(entry, Unit)), None)
+    return unit_of(_type(field))
+
+
+def _type(field: FieldInfo) -> Any:
+    return Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
 
 
 def choices(field: FieldInfo) -> tuple[str, ...]:
@@ -116,57 +105,6 @@ def choices(field: FieldInfo) -> tuple[str, ...]:
 def first_sentence(field: FieldInfo) -> str:
     """The beginning of a setting's help."""
     return _flat(field.description).partition(". ")[0].rstrip(".") + "."
-
-
-def either(words: Sequence[str]) -> str:
-    """Return ``"a", "b" or "c"``."""
-    quoted = [to_value(word) for word in words]
-    return " or ".join([", ".join(quoted[:-1]), quoted[-1]] if quoted[1:] else quoted)
-
-
-_NOUNS: dict[type, tuple[str, str]] = {
-    bool: ("true or false", "true or false"),
-    int: ("integer", "integers"),
-    float: ("number", "numbers"),
-    str: ("string", "strings"),
-    Path: ("path", "paths"),
-}
-
-
-def _kind(annotation: Any, metadata: Iterable[Any], plural: bool) -> str:
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Annotated:
-        inner = [m.metadata if isinstance(m, FieldInfo) else [m] for m in arguments[1:]]
-        return _kind(arguments[0], [*metadata, *(entry for m in inner for entry in m)], plural)
-    if origin is Literal:
-        return either(arguments)
-    if origin is tuple:
-        collection = "list of" if arguments[-1] is Ellipsis else "pair of"
-        return f"{collection} {_kind(arguments[0], (), plural=True)}"
-    (single,) = (option for option in _options(annotation) if option is not types.NoneType)
-    if single is not annotation:
-        return _kind(single, metadata, plural)
-    return _NOUNS[annotation][plural] + _range(metadata)
-
-
-def _range(metadata: Iterable[Any]) -> str:
-    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    bounds = [
-        (sign, _number(getattr(entry, name)))
-        for name, sign in signs.items()
-        for entry in metadata
-        if hasattr(entry, name)
-    ]
-    if len(bounds) < 2:
-        return "".join(f" {sign} {value}" for sign, value in bounds)
-    (low, low_value), (high, high_value) = bounds
-    opening, closing = "[" if low == ">=" else "(", "]" if high == "<=" else ")"
-    return f" in {opening}{low_value}, {high_value}{closing}"
-
-
-def _number(value: float) -> str:
-    named = {math.pi / 2: "pi/2", 2**32: "2^32", 2**63: "2^63"}
-    return named.get(value) or f"{value:g}"
 
 
 # Help
@@ -207,7 +145,7 @@ def _entry(key: str, field: FieldInfo, width: int) -> str:
     meaning = textwrap.fill(
         _flat(field.description), width, initial_indent=" " * 6, subsequent_indent=" " * 6
     )
-    return f"  {setting:<44}  {rule(field)}\n{meaning}"
+    return f"  {setting:<44}  {takes(field)}\n{meaning}"
 
 
 def _flat(text: str | None) -> str:
@@ -230,17 +168,3 @@ def _tables(values: Mapping[str, Any], keys: tuple[str, ...]) -> Iterator[str]:
     for key, value in values.items():
         if isinstance(value, dict):
             yield from _tables(value, (*keys, key))
-
-
-def to_value(value: Any) -> str:
-    """Return a value as TOML writes it."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str | Path):
-        return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, Mapping):
-        inner = ", ".join(f"{key} = {to_value(entry)}" for key, entry in value.items())
-        return f"{{{inner}}}"
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(to_value, value))}]"
-    return str(value)  # numbers and dates

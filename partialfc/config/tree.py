@@ -14,108 +14,28 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from partialfc.config import schema as settings
-from partialfc.config.augment import Augment
+from partialfc.config.data import Data
 from partialfc.config.file import load_settings
+from partialfc.config.head import Head
 from partialfc.config.losses import Losses
-from partialfc.config.margins import AnyMargin, ArcFace
 from partialfc.config.monitor import Monitor
-from partialfc.config.optimizers import (
-    AdagradOfCenters,
-    AdamWOfBackbone,
-    AdamWOfCenters,
-    Cosine,
-    Linear,
-    Polynomial,
-    SgdOfBackbone,
-    SgdOfCenters,
-)
+from partialfc.config.optimizers import AnyOfBackbone, Cosine, Linear, Polynomial, SgdOfBackbone
 from partialfc.config.run import Checkpoint, EverySteps, Log, Run
-from partialfc.config.schema import OneOrMore, Section, Unit, UserPath
+from partialfc.config.schema import Section, UserPath
+from partialfc.definitions import Range, Unit
+from partialfc.definitions.backbones import Backbone as BackboneName
 from partialfc.errors import ConfigError
 
 __all__ = ["Config", "ConfigError", "config_hash", "help_text", "load", "to_toml"]
 
 
-class Data(Section):
-    """The training images and how they reach the backbone."""
-
-    train: Annotated[tuple[UserPath, ...], OneOrMore, Field(strict=False, min_length=1)]
-    """The pack to train on, a .rec file with its .idx beside it; or a folder with a folder of
-    images for each identity, or a list of lines path<TAB>identity. Of several, one after the other,
-    the identities of each follow those of the ones before it."""
-
-    skip: Annotated[tuple[UserPath, ...], OneOrMore] = Field(default=(), strict=False)
-    """Lists of images to leave out, as ``partialfc validate --bad`` and training write them."""
-
-    loader: Literal["auto", "dali", "torch"] = "auto"
-    """What decodes and augments. ``auto`` is DALI where it is installed, otherwise torch; both
-    make the same batches."""
-
-    global_batch: Annotated[int, Field(ge=1), Unit("images")] = 1024
-    """Images per optimizer step over all ranks. Must divide by ranks x ``optimizer.accumulation``,
-    and decides the result, so keep it when the number of ranks changes."""
-
-    image_size: Annotated[int, Field(ge=32, le=1024), Unit("pixels")] = 112
-    """Side of the square images that the backbone receives."""
-
-    flip: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Probability that an image is mirrored. 0 never, 1 always."""
-
-    shift: Annotated[int, Field(ge=0, le=16), Unit("pixels")] = 0
-    """Largest random shift of an image along each axis; its outermost pixels fill the border. 0
-    turns it off."""
-
-    augment: Augment = Field(default_factory=Augment)
-
-    last_batch: Literal["drop", "pad"] = "drop"
-    """What happens to the images left over after an epoch's last full global batch: ``drop``
-    leaves them out of this epoch, ``pad`` fills the batch with the epoch's first images."""
-
-    images_per_identity: Annotated[int | None, Field(ge=1), Unit("images")] = None
-    """Make every batch of identities drawn alike, with this many images of each (P x K), for losses
-    that compare images. Must divide ``data.global_batch``. An epoch is then every identity once.
-    Left out, all images are shuffled."""
-
-    block: Annotated[int | None, Field(ge=1), Unit("images")] = None
-    """For slow storage: shuffle blocks of this many neighbouring images, and within a window of
-    blocks the images. Left out, every image is read from anywhere."""
-
-    block_window: Annotated[int, Field(ge=1), Unit("blocks")] = 16
-    """Blocks whose images are shuffled together."""
-
-    bad_share: Annotated[float, Field(ge=0, lt=1)] = 0.001
-    """Largest share of the images that may be replaced because they cannot be decoded. Each is
-    reported, and the next image of the epoch stands for it. Above 0, one always may be."""
-
-    threads: Annotated[int, Field(ge=1), Unit("threads")] = 4
-    """Decoding threads per rank."""
-
-    prefetch: Annotated[int, Field(ge=1), Unit("batches")] = 2
-    """Batches prepared ahead on each rank. More of them ride out a slow disk and cost memory."""
-
-    @model_validator(mode="after")
-    def _one_arrangement(self) -> "Data":
-        if self.block is not None and self.images_per_identity is not None:
-            raise ValueError(
-                f"block = {self.block} with data.images_per_identity = "
-                f"{self.images_per_identity}: an epoch has one arrangement. Remove one of the two."
-            )
-        default = type(self).model_fields["block_window"].default
-        if self.block is None and self.block_window != default:
-            raise ValueError(
-                f"block_window = {self.block_window}: there are no blocks. Set data.block, or "
-                "remove block_window."
-            )
-        return self
-
-
 class Backbone(Section):
     """The network from image to embedding."""
 
-    name: str = "iresnet50"
+    name: BackboneName = "iresnet50"
     """Which backbone."""
 
-    embedding_dim: Annotated[int, Field(ge=1, le=4096)] = 512
+    embedding_dim: Annotated[int, Range(ge=1, le=4096)] = 512
     """Length of an embedding and of a class center."""
 
     channels_last: bool = True
@@ -163,71 +83,12 @@ class Fp16(Precision):
     compute: Literal["fp16"] = "fp16"
     """Autocast format of the backbone."""
 
-    initial_loss_scale: Annotated[float, Field(gt=0, le=2.0**32)] = 65536.0
+    initial_loss_scale: Annotated[float, Range(gt=0, le=2.0**32)] = 65536.0
     """Loss scale of the first step. It halves after an overflow, whose step is skipped, and
     doubles after a long run without one."""
 
 
 AnyPrecision = Annotated[Bf16 | Fp32 | Fp16, Field(discriminator="compute")]
-
-
-class Head(Section):
-    """The class centers, one per identity, and the softmax over them."""
-
-    sample_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Fraction of the class centers used per step, the batch's own included. 1 uses all."""
-
-    canonical_shards: Annotated[int | None, Field(ge=1)] = None
-    """Units that negatives are sampled from and centers are moved in; at least the largest number
-    of ranks that the run will ever have. Left out, it follows from the number of identities."""
-
-    compute: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
-    """Format of the head's matrix products. ``auto`` is bf16 where ``precision.compute`` is,
-    otherwise fp32, or tf32 on a GPU with ``precision.tf32``."""
-
-    center_format: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """How class centers are stored. ``fp16`` has a scale per center and is the better one of 16
-    bits; both are rounded stochastically."""
-
-    keep_mib: Annotated[int | None, Field(ge=0), Unit("MiB")] = None
-    """Most memory per rank that spares the second pass of the head a matrix product. The result is
-    the same, for logits above 64 or with fused to rounding. Left out: 256 on a CPU, 2048 on a
-    GPU."""
-
-    centers_in: Literal["device", "host"] = "device"
-    """Where class centers lie between steps. ``host`` is the machine's memory, from which a step's
-    rows travel to the device and back: for more identities than the device has room for. Changes no
-    result."""
-
-    states_in: Literal["device", "host"] = "device"
-    """Where the optimizer's states of the centers lie, as ``centers_in``. Changes no result."""
-
-    host_folder: UserPath | None = None
-    """Where what is in ``host`` is mapped from files, which vanish with the process, for more than
-    the memory holds: a folder on a fast local disk. Left out, it is in memory."""
-
-    fused: bool = False
-    """Do each pass of the head in one kernel: on Hopper, in bf16, with SGD and a softmax over unit
-    centers, one an identity. Changes the result by rounding alone."""
-
-    overlap: bool = False
-    """On a GPU, update the centers while the backbone's backward runs. Then a gradient of the
-    backbone that is not finite stops the run after the centers have moved in memory; nothing of
-    that step is saved."""
-
-    margin: AnyMargin = Field(default_factory=ArcFace)
-    optimizer: Annotated[
-        SgdOfCenters | AdamWOfCenters | AdagradOfCenters, Field(discriminator="name")
-    ] = Field(default_factory=SgdOfCenters)
-
-    @model_validator(mode="after")
-    def _host_is_used(self) -> "Head":
-        if self.host_folder is not None and "host" not in (self.centers_in, self.states_in):
-            raise ValueError(
-                f'host_folder = "{self.host_folder}": nothing lies in host memory. Set centers_in '
-                'or states_in to "host", or remove host_folder.'
-            )
-        return self
 
 
 class Verification(Section):
@@ -246,7 +107,7 @@ class Verification(Section):
     flip: bool = True
     """Add to every embedding that of the mirrored image, as the field does for faces."""
 
-    batch: Annotated[int, Field(ge=1), Unit("images")] = 256
+    batch: Annotated[int, Range(ge=1), Unit("images")] = 256
     """Images that each rank decodes ahead. Does not change the result."""
 
     @model_validator(mode="after")
@@ -268,9 +129,7 @@ class Config(Section):
     precision: AnyPrecision = Field(default_factory=Bf16)
     head: Head = Field(default_factory=Head)
     losses: Losses = Field(default_factory=Losses)
-    optimizer: Annotated[SgdOfBackbone | AdamWOfBackbone, Field(discriminator="name")] = Field(
-        default_factory=SgdOfBackbone
-    )
+    optimizer: AnyOfBackbone = Field(default_factory=SgdOfBackbone)
     schedule: Annotated[Linear | Polynomial | Cosine, Field(discriminator="name")] = Field(
         default_factory=Linear
     )

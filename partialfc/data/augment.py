@@ -7,12 +7,13 @@ Shape suffixes: B = images of one rank's batch, n = numbers that a change needs.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from partialfc.definitions.augment import Augment, Probability, Shift
 from partialfc.keyed import key, uniform
 
 CHANGES = ("crop", "rotate", "colour", "grey", "blur", "downscale", "jpeg", "cutout")
@@ -23,67 +24,24 @@ _LEAST_BLUR = 0.1
 _HUE = 45.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Augmentation:
+@dataclass(frozen=True, kw_only=True)
+class Augmentation(Augment):
     """What may happen to an image of training, after it has its final size S.
 
-    The changes come in the order of ``CHANGES``, then shift and flip. ``crop``, ``rotate``, ...
-    are the probability of each; numbers are uniform in their range.
-
-    Attributes:
-        shift: Largest translation, in pixels of the final image, >= 0. Each axis moves by a uniform
-            integer in [-shift, shift]; the border is filled with the image's outermost pixels.
-        flip: Probability of mirroring left and right, in [0, 1].
-        crop_side: A square of [crop_side, 1] times S, anywhere, is resized to S.
-        rotate_degrees: An angle of up to this, in either direction.
-        colour_strength: Factors in [1 - strength, 1 + strength] of brightness, contrast and
-            saturation; the hue turns by up to 45 degrees times it in either direction.
-        blur_sigma: Standard deviation of the Gaussian, in [0.1, blur_sigma] pixels.
-        downscale_side: The side in between, in [downscale_side, 1] times S.
-        jpeg_quality: In [jpeg_quality, 95].
-        cutout_side: A square of up to cutout_side times S is grey.
-
-    Raises:
-        ValueError: If a value is outside its range.
+    The changes come in the order of ``CHANGES``, then shift and flip; numbers are uniform in their
+    range: a square of [crop_side, 1] times S, anywhere, is resized to S; a rotation in either
+    direction; factors in [1 - strength, 1 + strength], and a hue of up to 45 degrees times the
+    strength in either direction; a blur of [0.1, blur_sigma] pixels; a side in between of
+    [downscale_side, 1] times S; a quality in [jpeg_quality, 95]; a grey square of up to cutout_side
+    times S.
     """
 
-    shift: int = 0
-    flip: float = 0.5
-    crop: float = 0.0
-    crop_side: float = 0.8
-    rotate: float = 0.0
-    rotate_degrees: float = 15.0
-    colour: float = 0.0
-    colour_strength: float = 0.3
-    grey: float = 0.0
-    blur: float = 0.0
-    blur_sigma: float = 2.0
-    downscale: float = 0.0
-    downscale_side: float = 0.25
-    jpeg: float = 0.0
-    jpeg_quality: int = 20
-    cutout: float = 0.0
-    cutout_side: float = 0.4
+    shift: Shift = 0
+    """Largest translation; each axis moves by a uniform integer in [-shift, shift], and the border
+    is filled with the image's outermost pixels."""
 
-    def __post_init__(self) -> None:
-        if self.shift < 0:
-            raise ValueError(f"data.shift must be >= 0 pixels, got {self.shift}.")
-        if not 0 <= self.flip <= 1:
-            raise ValueError(f"data.flip is a probability, must be in [0, 1], got {self.flip}.")
-        for name in CHANGES:
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(
-                    f"data.augment.{name} is a probability, must be in [0, 1], got "
-                    f"{getattr(self, name)}."
-                )
-        shares = [field.name for field in fields(self) if field.name.endswith(("side", "strength"))]
-        ranges = {"rotate_degrees": 180, "blur_sigma": 16, "jpeg_quality": _BEST_JPEG}
-        ranges |= dict.fromkeys(shares, 1)
-        for name, limit in ranges.items():
-            if not 0 < getattr(self, name) <= limit:
-                raise ValueError(
-                    f"data.augment.{name} must be in (0, {limit}], got {getattr(self, name)}."
-                )
+    flip: Probability = 0.5
+    """Probability of mirroring left and right."""
 
     @property
     def changes(self) -> tuple[str, ...]:

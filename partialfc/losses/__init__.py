@@ -3,15 +3,14 @@
 They compare embeddings with each other, so they want batches in which identities repeat.
 """
 
+from partialfc.definitions import losses as definitions
 from partialfc.losses.base import EmbeddingLoss, Pairs
 from partialfc.losses.contrastive import Contrastive
 from partialfc.losses.triplet import Triplet
 from partialfc.losses.uniformity import Uniformity
 
 LOSSES: dict[str, type[EmbeddingLoss]] = {
-    "triplet": Triplet,
-    "contrastive": Contrastive,
-    "uniformity": Uniformity,
+    name: globals()[definition.__name__] for name, definition in definitions.LOSSES.items()
 }
 """Every loss by its name in the settings."""
 

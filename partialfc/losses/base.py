@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from partialfc.definitions import Definition
 from partialfc.numerics import precision
 
 
@@ -49,8 +50,7 @@ class Pairs:
         return cls(square_bB, alike_bB & ~itself_bB, ~alike_bB)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EmbeddingLoss(ABC):
+class EmbeddingLoss(Definition, ABC):
     """A function of T means over pairs or triplets of the global batch."""
 
     terms: ClassVar[int] = 1

@@ -3,42 +3,27 @@
 Shape suffixes: b = anchors, B = rows of the gathered batch.
 """
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from partialfc.definitions import losses as definitions
 from partialfc.losses.base import EmbeddingLoss, Pairs, total
 
 _SMALLEST_SQUARE = 1e-12
 """Below it a distance has no gradient: its root would have an infinite one."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Contrastive(EmbeddingLoss):
+class Contrastive(definitions.Contrastive, EmbeddingLoss):
     """Mean of d²/2 over pairs of one identity + mean of max(0, margin - d)²/2 over near others.
 
     Hadsell, Chopra and LeCun, "Dimensionality reduction by learning an invariant mapping" (CVPR
     2006), on the Euclidean distance d of unit embeddings. Pairs of two identities that are farther
     apart than the margin are left out of their mean, or they would make it vanish.
-
-    Attributes:
-        margin: In units of distance, in (0, 2].
-
-    Raises:
-        ValueError: If a value is outside its range.
     """
 
     terms: ClassVar[int] = 2
-
-    margin: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.margin <= 2:
-            raise ValueError(
-                f"contrastive.margin must be in (0, 2], in units of distance, got {self.margin}."
-            )
 
     def sums(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
         """Return sums [2] and counts [2] of pairs of one identity and of two."""

@@ -3,45 +3,20 @@
 Shape suffixes: b = anchors, B = rows of the gathered batch.
 """
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from torch import Tensor
 
+from partialfc.definitions import losses as definitions
 from partialfc.losses.base import EmbeddingLoss, Pairs, total
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Triplet(EmbeddingLoss):
+class Triplet(definitions.Triplet, EmbeddingLoss):
     """Mean of max(0, d(a, p)² - d(a, n)² + margin) over mined triplets of unit embeddings.
 
     FaceNet, eq. 3 (https://arxiv.org/abs/1503.03832); distances are Euclidean.
-
-    Attributes:
-        margin: In units of squared distance, in (0, 4).
-        mining: ``"semi_hard"`` (FaceNet, sec. 3.2): every pair of one identity with the nearest
-            negative that is farther than its positive; pairs without one are left out of the mean.
-            ``"batch_hard"`` (https://arxiv.org/abs/1703.07737, eq. 5): every anchor with its
-            farthest positive and its nearest negative.
-
-    Raises:
-        ValueError: If a value is outside its range.
+    ``semi_hard`` (sec. 3.2) leaves pairs without a farther negative out of the mean; ``batch_hard``
+    is eq. 5 of https://arxiv.org/abs/1703.07737.
     """
-
-    margin: float = 0.2
-    mining: Literal["semi_hard", "batch_hard"] = "semi_hard"
-
-    def __post_init__(self) -> None:
-        if not 0 < self.margin < 4:
-            raise ValueError(
-                f"triplet.margin must be in (0, 4), in units of squared distance, "
-                f"got {self.margin}."
-            )
-        if self.mining not in ("semi_hard", "batch_hard"):
-            raise ValueError(
-                f'triplet.mining must be "semi_hard" or "batch_hard", got {self.mining!r}.'
-            )
 
     def sums(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
         """Return the sum [1] over mined triplets and their number [1]."""

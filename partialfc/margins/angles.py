@@ -4,24 +4,16 @@ Shape suffix: B = rows of the gathered batch.
 """
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from partialfc.definitions.margins import PastPi
+
 SMALLEST_SINE = 1e-3
 """Bound of 1 / sin(theta). The gradient of the embedding itself stays bounded without it, but the
 fp32 cosine does not resolve smaller angles."""
-
-PastPi = Literal["linear", "fold", "drop", "easy", "none"]
-"""How cos(φ), φ = m0·θ + m1, goes on where φ passes pi and the cosine would rise again.
-
-``"linear"``: as cos(θ), shifted so that the curve is continuous. ``"fold"``: as
-(-1)^k cos(φ) - 2k, the ψ of SphereFace. ``"drop"``: as cos(θ) - m1·sin(m1), a step down, as in
-the first ArcFace code and in pytorch-metric-learning; for m0 = 1. ``"easy"``: the margin at
-θ < pi/2 only, cos(θ) beyond. ``"none"``: not at all. The last two are not monotone, nor is
-``"drop"`` with m0 > 1.
-"""
 
 
 class _Angle(torch.autograd.Function):
@@ -54,7 +46,7 @@ def cosine_with_margin(
         cosine_B: cos(θ).
         multiplicative: m0 >= 1.
         angular: m1 in radians, a number or [B].
-        past_pi: See :data:`PastPi`.
+        past_pi: See :data:`~partialfc.definitions.margins.PastPi`.
     """
     phi_B = multiplicative * angle(cosine_B) + angular
     shifted_B = phi_B.cos()

@@ -11,15 +11,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-Gradient = Literal["straight_through", "exact"]
-"""``"straight_through"`` takes the margin for a constant in backward, so the slope of the
-positive's logit is that of a negative's, as arcface_torch computes it; ``"exact"`` is the
-derivative of the equation."""
+from partialfc.definitions import margins as definitions
+from partialfc.definitions.margins import Gradient
 
 State = Mapping[str, Tensor]
 """What a margin remembers from step to step: fp32 scalars by name, the same on all ranks."""
@@ -76,65 +74,19 @@ class Bend:
     coefficient_3: Tensor
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Margin(ABC):
-    """What every margin has.
+class Margin(definitions.Margin, ABC):
+    """A definition with its mathematics: a subclass of both says what it takes and what it does."""
 
-    Attributes:
-        scale: s, the radius of the hypersphere; dimensionless, > 0.
-        inter_class_filter: Cosine in (-1, 1) above which a negative is taken for the same person
-            under another label: its logit becomes 0 and it gets no gradient. ``None``: no filter.
-            arcface_torch: ``interclass_filtering_threshold``.
-        label_smoothing: ε in [0, 1): share of the target spread evenly over the sampled centers.
-
-    Raises:
-        ValueError: If a value is outside its range.
-    """
-
-    unit_embeddings: ClassVar[bool] = True
-    """Whether queries have unit length; otherwise the length of an embedding is kept."""
-    unit_centers: ClassVar[bool] = True
-    """Whether keys have unit length; otherwise the length of a class center is kept."""
-    bias: ClassVar[bool] = False
-    """Whether a class has a bias: the last element of its center, times 1."""
     needs_norms: ClassVar[bool] = False
     """Whether :class:`Rows` must have the norms."""
     largest_bend: ClassVar[float] = 1.0
     """Largest factor by which :meth:`bend` raises a logit above ``scale``."""
-
-    scale: float = 64.0
-    inter_class_filter: float | None = None
-    label_smoothing: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.scale < math.inf:
-            raise ValueError(f"margin.scale must be > 0 and finite, got {self.scale}.")
-        if self.inter_class_filter is not None and not -1 < self.inter_class_filter < 1:
-            raise ValueError(
-                "margin.inter_class_filter is a cosine and must be in (-1, 1), "
-                f"got {self.inter_class_filter}; leave it out for no filter."
-            )
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(
-                f"margin.label_smoothing must be in [0, 1), got {self.label_smoothing}."
-            )
-        if self.label_smoothing and self.inter_class_filter is not None:
-            raise ValueError(
-                f"margin.label_smoothing = {self.label_smoothing} with margin.inter_class_filter = "
-                f"{self.inter_class_filter}: one pulls every embedding to all centers, the other "
-                "lets some of them be. Leave one out."
-            )
 
     @property
     def largest_logit(self) -> float:
         """Bound of every |logit| of a negative; inf where lengths are kept."""
         unit = self.unit_embeddings and self.unit_centers
         return self.scale * self.largest_bend if unit else math.inf
-
-    @property
-    def centers_per_identity(self) -> int:
-        """K; the logit of an identity is that of the nearest of its K centers."""
-        return 1
 
     @property
     def needs_positives(self) -> bool:
@@ -196,53 +148,6 @@ class Margin(ABC):
     @abstractmethod
     def logit(self, state: State, rows: Rows) -> Tensor:
         """Return the positive's logit [B], differentiable by dot, norm and length."""
-
-
-def refuse(name: str, value: object, rule: str) -> None:
-    """Raise the error of a margin's setting.
-
-    Raises:
-        ValueError: Always.
-    """
-    raise ValueError(f"margin.{name} must be {rule}, got {value!r}.")
-
-
-def check_angular(angular: float, *, name: str = "angular") -> None:
-    """Refuse an angular margin outside [0, pi/2] radians, with the value that degrees would be.
-
-    Raises:
-        ValueError: If it is.
-    """
-    if not 0 <= angular <= math.pi / 2:
-        degrees = f" (if that is degrees, write {math.radians(angular):.4f})"
-        raise ValueError(
-            f"margin.{name} must be in [0, pi/2] radians, got {angular}"
-            f"{degrees if 0 <= angular <= 90 else ''}."
-        )
-
-
-def check_margin_of(base: str, margin: float) -> None:
-    """Refuse a margin that is in radians or in units of cosine, as its base has it.
-
-    Raises:
-        ValueError: If it is not in [0, pi/2].
-    """
-    if base == "arcface":
-        check_angular(margin, name="margin")
-    elif not 0 <= margin <= math.pi / 2:
-        refuse("margin", margin, "in [0, pi/2], in units of cosine for base = 'cosface'")
-
-
-def check_gradient(gradient: str) -> None:
-    """Refuse what is no :data:`Gradient`.
-
-    Raises:
-        ValueError: If it is not.
-    """
-    if gradient not in ("straight_through", "exact"):
-        raise ValueError(
-            f"margin.gradient must be 'straight_through' or 'exact', got {gradient!r}."
-        )
 
 
 def straight_through(logit_B: Tensor, plain_B: Tensor, gradient: Gradient) -> Tensor:

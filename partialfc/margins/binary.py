@@ -4,44 +4,25 @@ Shape suffix: B = rows of the gathered batch.
 """
 
 import math
-from dataclasses import dataclass
 
 from torch import Tensor
 
-from partialfc.margins.base import Margin, Rows, State, refuse
+from partialfc.definitions import margins as definitions
+from partialfc.margins.base import Margin, Rows, State
 
 _LARGEST_MOVE = 1.0
 """Most that the threshold moves in a forward pass, in logits: the negatives of a run's first steps
 may push with the weight of all classes."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UniFace(Margin):
+class UniFace(definitions.UniFace, Margin):
     """log(1 + exp(b - s (cos(theta) - m))) + the sum over negatives of log(1 + exp(s cos - b)).
 
     Zhou et al., "UniFace: Unified Cross-Entropy Loss for Deep Face Recognition" (ICCV 2023). The
     threshold b is learned, so that b / s is a cosine that parts positives from negatives of all
     identities. The negatives are the sampled ones. b starts at log(10 C), where a center at 90
     degrees has a probability of 1 / (10 C).
-
-    Attributes:
-        additive: m in units of cosine, in [0, 2).
-        bias_rate: Learning rate of b, > 0, by plain gradient descent; b moves by at most 1 in a
-            forward pass, of which a step with accumulation has several.
     """
-
-    additive: float = 0.4
-    bias_rate: float = 0.1
-
-    def __post_init__(self) -> None:
-        Margin.__post_init__(self)
-        if not 0 <= self.additive < 2:
-            refuse("additive", self.additive, "in [0, 2), in units of cosine")
-        if not 0 < self.bias_rate < math.inf:
-            refuse("bias_rate", self.bias_rate, "> 0 and finite")
-        for name in ("inter_class_filter", "label_smoothing"):
-            if getattr(self, name):
-                refuse(name, getattr(self, name), "left out: it belongs to a softmax")
 
     def new_state(self, num_identities: int) -> dict[str, float]:
         """See :meth:`Margin.new_state`."""

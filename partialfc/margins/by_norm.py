@@ -4,21 +4,17 @@ Shape suffix: B = rows of the gathered batch.
 """
 
 import math
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from partialfc.definitions import margins as definitions
 from partialfc.margins.angles import angle, cosine_with_margin
 from partialfc.margins.base import (
-    Gradient,
     Margin,
     Rows,
     State,
-    check_angular,
-    check_gradient,
-    refuse,
     straight_through,
 )
 
@@ -26,37 +22,16 @@ _SMALLEST_NORM, _LARGEST_NORM = 1e-3, 100.0
 _SMALLEST_ANGLE = 1e-3
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdaFace(Margin):
+class AdaFace(definitions.AdaFace, Margin):
     """``s * (cos(theta - m z) - (m + m z))``, z the image's quality in [-1, 1],
     https://arxiv.org/abs/2204.00964.
 
     z = h (norm - mean) / std of the norms, clipped; mean and std are moving averages over batches.
     A poor image (z = -1) gets an angular margin as in ArcFace, a good one (z = 1) a negative
     angular and twice the additive margin. The norm gets no gradient.
-
-    Attributes:
-        margin: m, in radians and units of cosine, in [0, pi/2].
-        concentration: h > 0.
-        averaging: Share of the new batch in mean and std, in (0, 1]; 1 - α of the paper.
-        gradient: As in :class:`partialfc.margins.ArcFace`.
     """
 
     needs_norms: ClassVar[bool] = True
-
-    margin: float = 0.4
-    concentration: float = 0.333
-    averaging: float = 0.01
-    gradient: Gradient = "exact"
-
-    def __post_init__(self) -> None:
-        Margin.__post_init__(self)
-        check_angular(self.margin, name="margin")
-        if not 0 < self.concentration < math.inf:
-            refuse("concentration", self.concentration, "> 0 and finite")
-        if not 0 < self.averaging <= 1:
-            refuse("averaging", self.averaging, "in (0, 1]")
-        check_gradient(self.gradient)
 
     def new_state(self, num_identities: int) -> dict[str, float]:
         """Mean and standard deviation of the norms; the paper's code starts at 20 and 100."""
@@ -85,49 +60,16 @@ class AdaFace(Margin):
         return straight_through(logit_B, self.scale * cosine_B, self.gradient)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MagFace(Margin):
+class MagFace(definitions.MagFace, Margin):
     """``s * cos(theta + m(a))``, a = ||x||, https://arxiv.org/abs/2103.06627.
 
     m(a) rises in a straight line from ``smallest_angular`` at ``smallest_norm`` to
     ``largest_angular`` at ``largest_norm``, and the loss gains λ g(a), g(a) = a / u² + 1 / a with
     u = ``largest_norm``, which pulls norms up; both give the norm a gradient. A norm outside the
     range counts as its end. Past pi the curve goes on as in ArcFace here.
-
-    Attributes:
-        smallest_norm: l > 0.
-        largest_norm: u > l.
-        smallest_angular: In radians, in [0, pi/2].
-        largest_angular: In radians, in [smallest_angular, pi/2].
-        norm_weight: λ >= 0.
     """
 
     needs_norms: ClassVar[bool] = True
-
-    smallest_norm: float = 10.0
-    largest_norm: float = 110.0
-    smallest_angular: float = 0.45
-    largest_angular: float = 0.8
-    norm_weight: float = 35.0
-
-    def __post_init__(self) -> None:
-        Margin.__post_init__(self)
-        if not 0 < self.smallest_norm < math.inf:
-            refuse("smallest_norm", self.smallest_norm, "> 0 and finite")
-        if not self.smallest_norm < self.largest_norm < math.inf:
-            refuse(
-                "largest_norm", self.largest_norm, f"> smallest_norm = {self.smallest_norm}, finite"
-            )
-        check_angular(self.smallest_angular, name="smallest_angular")
-        check_angular(self.largest_angular, name="largest_angular")
-        if self.largest_angular < self.smallest_angular:
-            refuse(
-                "largest_angular",
-                self.largest_angular,
-                f">= smallest_angular = {self.smallest_angular}",
-            )
-        if not 0 <= self.norm_weight < math.inf:
-            refuse("norm_weight", self.norm_weight, ">= 0 and finite")
 
     def penalty(self, norm_B: Tensor) -> Tensor:
         """Return λ g(a)."""

@@ -12,17 +12,12 @@ from partialfc.backbones import build_backbone
 from partialfc.config import Config, ConfigError
 from partialfc.head import Kernels, Memory, PartialFC, Precision
 from partialfc.head.options import Compute
-from partialfc.head.rows.rules import RowAdagrad, RowAdamW, RowRule, RowSGD
+from partialfc.head.rows.rules import ROW_RULES
 from partialfc.losses import LOSSES
 from partialfc.losses.over_ranks import EmbeddingLosses, Weighted
 from partialfc.margins import MARGINS, Margin
 from partialfc.runtime.process import Runtime
 
-_ROW_RULES: dict[str, type[RowRule]] = {
-    "sgd": RowSGD,
-    "adamw": RowAdamW,
-    "adagrad": RowAdagrad,
-}
 _OPTIMIZERS: dict[str, Any] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 
@@ -170,25 +165,17 @@ def head_compute(config: Config, device: torch.device) -> Compute:
 
 
 def margin_of(config: Config) -> Margin:
-    """Return the margin that the settings ask for.
-
-    Raises:
-        ConfigError: If a value does not go with another.
-    """
-    settings = config.head.margin
-    try:
-        return MARGINS[settings.name](**settings.model_dump(exclude={"name"}))
-    except ValueError as error:
-        raise ConfigError(f"head.{error}") from error
+    """Return the margin that the settings ask for."""
+    return config.head.margin.made(MARGINS[config.head.margin.name])
 
 
 def embedding_losses(config: Config) -> EmbeddingLosses:
     """Return those with a weight."""
     losses = {}
     for name, kind in LOSSES.items():
-        settings = getattr(config.losses, name).model_dump()
-        if weight := settings.pop("weight"):
-            losses[name] = Weighted(kind(**settings), weight)
+        settings = getattr(config.losses, name)
+        if settings.weight:
+            losses[name] = Weighted(settings.made(kind), settings.weight)
     return EmbeddingLosses(losses)
 
 
@@ -199,7 +186,6 @@ def memory_of(config: Config) -> Memory:
 
 def _head(config: Config, runtime: Runtime, num_identities: int) -> PartialFC:
     settings = config.head
-    rule = settings.optimizer.model_dump(exclude={"name", "lr_factor"})
     margin = margin_of(config)
     try:
         return PartialFC(
@@ -207,7 +193,7 @@ def _head(config: Config, runtime: Runtime, num_identities: int) -> PartialFC:
             config.backbone.embedding_dim,
             margin,
             sample_rate=settings.sample_rate,
-            optimizer=_ROW_RULES[settings.optimizer.name](**rule),
+            optimizer=settings.optimizer.made(ROW_RULES[settings.optimizer.name]),
             precision=Precision(
                 compute=head_compute(config, runtime.device), center_format=settings.center_format
             ),

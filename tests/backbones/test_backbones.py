@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from partialfc.backbones import BACKBONES, build_backbone, convnet
 from partialfc.backbones.iresnet import IResNet
 from partialfc.backbones.mobilefacenet import MobileFaceNet
-from partialfc.backbones.vit import Recipe, VisionTransformer, _Block
+from partialfc.backbones.vit import VisionTransformer, ViTShape, _Block
 from tests.support.backbone_truth import TRUTH
 
-SMALL_VIT = Recipe(width=64, depth=2, masked=0.1, drop_path=0.3)
-STRIDED = convnet.Recipe((4, 8, 16, 32), pooled=False)
+SMALL_VIT = ViTShape(width=64, depth=2, masked=0.1, drop_path=0.3)
+STRIDED = convnet.Layers((4, 8, 16, 32), pooled=False)
 SMALL: dict[str, Callable[..., nn.Module]] = {
     "iresnet": lambda **settings: IResNet((1, 2, 1, 1), **settings),
     "mobilefacenet": MobileFaceNet,
@@ -74,13 +74,13 @@ def assert_same_training(model: nn.Module, other: nn.Module) -> None:
 
 
 def test_unknown_name_lists_the_valid_ones_and_the_nearest() -> None:
-    with pytest.raises(ValueError, match="did you mean 'iresnet50'") as error:
+    with pytest.raises(ValueError, match="Did you mean 'iresnet50'") as error:
         build_backbone("resnet50")
     assert all(name in str(error.value) for name in BACKBONES)
 
 
 def test_embedding_dim_must_be_positive() -> None:
-    with pytest.raises(ValueError, match="embedding_dim must be >= 1, got 0"):
+    with pytest.raises(ValueError, match="embedding_dim = 0: must be an integer >= 1"):
         build_backbone("convnet_s", embedding_dim=0)
 
 
@@ -88,13 +88,13 @@ def test_embedding_dim_must_be_positive() -> None:
 def test_image_size_off_the_stride_is_refused_with_the_sizes_that_work(name: str) -> None:
     with (
         torch.device("meta"),
-        pytest.raises(ValueError, match=r"image_size = 100.*multiple of 16; use 96 or 112"),
+        pytest.raises(ValueError, match=r"image_size = 100.*multiple of 16. Use 96 or 112"),
     ):
         build_backbone(name, image_size=100)
 
 
 def test_image_size_below_the_smallest_is_refused_with_one_that_works() -> None:
-    with pytest.raises(ValueError, match=r"image_size = 8.*use 16 or 32"):
+    with pytest.raises(ValueError, match=r"image_size = 8.*Use 16 or 32"):
         build_backbone("convnet_s", image_size=8)
     with pytest.raises(ValueError, match=r"image_size = 23.*at least 24"):
         build_backbone("vit_t", image_size=23)
@@ -190,7 +190,7 @@ def test_embeddings_and_statistics_equal_an_independent_computation(
 
 def test_masked_patches_become_the_mask_token_after_the_blocks() -> None:
     model = VisionTransformer(
-        Recipe(width=64, depth=0, masked=0.3, drop_path=0.0), embedding_dim=16, image_size=32
+        ViTShape(width=64, depth=0, masked=0.3, drop_path=0.0), embedding_dim=16, image_size=32
     )
     seen: list[Tensor] = []
     model.feature.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -218,7 +218,7 @@ def test_drop_path_keeps_the_expectation_and_acts_per_image() -> None:
 
 
 def test_drop_path_grows_linearly_from_zero() -> None:
-    model = VisionTransformer(Recipe(width=64, depth=3, masked=0, drop_path=0.2), image_size=32)
+    model = VisionTransformer(ViTShape(width=64, depth=3, masked=0, drop_path=0.2), image_size=32)
     assert [block.drop_path for block in model.blocks] == pytest.approx([0, 0.1, 0.2])
 
 

@@ -43,7 +43,7 @@ def test_no_shift_means_none():
 
 
 def test_draws_of_axes_epochs_and_seeds_are_independent():
-    augmentation = Augmentation(shift=50)
+    augmentation = Augmentation(shift=16)
     columns = [
         column.astype(float)
         for seed, epoch in [(3, 1), (3, 2), (4, 1)]
@@ -84,19 +84,3 @@ def test_the_numbers_of_changes_keep_their_range():
         assert high >= values.max() > high - 0.02 * (high - low)
     np.testing.assert_allclose(changes["colour"].min(0), [0.7, 0.7, 0.7, -13.5], rtol=0.01)
     np.testing.assert_allclose(changes["colour"].max(0), [1.3, 1.3, 1.3, 13.5], rtol=0.01)
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ({"shift": -1}, "data.shift must be >= 0 pixels, got -1"),
-        ({"flip": 1.5}, r"data.flip is a probability, must be in \[0, 1\], got 1.5"),
-        ({"blur": -0.1}, "data.augment.blur is a probability"),
-        ({"crop_side": 0.0}, r"data.augment.crop_side must be in \(0, 1\], got 0.0"),
-        ({"rotate_degrees": 200.0}, "data.augment.rotate_degrees must be in"),
-        ({"flip": float("nan")}, "data.flip .* got nan"),
-    ],
-)
-def test_impossible_augmentations_are_refused_by_key(setting, message):
-    with pytest.raises(ValueError, match=message):
-        Augmentation(**setting)

@@ -118,7 +118,7 @@ def test_explain_says_what_a_margin_means(name, tmp_path, capsys):
                 "9",
                 "head.margin={name='combined',past_pi='easy'}",
             ],
-            "head.margin.past_pi = 'easy' makes the logit rise",
+            'head.margin.past_pi = "easy": the logit would rise',
         ),
     ],
 )

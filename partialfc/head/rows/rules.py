@@ -3,39 +3,30 @@
 Shape suffixes: D = embedding, T = rows of a tile.
 """
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
+from partialfc.definitions import Definition, Range
+from partialfc.definitions import optimizers as definitions
 from partialfc.head.rows.formats import DTYPES, SCALED, Format
 
 States = dict[str, Tensor]
 """Row states by name, each with one row per class center."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowRule(ABC):
-    """Settings of an update; every field is an entry of ``param_groups[0]``.
+Rate = Annotated[float, Range(ge=0)]
 
-    Attributes:
-        lr: Learning rate, >= 0.
-        weight_decay: λ, >= 0.
 
-    Raises:
-        ValueError: If a value is outside its range.
-    """
+@dataclass(frozen=True, kw_only=True)
+class RowRule(Definition, ABC):
+    """Settings of an update; every field is an entry of ``param_groups[0]``."""
 
-    lr: float = 0.1
-    weight_decay: float = 5e-4
-
-    def __post_init__(self) -> None:
-        for name, value in (("lr", self.lr), ("weight_decay", self.weight_decay)):
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be >= 0 and finite, got {value}.")
+    lr: Rate = 0.1
+    """Learning rate."""
 
     @abstractmethod
     def new_states(self, centers: Tensor) -> States:
@@ -47,35 +38,14 @@ class RowRule(ABC):
         """Change fp32 rows and states in place; the gradient is used up."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowSGD(RowRule):
+@dataclass(frozen=True, kw_only=True)
+class RowSGD(definitions.SgdOfRows, RowRule):
     """SGD with momentum as in torch.optim.SGD: v = μv + (g + λw), w = w - lr·v.
 
-    Attributes:
-        momentum: μ in [0, 1).
-        momentum_format: How v is stored: ``"fp32"``, ``"bf16"`` or ``"int8"`` with an fp32 scale a
-            row, both with stochastic rounding.
-        unsampled: What happens to a row at a step that does not sample it. ``"move"``: it decays
-            and moves by its momentum, as in torch.optim.SGD on all rows and in arcface_torch;
-            computed when the row is sampled next, see :mod:`partialfc.head.rows.catch_up`.
-            ``"stay"``: nothing, as in PLSC. At a sample rate of 1 there is no such row, and both
-            are one.
+    An int8 v has an fp32 scale a row. Rows that move without being sampled:
+    :mod:`partialfc.head.rows.catch_up`. Rows that stay, as in PLSC. At a sample rate of 1 there is
+    no such row, and both are one.
     """
-
-    momentum: float = 0.9
-    momentum_format: Literal["fp32", "bf16", "int8"] = "fp32"
-    unsampled: Literal["move", "stay"] = "move"
-
-    def __post_init__(self) -> None:
-        RowRule.__post_init__(self)
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}.")
-        if self.momentum_format not in ("fp32", "bf16", "int8"):
-            raise ValueError(
-                f"momentum_format must be fp32, bf16 or int8, got {self.momentum_format!r}."
-            )
-        if self.unsampled not in ("move", "stay"):
-            raise ValueError(f"unsampled must be move or stay, got {self.unsampled!r}.")
 
     def new_states(self, centers: Tensor) -> States:
         """Return a zero velocity, or nothing without momentum."""
@@ -101,29 +71,16 @@ class RowSGD(RowRule):
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowAdamW(RowRule):
+@dataclass(frozen=True, kw_only=True)
+class RowAdamW(definitions.AdamWOfRows, RowRule):
     """AdamW (https://arxiv.org/abs/1711.05101) with one step count per row.
 
     The bias correction of a row counts the updates of that row, not the steps of the run, so a
     rarely sampled row is not corrected too little. Weight decay is decoupled: w = w·(1 - lr·λ), at
     the steps that sample the row.
-
-    Attributes:
-        betas: Decay of the first and second moment, each in [0, 1).
-        eps: Added to the root of the second moment, > 0.
     """
 
-    lr: float = 1e-3
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-
-    def __post_init__(self) -> None:
-        RowRule.__post_init__(self)
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}.")
-        _positive_eps(self.eps)
+    lr: Rate = 1e-3
 
     def new_states(self, centers: Tensor) -> States:
         """Return zero moments and step counts."""
@@ -145,24 +102,15 @@ class RowAdamW(RowRule):
         row_TD.mul_(1 - group["lr"] * group["weight_decay"]).sub_(step_TD, alpha=group["lr"])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowAdagrad(RowRule):
+@dataclass(frozen=True, kw_only=True)
+class RowAdagrad(definitions.AdagradOfRows, RowRule):
     """Row-wise Adagrad: one number a row, the sum over its updates of the mean square of g + λw.
 
     w = w - lr·(g + λw) / (sqrt(sum) + eps), as for embedding tables in
     https://arxiv.org/abs/1906.00091.
-
-    Attributes:
-        eps: Added to the root of the sum, > 0.
     """
 
-    lr: float = 0.05
-    weight_decay: float = 0.0
-    eps: float = 1e-8
-
-    def __post_init__(self) -> None:
-        RowRule.__post_init__(self)
-        _positive_eps(self.eps)
+    lr: Rate = 0.05
 
     def new_states(self, centers: Tensor) -> States:
         """Return a zero sum for each row."""
@@ -176,9 +124,8 @@ class RowAdagrad(RowRule):
         row_TD.addcdiv_(gradient_TD, sum_T1.sqrt().add_(group["eps"]), value=-group["lr"])
 
 
-def _positive_eps(eps: float) -> None:
-    if not 0 < eps < math.inf:
-        raise ValueError(f"eps must be > 0 and finite, got {eps}.")
+ROW_RULES: dict[str, type[RowRule]] = {"sgd": RowSGD, "adamw": RowAdamW, "adagrad": RowAdagrad}
+"""Every update by the name it has in a settings file."""
 
 
 def _new(name: str, centers: Tensor, stored_as: Format) -> States:

@@ -1,0 +1,89 @@
+"""Settings of the training images."""
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from partialfc.config.defined import Defined, section_of
+from partialfc.config.schema import OneOrMore, Section, UserPath
+from partialfc.definitions import Range, Unit
+from partialfc.definitions import augment as definitions
+from partialfc.definitions.augment import Probability, Shift
+
+if TYPE_CHECKING:
+    Augment = Defined
+else:
+    Augment = section_of(definitions.Augment, Defined)
+
+
+class Data(Section):
+    """The training images and how they reach the backbone."""
+
+    train: Annotated[tuple[UserPath, ...], OneOrMore, Field(strict=False, min_length=1)]
+    """The pack to train on, a .rec file with its .idx beside it; or a folder with a folder of
+    images for each identity, or a list of lines path<TAB>identity. Of several, one after the other,
+    the identities of each follow those of the ones before it."""
+
+    skip: Annotated[tuple[UserPath, ...], OneOrMore] = Field(default=(), strict=False)
+    """Lists of images to leave out, as ``partialfc validate --bad`` and training write them."""
+
+    loader: Literal["auto", "dali", "torch"] = "auto"
+    """What decodes and augments. ``auto`` is DALI where it is installed, otherwise torch; both
+    make the same batches."""
+
+    global_batch: Annotated[int, Range(ge=1), Unit("images")] = 1024
+    """Images per optimizer step over all ranks. Must divide by ranks x ``optimizer.accumulation``,
+    and decides the result, so keep it when the number of ranks changes."""
+
+    image_size: Annotated[int, Range(ge=32, le=1024), Unit("pixels")] = 112
+    """Side of the square images that the backbone receives."""
+
+    flip: Probability = 0.5
+    """Probability that an image is mirrored. 0 never, 1 always."""
+
+    shift: Shift = 0
+    """Largest random shift of an image along each axis; its outermost pixels fill the border. 0
+    turns it off."""
+
+    augment: Augment = Field(default_factory=Augment)
+
+    last_batch: Literal["drop", "pad"] = "drop"
+    """What happens to the images left over after an epoch's last full global batch: ``drop``
+    leaves them out of this epoch, ``pad`` fills the batch with the epoch's first images."""
+
+    images_per_identity: Annotated[int | None, Range(ge=1), Unit("images")] = None
+    """Make every batch of identities drawn alike, with this many images of each (P x K), for losses
+    that compare images. Must divide ``data.global_batch``. An epoch is then every identity once.
+    Left out, all images are shuffled."""
+
+    block: Annotated[int | None, Range(ge=1), Unit("images")] = None
+    """For slow storage: shuffle blocks of this many neighbouring images, and within a window of
+    blocks the images. Left out, every image is read from anywhere."""
+
+    block_window: Annotated[int, Range(ge=1), Unit("blocks")] = 16
+    """Blocks whose images are shuffled together."""
+
+    bad_share: Annotated[float, Range(ge=0, lt=1)] = 0.001
+    """Largest share of the images that may be replaced because they cannot be decoded. Each is
+    reported, and the next image of the epoch stands for it. Above 0, one always may be."""
+
+    threads: Annotated[int, Range(ge=1), Unit("threads")] = 4
+    """Decoding threads per rank."""
+
+    prefetch: Annotated[int, Range(ge=1), Unit("batches")] = 2
+    """Batches prepared ahead on each rank. More of them ride out a slow disk and cost memory."""
+
+    @model_validator(mode="after")
+    def _one_arrangement(self) -> "Data":
+        if self.block is not None and self.images_per_identity is not None:
+            raise ValueError(
+                f"block = {self.block} with data.images_per_identity = "
+                f"{self.images_per_identity}: an epoch has one arrangement. Remove one of the two."
+            )
+        default = type(self).model_fields["block_window"].default
+        if self.block is None and self.block_window != default:
+            raise ValueError(
+                f"block_window = {self.block_window}: there are no blocks. Set data.block, or "
+                "remove block_window."
+            )
+        return self

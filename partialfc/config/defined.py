@@ -1,0 +1,85 @@
+"""Sections made of definitions, so that a setting stands once: in :mod:`partialfc.definitions`."""
+
+import ast
+import inspect
+import textwrap
+import typing
+from dataclasses import is_dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
+
+from pydantic import Field, create_model, model_validator
+
+from partialfc.config.schema import Section
+from partialfc.definitions import Definition, annotations_of
+
+D = TypeVar("D", bound=Definition)
+S = TypeVar("S", bound="Defined")
+
+
+class Defined(Section):
+    """A section of a definition; :func:`section_of` makes it."""
+
+    definition: ClassVar[type[Definition]]
+
+    if TYPE_CHECKING:  # the settings of the definition
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Self:
+        self.made(self.definition)
+        return self
+
+    def made(self, kind: type[D]) -> D:
+        """Return the definition, or what computes it, with these values."""
+        return kind(**{name: getattr(self, name) for name in annotations_of(self.definition)})
+
+
+def section_of(
+    definition: type[Definition],
+    base: type[S],
+    *,
+    name: str | None = None,
+    about: str | None = None,
+) -> type[S]:
+    """Return the section of a definition: its fields behind those of a base.
+
+    Args:
+        definition: What the section is made of.
+        base: What it has besides.
+        name: The word that chooses this section, where ``base`` has a ``name``.
+        about: Its help; left out, that of the definition.
+    """
+    meanings = _meanings(definition)
+    fields: dict[str, Any] = {
+        key: (
+            annotation,
+            Field(
+                default=getattr(definition, key),
+                description=meanings[key],
+                strict=False if typing.get_origin(annotation) is tuple else None,  # TOML has lists
+            ),
+        )
+        for key, annotation in annotations_of(definition).items()
+    }
+    if name:
+        meaning = base.model_fields["name"].description
+        fields["name"] = (Literal[name], Field(default=name, description=meaning))
+    section = create_model(
+        definition.__name__, __base__=base, __doc__=about or definition.__doc__, **fields
+    )
+    section.definition = definition
+    return section
+
+
+def _meanings(definition: type[Definition]) -> dict[str, str]:
+    """The docstrings under the fields of a definition and of those that it inherits from."""
+    found = {}
+    for kind in filter(is_dataclass, reversed(definition.__mro__)):
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+        assert isinstance(tree, ast.ClassDef)
+        for field, text in pairwise(tree.body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                found[ast.unparse(field.target)] = inspect.cleandoc(ast.literal_eval(text.value))
+    return found

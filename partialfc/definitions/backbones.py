@@ -1,0 +1,39 @@
+"""The backbones by name, and the images that they take; :mod:`partialfc.backbones` builds them."""
+
+from typing import Literal
+
+Backbone = Literal[
+    "iresnet18",
+    "iresnet34",
+    "iresnet50",
+    "iresnet100",
+    "iresnet200",
+    "mobilefacenet",
+    "vit_t",
+    "vit_s",
+    "vit_b",
+    "vit_l",
+    "convnet_s",
+    "convnet_m",
+]
+"""Every backbone by the name it has in a settings file."""
+
+_SMALLEST_OF_PATCHES = 24
+
+
+def refused_size(name: str, image_size: int) -> str | None:
+    """Return why a backbone does not take images of a side in pixels; ``None`` if it does."""
+    if name.startswith("vit_"):
+        if image_size >= _SMALLEST_OF_PATCHES:
+            return None
+        return (
+            f"image_size = {image_size}: {name} needs at least {_SMALLEST_OF_PATCHES} pixels, 2 "
+            "for each of its 12 patches a side. Resize the images, or use convnet_s."
+        )
+    if image_size >= 16 and image_size % 16 == 0:
+        return None
+    below = max(16, image_size // 16 * 16)
+    return (
+        f"image_size = {image_size}: {name} halves the image four times, so it needs a multiple "
+        f"of 16. Use {below} or {below + 16}."
+    )

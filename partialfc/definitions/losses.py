@@ -1,0 +1,42 @@
+"""What a loss on embeddings takes; its module in :mod:`partialfc.losses` computes it."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from partialfc.definitions import Definition, Range, Unit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Triplet(Definition):
+    """max(0, d(a, p)² - d(a, n)² + margin) over triplets (https://arxiv.org/abs/1503.03832)."""
+
+    margin: Annotated[float, Range(gt=0, lt=4), Unit("units of squared distance")] = 0.2
+    """How much nearer the positive must be than the negative."""
+
+    mining: Literal["semi_hard", "batch_hard"] = "semi_hard"
+    """``semi_hard`` takes every positive with the nearest negative beyond it, ``batch_hard`` every
+    image with its farthest positive and its nearest negative."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrastive(Definition):
+    """d²/2 of pairs of one identity, max(0, margin - d)²/2 of two (Hadsell et al., 2006)."""
+
+    margin: Annotated[float, Range(gt=0, le=2), Unit("units of distance")] = 1.0
+    """Distance beyond which two identities leave each other alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uniformity(Definition):
+    """log mean exp(-sharpness d²) over pairs of two identities (https://arxiv.org/abs/2005.10242)."""
+
+    sharpness: Annotated[float, Range(gt=0, le=20)] = 2.0
+    """Large values see near pairs only."""
+
+
+LOSSES: dict[str, type[Definition]] = {
+    "triplet": Triplet,
+    "contrastive": Contrastive,
+    "uniformity": Uniformity,
+}
+"""Every loss on embeddings by its name in a settings file."""
