@@ -27,11 +27,12 @@ from matplotlib import pyplot
 from numpy.typing import NDArray
 
 from partialfc.config import Config, load
-from partialfc.data.augment import CHANGES, Augmentation
+from partialfc.data.augment import Augmentation
 from partialfc.data.dataset import DataSet, open_dataset
 from partialfc.data.loaders.loader import open_batches
 from partialfc.data.loaders.stream import Stream
 from partialfc.data.order import Order, Samples
+from partialfc.definitions.augment import CHANGES
 from partialfc.training.data import augmentation_of
 
 ROWS, COLUMNS = 8, 10

@@ -29,7 +29,7 @@ from partialfc.commands._convert_checkpoint import layouts, settings
 from partialfc.commands._convert_checkpoint.fill import fill
 from partialfc.config import Config, ConfigError, load, to_toml
 from partialfc.data.dataset import open_dataset
-from partialfc.definitions.words import to_value
+from partialfc.definitions.phrases import to_value
 from partialfc.errors import in_words
 from partialfc.model.build import Model, build
 from partialfc.records.console import from_here

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, model_validator
 
 from partialfc.config.defined import Defined, section_of
-from partialfc.config.schema import OneOrMore, Section, UserPath
+from partialfc.config.schema import OneOrMore, Section, UserPath, nearest_multiples
 from partialfc.definitions import Range, Unit
 from partialfc.definitions import augment as definitions
-from partialfc.definitions.augment import Probability, Shift
+from partialfc.definitions.augment import CHANGES, Probability, Shift
 
 if TYPE_CHECKING:
     Augment = Defined
@@ -72,6 +72,27 @@ class Data(Section):
 
     prefetch: Annotated[int, Range(ge=1), Unit("batches")] = 2
     """Batches prepared ahead on each rank. More of them ride out a slow disk and cost memory."""
+
+    @model_validator(mode="after")
+    def _identities_are_whole(self) -> "Data":
+        repeated, batch = self.images_per_identity or 1, self.global_batch
+        if batch % repeated:
+            raise ValueError(
+                f"images_per_identity = {repeated}: must divide data.global_batch = {batch}. "
+                f"Nearest batches: {nearest_multiples(batch, repeated)}."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _loader_makes_the_changes(self) -> "Data":
+        changes = [name for name in CHANGES if name != "crop" and getattr(self.augment, name)]
+        if self.loader == "torch" and changes:
+            raise ValueError(
+                f'loader = "torch": it knows crop, shift and flip, not {changes[0]}. Use "dali", '
+                "or set "
+                f"{', '.join(f'data.augment.{name} = 0' for name in changes)}."
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_arrangement(self) -> "Data":

@@ -2,9 +2,10 @@
 
 import ast
 import inspect
-import textwrap
+import sys
 import typing
 from dataclasses import is_dataclass
+from functools import cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
 
@@ -67,7 +68,11 @@ def section_of(
         meaning = base.model_fields["name"].description
         fields["name"] = (Literal[name], Field(default=name, description=meaning))
     section = create_model(
-        definition.__name__, __base__=base, __doc__=about or definition.__doc__, **fields
+        definition.__name__,
+        __base__=base,
+        __doc__=about or definition.__doc__,
+        __cls_kwargs__={"use_attribute_docstrings": False},  # it has no source to look at
+        **fields,
     )
     section.definition = definition
     return section
@@ -77,9 +82,14 @@ def _meanings(definition: type[Definition]) -> dict[str, str]:
     """The docstrings under the fields of a definition and of those that it inherits from."""
     found = {}
     for kind in filter(is_dataclass, reversed(definition.__mro__)):
-        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
-        assert isinstance(tree, ast.ClassDef)
-        for field, text in pairwise(tree.body):
+        body = _classes_of(kind.__module__)[kind.__name__].body
+        for field, text in pairwise(body):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
                 found[ast.unparse(field.target)] = inspect.cleandoc(ast.literal_eval(text.value))
     return found
+
+
+@cache
+def _classes_of(module: str) -> dict[str, ast.ClassDef]:
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}

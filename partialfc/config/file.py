@@ -26,7 +26,7 @@ from partialfc.config.schema import (
     unit,
     variants,
 )
-from partialfc.definitions.words import either, to_value, with_article
+from partialfc.definitions.phrases import either, to_value, with_article
 from partialfc.errors import ConfigError
 
 S = TypeVar("S", bound=Section)
@@ -59,7 +59,8 @@ def load_settings(schema: type[S], path: str | Path, overrides: Sequence[str] = 
         overridden = [override.partition("=")[0].strip() for override in overrides]
         for details in error.errors(include_url=False):
             place = _locate(schema, settings, details["loc"])
-            problems.append(_problem(schema, place, details, overridden))
+            problem = _problem(schema, place, details, overridden)
+            problems += [problem] if details["loc"] else problem.splitlines()
     else:
         if not problems:
             return result

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from partialfc.config.margins import SECTIONS, AnyMargin
 from partialfc.config.optimizers import AnyOfCenters, SgdOfCenters
@@ -56,12 +56,3 @@ class Head(Section):
 
     margin: AnyMargin = Field(default_factory=SECTIONS["arcface"])
     optimizer: AnyOfCenters = Field(default_factory=SgdOfCenters)
-
-    @model_validator(mode="after")
-    def _host_is_used(self) -> "Head":
-        if self.host_folder is not None and "host" not in (self.centers_in, self.states_in):
-            raise ValueError(
-                f'host_folder = "{self.host_folder}": nothing lies in host memory. Set centers_in '
-                'or states_in to "host", or remove host_folder.'
-            )
-        return self

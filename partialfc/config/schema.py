@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 from pydantic.fields import FieldInfo
 
-from partialfc.definitions.words import options_of, rule, to_value, unit_of
+from partialfc.definitions.phrases import options_of, rule, to_value, unit_of
 
 
 class Section(BaseModel):
@@ -45,6 +45,12 @@ UserPath = Annotated[Path, BeforeValidator(_absolute)]
 
 OneOrMore = BeforeValidator(lambda value: (value,) if isinstance(value, str | Path) else value)
 """A list that may be written as its only entry: ``Annotated[tuple[UserPath, ...], OneOrMore]``."""
+
+
+def nearest_multiples(number: int, of: int) -> str:
+    """Return the multiples below and above a number in words, for a remedy."""
+    below = number // of * of
+    return " or ".join(str(multiple) for multiple in (below, below + of) if multiple)
 
 
 # The schema
@@ -145,7 +151,15 @@ def _entry(key: str, field: FieldInfo, width: int) -> str:
     meaning = textwrap.fill(
         _flat(field.description), width, initial_indent=" " * 6, subsequent_indent=" " * 6
     )
-    return f"  {setting:<44}  {takes(field)}\n{meaning}"
+    head = textwrap.fill(
+        f"{setting:<44}  {takes(field)}",
+        width,
+        initial_indent="  ",
+        subsequent_indent=" " * 48,
+        break_long_words=False,
+        drop_whitespace=True,
+    )
+    return f"{head}\n{meaning}"
 
 
 def _flat(text: str | None) -> str:

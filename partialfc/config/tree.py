@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from partialfc.config import schema as settings
+from partialfc.config.conflicts import conflicts
 from partialfc.config.data import Data
 from partialfc.config.file import load_settings
 from partialfc.config.head import Head
@@ -21,7 +22,7 @@ from partialfc.config.losses import Losses
 from partialfc.config.monitor import Monitor
 from partialfc.config.optimizers import AnyOfBackbone, Cosine, Linear, Polynomial, SgdOfBackbone
 from partialfc.config.run import Checkpoint, EverySteps, Log, Run
-from partialfc.config.schema import Section, UserPath
+from partialfc.config.schema import Section, UserPath, nearest_multiples
 from partialfc.definitions import Range, Unit
 from partialfc.definitions.backbones import Backbone as BackboneName
 from partialfc.errors import ConfigError
@@ -111,7 +112,16 @@ class Verification(Section):
     """Images that each rank decodes ahead. Does not change the result."""
 
     @model_validator(mode="after")
-    def _has_sets(self) -> "Verification":
+    def _sets_have_names(self) -> "Verification":
+        for name in ("pairs", "identification"):
+            paths: tuple[Path, ...] = getattr(self, name)
+            stems = [path.stem for path in paths]
+            again = [path for at, path in enumerate(paths) if path.stem in stems[:at]]
+            if again:
+                raise ValueError(
+                    f'{name} = "{again[0]}": another set is called {again[0].stem} too, and '
+                    "results go by the name of the file. Rename one."
+                )
         if self.every_steps and not self.pairs and not self.identification:
             raise ValueError(
                 f"every_steps = {self.every_steps}: there is no set to measure. List files in "
@@ -139,22 +149,9 @@ class Config(Section):
     monitor: Monitor = Field(default_factory=Monitor)
 
     @model_validator(mode="after")
-    def _warmup_ends(self) -> "Config":
-        if self.run.steps is not None and self.schedule.warmup_steps >= self.run.steps:
-            raise ValueError(
-                f"schedule.warmup_steps = {self.schedule.warmup_steps}: must be fewer than "
-                f"run.steps = {self.run.steps}, or the warm-up never ends."
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _overlap_has_no_loss_scale(self) -> "Config":
-        if self.head.overlap and self.precision.compute == "fp16":
-            raise ValueError(
-                'head.overlap = true with precision.compute = "fp16": whether a step with a loss '
-                "scale counts is known after the backbone's backward only. Use bf16, or remove "
-                "head.overlap."
-            )
+    def _goes_together(self) -> "Config":
+        if problems := list(conflicts(self)):
+            raise ValueError("\n".join(problems))
         return self
 
     def check(self, world_size: int) -> None:
@@ -167,8 +164,7 @@ class Config(Section):
         batch, accumulation = self.data.global_batch, self.optimizer.accumulation
         parts = world_size * accumulation
         if batch % parts:
-            below = batch // parts * parts
-            nearest = " or ".join(str(n) for n in (below, below + parts) if n)
+            nearest = nearest_multiples(batch, parts)
             problems.append(
                 f"data.global_batch = {batch}: must divide by ranks x optimizer.accumulation = "
                 f"{world_size} x {accumulation} = {parts}. Nearest: {nearest}."

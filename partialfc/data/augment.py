@@ -13,11 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from partialfc.definitions.augment import Augment, Probability, Shift
+from partialfc.definitions.augment import CHANGES, Augment, Probability, Shift
 from partialfc.keyed import key, uniform
-
-CHANGES = ("crop", "rotate", "colour", "grey", "blur", "downscale", "jpeg", "cutout")
-"""Changes that happen with a probability, in their order; see :class:`Augmentation`."""
 
 _BEST_JPEG = 95
 _LEAST_BLUR = 0.1

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, ClassVar, Literal
 
-from partialfc.definitions.words import rule, to_value, unit_of, with_article
+from partialfc.definitions.phrases import rule, to_value, unit_of, with_article
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,9 @@ from typing import Annotated
 from partialfc.definitions import Definition, Range, Unit
 
 Probability = Annotated[float, Range(ge=0, le=1)]
+CHANGES = ("crop", "rotate", "colour", "grey", "blur", "downscale", "jpeg", "cutout")
+"""Changes that happen with a probability, in their order; see :class:`Augment`."""
+
 Shift = Annotated[int, Range(ge=0, le=16), Unit("pixels")]
 
 

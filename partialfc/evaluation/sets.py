@@ -154,11 +154,6 @@ def _with_probes(path: Path) -> Pack:
 def _open(key: str, paths: tuple[Path, ...], opener: Callable[[Path], Opened]) -> dict[str, Opened]:
     opened: dict[str, Opened] = {}
     for path in paths:
-        if path.stem in opened:
-            raise ConfigError(
-                f"{key}: {path}: another set is called {path.stem} too, and results go by the "
-                "name of the file. Rename one."
-            )
         try:
             opened[path.stem] = opener(path)
         except (OSError, ValueError) as error:

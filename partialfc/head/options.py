@@ -78,7 +78,7 @@ class Memory:
         if self.host_folder is not None and not self.uses_host:
             raise ValueError(
                 f'host_folder = "{self.host_folder}": nothing lies in host memory. Set centers_in '
-                'or states_in to "host", or remove host_folder.'
+                'or states_in to "host", or remove it.'
             )
 
     @property
@@ -133,22 +133,22 @@ def check_fit(
     """
     if precision.center_format == "fp16" and not unit_centers:
         raise ValueError(
-            f"center_format = 'fp16' keeps directions, and {margin} looks at the length of a "
-            "center; use fp32 or bf16."
+            f'center_format = "fp16": it keeps the direction of a center, and {margin} looks at '
+            "its length. Use fp32 or bf16."
         )
     if memory.uses_host and sample_rate == 1:
         raise ValueError(
-            "sample_rate = 1 with rows in host memory would bring all of them to the device at "
-            "every step; keep them on the device, or sample."
+            f"sample_rate = {sample_rate}: with rows in host memory every step would bring all of "
+            "them to the device. Keep them on the device, or sample fewer."
         )
     if device in (None, "cuda"):
         return
     if precision.compute == "tf32":
         raise ValueError(
-            f"compute = 'tf32' needs a GPU, the head is on {device}; use fp32 or bf16."
+            f'compute = "tf32": it needs a GPU, and the head is on {device}. Use fp32 or bf16.'
         )
     if kernels.overlap:
-        raise ValueError(f"overlap = True needs a GPU, the head is on {device}; remove it.")
+        raise ValueError(f"overlap = true: it needs a GPU, and the head is on {device}. Remove it.")
 
 
 def check_inter_class(
@@ -167,6 +167,6 @@ def check_inter_class(
     """
     if weight and not unit_centers:
         raise ValueError(
-            f"{name} = {weight} turns unit centers, and {margin} keeps their lengths; set it to 0 "
-            "or use another margin."
+            f"{name} = {weight}: it turns unit centers, and {margin} keeps their lengths. Set it "
+            "to 0, or use another margin."
         )

@@ -349,13 +349,12 @@ class PartialFC(nn.Module):
             dim=self.embedding_dim,
             unit_centers=self.margin.unit_centers,
             centers_per_identity=self.margin.centers_per_identity,
-            binary=self.margin.offset(self.margin_state()) is not None,
+            binary=self.margin.binary,
             sgd=isinstance(rule, RowSGD),
             compute=self.compute,
             fused=fused,
         )
-        if fused and plan.path != "fused":
-            raise ValueError(f"fused = True: {plan.reason}; remove it.")
+        plan.refuse(fused=fused)
         return plan
 
 

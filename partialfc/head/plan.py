@@ -49,6 +49,15 @@ class Plan:
     row_kernel: bool = False
     reason: str = "no one asked for more"
 
+    def refuse(self, *, fused: bool) -> None:
+        """Refuse fused kernels that are asked for and cannot be used.
+
+        Raises:
+            ValueError: With the name of the option first.
+        """
+        if fused and self.path != "fused":
+            raise ValueError(f"fused = true: the fused kernels cannot: {self.reason}. Remove it.")
+
 
 def decide(
     machine: Machine | None,

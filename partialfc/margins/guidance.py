@@ -128,7 +128,7 @@ def warnings(margin: Margin, classes: int, embedding_dim: int) -> list[str]:
         return found
     state = {name: torch.tensor(value) for name, value in margin.new_state(classes).items()}
     unit = margin.unit_embeddings and margin.unit_centers
-    one_softmax = unit and margin.offset(state) is None
+    one_softmax = unit and not margin.binary
     fixed_scale = one_softmax and margin.gain(torch.ones(1), state) is None
     needed = smallest_scale(classes, WANTED_POSTERIOR)
     if fixed_scale and margin.scale < needed:

@@ -1,6 +1,6 @@
 """From settings to the objects of a run: backbone, head, their optimizers, the loss scale."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
@@ -10,8 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from partialfc.backbones import build_backbone
 from partialfc.config import Config, ConfigError
-from partialfc.head import Kernels, Memory, PartialFC, Precision
-from partialfc.head.options import Compute
+from partialfc.config.conflicts import head_compute, memory_of
+from partialfc.head import Kernels, PartialFC, Precision
 from partialfc.head.rows.rules import ROW_RULES
 from partialfc.losses import LOSSES
 from partialfc.losses.over_ranks import EmbeddingLosses, Weighted
@@ -67,18 +67,14 @@ def build(config: Config, runtime: Runtime, num_identities: int) -> Model:
     """Return the model of a run, on its device. Collective: DDP copies rank 0's weights to all.
 
     Raises:
-        ConfigError: If the backbone does not exist or does not fit the image size.
+        ConfigError: If this machine cannot do what the settings ask of it.
     """
-    name = config.backbone.name
-    try:
-        backbone = build_backbone(
-            name,
-            embedding_dim=config.backbone.embedding_dim,
-            image_size=config.data.image_size,
-            checkpoint_activations=config.backbone.checkpoint_activations,
-        )
-    except ValueError as error:
-        raise ConfigError(f"backbone.name = {name!r}: {error}") from error
+    backbone = build_backbone(
+        config.backbone.name,
+        embedding_dim=config.backbone.embedding_dim,
+        image_size=config.data.image_size,
+        checkpoint_activations=config.backbone.checkpoint_activations,
+    )
     model = assemble(config, runtime, backbone, _head(config, runtime, num_identities))
     if isinstance(model.replica, DistributedDataParallel):
         _arrange_buckets(model, config, runtime)
@@ -155,15 +151,6 @@ def _optimizer(config: Config, backbone: nn.Module) -> torch.optim.Optimizer:
     return optimizer
 
 
-def head_compute(config: Config, device: torch.device) -> Compute:
-    """Return the precision of the head's matrix products on a device."""
-    if config.head.compute != "auto":
-        return config.head.compute
-    if config.precision.compute == "bf16":
-        return "bf16"
-    return "tf32" if config.precision.tf32 and device.type == "cuda" else "fp32"
-
-
 def margin_of(config: Config) -> Margin:
     """Return the margin that the settings ask for."""
     return config.head.margin.made(MARGINS[config.head.margin.name])
@@ -179,11 +166,6 @@ def embedding_losses(config: Config) -> EmbeddingLosses:
     return EmbeddingLosses(losses)
 
 
-def memory_of(config: Config) -> Memory:
-    """Return what the head may keep, and where its rows lie."""
-    return Memory(**config.head.model_dump(include={field.name for field in fields(Memory)}))
-
-
 def _head(config: Config, runtime: Runtime, num_identities: int) -> PartialFC:
     settings = config.head
     margin = margin_of(config)
@@ -195,7 +177,8 @@ def _head(config: Config, runtime: Runtime, num_identities: int) -> PartialFC:
             sample_rate=settings.sample_rate,
             optimizer=settings.optimizer.made(ROW_RULES[settings.optimizer.name]),
             precision=Precision(
-                compute=head_compute(config, runtime.device), center_format=settings.center_format
+                compute=head_compute(config, runtime.device.type),
+                center_format=settings.center_format,
             ),
             memory=memory_of(config),
             kernels=Kernels(fused=settings.fused, overlap=settings.overlap),
@@ -206,4 +189,4 @@ def _head(config: Config, runtime: Runtime, num_identities: int) -> PartialFC:
             device=runtime.device,
         )
     except ValueError as error:
-        raise ConfigError(f"head: {error}") from error
+        raise ConfigError(f"head.{error}") from error

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from partialfc.config import Config, ConfigError, config_hash, help_text, load, to_toml
 from partialfc.config import tree as config
 from partialfc.config.schema import Section, settings_of, takes, unit, variants
-from partialfc.definitions.words import to_value
+from partialfc.definitions.phrases import to_value
 
 MINIMAL = '[data]\ntrain = "train.rec"\n'
 
@@ -427,12 +427,12 @@ def test_no_file_breaks_the_reader(content: bytes) -> None:
 
 def test_check_of_the_number_of_ranks() -> None:
     settings = loaded(
-        MINIMAL, "data.global_batch=100", "optimizer.accumulation=3", "head.canonical_shards=4"
+        MINIMAL, "data.global_batch=99", "optimizer.accumulation=3", "head.canonical_shards=4"
     )
     with pytest.raises(ConfigError) as error:
         settings.check(8)
     assert str(error.value).splitlines() == [
-        "data.global_batch = 100: must divide by ranks x optimizer.accumulation = 8 x 3 = 24. "
+        "data.global_batch = 99: must divide by ranks x optimizer.accumulation = 8 x 3 = 24. "
         "Nearest: 96 or 120.",
         "head.canonical_shards = 4: must be at least the number of ranks, 8. Leave it out, or set "
         "the largest number the run will ever have.",
@@ -524,13 +524,6 @@ def test_a_setting_of_a_loss_without_a_weight_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"losses\.triplet.*margin = 0\.3: has no effect"):
         loaded(MINIMAL, "losses.triplet.margin=0.3")
     assert loaded(MINIMAL, "losses.triplet.margin=0.3", "losses.triplet.weight=1").losses
-
-
-def test_a_host_folder_without_anything_in_host_memory_is_refused() -> None:
-    """It would be ignored silently."""
-    with pytest.raises(ConfigError, match=r"host_folder = .*: nothing lies in host memory"):
-        loaded(MINIMAL, "head.host_folder=rows")
-    assert loaded(MINIMAL, "head.host_folder=rows", "head.states_in=host").head.host_folder
 
 
 def test_micro_batches_that_part_the_images_of_an_identity_are_refused() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from partialfc.data.augment import Augmentation
 from partialfc.definitions import Range, annotations_of, fits
-from partialfc.definitions.words import rule, to_value
+from partialfc.definitions.phrases import rule, to_value
 from partialfc.head.rows.rules import ROW_RULES
 from partialfc.losses import LOSSES
 from partialfc.margins import MARGINS, ArcFace

@@ -116,5 +116,5 @@ def test_a_weight_outside_its_range_is_refused(name):
 
 @pytest.mark.parametrize("margin", [Softmax(), LSoftmax()])
 def test_inter_class_loss_wants_unit_centers(margin):
-    with pytest.raises(ValueError, match=r"inter_class_weight = 1\.0 turns unit centers"):
+    with pytest.raises(ValueError, match=r"inter_class_weight = 1\.0: it turns unit centers"):
         flat_head(10, 4, margin, inter_class_weight=1.0)

@@ -454,10 +454,10 @@ def test_wrong_input_is_refused(embeddings, identities, message):
     ("settings", "message"),
     [
         ({"compute": "fp8"}, "compute must be one of fp32, tf32, bf16, got 'fp8'"),
-        ({"compute": "tf32"}, "compute = 'tf32' needs a GPU, the head is on cpu"),
+        ({"compute": "tf32"}, 'compute = "tf32": it needs a GPU, and the head is on cpu'),
         ({"center_format": "int8"}, "center_format must be fp32, bf16 or fp16, got 'int8'"),
         ({"keep_mib": -1}, "keep_mib must be >= 0 and finite, got -1"),
-        ({"overlap": True}, "overlap = True needs a GPU, the head is on cpu"),
+        ({"overlap": True}, "overlap = true: it needs a GPU, and the head is on cpu"),
     ],
 )
 def test_wrong_settings_are_refused(settings, message):

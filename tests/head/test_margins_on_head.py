@@ -324,7 +324,7 @@ def test_a_loss_without_gradient_is_the_same_in_every_mode(name):
 
 def test_fp16_centers_are_refused_where_their_length_matters():
     """Their scale is kept apart, so that a tile of them is of any length."""
-    with pytest.raises(ValueError, match="Softmax looks at the length of a center"):
+    with pytest.raises(ValueError, match="Softmax looks at its length"):
         head_of(EVERY_MARGIN["softmax"], center_format="fp16")
 
 

@@ -306,7 +306,7 @@ def test_a_folder_that_cannot_hold_the_rows_is_refused(tmp_path, blocked):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sample_rate": 1.0}, "sample_rate = 1 with rows in host memory"),
+        ({"sample_rate": 1.0}, "sample_rate = 1.0: with rows in host memory"),
     ],
 )
 def test_what_host_memory_cannot_do_is_refused(settings, message):

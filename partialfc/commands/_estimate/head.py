@@ -14,16 +14,18 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from partialfc.commands._estimate.backbone import Device, MemoryItem, TensorMeter, bytes_of
-from partialfc.config import Config, ConfigError
-from partialfc.head.plan import Machine, Plan, decide
+from partialfc.config import Config, ConfigError, conflicts
+from partialfc.config.conflicts import head_compute, memory_of
+from partialfc.head.plan import Machine, Plan
 from partialfc.head.rows.formats import DTYPES
 from partialfc.head.rows.optimizer import RowOptimizer
+from partialfc.head.rows.rules import ROW_RULES
 from partialfc.head.sampling import KeyedSampler
 from partialfc.head.sharding import Sharding, default_canonical_shards
 from partialfc.head.tiles import fused, passes
 from partialfc.head.tiles.parts import Logits
 from partialfc.margins import Margin
-from partialfc.model.build import _ROW_RULES, head_compute, margin_of, memory_of
+from partialfc.model.build import margin_of
 from partialfc.numerics import operand_dtype
 
 
@@ -72,13 +74,13 @@ def shard_of(config: Config, identities: int, world_size: int, device: Device) -
     margin = margin_of(config)
     per_identity = margin.centers_per_identity
     rows, sampled = rows * per_identity, sampled * per_identity
-    operand = operand_dtype(head_compute(config, torch.device(device))).itemsize
+    operand = operand_dtype(head_compute(config, device)).itemsize
     micro_batch = batch // config.optimizer.accumulation
     with FakeTensorMode():
         query_BD = torch.empty(micro_batch, dim_of(config, margin), device=device)
         rows_n = torch.empty(sampled, dtype=torch.int64)
         _, tile = next(passes.tiles(query_BD, query_BD, rows_n, per_identity), (0, 0))
-    fused_tile, path = 0, plan_of(config, margin, device).path
+    fused_tile, path = 0, _plan(config, device).path
     if path == "fused":
         _, fused_tile = next(fused.tiles(micro_batch, sampled), (0, 0))
     budget_bytes = memory_of(config).keep_bytes(device)
@@ -92,25 +94,17 @@ def shard_of(config: Config, identities: int, world_size: int, device: Device) -
     return ShardSizes(rows, sampled, tile, fused_tile, per_identity, kept, exponentials)
 
 
-def plan_of(config: Config, margin: Margin, device: Device) -> Plan:
+def _plan(config: Config, device: Device) -> Plan:
     """Return which code computes the head, on a GPU of the kind that the fused kernels need.
 
     Raises:
         ConfigError: If the fused kernels are asked for and cannot do it.
     """
-    state = {name: torch.tensor(value) for name, value in margin.new_state(1).items()}
-    plan = decide(
-        _machine(device),
-        dim=config.backbone.embedding_dim,
-        unit_centers=margin.unit_centers,
-        centers_per_identity=margin.centers_per_identity,
-        binary=margin.offset(state) is not None,
-        sgd=config.head.optimizer.name == "sgd",
-        compute=head_compute(config, torch.device(device)),
-        fused=config.head.fused,
-    )
-    if config.head.fused and plan.path != "fused":
-        raise ConfigError(f"head.fused = true: {plan.reason}. Remove it.")
+    plan = conflicts.plan_of(config, _machine(device))
+    try:
+        plan.refuse(fused=config.head.fused)
+    except ValueError as error:
+        raise ConfigError(f"head.{error}") from error
     return plan
 
 
@@ -135,10 +129,9 @@ def head_parts(
     settings, margin = config.head, margin_of(config)
     dim = dim_of(config, margin)
     centers = torch.empty(shard.rows, dim, dtype=DTYPES[settings.center_format], device="meta")
-    rule = settings.optimizer.model_dump(exclude={"name", "lr_factor"})
     optimizer = RowOptimizer(
         nn.Parameter(centers, requires_grad=False),
-        _ROW_RULES[settings.optimizer.name](**rule),
+        settings.optimizer.made(ROW_RULES[settings.optimizer.name]),
         every_row=settings.sample_rate == 1,
     )
     states = {name: bytes_of([value]) for name, value in optimizer.states().items()}
@@ -146,7 +139,7 @@ def head_parts(
     row_bytes = (center_bytes + sum(states.values())) // max(1, shard.rows)
     listed = ", ".join(f"{name} {size // max(1, shard.rows):,} B" for name, size in states.items())
 
-    operand = operand_dtype(head_compute(config, torch.device(device))).itemsize
+    operand = operand_dtype(head_compute(config, device)).itemsize
     parts, n, tile = config.optimizer.accumulation, shard.sampled, shard.tile
     batch = config.data.global_batch // parts
     whole, unit = batch * dim * 4, batch * dim * operand  # fp32 and operands [B, D]

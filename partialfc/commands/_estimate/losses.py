@@ -14,13 +14,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from partialfc.commands._estimate.backbone import Device, MemoryItem, TensorMeter
 from partialfc.commands._estimate.head import ShardSizes, dim_of
 from partialfc.config import Config
+from partialfc.config.conflicts import head_compute
 from partialfc.distributed.ranks import Ranks
 from partialfc.head.center_losses import CenterTerm, center_loss, inter_class_loss
 from partialfc.head.sampling import Sample
 from partialfc.head.tiles.parts import Logits
 from partialfc.head.tiles.workspace import Workspace
 from partialfc.losses.over_ranks import sums_of
-from partialfc.model.build import embedding_losses, head_compute, margin_of
+from partialfc.model.build import embedding_losses, margin_of
 from partialfc.numerics import operand_dtype, unit
 
 
@@ -54,7 +55,7 @@ def count_losses(
     """Return what the losses that have a weight take on a rank."""
     batch = config.data.global_batch // config.optimizer.accumulation
     dim, margin = config.backbone.embedding_dim, margin_of(config)
-    compute = head_compute(config, torch.device(device))
+    compute = head_compute(config, device)
     whole = 4 * batch * dim
     found = []
     losses = embedding_losses(config).losses

@@ -4,13 +4,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from partialfc.commands._estimate.backbone import GIB, MIB, Device, NetworkCost
 from partialfc.commands._estimate.head import ShardSizes, head_parts
 from partialfc.commands._estimate.losses import LossCost
 from partialfc.config import Config
-from partialfc.model.build import head_compute
+from partialfc.config.conflicts import head_compute
 
 TERA, GIGA = 1e12, 1e9
 
@@ -96,7 +94,7 @@ def seconds_of(
     gpu, ranks = cluster.gpu, cluster.ranks
     batch, dim = config.data.global_batch, config.backbone.embedding_dim
     parts = config.optimizer.accumulation
-    compute = head_compute(config, torch.device(cluster.device))
+    compute = head_compute(config, cluster.device)
     backbone: str = config.precision.compute
     if backbone == "fp32" and config.precision.tf32 and cluster.device == "cuda":
         backbone = "tf32"

@@ -1,0 +1,96 @@
+"""What does not go together across sections, known before there is a machine.
+
+What two settings of one section say against each other, the section itself refuses.
+"""
+
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+from partialfc.config.schema import nearest_multiples
+from partialfc.definitions.backbones import refused_size
+from partialfc.head.options import Compute, Kernels, Memory, Precision, check_fit, check_inter_class
+from partialfc.head.plan import Machine, Plan, decide
+
+if TYPE_CHECKING:
+    from partialfc.config.tree import Config
+
+
+def conflicts(config: "Config") -> Iterator[str]:
+    """Yield a line for each conflict: key, value, rule and remedy."""
+    if refused := refused_size(config.backbone.name, config.data.image_size):
+        yield f"data.{refused}"
+    batch, accumulation = config.data.global_batch, config.optimizer.accumulation
+    if batch % accumulation:
+        yield (
+            f"data.global_batch = {batch}: must divide by optimizer.accumulation = {accumulation}. "
+            f"Nearest: {nearest_multiples(batch, accumulation)}."
+        )
+    if config.run.steps is not None and config.schedule.warmup_steps >= config.run.steps:
+        yield (
+            f"schedule.warmup_steps = {config.schedule.warmup_steps}: must be fewer than run.steps "
+            f"= {config.run.steps}, or the warm-up never ends."
+        )
+    if config.head.overlap and config.precision.compute == "fp16":
+        yield (
+            'head.overlap = true with precision.compute = "fp16": whether a step with a loss scale '
+            "counts is known after the backbone's backward only. Use bf16, or remove head.overlap."
+        )
+    yield from _of_the_head(config)
+
+
+def _of_the_head(config: "Config") -> Iterator[str]:
+    """What the head says itself."""
+    settings = config.head
+    unit_centers = settings.margin.definition.unit_centers
+    margin = f'head.margin.name = "{settings.margin.name}"'
+    on_cpu = config.run.device == "cpu"
+    machine = Machine("cpu", has_kernels=False) if on_cpu else None
+    try:
+        check_fit(
+            Precision(compute=head_compute(config, "cpu"), center_format=settings.center_format),
+            memory_of(config),
+            Kernels(fused=settings.fused, overlap=settings.overlap),
+            sample_rate=settings.sample_rate,
+            unit_centers=unit_centers,
+            margin=margin,
+            device="cpu" if on_cpu else None,
+        )
+        plan_of(config, machine).refuse(fused=settings.fused)
+    except ValueError as error:
+        yield f"head.{error}"
+    weight = config.losses.inter_class.weight
+    try:
+        name = "losses.inter_class.weight"
+        check_inter_class(weight, unit_centers=unit_centers, margin=margin, name=name)
+    except ValueError as error:
+        yield str(error)
+
+
+def memory_of(config: "Config") -> Memory:
+    """Return what the head may keep, and where its rows lie."""
+    return Memory(**config.head.model_dump(include={field.name for field in fields(Memory)}))
+
+
+def plan_of(config: "Config", machine: Machine | None) -> Plan:
+    """Return which code computes the head; ``machine`` is ``None`` if it is not known yet."""
+    margin = config.head.margin.made(config.head.margin.definition)
+    return decide(
+        machine,
+        dim=config.backbone.embedding_dim,
+        unit_centers=margin.unit_centers,
+        centers_per_identity=margin.centers_per_identity,
+        binary=margin.binary,
+        sgd=config.head.optimizer.name == "sgd",
+        compute=head_compute(config, machine.device if machine else "cuda"),
+        fused=config.head.fused,
+    )
+
+
+def head_compute(config: "Config", device: str) -> Compute:
+    """Return the precision of the head's matrix products on a type of device."""
+    if config.head.compute != "auto":
+        return config.head.compute
+    if config.precision.compute == "bf16":
+        return "bf16"
+    return "tf32" if config.precision.tf32 and device == "cuda" else "fp32"
