@@ -12,6 +12,7 @@ from pathlib import Path
 from partialfc.commands._command import command_parser
 from partialfc.status.page import page
 from partialfc.status.run import RunFolder
+from partialfc.writing import write_text
 
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'",
@@ -35,7 +36,7 @@ def main(arguments: list[str]) -> int:
         raise ValueError(f"{options.run}: not a folder. Name the run.folder of a run.")
     folder = RunFolder(options.run.absolute())
     if options.out is not None:
-        options.out.write_text(page(folder.look(), every=options.every), encoding="utf-8")
+        write_text(options.out, page(folder.look(), every=options.every))
         return 0
     try:
         server = serve(folder, options.host, options.port, options.every)

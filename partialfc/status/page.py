@@ -8,7 +8,7 @@ from typing import NamedTuple
 from partialfc.records.ledger import Start
 from partialfc.records.pages import Series, line_chart, render, time_parts
 from partialfc.status.alarms import alarms
-from partialfc.status.run import Look, RankAnswer
+from partialfc.status.run import RankAnswer, Snapshot
 from partialfc.words import duration, size
 
 _LISTED = 12
@@ -23,24 +23,24 @@ _CHARTS: tuple[tuple[str, str, Callable[[float], str] | None, bool], ...] = (
 )
 
 
-def page(look: Look, *, every: int) -> str:
+def page(run: Snapshot, *, every: int) -> str:
     """Return the page of a run, which reloads itself every so many seconds."""
-    furthest = max((one.step or 0 for one in look.ranks), default=0)
-    ranks = [_tile(one, furthest, few=len(look.ranks) <= _FEW) for one in look.ranks]
-    odd = [one for one, tile in zip(look.ranks, ranks, strict=True) if tile.state != "good"]
+    furthest = max((one.step or 0 for one in run.ranks), default=0)
+    ranks = [_tile(one, furthest, few=len(run.ranks) <= _FEW) for one in run.ranks]
+    odd = [one for one, tile in zip(run.ranks, ranks, strict=True) if tile.state != "good"]
     return render(
         Path(__file__).with_name("status.html"),
-        title=look.name,
-        tab=f"{look.name} {_share_done(look):.0%}",
+        title=run.name,
+        tab=f"{run.name} {_share_done(run):.0%}",
         reload=every,
-        state=_state(look),
-        what=_what(look),
-        done=_share_done(look),
-        alarms=list(alarms(look)),
-        numbers=_numbers(look),
-        charts=_charts(look),
-        wall=duration(look.spent.get("wall", 0.0)),
-        times=time_parts(look.spent),
+        state=_state(run),
+        what=_what(run),
+        done=_share_done(run),
+        alarms=list(alarms(run)),
+        numbers=_numbers(run),
+        charts=_charts(run),
+        wall=duration(run.spent.get("wall", 0.0)),
+        times=time_parts(run.spent),
         ranks=ranks,
         odd=[
             (one.rank, one.address, "–", "no answer")
@@ -48,21 +48,20 @@ def page(look: Look, *, every: int) -> str:
             else (one.rank, one.address, f"{one.step:,}", duration(one.age))
             for one in odd[:_LISTED]
         ],
-        no_ranks=_no_ranks(look),
+        no_ranks=_no_ranks(run),
         checkpoints=[
-            (f"{one.step:,}", size(one.bytes), _date(one.time))
-            for one in look.checkpoints[:_LISTED]
+            (f"{one.step:,}", size(one.bytes), _date(one.time)) for one in run.checkpoints[:_LISTED]
         ],
-        starts=[_start(start, start is look.starts[-1]) for start in look.starts[-_LISTED:]][::-1],
-        count=len(look.starts),
-        date=_date(look.now),
+        starts=[_start(start, start is run.starts[-1]) for start in run.starts[-_LISTED:]][::-1],
+        count=len(run.starts),
+        date=_date(run.now),
     )
 
 
-def _what(look: Look) -> str:
-    if look.config is None:
+def _what(run: Snapshot) -> str:
+    if run.config is None:
         return ""
-    config = look.config
+    config = run.config
     return " · ".join(
         (
             config.backbone.name,
@@ -74,67 +73,67 @@ def _what(look: Look) -> str:
     )
 
 
-def _state(look: Look) -> tuple[str, str]:
+def _state(run: Snapshot) -> tuple[str, str]:
     """What the run is doing, and how good that is."""
-    ending = look.starts[-1].end if look.starts else None
-    if look.ended and (ending is None or ending["code"] == 0):
+    ending = run.starts[-1].end if run.starts else None
+    if run.ended and (ending is None or ending["code"] == 0):
         return "ended", "good"
     if ending is not None:
         words = {75: "preempted, to go on", 130: "stopped"}.get(ending["code"])
         return (words, "warn") if words else (f"failed, exit code {ending['code']}", "bad")
-    if not look.metrics and not look.starts:
+    if not run.metrics and not run.starts:
         return "nothing yet", "warn"
-    if look.silence > 60:
-        return f"silent for {duration(look.silence)}", "warn"
+    if run.silence > 60:
+        return f"silent for {duration(run.silence)}", "warn"
     return "running", "good"
 
 
-def _planned(look: Look) -> int:
+def _planned(run: Snapshot) -> int:
     """Steps of the whole run, as its epochs say; 0 if that is not known yet."""
-    config = look.config
+    config = run.config
     if config is None:
         return 0
     if config.run.steps is not None:
         return config.run.steps
-    epoch = look.last("epoch")
-    return round(look.step / epoch * (config.run.epochs or 0)) if epoch else 0
+    epoch = run.last("epoch")
+    return round(run.step / epoch * (config.run.epochs or 0)) if epoch else 0
 
 
-def _share_done(look: Look) -> float:
-    planned = _planned(look)
-    return min(1.0, look.step / planned) if planned else 0.0
+def _share_done(run: Snapshot) -> float:
+    planned = _planned(run)
+    return min(1.0, run.step / planned) if planned else 0.0
 
 
-def _numbers(look: Look) -> list[tuple[str, str, str]]:
+def _numbers(run: Snapshot) -> list[tuple[str, str, str]]:
     """Label, value and note of each card."""
-    planned, step_seconds = _planned(look), look.last("step_seconds")
-    left = duration((planned - look.step) * step_seconds) if planned and step_seconds else "?"
-    goodput = look.spent.get("goodput")
+    planned, step_seconds = _planned(run), run.last("step_seconds")
+    left = duration((planned - run.step) * step_seconds) if planned and step_seconds else "?"
+    goodput = run.spent.get("goodput")
     cards = [
-        ("step", f"{look.step:,}", f"of {planned:,}" if planned else ""),
-        ("left", left if look.step < planned else "–", "at the present speed"),
-        ("loss", _number(look.last("loss"), "{:.4f}"), "mean since the last record"),
+        ("step", f"{run.step:,}", f"of {planned:,}" if planned else ""),
+        ("left", left if run.step < planned else "–", "at the present speed"),
+        ("loss", _number(run.last("loss"), "{:.4f}"), "mean since the last record"),
         (
             "images/s",
-            _number(look.last("throughput"), "{:,.0f}"),
+            _number(run.last("throughput"), "{:,.0f}"),
             _number(step_seconds, "{:.3g} s a step"),
         ),
         ("goodput", _number(goodput, "{:.1%}"), "of all its time"),
     ]
-    if (accuracy := look.last("verification_accuracy")) is not None:
+    if (accuracy := run.last("verification_accuracy")) is not None:
         cards.append(("accuracy", f"{accuracy:.4f}", "ten-fold, held out"))
-    if look.checkpoints:
-        newest = look.checkpoints[0]
-        ago = duration(max(0.0, look.now - newest.time))
+    if run.checkpoints:
+        newest = run.checkpoints[0]
+        ago = duration(max(0.0, run.now - newest.time))
         cards.append(("checkpoint", f"{newest.step:,}", f"{ago} ago"))
-    cards.append(("disk", size(look.free), f"free of {size(look.size)}"))
+    cards.append(("disk", size(run.free), f"free of {size(run.size)}"))
     return cards
 
 
-def _charts(look: Look) -> list[tuple[str, str]]:
+def _charts(run: Snapshot) -> list[tuple[str, str]]:
     figures: list[tuple[str, str]] = []
     for title, name, form, log in _CHARTS:
-        points = [(record["step"], record[name]) for record in look.metrics if name in record]
+        points = [(record["step"], record[name]) for record in run.metrics if name in record]
         series = Series(name, [step for step, _ in points], [value for _, value in points])
         figures.append((title, line_chart([series], x_label="step", form=form, log_y=log)))
     return figures
@@ -158,12 +157,12 @@ def _tile(one: RankAnswer, furthest: int, *, few: bool) -> _Tile:
     return _Tile(state, f"{one.rank}: {step}" if few else str(one.rank), title)
 
 
-def _no_ranks(look: Look) -> str:
+def _no_ranks(run: Snapshot) -> str:
     """Why no rank is shown, of a run that goes on."""
-    if not look.starts or look.ended:
+    if not run.starts or run.ended:
         return ""
-    count = look.starts[-1].entries[0].get("ranks", "?")
-    if look.closed:
+    count = run.starts[-1].entries[0].get("ranks", "?")
+    if run.closed:
         return (
             f"{count} ranks. They answer to those with a certificate of monitor.client_ca, and "
             "this page has none."

@@ -87,7 +87,7 @@ class Checkpoint:
 
 
 @dataclass(slots=True)
-class Look:
+class Snapshot:
     """All that a page shows.
 
     Attributes:
@@ -101,7 +101,7 @@ class Look:
         closed: Whether they serve them, and not to us.
         checkpoints: Newest first.
         free, size: Bytes of the file system.
-        summary: Whether the run has come to its end.
+        ended: Whether the run has come to its end.
     """
 
     name: str
@@ -130,9 +130,8 @@ class Look:
     @property
     def silence(self) -> float:
         """Seconds since the run wrote its last line."""
-        times = [entries[-1]["time"] for entries in (self.metrics,) if entries]
-        times += [start.entries[-1]["time"] for start in self.starts[-1:]]
-        return self.now - max(times, default=self.now)
+        last = [*self.metrics[-1:], *(start.entries[-1] for start in self.starts[-1:])]
+        return self.now - max((line["time"] for line in last), default=self.now)
 
 
 class RunFolder:
@@ -140,20 +139,18 @@ class RunFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._metrics, self._ledger = (
-            Lines(folder / "metrics.jsonl"),
-            Lines(folder / "ledger.jsonl"),
-        )
+        self._metrics = Lines(folder / "metrics.jsonl")
+        self._ledger = Lines(folder / "ledger.jsonl")
         self._ranks: tuple[float, list[RankAnswer] | None] = (0.0, [])
 
-    def look(self) -> Look:
+    def look(self) -> Snapshot:
         """Return what is to be seen now."""
         try:
             config = load(self.folder / "config.toml")
         except ConfigError:
             config = None
         entries = [entry for entry in self._ledger.read() if {"event", "seconds"} <= entry.keys()]
-        look = Look(
+        run = Snapshot(
             name=self.folder.name,
             now=time.time(),
             config=config,
@@ -162,14 +159,14 @@ class RunFolder:
             spent=ledger.goodput(entries) if entries else {},
             ended=(self.folder / "summary.json").exists(),
         )
-        look.checkpoints = sorted(_checkpoints(self.folder), key=lambda one: -one.step)
+        run.checkpoints = sorted(_checkpoints(self.folder), key=lambda one: -one.step)
         disk = shutil.disk_usage(self.folder)
-        look.free, look.size = disk.free, disk.total
+        run.free, run.size = disk.free, disk.total
         if config is not None and config.monitor.targets is not None:
             path = targets_path(config.monitor.targets, config.run.folder)
             ranks = self._ask(path, config.monitor)
-            look.ranks, look.closed = ranks or [], ranks is None
-        return look
+            run.ranks, run.closed = ranks or [], ranks is None
+        return run
 
     def _ask(self, path: Path, monitor: Monitor) -> list[RankAnswer] | None:
         """Ask every rank of a targets file, at most every few seconds.
