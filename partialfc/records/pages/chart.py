@@ -64,29 +64,27 @@ def line_chart(
         filled: Fill the area below the lines.
     """
     every = [(one, _points(one, log_x, log_y)) for one in series]
-    drawn = [(one, points) for one, points in every if len(points.x_P)]
+    drawn = [(one, points) for one, points in every if points.size]
     if not drawn:
         return Markup("")
     banded = len(drawn) == 1
-    across = _Axis.over([p.x_P for _, p in drawn], _LEFT, WIDTH - _RIGHT, log_x)
-    shown = [values for _, p in drawn for values in ((p.low_P, p.high_P) if banded else (p.y_P,))]
+    across = _Axis.over([points[0] for _, points in drawn], _LEFT, WIDTH - _RIGHT, log_x)
+    shown = [points[1:] if banded else points[1] for _, points in drawn]
     up = _Axis.over(shown, HEIGHT - _BOTTOM, _TOP, log_y, roomy=True)
     parts = [*_rows(up, form or _short), *_columns(across, _short, HEIGHT - _BOTTOM + 15)]
     parts.append(_text(WIDTH - _RIGHT, HEIGHT - 4, x_label, "end"))
     for one, points in drawn:
-        x_P, css = across.at(points.x_P), colour(one.colour)
-        line = _pairs(x_P, up.at(points.y_P))
-        if banded and points.thinned:
-            edge = _pairs(
-                np.append(x_P, x_P[::-1]), up.at(np.append(points.low_P, points.high_P[::-1]))
-            )
+        x_P, (y_P, low_P, high_P), css = across.at(points[0]), up.at(points[1:]), colour(one.colour)
+        line = _pairs(x_P, y_P)
+        if banded and (low_P != high_P).any():
+            edge = _pairs(np.append(x_P, x_P[::-1]), np.append(low_P, high_P[::-1]))
             parts.append(f'<polygon class="area {css}" points="{edge}"/>')
         if filled:
             base = HEIGHT - _BOTTOM
             edge = f"{x_P[0]:.1f},{base} {line} {x_P[-1]:.1f},{base}"
             parts.append(f'<polygon class="area {css}" points="{edge}"/>')
         if len(x_P) == 1:
-            parts.append(_dot(x_P[0], up.at(points.y_P)[0], css))
+            parts.append(_dot(x_P[0], y_P[0], css))
         parts.append(f'<polyline class="line {css}" points="{line}"/>')
     return _svg(parts, HEIGHT, x_label)
 
@@ -163,35 +161,20 @@ class _Axis:
         ]
 
 
-@dataclass(frozen=True, slots=True)
-class _Points:
-    """What is drawn of a line; logarithms on a logarithmic axis."""
-
-    x_P: np.ndarray
-    y_P: np.ndarray
-    low_P: np.ndarray
-    high_P: np.ndarray
-    thinned: bool = False
-
-
-def _points(one: Series, log_x: bool, log_y: bool) -> _Points:
-    x, y = np.asarray(one.x, dtype=np.float64), np.asarray(one.y, dtype=np.float64)
-    keep = np.isfinite(x) & np.isfinite(y)
-    keep &= (x > 0) | (not log_x)
-    keep &= (y > 0) | (not log_y)
-    x, y = x[keep], y[keep]
-    x, y = np.log10(x) if log_x else x, np.log10(y) if log_y else y
-    if len(x) <= _POINTS or log_x:
-        return _Points(x, y, y, y)
-    start = np.linspace(0, len(x), _POINTS, endpoint=False).astype(np.int64)
-    count = np.diff(np.append(start, len(x)))
-    return _Points(
-        np.add.reduceat(x, start) / count,
-        np.add.reduceat(y, start) / count,
-        np.minimum.reduceat(y, start),
-        np.maximum.reduceat(y, start),
-        thinned=True,
-    )
+def _points(one: Series, log_x: bool, log_y: bool) -> np.ndarray:
+    """What is drawn of a line, [4, P]: x, y and y's range; logarithms on a logarithmic axis."""
+    x_P, y_P = np.asarray(one.x, dtype=np.float64), np.asarray(one.y, dtype=np.float64)
+    keep_P = np.isfinite(x_P) & np.isfinite(y_P)
+    keep_P &= (x_P > 0) | (not log_x)
+    keep_P &= (y_P > 0) | (not log_y)
+    x_P, y_P = x_P[keep_P], y_P[keep_P]
+    x_P, y_P = np.log10(x_P) if log_x else x_P, np.log10(y_P) if log_y else y_P
+    if len(x_P) <= _POINTS or log_x:
+        return np.stack([x_P, y_P, y_P, y_P])
+    start = np.linspace(0, len(x_P), _POINTS, endpoint=False).astype(np.int64)
+    count = np.diff(np.append(start, len(x_P)))
+    means = [np.add.reduceat(values, start) / count for values in (x_P, y_P)]
+    return np.stack([*means, np.minimum.reduceat(y_P, start), np.maximum.reduceat(y_P, start)])
 
 
 def _ticks(low: float, high: float, log: bool) -> list[float]:
