@@ -50,7 +50,7 @@ def test_two_margins_with_two_seeds(words, tmp_path, monkeypatch):
             assert 0 <= float(row[number]) <= 1, number
         assert 0 < float(row["angle to own"]) < 180
     page = (out / "report.html").read_text()
-    assert page.count("<svg") == 4 + 1 + 2, "four accuracies, losses, angles of two margins"
+    assert page.count("<svg") == 3 + 1 + 2, "accuracies, losses, angles of two margins"
     assert page.count('class="best"') >= 6, "each column that is compared has its best"
     assert not re.search(r"(src|href)=", page), "the page needs something outside it"
     assert "subcenter_arcface" in page
