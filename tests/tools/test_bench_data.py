@@ -20,7 +20,7 @@ def bench(name, *words):
         [sys.executable, ROOT / "tools" / "bench" / name, *map(str, words)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
