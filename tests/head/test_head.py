@@ -8,6 +8,7 @@ import torch
 
 from partialfc import ArcFace, CosFace, RowAdamW, RowSGD
 from partialfc.head.centers import fill_initial_
+from partialfc.head.row_set import RowSet
 from partialfc.head.rows.formats import decode
 from partialfc.head.tiles import passes
 from partialfc.head.tiles.torch_steps import project_
@@ -494,7 +495,7 @@ def test_rows_of_any_length_give_the_gradients_of_their_directions():
     before = head.centers.detach()
     kept = head.optimizer._kept[0]
     for start, stop, gradient_TD, factor_T1 in passes.second_pass(
-        before, None, [kept], head.optimizer.workspace
+        before, RowSet.of(None), [kept], head.optimizer.workspace
     ):
         passes.positives(None, [kept]).add_(gradient_TD, start, factor_T1)
         project_(gradient_TD, before[start:stop], torch.empty_like(gradient_TD), factor_T1)

@@ -23,8 +23,11 @@ import torch
 
 from partialfc import ArcFace, RowSGD
 from partialfc.head import machine
+from partialfc.head.row_set import RowSet
 from partialfc.head.rows.catch_up import Moves
 from partialfc.head.rows.formats import DTYPES, FORMATS, SCALED, decode, encode
+from partialfc.head.rows.stored import RoundingKeys, SgdStep, Stored
+from partialfc.head.tiles.positives import Positives
 from partialfc.keyed import key, permute, unpermute
 from partialfc.margins import Bend, CurricularFace
 from tests.support.heads import flat_head
@@ -38,8 +41,8 @@ if torch.cuda.is_available():
     DEVICES.append("cuda")
 
 KEYS = {"center_key": key(0, "centers"), "momentum_key": -key(1, "momentum")}
-FIRST_IDENTITY = 2**33 + 5
-"""Global identity of local row 0: its lanes do not fit in 32 bits."""
+FIRST_ROW = 2**33 + 5
+"""Number in the whole head of the shard's first row: its lanes do not fit in 32 bits."""
 
 
 class Worker:
@@ -75,8 +78,47 @@ def _call(name, device, packed):
 
 
 def _kernel(name):
-    module = "rows.kernels" if name in ("sgd_", "catch_up_") else "tiles.triton_steps"
-    return getattr(importlib.import_module(f"partialfc.head.{module}"), name)
+    if name in ("sgd_", "catch_up_"):
+        return {"sgd_": sgd_, "catch_up_": catch_up_}[name]
+    return getattr(importlib.import_module("partialfc.head.tiles.triton_steps"), name)
+
+
+def sgd_(**case):
+    """The launch wrapper with the tensors of a case in its groups."""
+    positives = (case[name] for name in ("order_P", "order_P", "slope_P", "embedding_PD"))
+    rates = (case[name] for name in ("lr", "weight_decay", "momentum"))
+    keys = RoundingKeys(case["center_key"], case["momentum_key"])
+    importlib.import_module("partialfc.head.rows.kernels").sgd_(
+        stored_of(case),
+        case["start"],
+        case["stop"],
+        case["gradient_TD"],
+        Positives(*positives),
+        case["first_n1"],
+        SgdStep(*rates, keys, case["skip"]),
+    )
+
+
+def catch_up_(**case):
+    """The launch wrapper with the tensors of a case in its groups."""
+    keys = RoundingKeys(case["center_key"], case["momentum_key"])
+    importlib.import_module("partialfc.head.rows.kernels").catch_up_(
+        stored_of(case), case["product_t22"], case["block"], keys
+    )
+
+
+def stored_of(case):
+    states = {
+        "centers_scale": case["center_scale_C1"],
+        "momentum": case["momentum_CD"],
+        "momentum_scale": case["momentum_scale_C1"],
+        "at_step": case.get("at_step_C1"),
+    }
+    rows = RowSet.of(
+        case["rows_n"], first_row=case["first_row"], compact=case.get("compact", False)
+    )
+    states = {name: state for name, state in states.items() if state is not None}
+    return Stored(case["centers_CD"], states, rows)
 
 
 def _pack(value):
@@ -175,7 +217,7 @@ def _far_rows(device):
     rows_n = torch.tensor([far], device=device)
     unit_TD = torch.empty(1, 512, device=device)
     _kernel("unit_rows")(centers_CD, rows_n, 0, 1, unit_TD)
-    case = {**sgd_case(rows=1, dim=512), **KEYS, "first_identity": 0, "skip": None}
+    case = {**sgd_case(rows=1, dim=512), **KEYS, "first_row": 0, "skip": None}
     case = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in case.items()}
     case.update(centers_CD=centers_CD, rows_n=rows_n, start=0, stop=1, momentum_CD=None)
     case.update(gradient_TD=torch.zeros(1, 512, device=device), lr=0.75, weight_decay=1.0)
@@ -379,7 +421,7 @@ def spec_noise(noise_key, row_T, dim):
     for row in row_T.tolist():
         bits = []
         for d in range(dim):
-            x = ((FIRST_IDENTITY + row) * lanes + d // 4 + noise_key) & mask
+            x = ((FIRST_ROW + row) * lanes + d // 4 + noise_key) & mask
             x = ((x ^ (x >> 33)) * 0xFF51AFD7ED558CCD) & mask
             x = ((x ^ (x >> 33)) * 0xC4CEB9FE1A85EC53) & mask
             x ^= x >> 33
@@ -408,7 +450,7 @@ def run_sgd(launch, case, skip=False):
         "sgd_",
         **case,
         **KEYS,
-        first_identity=FIRST_IDENTITY,
+        first_row=FIRST_ROW,
         skip=None if skip is None else torch.tensor(skip),
     )
     return after
@@ -614,7 +656,7 @@ def catch_up_case(centers, momentum, dim=50, rows=9, steps=2500):
         "product_t22": moves.products.clone(),
         "block": moves.block,
         **KEYS,
-        "first_identity": FIRST_IDENTITY,
+        "first_row": FIRST_ROW,
     }, moves
 
 
@@ -808,14 +850,13 @@ def test_a_new_learning_rate_key_step_or_tile_compiles_nothing_and_rows_have_no_
 import sys
 import torch
 from tools.bench import compile_kernels
-from tests.head.test_kernels import catch_up_case, sgd_case
+from tests.head.test_kernels import catch_up_, catch_up_case, sgd_, sgd_case
 from partialfc.head.tiles.triton_steps import exponentials
-from partialfc.head.rows.kernels import catch_up_, sgd_
 compiled = compile_kernels.compile_only()
 for i in (1, 16, 2**40):
     case = sgd_case("fp16", "int8", rows=min(i, 16))
     case.update(lr=i, weight_decay=float(i), momentum=1 / i, start=i, stop=i + 1)
-    sgd_(**case, center_key=i, momentum_key=-i, first_identity=i, skip=torch.tensor(False))
+    sgd_(**case, center_key=i, momentum_key=-i, first_row=i, skip=torch.tensor(False))
 print(len(set(map(id, compiled))), len(compiled), compiled[0].asm["ptx"].count("fma.rn.f32"))
 compiled.clear()
 for i in (1, 16, 33):

@@ -31,10 +31,22 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from partialfc.head.row_set import RowSet
 from partialfc.head.rows import fused_kernels as fused_update_kernels
 from partialfc.head.rows import kernels as row_kernels
+from partialfc.head.rows.stored import (
+    AT_STEP,
+    CENTERS,
+    MOMENTUM,
+    SCALE,
+    RoundingKeys,
+    SgdStep,
+    Stored,
+)
 from partialfc.head.tiles import fused, fused_kernels
 from partialfc.head.tiles import triton_steps as kernels
+from partialfc.head.tiles.parts import Kept, Logits, MicroBatch
+from partialfc.head.tiles.positives import Positives
 from partialfc.margins import Bend
 
 Row = dict[str, Any]
@@ -188,28 +200,14 @@ def _exponentials(logit: str, exp: str, bend: str, shift: str, sums: str, column
 
 def _sgd(centers: str, momentum: str, embedding: str, rows: str, dim: int) -> Variant:
     def call() -> object:
-        scale_C1 = torch.ones(32, 1)
         row_kernels.sgd_(
-            torch.empty(32, dim, dtype=DTYPES[centers]),
-            scale_C1 if centers == "fp16" else None,
-            None if momentum == "no" else torch.empty(32, dim, dtype=DTYPES[momentum]),
-            scale_C1 if momentum == "int8" else None,
-            None if rows == "n" else torch.arange(16),
+            _stored(centers, momentum, rows, dim),
             0,
             16,
             torch.empty(16, dim),
-            first_n1=torch.zeros(17, dtype=torch.int64),
-            order_P=torch.zeros(8, dtype=torch.int64),
-            slope_P=torch.zeros(8),
-            embedding_PD=torch.empty(8, dim, dtype=DTYPES[embedding]),
-            lr=0.1,
-            weight_decay=5e-4,
-            momentum=0.9,
-            center_key=1 << 60,
-            momentum_key=1 << 61,
-            first_identity=0,
-            skip=torch.tensor(False),
-            compact=rows == "compact",
+            _positives(torch.empty(8, dim, dtype=DTYPES[embedding])),
+            torch.zeros(17, dtype=torch.int64),
+            _STEP,
         )
         return None
 
@@ -219,20 +217,10 @@ def _sgd(centers: str, momentum: str, embedding: str, rows: str, dim: int) -> Va
 
 def _catch_up(centers: str, momentum: str, rows: str, dim: int) -> Variant:
     def call() -> object:
-        scale_C1 = torch.ones(32, 1)
+        stored = _stored(centers, momentum, rows, dim)
+        stored.states[AT_STEP] = torch.zeros(32, 1, dtype=torch.int32)
         row_kernels.catch_up_(
-            torch.empty(32, dim, dtype=DTYPES[centers]),
-            scale_C1 if centers == "fp16" else None,
-            None if momentum == "no" else torch.empty(32, dim, dtype=DTYPES[momentum]),
-            scale_C1 if momentum == "int8" else None,
-            torch.zeros(32, 1, dtype=torch.int32),
-            None if rows == "n" else torch.arange(16),
-            torch.zeros(3, 2, 2, dtype=torch.float64),
-            block=0,
-            center_key=1 << 60,
-            momentum_key=1 << 61,
-            first_identity=0,
-            compact=rows == "compact",
+            stored, torch.zeros(3, 2, 2, dtype=torch.float64), 0, RoundingKeys(1 << 60, 1 << 61)
         )
         return None
 
@@ -280,47 +268,70 @@ def _update(
     """``part``: which of the micro-batches; all but the only one have label smoothing."""
 
     def call() -> object:
-        scale_C1, rows = torch.ones(64, 1), torch.arange(64)
-        bf16 = torch.empty(64, dim, dtype=torch.bfloat16)
-        fused_update_kernels.update_(
-            torch.empty(64, dim, dtype=DTYPES[centers]),
-            scale_C1 if centers == "fp16" else None,
-            None if momentum == "no" else torch.empty(64, dim, dtype=DTYPES[momentum]),
-            scale_C1 if momentum == "int8" else None,
-            rows,
-            0,
-            64,
+        bf16, number_B = torch.empty(64, dim, dtype=torch.bfloat16), torch.arange(64)
+        one = Kept(
             query_BD=bf16,
-            key_TD=None if kept == "y" else bf16,
-            target_B=rows,
-            factor_B=torch.zeros(64),
-            scale=64.0,
+            row_n=number_B,
+            target_B=number_B,
+            logits=Logits(64.0, unit=True, largest=64.0, compute="bf16", bend=_bend(bend)),
             maximum_B=torch.zeros(64) if maximum == "y" else None,
-            bend=_bend(bend),
+            negative_B=torch.zeros(64),
+            positive_B=torch.zeros(64),
+            positive_BD=bf16,
             even_D=None if part == "only" else torch.zeros(dim),
-            present_n=None if part == "only" else torch.ones(64, dtype=torch.bool),
-            exp_TB=torch.empty(64, 64, dtype=torch.bfloat16) if kept == "y" else None,
-            gradient_TD=torch.empty(64, dim),
-            earlier_TD=torch.empty(64, dim) if part == "last" else None,
-            last=part in ("only", "last"),
-            first_n1=torch.zeros(65, dtype=torch.int64),
-            order_P=rows,
-            place_P=rows,
-            slope_P=torch.zeros(64),
-            embedding_PD=bf16,
-            lr=0.1,
-            weight_decay=5e-4,
-            momentum=0.9,
-            center_key=1 << 60,
-            momentum_key=1 << 61,
-            first_identity=0,
-            skip=torch.tensor(False),
-            compact=False,
+            exponentials=[],
+        )
+        present_n = None if part == "only" else torch.ones(64, dtype=torch.bool)
+        fused_update_kernels.update_(
+            _stored(centers, momentum, "y", dim, count=64, sampled=64),
+            MicroBatch(one, number_B, present_n),
+            fused_update_kernels.TileGradient(
+                start=0,
+                stop=64,
+                key_TD=None if kept == "y" else bf16,
+                exp_TB=torch.empty(64, 64, dtype=torch.bfloat16) if kept == "y" else None,
+                gradient_TD=torch.empty(64, dim),
+                earlier_TD=torch.empty(64, dim) if part == "last" else None,
+                last=part in ("only", "last"),
+            ),
+            _positives(bf16),
+            torch.zeros(65, dtype=torch.int64),
+            _STEP,
         )
         return None
 
     variant = {"centers": centers, "momentum": momentum, "bend": bend, "maximum": maximum}
     return "update_", {**variant, "kept": kept, "part": part, "dim": str(dim)}, call
+
+
+_STEP = SgdStep(
+    lr=0.1,
+    weight_decay=5e-4,
+    momentum=0.9,
+    keys=RoundingKeys(1 << 60, 1 << 61),
+    skip=torch.tensor(False),
+)
+
+
+def _stored(
+    centers: str, momentum: str, rows: str, dim: int, *, count: int = 32, sampled: int = 16
+) -> Stored:
+    """Rows of a shard of ``count``; ``rows``: ``n`` for all, ``compact`` or anything for some."""
+    states = {}
+    if centers == "fp16":
+        states[CENTERS + SCALE] = torch.ones(count, 1)
+    if momentum != "no":
+        states[MOMENTUM] = torch.empty(count, dim, dtype=DTYPES[momentum])
+    if momentum == "int8":
+        states[MOMENTUM + SCALE] = torch.ones(count, 1)
+    row_n = None if rows == "n" else torch.arange(sampled)
+    row_set = RowSet.of(row_n, compact=rows == "compact")
+    return Stored(torch.empty(count, dim, dtype=DTYPES[centers]), states, row_set)
+
+
+def _positives(embedding_PD: torch.Tensor) -> Positives:
+    number_P = torch.arange(len(embedding_PD))
+    return Positives(number_P, number_P, torch.zeros(len(embedding_PD)), embedding_PD)
 
 
 def _bend(bend: str) -> Bend | None:

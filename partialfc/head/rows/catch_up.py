@@ -9,10 +9,12 @@ last brought up to date at the same step. :class:`Moves` holds these products; a
 it is at. A row that a step samples is brought up to it before pass 1, so every forward sees the
 rows that dense SGD has, to rounding.
 
-Shape suffixes: t = steps so far, D = embedding, T = rows of a tile.
+Shape suffixes: t = steps so far, C = rows of the tensors at hand, n = rows to bring up to date, D =
+embedding, T = rows of a tile, 22 = a matrix of two rows and columns.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -20,10 +22,9 @@ import torch
 from torch import Tensor
 
 from partialfc.head.plan import Path
-from partialfc.head.rows.rules import States
-from partialfc.head.rows.tile import AT_STEP, CENTERS, SCALE, Tile
+from partialfc.head.rows.stored import AT_STEP, MOMENTUM, RoundingKeys, Stored
+from partialfc.head.rows.tile import Tile
 from partialfc.head.tiles.workspace import Workspace
-from partialfc.keyed import key
 
 _TILE_BYTES = 1 << 20
 """Size of a tile of fp32 rows; with their states and what is computed it stays in a CPU's last
@@ -123,16 +124,7 @@ def _times(later_22: Tensor, earlier_T22: Tensor) -> Tensor:
 
 
 def catch_up_(
-    moves: Moves,
-    centers: Tensor,
-    states: States,
-    rows: Tensor | None,
-    step_key: int,
-    *,
-    first_row: int,
-    compact: bool,
-    path: Path,
-    workspace: Workspace,
+    moves: Moves, stored: Stored, step_key: int, *, path: Path, workspace: Workspace
 ) -> None:
     """Bring rows and their momentum up to the newest step, in place.
 
@@ -140,55 +132,39 @@ def catch_up_(
 
     Args:
         moves: Of the steps so far.
-        centers: Of the shard, or of the rows only if ``compact``; the states too.
-        states: By name.
-        rows: int64 [n] rows of the shard; ``None`` for all.
+        stored: Centers and states, with the step that each row is at.
         step_key: Of the stochastic rounding.
-        first_row: Global number of the shard's first row.
-        compact: See above.
         path: Which code does it.
         workspace: Buffers of the tiles.
     """
     if path != "torch":
         import_module("partialfc.head.rows.kernels").catch_up_(
-            centers,
-            states.get(CENTERS + SCALE),
-            states.get("momentum"),
-            states.get("momentum" + SCALE),
-            states[AT_STEP],
-            rows,
-            moves.products,
-            block=moves.block,
-            center_key=key(step_key, CENTERS),
-            momentum_key=key(step_key, "momentum"),
-            first_identity=first_row,
-            compact=compact,
+            stored, moves.products, moves.block, RoundingKeys.of(step_key)
         )
         return
-    index = None if compact else rows
-    at_n = (states[AT_STEP] if index is None else states[AT_STEP].index_select(0, index))[:, 0]
+    at_C, place_n = stored.states[AT_STEP], stored.rows.place_n
+    at_n = (at_C if place_n is None else at_C.index_select(0, place_n))[:, 0]
     (behind,) = (at_n < moves.steps).nonzero(as_tuple=True)  # host sync
     if len(behind) < len(at_n):
         at_n = at_n[behind]
-        index = behind if index is None else index[behind]
-        rows = behind if rows is None else rows[behind]
+        stored = replace(stored, rows=stored.rows.some(behind))
     at_n = at_n.long()
-    size = max(1, _TILE_BYTES // (4 * centers.shape[1]))
+    size = max(1, _TILE_BYTES // (4 * stored.centers.shape[1]))
     for start in range(0, len(at_n), size):
         stop = min(start + size, len(at_n))
-        tile = Tile(centers, states, rows, start, stop, first_row, workspace, index=index)
+        tile = Tile(stored, start, stop, workspace)
         product_T22 = moves.since(at_n[start:stop]).float()
-        _move_(product_T22, tile.row_TD, tile.states.get("momentum"), workspace)
+        _move_(product_T22, tile.row_TD, tile.states.get(MOMENTUM), workspace)
         tile.write(step_key, skip=None)
-    settle_(moves, states, index)
+    mark_newest_(moves, stored)
 
 
-def settle_(moves: Moves, states: States, index: Tensor | None) -> None:
-    """Note that rows are at the newest step: those at ``index``, or all."""
-    if index is None:
-        states[AT_STEP].fill_(moves.steps)
+def mark_newest_(moves: Moves, stored: Stored) -> None:
+    """Note that rows are at the newest step."""
+    if stored.rows.place_n is None:
+        stored.states[AT_STEP].fill_(moves.steps)
     else:
-        states[AT_STEP].index_fill_(0, index, moves.steps)
+        stored.states[AT_STEP].index_fill_(0, stored.rows.place_n, moves.steps)
 
 
 def _move_(

@@ -6,8 +6,8 @@
     int8   times one fp32 a row, which puts its largest element at 127
 
 Fewer bits need stochastic rounding: an update smaller than half a step would vanish every time.
-The random bits are a function of (key, global identity, column), so any number of ranks rounds
-alike, and the Triton kernel of the same formats writes the same bytes.
+The random bits are a function of (key, number of the row in the whole head, column), so any number
+of ranks rounds alike, and the Triton kernel of the same formats writes the same bytes.
 
 Shape suffixes: D = embedding, T = rows of a tile, C = rows of a shard.
 """
@@ -68,17 +68,17 @@ def encode(row_TD: Tensor, into: Format, noise_TD: Tensor) -> tuple[Tensor, Tens
     return step_TD.clamp_(-127, 127).to(torch.int8), largest_T1 / 127
 
 
-def noise(key: int, identity_T: Tensor, dim: int) -> Tensor:
+def noise(key: int, number_T: Tensor, dim: int) -> Tensor:
     """Return 16 random bits for every element of some rows, int32 [T, dim] in [0, 65536).
 
     Args:
         key: From :func:`partialfc.keyed.key`.
-        identity_T: int64 global identities of the rows.
+        number_T: int64 numbers of the rows in the whole head.
         dim: D.
     """
     lanes = -(-dim // 4)  # one hash of 64 bits serves four columns
-    lane = torch.arange(lanes, device=identity_T.device)
-    bits = (identity_T.unsqueeze(1) * lanes + lane).add_(key)
+    lane = torch.arange(lanes, device=number_T.device)
+    bits = (number_T.unsqueeze(1) * lanes + lane).add_(key)
     for multiplier in MIX:
         bits.bitwise_xor_((bits >> 33) & 0x7FFFFFFF).mul_(multiplier)
     bits.bitwise_xor_((bits >> 33) & 0x7FFFFFFF)

@@ -9,131 +9,128 @@ Shape suffixes: B = rows of the gathered batch, C = rows of a shard, D = embeddi
 rows, P = positives, T = rows of a tile.
 """
 
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from partialfc.head.rows.kernels import noise, store
+from partialfc.head.rows.stored import CENTERS, MOMENTUM, SgdStep, Stored
 from partialfc.head.tiles.fused_kernels import STAGES, WARPS, bent, streamed, width
 from partialfc.head.tiles.limits import STATIONARY
+from partialfc.head.tiles.parts import MicroBatch
+from partialfc.head.tiles.positives import Positives
 from partialfc.head.tiles.triton_steps import reciprocal_norm
-from partialfc.margins.base import Bend
 
 _UPDATED = 8
 """Rows that a program of pass 2 updates at once, from the gradient that it has just written."""
 
 
-def update_(
-    centers_CD: Tensor,
-    center_scale_C1: Tensor | None,
-    momentum_CD: Tensor | None,
-    momentum_scale_C1: Tensor | None,
-    rows_n: Tensor | None,
-    start: int,
-    stop: int,
-    *,
-    query_BD: Tensor,
-    key_TD: Tensor | None,
-    target_B: Tensor,
-    factor_B: Tensor,
-    scale: float,
-    maximum_B: Tensor | None,
-    bend: Bend | None,
-    even_D: Tensor | None,
-    present_n: Tensor | None,
-    exp_TB: Tensor | None,
-    gradient_TD: Tensor,
-    earlier_TD: Tensor | None,
-    last: bool,
-    first_n1: Tensor,
-    order_P: Tensor,
-    place_P: Tensor,
-    slope_P: Tensor,
-    embedding_PD: Tensor,
-    lr: float,
-    weight_decay: float,
-    momentum: float,
-    center_key: int,
-    momentum_key: int,
-    first_identity: int,
-    skip: Tensor | None,
-    compact: bool,
-) -> None:
-    """Update rows ``start:stop`` of the sample by one micro-batch, or add to their gradient.
+@dataclass(frozen=True, slots=True)
+class TileGradient:
+    """What the gradient of a tile is made from, and where it goes.
 
-    Arguments that are not here are those of :func:`partialfc.head.rows.kernels.sgd_`.
-
-    Args:
-        query_BD: fp32 or bf16, contiguous, D <= 512.
-        key_TD: Unit centers of the rows in the dtype of the queries; ``None`` with ``exp_TB``.
-        target_B: int64 place of each query's positive in the sample, or any outside.
-        factor_B: fp32 factor that makes an exponential the derivative of the loss by the product.
-        scale: Factor of the products.
-        maximum_B: Subtracted from the logits; ``None`` for 0.
-        bend: As in pass 1.
-        even_D: fp32, subtracted from the gradient of every row that is present.
-        present_n: bool [n]; rows that the micro-batch sampled; ``None`` for all.
+    Attributes:
+        start: First place of the tile among the rows meant.
+        stop: Place behind the last.
+        key_TD: Unit centers in the dtype of the queries; ``None`` with ``exp_TB``.
         exp_TB: The exponentials that pass 1 kept of these rows; ``None``: computed here.
         gradient_TD: Gets the fp32 gradient of this micro-batch.
         earlier_TD: That of all earlier ones, if there were any; added where ``last``.
         last: Whether the rows are to be updated now.
-        place_P: int64 places of the positives in the sample, ascending: those of ``order_P``.
     """
-    batch, dim = query_BD.shape
-    for tensor in (centers_CD, momentum_CD, query_BD, embedding_PD, gradient_TD, exp_TB):
-        assert tensor is None or tensor.is_contiguous()
-    if stop == start:
-        return
-    _update[(triton.cdiv(stop - start, STATIONARY),)](
+
+    start: int
+    stop: int
+    key_TD: Tensor | None
+    exp_TB: Tensor | None
+    gradient_TD: Tensor
+    earlier_TD: Tensor | None
+    last: bool
+
+
+def update_(
+    stored: Stored,
+    part: MicroBatch,
+    tile: TileGradient,
+    own: Positives,
+    first_n1: Tensor,
+    step: SgdStep,
+) -> None:
+    """Update the rows of a tile by one micro-batch, or add to their gradient.
+
+    Args:
+        stored: Centers and momentum, as in :func:`partialfc.head.rows.kernels.sgd_`.
+        part: The micro-batch; its queries are contiguous, D <= 512.
+        tile: Of the rows meant.
+        own: The positives of all micro-batches.
+        first_n1: As in :func:`partialfc.head.rows.kernels.sgd_`.
+        step: Rates, keys of the rounding, and whether anything is written.
+    """
+    kept, bend = part.kept, part.kept.logits.bend
+    centers_CD, momentum_CD = stored.centers, stored.states.get(MOMENTUM)
+    gradient_TD, exp_TB = tile.gradient_TD, tile.exp_TB
+    batch, dim = kept.query_BD.shape
+    for tensor in (
         centers_CD,
-        center_scale_C1,
         momentum_CD,
-        momentum_scale_C1,
-        rows_n,
-        query_BD,
-        key_TD,
-        target_B,
-        factor_B,
-        maximum_B,
+        kept.query_BD,
+        own.embedding_PD,
+        gradient_TD,
+        exp_TB,
+    ):
+        assert tensor is None or tensor.is_contiguous()
+    if tile.stop == tile.start:
+        return
+    _update[(triton.cdiv(tile.stop - tile.start, STATIONARY),)](
+        centers_CD,
+        stored.scale(CENTERS),
+        momentum_CD,
+        stored.scale(MOMENTUM),
+        stored.rows.row_n,
+        kept.query_BD,
+        tile.key_TD,
+        part.target_B,
+        kept.negative_B,
+        kept.maximum_B,
         None if bend is None else bend.threshold_B,
         None if bend is None else bend.coefficient_3,
-        even_D,
-        present_n,
+        kept.even_D,
+        part.present_n,
         exp_TB,
         gradient_TD,
-        earlier_TD,
+        tile.earlier_TD,
         first_n1,
-        order_P,
-        place_P,
-        slope_P,
-        embedding_PD,
-        skip,
-        float(scale),
-        float(lr),
-        float(weight_decay),
-        float(momentum),
-        start,
-        stop,
-        center_key,
-        momentum_key,
-        first_identity,
+        own.order_P,
+        own.target_P,
+        own.slope_P,
+        own.embedding_PD,
+        step.skip,
+        float(kept.logits.scale),
+        float(step.lr),
+        float(step.weight_decay),
+        float(step.momentum),
+        tile.start,
+        tile.stop,
+        step.keys.centers,
+        step.keys.momentum,
+        stored.rows.first_row,
         batch,
         dim,
         STATIONARY,
         streamed(dim),
         width(dim),
         _UPDATED,
-        compact,
-        last,
+        stored.rows.compact,
+        tile.last,
         num_warps=WARPS,
         num_stages=STAGES,
         enable_fp_fusion=False,
     )
 
 
-@triton.jit(
-    do_not_specialize=["start", "stop", "center_key", "momentum_key", "first_identity", "B"]
-)
+@triton.jit(do_not_specialize=["start", "stop", "center_key", "momentum_key", "first_row", "B"])
 def _update(
     centers,
     center_scale,
@@ -166,7 +163,7 @@ def _update(
     stop: tl.int64,
     center_key: tl.int64,
     momentum_key: tl.int64,
-    first_identity: tl.int64,
+    first_row: tl.int64,
     B,
     D: tl.constexpr,
     CLASSES: tl.constexpr,
@@ -253,7 +250,7 @@ def _update(
                 decay,
                 center_key,
                 momentum_key,
-                first_identity,
+                first_row,
                 D,
                 ROWS,
                 WIDTH,
@@ -283,19 +280,19 @@ def _rows(
     decay,
     center_key,
     momentum_key,
-    first_identity,
+    first_row,
     D: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     COMPACT: tl.constexpr,
 ):
-    """The arithmetic of ``row_kernels._sgd`` on several rows, whose gradient is in the cache."""
+    """The arithmetic of ``kernels._sgd`` on several rows, whose gradient is in the cache."""
     t = tl.arange(0, ROWS)
     is_row = t < height
     row = begin + t
     if rows is not None:
         row = tl.load(rows + row, mask=is_row, other=0)
-    identity = row + first_identity
+    number = row + first_row
     if COMPACT:
         row = begin + t
     d = tl.arange(0, WIDTH)
@@ -330,7 +327,7 @@ def _rows(
     written = is_row[:, None]
     if skip is not None:
         written = written & (tl.load(skip) == 0)
-    lane = identity[:, None] * tl.cdiv(D, 4) + tl.arange(0, WIDTH // 4)[None, :]
+    lane = number[:, None] * tl.cdiv(D, 4) + tl.arange(0, WIDTH // 4)[None, :]
     row, mask = row[:, None], mask & written
     bits = _noise(lane + center_key, ROWS, WIDTH)
     largest = tl.max(tl.abs(w), 1)[:, None]

@@ -15,6 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from partialfc.head.rows.formats import MIX, SMALLEST_EXPONENT
+from partialfc.head.rows.stored import (
+    AT_STEP,
+    CENTERS,
+    MOMENTUM,
+    RoundingKeys,
+    SgdStep,
+    Stored,
+)
+from partialfc.head.tiles.positives import Positives
 from partialfc.head.tiles.triton_steps import reciprocal_norm, row_block, row_warps
 
 _MIX_1, _MIX_2 = tl.constexpr(MIX[0]), tl.constexpr(MIX[1])
@@ -22,62 +31,35 @@ _EXPONENT_FLOOR = tl.constexpr(SMALLEST_EXPONENT)
 
 
 def sgd_(
-    centers_CD: Tensor,
-    center_scale_C1: Tensor | None,
-    momentum_CD: Tensor | None,
-    momentum_scale_C1: Tensor | None,
-    rows_n: Tensor | None,
+    stored: Stored,
     start: int,
     stop: int,
     gradient_TD: Tensor,
-    *,
+    own: Positives,
     first_n1: Tensor,
-    order_P: Tensor,
-    slope_P: Tensor,
-    embedding_PD: Tensor,
-    lr: float,
-    weight_decay: float,
-    momentum: float,
-    center_key: int,
-    momentum_key: int,
-    first_identity: int,
-    skip: Tensor | None,
-    compact: bool = False,
+    step: SgdStep,
 ) -> None:
-    """Update rows ``start:stop`` of the sample in place, in the formats that they are stored in.
+    """Update rows ``start:stop`` of those meant in place, in the formats that they are stored in.
 
     With w the row, ŵ its unit row, and g the sum of ``gradient_TD`` and of the positives' part,
     ``g <- (g - ŵ (g·ŵ)) / |w|``, ``v <- momentum v + g + weight_decay w``, ``w <- w - lr v``, all
     in fp32. The v that moves w is the one before it is rounded. A row with norm <= 1e-10 has g = 0.
 
     Args:
-        centers_CD: fp32, bf16 or fp16, contiguous, D <= 4096; changed in place.
-        center_scale_C1: fp32 scales of fp16 rows, changed in place; ``None`` for other formats.
-        momentum_CD: fp32, bf16 or int8, contiguous, changed in place; ``None`` for no momentum.
-        momentum_scale_C1: fp32 scales of int8 rows, changed in place; ``None`` for other formats.
-        rows_n: int64 rows of the sample, distinct; ``None`` for all rows in order.
-        start: First place of the tile in the sample.
+        stored: Centers and momentum, contiguous, D <= 4096; changed in place.
+        start: First place of the tile among the rows meant.
         stop: Place behind the last.
         gradient_TD: fp32 gradient by the unit centers, of the negatives; contiguous, not changed.
-        first_n1: int64; place i of the sample has the positives ``order_P[first[i]:first[i + 1]]``.
-        order_P: int64 indices of ``slope_P`` and ``embedding_PD``, by place in the sample.
-        slope_P: fp32; a positive adds ``slope * embedding`` to the gradient.
-        embedding_PD: fp32 or bf16, contiguous.
-        lr: Learning rate.
-        weight_decay: Factor of w in the gradient.
-        momentum: Factor of the old v; of no matter without ``momentum_CD``.
-        center_key: Key of the centers' stochastic rounding, signed 64-bit.
-        momentum_key: Key of the momentum's.
-        first_identity: Global number of local row 0.
-        skip: Scalar bool on the device: if true, nothing is written.
-        compact: Whether centers, momentum and scales hold the rows of the sample only, in its
-            order; ``rows_n`` then says no more than how they are rounded.
+        own: The positives, each of which adds ``slope * embedding`` to the gradient.
+        first_n1: int64; row i has the positives ``own.order_P[first[i]:first[i + 1]]``.
+        step: Rates, keys of the rounding, and whether anything is written.
     """
+    centers_CD, momentum_CD = stored.centers, stored.states.get(MOMENTUM)
     dim = centers_CD.shape[1]
-    for tensor in (centers_CD, momentum_CD, gradient_TD, embedding_PD):
+    for tensor in (centers_CD, momentum_CD, gradient_TD, own.embedding_PD):
         assert tensor is None or (tensor.is_contiguous() and tensor.shape[1] == dim)
-    assert (center_scale_C1 is not None) == (centers_CD.dtype == torch.float16)
-    assert (momentum_scale_C1 is not None) == (
+    assert (stored.scale(CENTERS) is not None) == (centers_CD.dtype == torch.float16)
+    assert (stored.scale(MOMENTUM) is not None) == (
         momentum_CD is not None and momentum_CD.dtype == torch.int8
     )
     if stop == start:
@@ -85,85 +67,73 @@ def sgd_(
     block = row_block(dim)
     _sgd[(stop - start,)](
         centers_CD,
-        center_scale_C1,
+        stored.scale(CENTERS),
         momentum_CD,
-        momentum_scale_C1,
-        rows_n,
+        stored.scale(MOMENTUM),
+        stored.rows.row_n,
         gradient_TD,
         first_n1,
-        order_P,
-        slope_P,
-        embedding_PD,
-        skip,
-        float(lr),
-        float(weight_decay),
-        float(momentum),
+        own.order_P,
+        own.slope_P,
+        own.embedding_PD,
+        step.skip,
+        float(step.lr),
+        float(step.weight_decay),
+        float(step.momentum),
         start,
-        center_key,
-        momentum_key,
-        first_identity,
+        step.keys.centers,
+        step.keys.momentum,
+        stored.rows.first_row,
         dim,
         block,
-        compact,
+        stored.rows.compact,
         num_warps=row_warps(block),
         num_stages=1,
         enable_fp_fusion=False,
     )
 
 
-def catch_up_(
-    centers_CD: Tensor,
-    center_scale_C1: Tensor | None,
-    momentum_CD: Tensor | None,
-    momentum_scale_C1: Tensor | None,
-    at_step_C1: Tensor,
-    rows_n: Tensor | None,
-    product_t22: Tensor,
-    *,
-    block: int,
-    center_key: int,
-    momentum_key: int,
-    first_identity: int,
-    compact: bool = False,
-) -> None:
+def catch_up_(stored: Stored, product_t22: Tensor, block: int, keys: RoundingKeys) -> None:
     """Bring rows and their momentum up to the newest step, in the formats they are stored in.
 
-    A row that is at it is left alone. Arguments that are not here are those of :func:`sgd_`.
+    A row that is at it is left alone.
 
     Args:
-        at_step_C1: int32 step that each row is at; changed in place.
+        stored: Centers, momentum and the int32 step that each row is at; changed in place.
         product_t22: fp64, contiguous, of :class:`partialfc.head.rows.catch_up.Moves`.
         block: The step that its newest block starts at.
+        keys: Of the rounding.
     """
-    dim, count = centers_CD.shape[1], len(at_step_C1) if rows_n is None else len(rows_n)
+    centers_CD, momentum_CD = stored.centers, stored.states.get(MOMENTUM)
+    at_step_C1, dim = stored.states[AT_STEP], centers_CD.shape[1]
     for tensor in (centers_CD, momentum_CD, at_step_C1, product_t22):
         assert tensor is None or tensor.is_contiguous()
-    if not count:
+    if not stored.count:
         return
     width = row_block(dim)
-    _catch_up[(count,)](
+    _catch_up[(stored.count,)](
         centers_CD,
-        center_scale_C1,
+        stored.scale(CENTERS),
         momentum_CD,
-        momentum_scale_C1,
+        stored.scale(MOMENTUM),
         at_step_C1,
-        rows_n,
+        stored.rows.row_n,
         product_t22,
         len(product_t22) - 1,
         block,
-        center_key,
-        momentum_key,
-        first_identity,
+        keys.centers,
+        keys.momentum,
+        stored.rows.first_row,
         dim,
         width,
-        compact,
+        stored.rows.compact,
         num_warps=row_warps(width),
         num_stages=1,
         enable_fp_fusion=False,
     )
 
 
-@triton.jit(do_not_specialize=["start", "center_key", "momentum_key", "first_identity"])
+@triton.jit(do_not_specialize=["start", "center_key", "momentum_key", "first_row"])
 def _sgd(
     centers,
     center_scale,
@@ -182,14 +152,14 @@ def _sgd(
     start: tl.int64,
     center_key: tl.int64,
     momentum_key: tl.int64,
-    first_identity: tl.int64,
+    first_row: tl.int64,
     D,
     BLOCK: tl.constexpr,
     COMPACT: tl.constexpr,
 ):
     t = tl.program_id(0).to(tl.int64)
     place = t + start
-    row, identity = _row(rows, place, first_identity, COMPACT)
+    row, number = _row(rows, place, first_row, COMPACT)
     lane = tl.arange(0, BLOCK // 4)  # four columns share one hash, and one thread holds them
     column = lane[:, None] * 4 + tl.arange(0, 4)[None, :]
     mask = column < D
@@ -223,16 +193,16 @@ def _sgd(
     if skip is not None:
         written = tl.load(skip) == 0
     lanes = tl.cdiv(D, 4)
-    bits = noise(identity * lanes + lane + center_key)
+    bits = noise(number * lanes + lane + center_key)
     largest = tl.max(tl.max(tl.abs(w), 1), 0)
     store(centers + column, center_scale, row, w, largest, bits, mask & written, written)
     if momentum is not None:
-        bits = noise(identity * lanes + lane + momentum_key)
+        bits = noise(number * lanes + lane + momentum_key)
         largest = tl.max(tl.max(tl.abs(v), 1), 0)
         store(momentum + column, momentum_scale, row, v, largest, bits, mask & written, written)
 
 
-@triton.jit(do_not_specialize=["now", "newest", "center_key", "momentum_key", "first_identity"])
+@triton.jit(do_not_specialize=["now", "newest", "center_key", "momentum_key", "first_row"])
 def _catch_up(
     centers,
     center_scale,
@@ -245,18 +215,18 @@ def _catch_up(
     newest,
     center_key: tl.int64,
     momentum_key: tl.int64,
-    first_identity: tl.int64,
+    first_row: tl.int64,
     D,
     BLOCK: tl.constexpr,
     COMPACT: tl.constexpr,
 ):
     place = tl.program_id(0).to(tl.int64)
-    row, identity = _row(rows, place, first_identity, COMPACT)
+    row, number = _row(rows, place, first_row, COMPACT)
     at = tl.load(at_step + row)
     if at < now:
         column = tl.arange(0, BLOCK // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
         mask = column < D
-        bits = identity * tl.cdiv(D, 4) + tl.arange(0, BLOCK // 4)
+        bits = number * tl.cdiv(D, 4) + tl.arange(0, BLOCK // 4)
         centers += row * D
         w = tl.load(centers + column, mask=mask, other=0.0).to(tl.float32)
         if center_scale is not None:
@@ -280,15 +250,15 @@ def _catch_up(
 
 
 @triton.jit
-def _row(rows, place, first_identity, COMPACT: tl.constexpr):
+def _row(rows, place, first_row, COMPACT: tl.constexpr):
     """Where a row of the sample lies, and the global number that it is rounded by."""
     row = place
     if rows is not None:
         row = tl.load(rows + place)
-    identity = row + first_identity
+    number = row + first_row
     if COMPACT:
         row = place
-    return row, identity
+    return row, number
 
 
 @triton.jit

@@ -10,8 +10,6 @@ Shape suffixes: D = embedding, n = sampled rows, T = rows of a tile.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import partial
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -21,15 +19,12 @@ from partialfc.head.options import Memory
 from partialfc.head.plan import Plan
 from partialfc.head.row_set import RowSet
 from partialfc.head.rows import catch_up as unsampled
-from partialfc.head.rows import fused
 from partialfc.head.rows.catch_up import Moves
 from partialfc.head.rows.rules import RowRule, States
 from partialfc.head.rows.staging import Staging, host_tensor, row_tensor
-from partialfc.head.rows.tile import AT_STEP, CENTERS, SCALE, Tile
+from partialfc.head.rows.stored import AT_STEP, CENTERS, SCALE, Stored
+from partialfc.head.rows.update import RowStep, update_
 from partialfc.head.tiles.parts import Kept
-from partialfc.head.tiles.passes import positives, second_pass
-from partialfc.head.tiles.positives import Positives
-from partialfc.head.tiles.torch_steps import project_
 from partialfc.head.tiles.workspace import Workspace
 from partialfc.keyed import key
 
@@ -75,7 +70,7 @@ class RowOptimizer(torch.optim.Optimizer):
         self._device = device or centers.device
         self._memory = memory or Memory()
         self._staging: Staging | None = None
-        self._first, self._seed = first_row, seed
+        self._first_row, self._seed = first_row, seed
         self._kept: list[Kept] = []
         self._skip: list[Tensor] = []
         self.workspace = Workspace()
@@ -137,9 +132,8 @@ class RowOptimizer(torch.optim.Optimizer):
 
         They are all centers of the rank, or a compact copy of the sampled ones on the device.
         """
-        compact = row_n is not None and self._memory.uses_host
-        rows = RowSet.of(row_n, first_row=self._first, compact=compact)
-        if row_n is None or not compact:
+        rows = self._row_set(row_n)
+        if row_n is None or not rows.compact:
             return self.param_groups[0]["params"][0].detach(), rows
         return self._stage().open(self.steps, row_n)[CENTERS], rows
 
@@ -185,14 +179,7 @@ class RowOptimizer(torch.optim.Optimizer):
             return
         step_key = key(self._seed, "catch up", self.steps)
         unsampled.catch_up_(
-            moves,
-            *self._working(rows),
-            rows,
-            step_key,
-            first_row=self._first,
-            compact=self._memory.uses_host,
-            path=self._plan.path,
-            workspace=self.workspace,
+            moves, self._working(rows), step_key, path=self._plan.path, workspace=self.workspace
         )
 
     @torch.no_grad()
@@ -210,7 +197,7 @@ class RowOptimizer(torch.optim.Optimizer):
         kept, skips = self._kept, self._skip
         self._kept, self._skip = [], []
         if kept:
-            with self._beside():
+            with self._on_side_stream():
                 self._update(group, kept, skips)
             self.workspace.take_back(tensor for one in kept for tensor in one.spend())
         if self._staging is not None:
@@ -248,7 +235,7 @@ class RowOptimizer(torch.optim.Optimizer):
         return {**state, "param_groups": [{**group, **self.shared_state()}]}
 
     @contextmanager
-    def _beside(self) -> Iterator[None]:
+    def _on_side_stream(self) -> Iterator[None]:
         """Run on the side stream, from the end of the head's backward on, if there is one.
 
         The current stream waits for it before it does anything else, so nobody sees a center that
@@ -269,75 +256,20 @@ class RowOptimizer(torch.optim.Optimizer):
         current.wait_stream(side)
 
     def _update(self, group: dict[str, Any], kept: list[Kept], skips: list[Tensor]) -> None:
-        rows = _union(kept)
-        compact = rows is not None and self._memory.uses_host
-        index = None if compact else rows
-        centers, states = self._working(rows)
+        stored = self._working(_union(kept))
         bad = torch.stack(skips).any()
         found_inf: Tensor | None = getattr(self, "found_inf", None)
+        on_gpu = stored.centers.is_cuda
         if found_inf is not None:
-            bad = bad | (torch.as_tensor(found_inf, device=centers.device) != 0)
-        if not centers.is_cuda and bad:
+            bad = bad | (torch.as_tensor(found_inf, device=stored.centers.device) != 0)
+        if not on_gpu and bad:
             return
-        skip = bad if centers.is_cuda else None
         step_key = key(self._seed, "rounding", self.steps)
-        kept, workspace = self._unscaled(kept), self.workspace
-        own = positives(rows, kept)
-        unit = kept[0].logits.unit
-        update = None
-        tiles = second_pass(centers, rows, kept, workspace, compact=compact)
-        if self._plan.row_kernel:
-            arguments = self._kernel_arguments(group, centers, states, rows, own, step_key, skip)
-            update = partial(import_module("partialfc.head.rows.kernels").sgd_, **arguments)
-            if self._plan.path == "fused":
-                fused.second_pass(rows, kept, own, arguments, workspace)
-                tiles = iter(())
-        for start, stop, gradient_TD, factor_T1 in tiles:
-            if update is not None:
-                update(start=start, stop=stop, gradient_TD=gradient_TD)
-                continue
-            tile = Tile(centers, states, rows, start, stop, self._first, workspace, index=index)
-            own.add_(gradient_TD, start, factor_T1)
-            if unit:
-                # Pass 2 is done with the keys of this tile.
-                scratch_TD = workspace("key", (*gradient_TD.shape,), torch.float32, centers.device)
-                project_(gradient_TD, tile.row_TD, scratch_TD, factor_T1)
-            self.rule.update_(group, tile.row_TD, gradient_TD, tile.states)
-            tile.write(step_key, skip=skip)
+        step = RowStep(self.rule, group, step_key, bad if on_gpu else None)
+        update_(stored, self._unscaled(kept), step, self._plan, self.workspace)
         if self._moves is not None:
-            self._moves.extend(group, skip)
-            unsampled.settle_(self._moves, states, index)
-
-    def _kernel_arguments(
-        self,
-        group: dict[str, Any],
-        centers: Tensor,
-        states: States,
-        rows: Tensor | None,
-        own: Positives,
-        step_key: int,
-        skip: Tensor | None,
-    ) -> dict[str, Any]:
-        """What the kernels of the same update are given, but for the tile."""
-        sample = len(centers) if rows is None else len(rows)
-        settings = {name: group[name] for name in ("lr", "weight_decay", "momentum")}
-        return {
-            "centers_CD": centers,
-            "center_scale_C1": states.get(CENTERS + SCALE),
-            "momentum_CD": states.get("momentum"),
-            "momentum_scale_C1": states.get("momentum" + SCALE),
-            "rows_n": rows,
-            "first_n1": own.first(sample),
-            "order_P": own.order_P,
-            "slope_P": own.slope_P,
-            "embedding_PD": own.embedding_PD,
-            "center_key": key(step_key, CENTERS),
-            "momentum_key": key(step_key, "momentum"),
-            "first_identity": self._first,
-            "skip": skip,
-            "compact": rows is not None and self._memory.uses_host,
-            **settings,
-        }
+            self._moves.extend(group, step.skip)
+            unsampled.mark_newest_(self._moves, stored)
 
     def states(self) -> States:
         """Row states by name, each with one row per class center; made when first asked for."""
@@ -365,12 +297,17 @@ class RowOptimizer(torch.optim.Optimizer):
             states[CENTERS + SCALE].fill_(1)
         return states
 
-    def _working(self, rows: Tensor | None) -> tuple[Tensor, States]:
+    def _working(self, row_n: Tensor | None) -> Stored:
         """Centers and states to update: all of the rank, or compact ones of the rows."""
-        if rows is None or not self._memory.uses_host:
-            return self.param_groups[0]["params"][0].detach(), self.states()
-        tensors = dict(self._stage().open(self.steps, rows))
-        return tensors.pop(CENTERS), tensors
+        rows = self._row_set(row_n)
+        if row_n is None or not rows.compact:
+            return Stored(self.param_groups[0]["params"][0].detach(), self.states(), rows)
+        tensors = dict(self._stage().open(self.steps, row_n))
+        return Stored(tensors.pop(CENTERS), tensors, rows)
+
+    def _row_set(self, row_n: Tensor | None) -> RowSet:
+        compact = row_n is not None and self._memory.uses_host
+        return RowSet.of(row_n, first_row=self._first_row, compact=compact)
 
     def _unscaled(self, kept: list[Kept]) -> list[Kept]:
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)

@@ -137,7 +137,7 @@ class Staging:
     def _fetch(self, rows: Tensor) -> dict[str, Tensor]:
         """On the thread, in the order of the calls: after every scatter that was asked for."""
         found = {}
-        with self._beside():
+        with self._on_own_stream():
             for name in self._in_host:
                 tensor = self._tensors[name]
                 size = (len(rows), *tensor.shape[1:])
@@ -156,7 +156,7 @@ class Staging:
         return compact
 
     def _scatter(self, staged: Staged, ready: Any) -> None:
-        with self._beside():
+        with self._on_own_stream():
             if self._stream is not None:
                 self._stream.wait_event(ready)
             rows = staged.rows.cpu()
@@ -168,7 +168,7 @@ class Staging:
                     self._stream.synchronize()
                 self._tensors[name].index_copy_(0, rows, compact)
 
-    def _beside(self) -> contextlib.AbstractContextManager[Any]:
+    def _on_own_stream(self) -> contextlib.AbstractContextManager[Any]:
         """On a GPU, a stream of the thread's own."""
         return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 

@@ -9,48 +9,26 @@ import torch
 from torch import Tensor
 
 from partialfc.head.rows.formats import FORMATS, decode, encode, noise
-from partialfc.head.rows.rules import States
+from partialfc.head.rows.stored import AT_STEP, CENTERS, SCALE, Stored
 from partialfc.head.tiles.torch_steps import take_rows
 from partialfc.head.tiles.workspace import Workspace
 from partialfc.keyed import key
-
-CENTERS = "centers"
-AT_STEP = "at_step"
-"""State of rows that move unsampled: the step that each is at."""
-SCALE = "_scale"
-"""Ending of the state that holds the scales of another."""
 
 
 class Tile:
     """Some rows and their states in fp32: views of what is stored where that is possible."""
 
-    def __init__(
-        self,
-        centers: Tensor,
-        states: States,
-        rows: Tensor | None,
-        start: int,
-        stop: int,
-        first: int,
-        workspace: Workspace,
-        *,
-        index: Tensor | None,
-    ) -> None:
-        """Read rows ``start:stop`` of the sample.
+    def __init__(self, stored: Stored, start: int, stop: int, workspace: Workspace) -> None:
+        """Read rows ``start:stop`` of those meant.
 
         Args:
-            centers: Of the shard, or of a sample only; the states too.
-            states: By name.
-            rows: int64 [n] rows of the shard, which they are rounded by; ``None`` for all.
-            start: First place in the sample.
+            stored: Centers and states.
+            start: First place among the rows meant.
             stop: Place behind the last.
-            first: Global number of the shard's first row.
             workspace: Buffers of copies.
-            index: int64 [n] where the rows lie in the tensors; ``None``: they are all there is.
         """
-        self._rows, self._start, self._stop, self._first = rows, start, stop, first
-        self._index = index
-        self._stored = {CENTERS: centers.detach(), **states}
+        self._rows, self._start, self._stop = stored.rows, start, stop
+        self._stored = {CENTERS: stored.centers.detach(), **stored.states}
         self._workspace = workspace
         values = {name: self._value(name) for name in self._names()}
         self.row_TD = values.pop(CENTERS)
@@ -58,11 +36,12 @@ class Tile:
 
     def write(self, step_key: int, *, skip: Tensor | None) -> None:
         """Store rows and states; nothing where ``skip`` is true, which a GPU decides by itself."""
+        number_T = self._rows.numbers(self._start, self._stop, self.row_TD.device)
         for name, value in {CENTERS: self.row_TD, **self.states}.items():
             stored = self._stored[name]
             scale = None
             if FORMATS[stored.dtype] != "fp32":
-                bits = noise(key(step_key, name), self._identities(), value.shape[1])
+                bits = noise(key(step_key, name), number_T, value.shape[1])
                 value, scale = encode(value, FORMATS[stored.dtype], bits)
             self._put(stored, value, skip)
             if scale is not None:
@@ -76,26 +55,20 @@ class Tile:
         stored = self._stored[name]
         size = (self._stop - self._start, *stored.shape[1:])
         buffer = self._workspace(name, size, stored.dtype, stored.device)
-        stored_TD = take_rows(stored, self._index, self._start, self._stop, out=buffer)
+        stored_TD = take_rows(stored, self._rows.place_n, self._start, self._stop, out=buffer)
         scale = self._stored.get(name + SCALE)
         if scale is not None:
-            scale = take_rows(scale, self._index, self._start, self._stop)
+            scale = take_rows(scale, self._rows.place_n, self._start, self._stop)
         value_TD = decode(stored_TD, scale)
         # A GPU may have to keep the old value, so it works on a copy.
-        is_view = self._index is None and value_TD.data_ptr() == stored_TD.data_ptr()
+        is_view = self._rows.place_n is None and value_TD.data_ptr() == stored_TD.data_ptr()
         return value_TD.clone() if is_view and value_TD.is_cuda else value_TD
-
-    def _identities(self) -> Tensor:
-        device = self.row_TD.device
-        if self._rows is None:
-            return torch.arange(self._first + self._start, self._first + self._stop, device=device)
-        return self._rows[self._start : self._stop] + self._first
 
     def _put(self, stored: Tensor, value: Tensor, skip: Tensor | None) -> None:
         if skip is not None:
-            old = take_rows(stored, self._index, self._start, self._stop)
+            old = take_rows(stored, self._rows.place_n, self._start, self._stop)
             value = torch.where(skip, old, value)
-        if self._index is not None:
-            stored.index_copy_(0, self._index[self._start : self._stop], value)
+        if self._rows.place_n is not None:
+            stored.index_copy_(0, self._rows.place_n[self._start : self._stop], value)
         elif value.data_ptr() != stored[self._start : self._stop].data_ptr():
             stored[self._start : self._stop] = value

@@ -1,11 +1,13 @@
 """What goes into the two passes of the head, and from the first to the second.
 
-Shape suffixes: B = rows of the gathered batch, D = embedding, T = rows of a tile, P = any rows.
+Shape suffixes: B = rows of the gathered batch, D = embedding, T = rows of a tile, n = rows of the
+sample or of pass 2, P = any rows, 1 = one for each row.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from partialfc.head.options import Compute
@@ -144,3 +146,34 @@ class Kept:
         tensors = [tile.exp_TB for tile in self.exponentials]
         self.exponentials.clear()
         return tensors
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """One micro-batch seen from the rows of pass 2.
+
+    Attributes:
+        kept: What pass 1 left.
+        target_B: Place of each own center among the rows of pass 2, or ``NOT_LOCAL``.
+        present_n: Which of those rows it sampled; ``None`` for all.
+    """
+
+    kept: Kept
+    target_B: Tensor
+    present_n: Tensor | None
+
+    @classmethod
+    def of(cls, kept: Kept, row_n: Tensor | None) -> "MicroBatch":
+        """Return it as rows ``row_n`` of the shard see it; ``None`` for all."""
+        present_n = None
+        if kept.row_n is not row_n and row_n is not None and kept.row_n is not None:
+            present_n = torch.isin(row_n, kept.row_n)
+        return cls(kept, align(kept.target_B, kept.row_n, row_n), present_n)
+
+
+def align(target_P: Tensor, sampled_n: Tensor | None, row_n: Tensor | None) -> Tensor:
+    """Places among rows ``sampled_n`` as places among their superset ``row_n``."""
+    if sampled_n is row_n or row_n is None or sampled_n is None or not len(sampled_n):
+        return target_P
+    row_P = sampled_n[target_P.clamp(min=0)]
+    return torch.where(target_P >= 0, torch.searchsorted(row_n, row_P), target_P)

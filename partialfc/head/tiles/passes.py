@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from partialfc.head.plan import Path
+from partialfc.head.row_set import RowSet
 from partialfc.head.tiles import torch_steps
 from partialfc.head.tiles.dispatch import steps_of
-from partialfc.head.tiles.parts import FirstPass, Kept, KeptTile, Logits
+from partialfc.head.tiles.parts import FirstPass, Kept, KeptTile, Logits, MicroBatch, align
 from partialfc.head.tiles.positives import Positives
 from partialfc.head.tiles.products import add_product_, scaled_products
 from partialfc.head.tiles.workspace import Workspace
@@ -109,12 +110,7 @@ def first_pass(
 
 
 def second_pass(
-    centers_CD: Tensor,
-    rows: Tensor | None,
-    kept: Sequence[Kept],
-    workspace: Workspace,
-    *,
-    compact: bool = False,
+    centers_CD: Tensor, rows: RowSet, kept: Sequence[Kept], workspace: Workspace
 ) -> Iterator[tuple[int, int, Tensor, Tensor | None]]:
     """Yield (start, stop, gradient [T, D] fp32, factor [T, 1]) of every tile; no collective.
 
@@ -123,25 +119,23 @@ def second_pass(
     by the caller before the next one is asked for.
 
     Args:
-        centers_CD: This rank's class centers, as in pass 1.
-        rows: int64 [n] rows to compute, a superset of every micro-batch's, or ``None`` for all.
+        centers_CD: This rank's class centers at hand, as in pass 1.
+        rows: Those to compute, a superset of every micro-batch's.
         kept: The micro-batches; their gradients are added.
         workspace: Buffers of the tiles.
-        compact: Whether ``centers_CD`` holds the rows of the sample only, in its order.
     """
-    index = None if compact else rows
-    device, dim = centers_CD.device, centers_CD.shape[1]
-    parts = [_Part.of(one, rows, like=kept[0].query_BD) for one in kept]
+    place_n, device, dim = rows.place_n, centers_CD.device, centers_CD.shape[1]
+    parts = [_Weighted.of(one, rows.row_n, like=kept[0].query_BD) for one in kept]
     per_identity = kept[0].logits.per_identity
     for number, (start, stop) in enumerate(
-        tiles(kept[0].query_BD, centers_CD, index, per_identity)
+        tiles(kept[0].query_BD, centers_CD, place_n, per_identity)
     ):
         gradient_TD = workspace("gradient", (stop - start, dim), torch.float32, device)
         key_TD: Tensor | None = None
         factor_T1: Tensor | None = None
         for part in parts:
-            query_BD, logits, maximum_B = part.kept.query_BD, part.kept.logits, part.kept.maximum_B
-            weighted_BD = part.weighted_BD
+            one, weighted_BD = part.one, part.weighted_BD
+            query_BD, logits, maximum_B = one.kept.query_BD, one.kept.logits, one.kept.maximum_B
             with precision(logits.compute, device):
                 if number < len(part.exponentials):
                     tile = part.exponentials[number]
@@ -153,9 +147,9 @@ def second_pass(
                     if key_TD is None:
                         dtype = query_BD.dtype
                         key_TD, factor_T1 = _keys(
-                            centers_CD, index, start, stop, dtype, logits, workspace
+                            centers_CD, place_n, start, stop, dtype, logits, workspace
                         )
-                    column_B = part.target_B - start
+                    column_B = one.target_B - start
                     logit_TB = _logits(key_TD, factor_T1, query_BD, column_B, logits, workspace)
                     logit_TB, slope_TB, bend = _bent_first(logit_TB, column_B, logits, workspace)
                     exp_TB = _exponentials(
@@ -171,21 +165,22 @@ def second_pass(
                     )
                     if slope_TB is not None:
                         exp_TB.mul_(slope_TB)
-                if part.present_n is not None:
-                    exp_TB.mul_(part.present_n[start:stop].unsqueeze(1))
+                if one.present_n is not None:
+                    exp_TB.mul_(one.present_n[start:stop].unsqueeze(1))
                 add_product_(gradient_TD, exp_TB, weighted_BD, keep=part is not parts[0])
-            if part.kept.even_D is not None:
-                even_TD = part.kept.even_D if factor_T1 is None else part.kept.even_D * factor_T1
-                if part.present_n is not None:
-                    even_TD = part.present_n[start:stop].unsqueeze(1) * even_TD
+            even_D = one.kept.even_D
+            if even_D is not None:
+                even_TD = even_D if factor_T1 is None else even_D * factor_T1
+                if one.present_n is not None:
+                    even_TD = one.present_n[start:stop].unsqueeze(1) * even_TD
                 gradient_TD.sub_(even_TD)
         yield start, stop, gradient_TD, factor_T1
 
 
-def positives(rows: Tensor | None, kept: Sequence[Kept]) -> Positives:
-    """Return the positives' share of the same gradient; arguments as in :func:`second_pass`."""
+def positives(row_n: Tensor | None, kept: Sequence[Kept]) -> Positives:
+    """Return the positives' share of the same gradient, of rows ``row_n``: all if ``None``."""
     every = [
-        (align(target_P, one.row_n, rows), slope_P, direction_PD)
+        (align(target_P, one.row_n, row_n), slope_P, direction_PD)
         for one in kept
         for target_P, slope_P, direction_PD in (
             (one.target_B, one.positive_B, one.positive_BD),
@@ -229,46 +224,26 @@ def tiles(
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
-    """One micro-batch seen from the rows of pass 2.
+class _Weighted:
+    """A micro-batch for products tile by tile.
 
     The factor ``negative_B`` of a whole column of E is moved to the queries, so that the gradient
-    is E @ weighted queries.
+    is E @ weighted queries. Exponentials of tiles of another size are not used.
     """
 
-    kept: Kept
-    target_B: Tensor
-    present_n: Tensor | None
+    one: MicroBatch
     weighted_BD: Tensor
     exponentials: list[KeptTile]
 
     @classmethod
-    def of(cls, kept: Kept, rows: Tensor | None, *, like: Tensor) -> "_Part":
-        target_B, present_n = align(kept.target_B, kept.row_n, rows), present(kept.row_n, rows)
+    def of(cls, kept: Kept, row_n: Tensor | None, *, like: Tensor) -> "_Weighted":
         factor_B1 = kept.negative_B.unsqueeze(1)
-        same_tiles = kept.row_n is rows and kept.query_BD.shape == like.shape
+        same_tiles = kept.row_n is row_n and kept.query_BD.shape == like.shape
         return cls(
-            kept,
-            target_B,
-            present_n,
+            MicroBatch.of(kept, row_n),
             (kept.query_BD.float() * factor_B1).to(kept.query_BD.dtype),
             kept.exponentials if same_tiles else [],
         )
-
-
-def align(target_P: Tensor, sampled: Tensor | None, rows: Tensor | None) -> Tensor:
-    """Places among ``sampled`` as places among its superset ``rows``."""
-    if sampled is rows or rows is None or sampled is None or not len(sampled):
-        return target_P
-    row_P = sampled[target_P.clamp(min=0)]
-    return torch.where(target_P >= 0, torch.searchsorted(rows, row_P), target_P)
-
-
-def present(sampled: Tensor | None, rows: Tensor | None) -> Tensor | None:
-    """Which of ``rows`` are among ``sampled``; ``None`` for all."""
-    if sampled is rows or rows is None or sampled is None:
-        return None
-    return torch.isin(rows, sampled)
 
 
 def _keys(
