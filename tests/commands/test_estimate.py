@@ -70,7 +70,7 @@ def test_a_storage_counts_once_and_recomputation_saves():
 
 
 def test_the_flops_are_those_that_everybody_counts():
-    """ms1mv3_r50: 37.9 GFLOP an image in shared/PERFORMANCE.md, multiply-adds counted as two."""
+    """ms1mv3_r50: 37.9 GFLOP an image, multiply-adds counted as two."""
     config = estimate.load(ROOT / "configs" / "ms1mv3_r50.toml")
     assert estimate.count_backbone(config, 8).flops / 128 == pytest.approx(37.9e9, rel=0.01)
 
@@ -93,7 +93,7 @@ def test_too_many_identities_do_not_fit_and_the_most_do(tmp_path, capsys):
     assert not record["fits"]
     assert "does not fit" in capsys.readouterr().out
     most = record["most_identities"]
-    # 149 GB of 4,096 B an identity and rank, 33M in shared/PERFORMANCE.md
+    # 149 GB of 4,096 B an identity and rank: 33M
     assert most / 8 == pytest.approx(33e6, rel=0.1)
     assert estimated(tmp_path, path, *H200, "--identities", most)["fits"]
     assert not estimated(tmp_path, path, *H200, "--identities", int(most * 1.01))["fits"]

@@ -191,7 +191,7 @@ def assumptions(cluster: Cluster) -> list[str]:
         "GB/s to its neighbours"
         + ("" if cluster.device == "cpu" else " (data sheets of the SXM modules)"),
         f"matrix products reach {PRODUCTS:.0%} of the peak, memory {MEMORY:.0%}: 770 TFLOP/s and "
-        "4.3 TB/s on an H200 (PERFORMANCE.md)",
+        "4.3 TB/s on an H200",
         f"the head reaches {HEAD_SHARE:.0%} of that product rate: its target, not a measurement",
         f"links reach {LINKS:.0%}; {LATENCY * 1e6:.0f} µs a hop in a node, "
         f"{NETWORK_LATENCY * 1e6:.0f} µs between nodes; overlap of the head is not counted",
@@ -199,12 +199,12 @@ def assumptions(cluster: Cluster) -> list[str]:
     if cluster.device == "cuda":
         lines.append(
             f"the backbone reaches {BACKBONE:.0%} of the peak: 5-7k images/s of r50 and 3-4k of "
-            "r100 on an H200 (PERFORMANCE.md); torch.compile is counted as eager"
+            "r100 on an H200, as is reported; torch.compile is counted as eager"
         )
     else:
         lines.append(
             f"the backbone reaches {CPU_BACKBONE:.0%} of the cores' {CPU_CORE['fp32'] / GIGA:.0f} "
-            f"fp32, {CPU_CORE['bf16'] / GIGA:.0f} bf16 GFLOP/s (PERFORMANCE.md, Zen 4)"
+            f"fp32, {CPU_CORE['bf16'] / GIGA:.0f} bf16 GFLOP/s, as of a Zen 4"
         )
     if cluster.ranks > 1:
         lines.append(

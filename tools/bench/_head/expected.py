@@ -1,6 +1,6 @@
 """What a case of tools/bench/head.py should take on an H200, for tools/bench/gpu.sh.
 
-Rates are those of partialfc estimate; the textbook head's bytes are PERFORMANCE.md's.
+Rates are those of partialfc estimate; the textbook head's bytes are counted.
 """
 
 from partialfc.commands._estimate.step_time import GPUS, HEAD_SHARE, MEMORY, PRODUCTS
