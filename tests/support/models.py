@@ -24,7 +24,8 @@ class Flat(nn.Module):
 
 def settings(**sections) -> Config:
     sections.setdefault("precision", {"compute": "fp32"})
-    return Config.model_validate({"data": {"train": "unused.rec"}, **sections})
+    data = {"train": "unused.rec", "global_batch": 24}
+    return Config.model_validate({"data": data, **sections})
 
 
 def flat_model(
