@@ -1,6 +1,6 @@
 """Number formats of matrix products, and unit rows.
 
-Shape suffixes: D = embedding, T = rows.
+Shape suffixes: D = embedding, T = rows, 1 = one a row.
 """
 
 from collections.abc import Iterator

@@ -1,6 +1,7 @@
 """Losses on class centers, beside the softmax: embeddings to their own one, near ones apart.
 
-Shape suffixes: B = rows of the gathered batch, D = query, n = sampled rows, T = rows of a tile.
+Shape suffixes: B = rows of the gathered batch, C = rows of the centers at hand, D = query, n =
+sampled rows, T = rows of a tile, 1 = one a row.
 """
 
 from dataclasses import dataclass

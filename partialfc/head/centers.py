@@ -1,6 +1,7 @@
 """Class centers as rows of a matrix: their first values, and the own ones of a batch.
 
-Shape suffixes: B = rows of the gathered batch, K = centers of an identity, D = embedding.
+Shape suffixes: B = rows of the gathered batch, C = rows of the centers at hand, K = centers of an
+identity, D = embedding.
 """
 
 import torch
@@ -14,6 +15,7 @@ from partialfc.keyed import key
 from partialfc.numerics import unit
 
 _CENTER_STD = 0.01
+"""Standard deviation of an element before the first step, as in arcface_torch."""
 _INITIAL_BLOCK = 1024
 """Rows drawn from one generator; a constant, so that it never depends on the sharding."""
 

@@ -4,7 +4,8 @@
 the loss of each row and its derivatives, and what the two gradients need of all that.
 
 Shape suffixes: b = rows of this rank's batch, B = rows of the gathered batch, C = rows of the
-centers at hand, D = embedding, and in a query its bias, 1 = one for each row.
+centers at hand, D = embedding, and in a query its bias, n = sampled rows, P = keys that a loss on
+centers pulls, 1 = one a row.
 """
 
 from collections.abc import Callable

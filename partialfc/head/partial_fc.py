@@ -5,8 +5,8 @@ https://arxiv.org/abs/2203.15565. The data flow, and where each part lives:
     gather (here) -> sample (sampling) -> positives and margin (loss, margins) -> logits in tiles
     (tiles) -> distributed softmax (push) -> gradients (loss, tiles) -> rows (rows)
 
-Shape suffixes: b = rows of this rank's batch, B = rows of the gathered batch, D = embedding,
-n = sampled rows of this rank.
+Shape suffixes: b = rows of this rank's batch, B = rows of the gathered batch, C = rows of the
+centers at hand, D = embedding.
 """
 
 import math

@@ -94,7 +94,7 @@ def sgd_(**case):
         case["stop"],
         case["gradient_TD"],
         Positives(*positives),
-        case["first_n1"],
+        case["first_N"],
         SgdStep(*rates, keys, case["skip"]),
     )
 
@@ -370,7 +370,7 @@ def sgd_case(centers="bf16", momentum="no", embedding="fp32", dim=50, rows=7, sa
         "start": start,
         "stop": start + rows,
         "gradient_TD": normal(rows, dim),
-        "first_n1": torch.cat([torch.zeros(1, dtype=torch.int64), count_n.cumsum(0)]),
+        "first_N": torch.cat([torch.zeros(1, dtype=torch.int64), count_n.cumsum(0)]),
         "order_P": place_P.argsort(stable=True),
         "slope_P": normal(positives),
         "embedding_PD": normal(positives, dim).to(DTYPES[embedding]),
@@ -400,7 +400,7 @@ def sgd_truth(case, dtype):
     w_TD = stored("centers_CD", "center_scale_C1")
     old_TD = stored("momentum_CD", "momentum_scale_C1")
     g_TD = case["gradient_TD"].to(dtype)
-    first, order_P = case["first_n1"], case["order_P"]
+    first, order_P = case["first_N"], case["order_P"]
     for t, i in enumerate(range(case["start"], case["stop"])):
         for p in order_P[first[i] : first[i + 1]]:
             g_TD[t] += case["slope_P"][p].to(dtype) * case["embedding_PD"][p].to(dtype)
@@ -601,7 +601,7 @@ def test_rounding_is_unbiased_where_an_update_is_smaller_than_half_a_step(launch
         case.update(momentum_CD=torch.zeros(rows, dim, dtype=torch.int8))
         case.update(momentum_scale_C1=torch.zeros(rows, 1))
     case.update(rows_n=None, start=0, stop=rows, gradient_TD=torch.zeros(rows, dim))
-    case.update(embedding_PD=torch.zeros(1, dim), first_n1=torch.zeros(rows + 1, dtype=torch.int64))
+    case.update(embedding_PD=torch.zeros(1, dim), first_N=torch.zeros(rows + 1, dtype=torch.int64))
     after = run_sgd(launch, case)
     stored_TD, scale_T1 = written(after, "momentum_CD" if name == "int8" else "centers_CD")
     assert (scale_T1 is not None) == (name in SCALED)

@@ -10,7 +10,7 @@ it is at. A row that a step samples is brought up to it before pass 1, so every 
 rows that dense SGD has, to rounding.
 
 Shape suffixes: t = steps so far, C = rows of the tensors at hand, n = rows to bring up to date, D =
-embedding, T = rows of a tile, 22 = a matrix of two rows and columns.
+embedding, T = rows of a tile, 22 = two rows and columns of a matrix.
 """
 
 from collections.abc import Mapping

@@ -9,7 +9,7 @@ Fewer bits need stochastic rounding: an update smaller than half a step would va
 The random bits are a function of (key, number of the row in the whole head, column), so any number
 of ranks rounds alike, and the Triton kernel of the same formats writes the same bytes.
 
-Shape suffixes: D = embedding, T = rows of a tile, C = rows of a shard.
+Shape suffixes: D = embedding, T = rows of a tile, C = rows of a shard, 1 = one a row.
 """
 
 from typing import Literal

@@ -1,7 +1,7 @@
 """Pass 2 by the fused kernels: the kernel that makes a tile's gradient updates its rows.
 
-Shape suffixes: B = rows of the gathered batch, C = rows of a shard, D = embedding, n = sampled
-rows, P = positives, T = rows of a tile.
+Shape suffixes: B = rows of the gathered batch, C = rows of the centers at hand, D = embedding, n =
+rows of pass 2, N = n + 1, T = rows of a tile.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def second_pass(
     """
     kernels = import_module("partialfc.head.rows.fused_kernels")
     centers_CD, rows = stored.centers, stored.rows
-    first_n1, device = own.first(stored.count), centers_CD.device
+    first_N, device = own.first(stored.count), centers_CD.device
     parts = [MicroBatch.of(one, rows.row_n) for one in kept]
     largest = max(len(one.query_BD) for one in kept)
     for number, (start, stop) in enumerate(tiles(largest, stored.count)):
@@ -57,7 +57,7 @@ def second_pass(
                 earlier_TD=earlier_TD,
                 last=part is parts[-1],
             )
-            kernels.update_(stored, part, tile, own, first_n1, step)
+            kernels.update_(stored, part, tile, own, first_N, step)
             if len(kept) > 1:
                 every_TD = workspace("gradients", size, torch.float32, device)
                 earlier_TD = torch.add(gradient_TD, 0 if i == 0 else every_TD, out=every_TD)

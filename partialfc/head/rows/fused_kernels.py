@@ -5,8 +5,8 @@ It gives what :func:`partialfc.head.tiles.passes.second_pass` and
 The gradient of a block is in registers while it grows. It is written once, because the rows with
 their states do not fit beside it, and read from the cache, some rows at a time, by who wrote it.
 
-Shape suffixes: B = rows of the gathered batch, C = rows of a shard, D = embedding, n = sampled
-rows, P = positives, T = rows of a tile.
+Shape suffixes: B = rows of the gathered batch, C = rows of the centers at hand, D = embedding, n =
+rows of pass 2, N = n + 1, P = positives, T = rows of a tile.
 """
 
 from dataclasses import dataclass
@@ -55,7 +55,7 @@ def update_(
     part: MicroBatch,
     tile: TileGradient,
     own: Positives,
-    first_n1: Tensor,
+    first_N: Tensor,
     step: SgdStep,
 ) -> None:
     """Update the rows of a tile by one micro-batch, or add to their gradient.
@@ -65,7 +65,7 @@ def update_(
         part: The micro-batch; its queries are contiguous, D <= 512.
         tile: Of the rows meant.
         own: The positives of all micro-batches.
-        first_n1: As in :func:`partialfc.head.rows.kernels.sgd_`.
+        first_N: As in :func:`partialfc.head.rows.kernels.sgd_`.
         step: Rates, keys of the rounding, and whether anything is written.
     """
     kept, bend = part.kept, part.kept.logits.bend
@@ -101,7 +101,7 @@ def update_(
         exp_TB,
         gradient_TD,
         tile.earlier_TD,
-        first_n1,
+        first_N,
         own.order_P,
         own.target_P,
         own.slope_P,

@@ -5,8 +5,9 @@ a second one does what rows have missed, as :mod:`partialfc.head.rows.catch_up` 
 sums are not fused (no FMA), so the elementwise part is bit for bit that of torch operations one by
 one; only the two sums over a row are taken in another order.
 
-Shape suffixes: C = rows of a shard, D = embedding, n = sampled rows, P = positives, T = rows of a
-tile.
+Shape suffixes: C = rows of the centers at hand, D = embedding, n = rows meant, N = n + 1, P =
+positives, T = rows of a tile, t = steps so far, 22 = two rows and columns of a matrix, 1 = one a
+row.
 """
 
 import torch
@@ -36,7 +37,7 @@ def sgd_(
     stop: int,
     gradient_TD: Tensor,
     own: Positives,
-    first_n1: Tensor,
+    first_N: Tensor,
     step: SgdStep,
 ) -> None:
     """Update rows ``start:stop`` of those meant in place, in the formats that they are stored in.
@@ -51,7 +52,7 @@ def sgd_(
         stop: Place behind the last.
         gradient_TD: fp32 gradient by the unit centers, of the negatives; contiguous, not changed.
         own: The positives, each of which adds ``slope * embedding`` to the gradient.
-        first_n1: int64; row i has the positives ``own.order_P[first[i]:first[i + 1]]``.
+        first_N: int64; row i has the positives ``own.order_P[first[i]:first[i + 1]]``.
         step: Rates, keys of the rounding, and whether anything is written.
     """
     centers_CD, momentum_CD = stored.centers, stored.states.get(MOMENTUM)
@@ -72,7 +73,7 @@ def sgd_(
         stored.scale(MOMENTUM),
         stored.rows.row_n,
         gradient_TD,
-        first_n1,
+        first_N,
         own.order_P,
         own.slope_P,
         own.embedding_PD,

@@ -4,7 +4,8 @@
 keeps the micro-batches that backward has seen and turns them into updates tile by tile, so no
 gradient of the centers exists.
 
-Shape suffixes: D = embedding, n = sampled rows, T = rows of a tile.
+Shape suffixes: B = rows of the gathered batch, D = embedding, n = sampled rows, P = keys that a
+loss on centers pulls.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +30,9 @@ from partialfc.head.tiles.workspace import Workspace
 from partialfc.keyed import key
 
 _STAGED_ROWS = 1 << 16
+"""Rows of the host that catch up at once, where all do."""
 _MOVES = "moves"
+"""Name in a state of what the steps did to rows that none of them sampled."""
 
 
 class RowOptimizer(torch.optim.Optimizer):

@@ -1,6 +1,6 @@
 """What an update does to a sampled row: settings, and arithmetic on a tile of fp32 rows.
 
-Shape suffixes: D = embedding, T = rows of a tile.
+Shape suffixes: D = embedding, T = rows of a tile, 1 = one a row.
 """
 
 from abc import ABC, abstractmethod

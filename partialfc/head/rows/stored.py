@@ -13,6 +13,7 @@ from partialfc.keyed import key
 
 CENTERS = "centers"
 MOMENTUM = "momentum"
+"""Names of what is stored, which its rounding is keyed by."""
 AT_STEP = "at_step"
 """State of rows that move unsampled: the step that each is at."""
 SCALE = "_scale"

@@ -1,6 +1,6 @@
 """Some rows of the centers with their states, from how they are stored to fp32 and back.
 
-Shape suffixes: D = embedding, T = rows of a tile.
+Shape suffixes: D = embedding, n = rows meant, T = rows of a tile.
 """
 
 from collections.abc import Iterator

@@ -1,6 +1,6 @@
 """One step of the sampled rows: pass 2 tile by tile, and the rule on what it leaves.
 
-Shape suffixes: T = rows of a tile, D = embedding, n = sampled rows, 1 = one for each row.
+Shape suffixes: T = rows of a tile, D = embedding, n = rows meant, N = n + 1, 1 = one a row.
 """
 
 from collections.abc import Sequence
@@ -69,9 +69,9 @@ def update_(
     tiles = second_pass(stored.centers, stored.rows, kept, workspace)
     if plan.row_kernel:
         sgd_ = import_module("partialfc.head.rows.kernels").sgd_
-        sgd, first_n1 = step.sgd, own.first(stored.count)
+        sgd, first_N = step.sgd, own.first(stored.count)
         for start, stop, gradient_TD, _ in tiles:
-            sgd_(stored, start, stop, gradient_TD, own, first_n1, sgd)
+            sgd_(stored, start, stop, gradient_TD, own, first_N, sgd)
         return
     for start, stop, gradient_TD, factor_T1 in tiles:
         tile = Tile(stored, start, stop, workspace)

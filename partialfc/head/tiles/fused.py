@@ -3,8 +3,8 @@
 Nothing of a tile is written but its keys, what is kept of its exponentials and, in pass 2, its
 gradient, which the kernel that wrote it turns into the update. So tiles are large here.
 
-Shape suffixes: B = rows of the gathered batch, C = rows of a shard, D = embedding, n = sampled
-rows, S = splits of a tile, T = rows of a tile.
+Shape suffixes: B = rows of the gathered batch, C = rows of the centers at hand, D = embedding, n =
+sampled rows, S = splits of a tile, T = rows of a tile.
 """
 
 from collections.abc import Iterator
@@ -17,6 +17,9 @@ from partialfc.head.tiles.limits import STATIONARY
 from partialfc.head.tiles.parts import FirstPass, KeptTile, Logits
 from partialfc.head.tiles.workspace import Workspace
 
+_NO_LOGIT = -1e30
+"""Row maximum of a tile without negatives, as the kernel writes it."""
+
 _PROGRAMS = 132
 """Multiprocessors of an H100 or H200: pass 1 splits the classes until about as many have work."""
 
@@ -24,6 +27,7 @@ _TILE_ROWS = _PROGRAMS * 4 * STATIONARY
 """Four blocks of classes for each multiprocessor; keys of 33 MiB at D = 512."""
 
 _LARGEST_INDEX = 2**31
+"""Places in [T, B] that the kernels count in 32 bits."""
 
 
 def first_pass(
@@ -52,7 +56,7 @@ def first_pass(
     sum_B = torch.zeros(batch, device=device)
     pull_BD = torch.zeros(batch, dim, device=device) if want_pull else None
     key_sum_D = torch.zeros(dim, device=device) if want_key_sum else None
-    maximum_B = torch.full_like(sum_B, -1e30) if logits.needs_maximum else None
+    maximum_B = torch.full_like(sum_B, _NO_LOGIT) if logits.needs_maximum else None
     kept: list[KeptTile] = []
     total = len(centers_CD) if rows is None else len(rows)
     for start, stop in tiles(batch, total):

@@ -21,6 +21,7 @@ STREAMED = 64
 """Rows that a program reads at once."""
 
 WARPS, STAGES = 8, 2
+"""Of a program; its tiles and the next ones fit in 227 KiB of shared memory so."""
 
 
 def pull_(

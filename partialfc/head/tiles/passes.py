@@ -8,7 +8,8 @@ takes one matrix product or two. Neither the logits [n, B] nor the gradient of t
 ever whole. In fp32, centers are multiplied as they are, and what is wanted of unit keys gets the
 reciprocal norms, a factor for each key, on [T, B] instead of [T, D]; bf16 would round worse so.
 
-Shape suffixes: B = rows of the gathered batch, D = embedding, n = sampled rows, T = rows of a tile.
+Shape suffixes: B = rows of the gathered batch, C = rows of the centers at hand, D = embedding, n =
+sampled rows, P = positives and other keys that are pulled, T = rows of a tile, 1 = one a row.
 """
 
 from collections.abc import Iterator, Sequence

@@ -3,7 +3,7 @@
 There is one positive for each row of the batch and it outweighs all negatives of that row, so it is
 left out of the matrix products, whose operands may have 16 bits.
 
-Shape suffixes: P = rows of all micro-batches, D = embedding, n = sampled rows, T = rows of a tile.
+Shape suffixes: P = rows of all micro-batches, D = embedding, T = rows of a tile, 1 = one a row.
 """
 
 from bisect import bisect_left

@@ -1,6 +1,8 @@
 """The steps of a tile in torch operations, on any device.
 
-Shape suffixes: B = rows of the gathered batch, D = embedding, n = sampled rows, T = rows of a tile.
+Shape suffixes: B = rows of the gathered batch, C = rows of the centers at hand, D = embedding, I =
+identities of a tile, K = centers of each, n = sampled rows, T = rows of a tile, 1 = one a row or
+column.
 Tiles lie class by class, [T, B], so that a tile of centers is contiguous in every product.
 """
 

@@ -3,8 +3,8 @@
 They give what :mod:`partialfc.head.tiles.torch_steps` and :mod:`partialfc.keyed` give. No kernel
 uses atomics and no block size depends on the device, so the same inputs give the same bits.
 
-Shape suffixes: B = rows of the gathered batch, C = rows of a shard, D = embedding, n = sampled
-rows, T = rows of a tile.
+Shape suffixes: B = rows of the gathered batch, C = rows of the centers at hand, D = embedding, n =
+sampled rows, T = rows of a tile, 1 = one a row.
 """
 
 import torch
@@ -17,6 +17,7 @@ from partialfc.keyed import FINAL, MULTIPLIERS, ROUNDS
 from partialfc.margins.base import Bend
 
 _LARGEST_DIM = 4096
+"""Elements of a row that one program holds."""
 _SMALLEST_NORM = tl.constexpr(1e-10)
 """A shorter vector has no direction: its unit vector and its gradient are zero."""
 
