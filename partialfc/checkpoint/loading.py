@@ -29,8 +29,8 @@ from partialfc.checkpoint.saving import Saver
 from partialfc.distributed.agreement import from_leader, words_of_any
 from partialfc.errors import CheckpointError
 from partialfc.head import PartialFC
+from partialfc.model.batch_norm import statistics
 from partialfc.model.build import Model
-from partialfc.model.statistics import statistics
 from partialfc.runtime.process import Runtime
 
 __all__ = [

@@ -33,8 +33,8 @@ from partialfc.checkpoint.tensor_file import size_of, write_tensors
 from partialfc.distributed.agreement import words_of_any
 from partialfc.distributed.ranks import Ranks
 from partialfc.errors import CheckpointError
+from partialfc.model.batch_norm import mean_statistics, statistics
 from partialfc.model.build import Model
-from partialfc.model.statistics import mean_statistics, statistics
 from partialfc.runtime.process import Runtime
 
 _SLOWEST_RANK = timedelta(hours=2)

@@ -15,8 +15,8 @@ from partialfc.data.packs.pack import Pack, open_pack
 from partialfc.data.sets.pairs import Image, Pairs, read_pairs
 from partialfc.errors import in_words
 from partialfc.evaluation.embedding import embed_images
+from partialfc.model.batch_norm import with_mean_statistics
 from partialfc.model.build import Model
-from partialfc.model.statistics import with_mean_statistics
 from partialfc.protocols import unit_rows
 from partialfc.protocols.identification import Identification, first_of_each, rank_k
 from partialfc.protocols.verification import Verification, verify

@@ -14,7 +14,7 @@ import torch
 
 import partialfc.training.run
 from partialfc.commands.train import main
-from partialfc.model.statistics import statistics
+from partialfc.model.batch_norm import statistics
 
 LATE_STEPS, LATE_SECONDS = 50, 0.05
 _step = partialfc.training.run.train_step

@@ -20,8 +20,8 @@ from partialfc import (
 from partialfc.checkpoint import folder as checkpoint_folder
 from partialfc.checkpoint import loading as checkpoint
 from partialfc.checkpoint.disk import Disk
+from partialfc.model.batch_norm import mean_statistics, statistics, with_mean_statistics
 from partialfc.model.build import assemble
-from partialfc.model.statistics import mean_statistics, statistics, with_mean_statistics
 from partialfc.model.step import train_step
 from tests.support.models import batch, flat_model, runtime, settings, share, weights
 from tests.support.ranks import run_on_ranks
