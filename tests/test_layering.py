@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -166,3 +167,29 @@ def test_nothing_that_was_written_is_trusted():
                 if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
                     assert path.name == "foreign.py", f"{path}: torch.load"
                     assert "weights_only=True" in ast.unparse(node), f"{path}: {ast.unparse(node)}"
+
+
+SUFFIXED = re.compile(r"[a-z][a-z0-9_]*_([A-Z1-9bkn]{1,4})")
+LEGEND = re.compile(r"Shape suffix(?:es)?: (.*?)\.(?:\s|$)", re.DOTALL)
+
+
+def letters_of(path: Path) -> set[str]:
+    """Return the letters of the shape suffixes that a module's names have."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        name = getattr(node, "id", getattr(node, "arg", getattr(node, "attr", None)))
+        match = SUFFIXED.fullmatch(name) if isinstance(name, str) else None
+        if match and (re.search("[A-Z]", match[1]) or match[1] in ("b", "n", "n1")):
+            found |= set(re.sub(r"\d", "", match[1]))
+    return found
+
+
+def test_every_shape_suffix_is_explained_where_it_is_used():
+    missing = {}
+    for top in ("partialfc", "tools"):
+        for path in sorted((ROOT / top).rglob("*.py")):
+            legend = LEGEND.search(path.read_text().replace("\n# ", "\n"))
+            known = set(re.findall(r"(\w) =", legend[1])) if legend else set()
+            if left := letters_of(path) - known:
+                missing[str(path.relative_to(ROOT))] = sorted(left)
+    assert not missing
