@@ -1,15 +1,35 @@
-# make demo: see it train and verify. make test: lint, types, tests. Both set themselves up.
+# make demo: see it train and verify. make quick, test, test-all: under 2, 10 and 60 minutes on two
+# cores. All set themselves up.
 PYTHON ?= python3
 BIN := .venv/bin
-GPU_TESTS := tests/gpu tests/test_kernels.py tests/test_fused_kernels.py -k "cuda or gpu"
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+WORKERS ?= 2
+BESIDE := --numprocesses=$(WORKERS) --dist=loadgroup
+QUICK := tests/test_layering.py tests/test_keyed.py tests/config tests/definitions tests/margins \
+	tests/losses tests/protocols tests/model tests/data/test_records.py tests/data/test_order.py \
+	tests/head/test_head.py tests/head/test_margins_on_head.py tests/head/test_sharding.py
+GPU_TESTS := tests/gpu tests/head/test_kernels.py tests/head/test_fused_kernels.py -k "cuda or gpu"
 
-.PHONY: demo test test-gpu test-cluster monitor omniglot lint clean
+.PHONY: demo quick test test-all test-gpu test-cluster monitor omniglot lint clean
 
 demo: .venv/installed
 	$(BIN)/python tools/demo.py
 
-test: .venv/installed lint
-	$(BIN)/python -m pytest $(TESTS)
+# The core, while one works on it.
+quick: lint
+	$(PYTEST) $(BESIDE) $(QUICK)
+
+# All that needs no cluster and is not slow.
+test: lint
+	$(PYTEST) $(BESIDE) $(TESTS)
+
+# The rest: what is slow, and as root on Debian what needs Slurm, Prometheus, a browser and network
+# namespaces. Coverage is that of the slow tests and the quick ones.
+test-all: .venv/installed
+	bash tests/cluster/install.sh
+	$(PYTEST) -m "slow or cluster" --cov=partialfc --cov-report=
+	$(PYTEST) $(QUICK) --cov=partialfc --cov-append --cov-report=
+	@echo "coverage of partialfc: $$($(BIN)/coverage report --format=total) %"
 
 test-gpu: .venv/installed
 	$(BIN)/python -m pytest $(GPU_TESTS)
@@ -39,4 +59,4 @@ lint: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv runs packs
+	rm -rf .venv runs packs build dist .coverage
