@@ -25,7 +25,6 @@ from rich.progress import Progress
 from rich.table import Table
 
 from partialfc.config import ConfigError, config_hash, load
-from partialfc.definitions import annotations_of
 from partialfc.margins import MARGINS
 from partialfc.model.build import margin_of
 from partialfc.records.metrics import read_metrics
@@ -180,7 +179,7 @@ def _margin(name: str, base: Any) -> str:
 
 
 def _fields(name: str) -> set[str]:
-    return {"name", *annotations_of(MARGINS[name])} if name in MARGINS else set()
+    return {"name", *MARGINS[name].takes} if name in MARGINS else set()
 
 
 def run(variant: Variant, seed: int, out: Path, ranks: int) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
 from pydantic import Field, create_model, model_validator
 
 from partialfc.config.schema import Section
-from partialfc.definitions import Definition, annotations_of
+from partialfc.definitions import Definition
 
 D = TypeVar("D", bound=Definition)
 S = TypeVar("S", bound="Defined")
@@ -34,7 +34,7 @@ class Defined(Section):
 
     def made(self, kind: type[D]) -> D:
         """Return the definition, or what computes it, with these values."""
-        return kind(**{name: getattr(self, name) for name in annotations_of(self.definition)})
+        return kind(**{name: getattr(self, name) for name in self.definition.takes})
 
 
 def section_of(
@@ -62,7 +62,7 @@ def section_of(
                 strict=False if typing.get_origin(annotation) is tuple else None,  # TOML has lists
             ),
         )
-        for key, annotation in annotations_of(definition).items()
+        for key, annotation in definition.takes.items()
     }
     if name:
         meaning = base.model_fields["name"].description

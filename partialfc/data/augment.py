@@ -7,7 +7,6 @@ Shape suffixes: B = images of one rank's batch, n = numbers that a change needs.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +20,6 @@ _LEAST_BLUR = 0.1
 _HUE = 45.0
 
 
-@dataclass(frozen=True, kw_only=True)
 class Augmentation(Augment):
     """What may happen to an image of training, after it has its final size S.
 

@@ -11,7 +11,7 @@ import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, dataclass_transform
 
 from partialfc.definitions.phrases import rule, to_value, unit_of, with_article
 
@@ -52,16 +52,25 @@ class Range:
                 yield getattr(annotated_types, name.title())(getattr(self, name))
 
 
+@dataclass_transform(frozen_default=True, kw_only_default=True)
 @dataclass(frozen=True, kw_only=True)
 class Definition:
-    """A named set of choices.
+    """A named set of choices; a subclass is a frozen dataclass of its own.
 
     Raises:
         ValueError: If a value is outside its range, or does not go with another.
     """
 
+    takes: ClassVar[Mapping[str, Any]] = {}
+    """The type of every field, with range and unit, by name in order."""
+
+    def __init_subclass__(cls) -> None:
+        dataclass(frozen=True, kw_only=True)(cls)
+        hints = typing.get_type_hints(cls, include_extras=True)
+        cls.takes = {field.name: hints[field.name] for field in fields(cls)}
+
     def __post_init__(self) -> None:
-        for name, annotation in annotations_of(type(self)).items():
+        for name, annotation in self.takes.items():
             value = getattr(self, name)
             if not fits(value, annotation):
                 raise ValueError(
@@ -77,12 +86,6 @@ class Definition:
         A subclass asks the class above it too.
         """
         return None
-
-
-def annotations_of(definition: type[Any]) -> Mapping[str, Any]:
-    """Return the type of every field of a definition, with range and unit, by name in order."""
-    hints = typing.get_type_hints(definition, include_extras=True)
-    return {field.name: hints[field.name] for field in fields(definition)}
 
 
 def fits(value: Any, annotation: Any, metadata: Iterable[object] = ()) -> bool:

@@ -1,6 +1,5 @@
 """Random changes to training images; :mod:`partialfc.data.augment` draws them."""
 
-from dataclasses import dataclass
 from typing import Annotated
 
 from partialfc.definitions import Definition, Range, Unit
@@ -12,7 +11,6 @@ CHANGES = ("crop", "rotate", "colour", "grey", "blur", "downscale", "jpeg", "cut
 Shift = Annotated[int, Range(ge=0, le=16), Unit("pixels")]
 
 
-@dataclass(frozen=True, kw_only=True)
 class Augment(Definition):
     """Random changes besides flip and shift, in this order; the first number of each is the
     probability that it happens to an image. All but ``crop`` need DALI."""

@@ -1,12 +1,10 @@
 """What a loss on embeddings takes; its module in :mod:`partialfc.losses` computes it."""
 
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from partialfc.definitions import Definition, Range, Unit
 
 
-@dataclass(frozen=True, kw_only=True)
 class Triplet(Definition):
     """max(0, d(a, p)² - d(a, n)² + margin) over triplets (https://arxiv.org/abs/1503.03832)."""
 
@@ -18,7 +16,6 @@ class Triplet(Definition):
     image with its farthest positive and its nearest negative."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class Contrastive(Definition):
     """d²/2 of pairs of one identity, max(0, margin - d)²/2 of two (Hadsell et al., 2006)."""
 
@@ -26,7 +23,6 @@ class Contrastive(Definition):
     """Distance beyond which two identities leave each other alone."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class Uniformity(Definition):
     """log mean exp(-sharpness d²) over pairs of two identities (https://arxiv.org/abs/2005.10242)."""
 

@@ -1,7 +1,6 @@
 """What a margin takes; :mod:`partialfc.margins` computes it."""
 
 import math
-from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from partialfc.definitions import Definition, Range, Unit
@@ -27,7 +26,6 @@ the first ArcFace code and in pytorch-metric-learning; for m0 = 1. ``"easy"``: t
 """
 
 
-@dataclass(frozen=True, kw_only=True)
 class Margin(Definition):
     """What every margin has; one that cannot choose scale, filter or smoothing has those here."""
 
@@ -61,26 +59,22 @@ class Margin(Definition):
         return 0.0
 
 
-@dataclass(frozen=True, kw_only=True)
 class _Smoothed(Margin):
     label_smoothing: Annotated[float, Range(ge=0, lt=1)] = 0.0
     """Share of the target that is spread evenly over the sampled centers."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class _Scaled(Margin):
     scale: Annotated[float, Range(gt=0, le=1024)] = 64.0
     """s, the factor of every cosine in the softmax: the radius of the hypersphere."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class _Filtered(_Scaled):
     inter_class_filter: Annotated[float | None, Range(gt=-1, lt=1), Unit("units of cosine")] = None
     """Cosine above which a negative is taken for the same person under another identity: its
     logit becomes 0 and it gets no gradient. Left out, there is no filter."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class _Cosines(_Filtered, _Smoothed):
     """What margins on the positive's cosine have."""
 
@@ -95,21 +89,18 @@ class _Cosines(_Filtered, _Smoothed):
         return super().conflict()
 
 
-@dataclass(frozen=True, kw_only=True)
 class _StraightThrough(Margin):
     gradient: Gradient = "straight_through"
     """``straight_through`` takes the margin for a constant in backward, as arcface_torch does;
     ``exact`` is the paper's derivative, with a factor sin(theta + m) / sin(theta) more."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class _Exact(Margin):
     gradient: Gradient = "exact"
     """``exact`` is the paper's derivative; ``straight_through`` takes the margin for a constant in
     backward, as arcface_torch does with ArcFace."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class ArcFace(_Cosines, _StraightThrough):
     """s cos(theta + angular) on the positive (https://arxiv.org/abs/1801.07698, eq. 3)."""
 
@@ -117,7 +108,6 @@ class ArcFace(_Cosines, _StraightThrough):
     """m, added to the positive's angle. 0 is a plain normalised softmax."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class CosFace(_Cosines):
     """s (cos(theta) - additive) on the positive (https://arxiv.org/abs/1801.09414, eq. 4)."""
 
@@ -125,7 +115,6 @@ class CosFace(_Cosines):
     """m, subtracted from the positive's cosine. 0 is a plain normalised softmax."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class CombinedMargin(_Cosines, _Exact):
     """s (cos(m0 theta + m1) - m2) on the positive (https://arxiv.org/abs/1801.07698, sec. 2.2)."""
 
@@ -163,7 +152,6 @@ class CombinedMargin(_Cosines, _Exact):
         return super().conflict()
 
 
-@dataclass(frozen=True, kw_only=True)
 class Softmax(_Smoothed):
     """w x + b: the softmax of a linear layer, no unit lengths, no margin."""
 
@@ -172,19 +160,16 @@ class Softmax(_Smoothed):
     bias: ClassVar[bool] = True
 
 
-@dataclass(frozen=True, kw_only=True)
 class ModifiedSoftmax(_Smoothed):
     """||x|| cos(theta): unit centers, no bias, no margin (https://arxiv.org/abs/1704.08063)."""
 
     unit_embeddings: ClassVar[bool] = False
 
 
-@dataclass(frozen=True, kw_only=True)
 class NormalizedSoftmax(_Cosines):
     """s cos(theta), no margin: NSL (https://arxiv.org/abs/1801.09414, eq. 3)."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class Multiplicative(_Smoothed):
     """What margins that multiply the angle have."""
 
@@ -210,7 +195,6 @@ class Multiplicative(_Smoothed):
         return super().conflict()
 
 
-@dataclass(frozen=True, kw_only=True)
 class LSoftmax(Multiplicative):
     """||w|| ||x|| psi(theta) on the positive (https://arxiv.org/abs/1612.02295)."""
 
@@ -218,14 +202,12 @@ class LSoftmax(Multiplicative):
     unit_centers: ClassVar[bool] = False
 
 
-@dataclass(frozen=True, kw_only=True)
 class SphereFace(Multiplicative):
     """||x|| psi(theta) on the positive: A-Softmax (https://arxiv.org/abs/1704.08063)."""
 
     unit_embeddings: ClassVar[bool] = False
 
 
-@dataclass(frozen=True, kw_only=True)
 class FNormSphereFace(Multiplicative, _Cosines):
     """s psi(theta) on the positive: SphereFace with a fixed scale."""
 
@@ -239,7 +221,6 @@ class FNormSphereFace(Multiplicative, _Cosines):
     """Smallest value of that weight; at most ``annealing``."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class AdaFace(_Cosines, _Exact):
     """A margin that follows the image's quality, known by the norm of its embedding
     (https://arxiv.org/abs/2204.00964)."""
@@ -254,7 +235,6 @@ class AdaFace(_Cosines, _Exact):
     """Share of the new batch in the moving mean and deviation of the norms."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class MagFace(_Cosines):
     """An angular margin that grows with the norm, which is rewarded for growing
     (https://arxiv.org/abs/2103.06627)."""
@@ -289,7 +269,6 @@ class MagFace(_Cosines):
         return super().conflict()
 
 
-@dataclass(frozen=True, kw_only=True)
 class CurricularFace(_Scaled, _Exact):
     """ArcFace whose hard negatives gain weight during the run (https://arxiv.org/abs/2004.00288)."""
 
@@ -300,7 +279,6 @@ class CurricularFace(_Scaled, _Exact):
     """Share of the new batch in the moving average of the positive cosine."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class MVSoftmax(_Scaled, _Exact):
     """Mis-classified negatives weighed up (https://arxiv.org/abs/1912.00833)."""
 
@@ -318,7 +296,6 @@ class MVSoftmax(_Scaled, _Exact):
     """t; 1 changes nothing."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class ElasticFace(_Cosines, _Exact):
     """A margin drawn anew for every sample (https://arxiv.org/abs/2109.09416)."""
 
@@ -344,12 +321,10 @@ class ElasticFace(_Cosines, _Exact):
         return super().conflict()
 
 
-@dataclass(frozen=True, kw_only=True)
 class AdaCos(_Smoothed):
     """s cos(theta) with a scale that follows the run (https://arxiv.org/abs/1905.00292)."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class SubCenterArcFace(_Filtered, _StraightThrough):
     """ArcFace on the nearest of several centers of an identity, for labels with noise."""
 
@@ -365,7 +340,6 @@ class SubCenterArcFace(_Filtered, _StraightThrough):
         return self.sub_centers
 
 
-@dataclass(frozen=True, kw_only=True)
 class UniFace(_Scaled):
     """Every center as a yes or no, with one threshold for all (UniFace, ICCV 2023)."""
 

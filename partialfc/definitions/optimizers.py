@@ -1,6 +1,5 @@
 """What an optimizer takes; those of rows are computed in :mod:`partialfc.head.rows.rules`."""
 
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from partialfc.definitions import Definition, Range
@@ -10,7 +9,6 @@ Decay = Annotated[float, Range(ge=0, lt=1)]
 Eps = Annotated[float, Range(gt=0, le=1)]
 
 
-@dataclass(frozen=True, kw_only=True)
 class Sgd(Definition):
     """SGD with momentum."""
 
@@ -21,7 +19,6 @@ class Sgd(Definition):
     """Factor of the weights that is added to their gradient."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class AdamW(Definition):
     """AdamW (https://arxiv.org/abs/1711.05101)."""
 
@@ -35,7 +32,6 @@ class AdamW(Definition):
     """Share of the weights, times the learning rate, that is subtracted from them."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class SgdOfRows(Sgd):
     """SGD with momentum on the sampled class centers."""
 
@@ -49,12 +45,10 @@ class SgdOfRows(Sgd):
     ``stay``: nothing, which takes the head less time. At a sample rate of 1 both are one."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class AdamWOfRows(AdamW):
     """AdamW on the sampled class centers; the others stay as they are."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class AdagradOfRows(Definition):
     """Row-wise Adagrad on the sampled class centers: one number of state a center."""
 

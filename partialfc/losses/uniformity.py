@@ -1,6 +1,6 @@
 """Uniformity: the embeddings of different identities spread over the whole sphere.
 
-Shape suffix: T = terms of a loss.
+Shape suffixes: b = anchors, B = rows of the gathered batch, T = terms of a loss.
 """
 
 import math

@@ -4,7 +4,8 @@ The head computes products of queries and keys in tiles: a query is an embedding
 center, each as it is or with unit length. A negative's logit is that product times ``scale``; the
 logit of the one positive of a row is the margin's own, and a few margins bend negatives too.
 
-Shape suffix: B = rows of the gathered batch.
+Shape suffixes: b = rows of this rank's batch, B = rows of the gathered batch, 3 = coefficients of a
+bend.
 """
 
 import math

@@ -2,7 +2,7 @@
 
 Bounds of CosFace (https://arxiv.org/abs/1801.09414, sections 3.3 and 3.4).
 
-Shape suffix: N = angles.
+Shape suffixes: N = angles; B = rows of a batch, here the angles.
 """
 
 import math

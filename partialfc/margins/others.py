@@ -1,6 +1,6 @@
 """A margin drawn at random, a scale that follows the run, and several centers for an identity.
 
-Shape suffix: B = rows of the gathered batch.
+Shape suffixes: b = rows of this rank's batch, B = rows of the gathered batch.
 """
 
 import math

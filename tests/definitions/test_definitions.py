@@ -7,16 +7,14 @@ from dataclasses import replace
 import pytest
 
 from partialfc.data.augment import Augmentation
-from partialfc.definitions import Range, annotations_of, fits
+from partialfc.definitions import Range, fits
 from partialfc.definitions.phrases import rule, to_value
 from partialfc.head.rows.rules import ROW_RULES
 from partialfc.losses import LOSSES
 from partialfc.margins import MARGINS, ArcFace
 
 KINDS = [*MARGINS.values(), *LOSSES.values(), *ROW_RULES.values(), Augmentation]
-FIELDS = [
-    (kind, name, annotation) for kind in KINDS for name, annotation in annotations_of(kind).items()
-]
+FIELDS = [(kind, name, annotation) for kind in KINDS for name, annotation in kind.takes.items()]
 IDS = [f"{kind.__name__}.{name}" for kind, name, _ in FIELDS]
 
 
@@ -74,14 +72,14 @@ def test_values_that_contradict_are_refused(name, settings, words):
     with pytest.raises(ValueError) as error:
         MARGINS[name](**settings)
     assert words in str(error.value)
-    assert str(error.value).split(" ")[0] in annotations_of(MARGINS[name])
+    assert str(error.value).split(" ")[0] in MARGINS[name].takes
 
 
 def test_the_mathematics_is_its_definition():
     """Not one field of its own, so that a settings file can say all there is to say."""
     for name, kind in MARGINS.items():
         assert kind.__bases__[0].__module__ == "partialfc.definitions.margins", name
-        assert annotations_of(kind) == annotations_of(kind.__bases__[0])
+        assert kind.takes == kind.__bases__[0].takes
         assert kind() == replace(kind())
         with pytest.raises(AttributeError):
             kind().label_smoothing = 0.5

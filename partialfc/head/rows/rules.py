@@ -4,7 +4,6 @@ Shape suffixes: D = embedding, T = rows of a tile, 1 = one a row.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
@@ -21,7 +20,6 @@ States = dict[str, Tensor]
 Rate = Annotated[float, Range(ge=0)]
 
 
-@dataclass(frozen=True, kw_only=True)
 class RowRule(Definition, ABC):
     """Settings of an update; every field is an entry of ``param_groups[0]``."""
 
@@ -38,7 +36,6 @@ class RowRule(Definition, ABC):
         """Change fp32 rows and states in place; the gradient is used up."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class RowSGD(definitions.SgdOfRows, RowRule):
     """SGD with momentum as in torch.optim.SGD: v = μv + (g + λw), w = w - lr·v.
 
@@ -71,7 +68,6 @@ class RowSGD(definitions.SgdOfRows, RowRule):
         )
 
 
-@dataclass(frozen=True, kw_only=True)
 class RowAdamW(definitions.AdamWOfRows, RowRule):
     """AdamW (https://arxiv.org/abs/1711.05101) with one step count per row.
 
@@ -102,7 +98,6 @@ class RowAdamW(definitions.AdamWOfRows, RowRule):
         row_TD.mul_(1 - group["lr"] * group["weight_decay"]).sub_(step_TD, alpha=group["lr"])
 
 
-@dataclass(frozen=True, kw_only=True)
 class RowAdagrad(definitions.AdagradOfRows, RowRule):
     """Row-wise Adagrad: one number a row, the sum over its updates of the mean square of g + λw.
 
