@@ -53,9 +53,46 @@ def main(arguments: Sequence[str]) -> int:
     0 is done, and ``partialfc.errors`` has the others; validate, export and estimate return 1 for
     what they find wanting.
     """
-    name, *words = arguments or [""]
+    try:
+        return status_of(lambda: _do(*arguments), ValueError, OSError)
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as end:  # argparse's
+        return int(end.code or 0)
+
+
+def command_line(*first: str) -> NoReturn:
+    """Run the command of this process's words, ``first`` before them, and end the process.
+
+    At once: all is closed then, and nothing is worth the teardown of torch, gloo and DALI. It takes
+    seconds, and one of their threads may abort in it.
+    """
+    status = main([*first, *sys.argv[1:]])
+    try:
+        if sys.stdout is not None:  # as after ``>&-``
+            sys.stdout.flush()
+    except BrokenPipeError:  # of ``| head``
+        pass
+    except OSError as error:  # of a full disk; the status of what failed before stays
+        print(f"standard output: {error.strerror}", file=sys.stderr)
+        status = status or 1
+    with suppress(OSError, AttributeError):
+        sys.stderr.flush()
+    os._exit(status)
+
+
+def _do(name: str = "", *words: str) -> int:
+    """Do what the words say; return the exit status, also where no one reads on (``| head``)."""
+    try:
+        return _command(name, words)
+    except BrokenPipeError:
+        return 128 + signal.SIGPIPE
+
+
+def _command(name: str, words: Sequence[str]) -> int:
     if name in COMMANDS:
-        return _run(name, words)
+        module = import_module(_ROOM.get(name, f"partialfc.commands.{name.replace('-', '_')}"))
+        return int(module.main([*words]))
     if name == "--version":
         print(f"partialfc {partialfc.__version__}")
         return 0
@@ -68,35 +105,6 @@ def main(arguments: Sequence[str]) -> int:
     remedy = f"Did you mean {near}?" if near else "partialfc --help names them all."
     print(f"partialfc: there is no command {name!r}. {remedy}", file=sys.stderr)
     return 2
-
-
-def command_line(*first: str) -> NoReturn:
-    """Run the command of this process's words, ``first`` before them, and end the process.
-
-    At once: all is closed then, and nothing is worth the teardown of torch, gloo and DALI. It takes
-    seconds, and one of their threads may abort in it.
-    """
-    status = main([*first, *sys.argv[1:]])
-    with suppress(BrokenPipeError):  # of ``| head``
-        sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
-def _run(name: str, words: list[str]) -> int:
-    def work() -> int:
-        try:
-            module = import_module(_ROOM.get(name, f"partialfc.commands.{name.replace('-', '_')}"))
-            return int(module.main(words))
-        except BrokenPipeError:
-            return 128 + signal.SIGPIPE
-
-    try:
-        return status_of(work, ValueError, OSError)
-    except KeyboardInterrupt:
-        return 130
-    except SystemExit as end:  # argparse's
-        return int(end.code or 0)
 
 
 if __name__ == "__main__":

@@ -70,18 +70,43 @@ def test_a_command_within_a_command_has_a_usage_of_its_own(words, capsys):
     assert capsys.readouterr().out.startswith(f"usage: partialfc {words} ")
 
 
-def test_a_reader_that_has_read_enough_gets_no_stack():
-    done = subprocess.run(
-        f"{sys.executable} -m partialfc train --help | head -n 1; exit ${{PIPESTATUS[0]}}",
+def door(line):
+    """Run a line of the shell that calls the command; its status is that of the command."""
+    return subprocess.run(
+        f"{sys.executable} -m partialfc {line}; exit ${{PIPESTATUS[0]}}",
         shell=True,
         executable="/bin/bash",
         cwd=ROOT,
         capture_output=True,
         text=True,
+        timeout=120,
     )
-    assert done.stdout == "usage: partialfc train CONFIG.toml [key.sub=value ...]\n"
+
+
+@pytest.mark.parametrize("buffered", ["", "1"])
+@pytest.mark.parametrize("words", ["train --help", "--help"])
+def test_a_reader_that_has_read_enough_gets_no_stack(words, buffered, monkeypatch):
+    monkeypatch.setenv("PYTHONUNBUFFERED", buffered)
+    done = door(f"{words} | head -n 1")
+    assert done.stdout.startswith("usage: partialfc ")
     assert done.stderr == ""
     assert done.returncode in (0, 141)
+
+
+@pytest.mark.parametrize("buffered", ["", "1"])
+def test_an_output_that_is_full_is_said_without_a_stack(buffered, monkeypatch):
+    monkeypatch.setenv("PYTHONUNBUFFERED", buffered)
+    done = door("--version > /dev/full")
+    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.returncode in (1, 2)
+
+
+def test_without_an_output_the_status_is_as_ever():
+    for words, status in (("--version", 0), ("nothing", 2)):
+        done = door(f"{words} >&-")
+        assert "Traceback" not in done.stderr
+        assert done.returncode == status
 
 
 WITHOUT = """
