@@ -100,8 +100,10 @@ def fits(value: Any, annotation: Any, metadata: Iterable[object] = ()) -> bool:
         return is_list and len(value) == len(arguments) and all(map(fits, value, arguments))
     if origin in (typing.Union, types.UnionType):
         return any(fits(value, option, metadata) for option in arguments)
-    if annotation in (bool, types.NoneType) or isinstance(value, bool):
+    if annotation in (bool, types.NoneType):
         return isinstance(value, annotation)
+    if isinstance(value, bool):  # Python counts it among the integers
+        return False
     number = numbers.Integral if annotation is int else numbers.Real
     ranges = [entry for entry in metadata if isinstance(entry, Range)] or [Range()]
     return isinstance(value, number) and all(value in one for one in ranges)

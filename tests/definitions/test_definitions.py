@@ -49,6 +49,12 @@ def test_every_range_ends_where_it_says_and_its_refusal_says_key_value_rule_and_
     assert all(fits(inside, annotation) for _, inside in beyond(annotation))
 
 
+@pytest.mark.parametrize(("kind", "name", "annotation"), FIELDS, ids=IDS)
+def test_a_bool_is_no_number(kind, name, annotation):
+    for value in (False, True):
+        assert fits(value, annotation) is (annotation is bool)
+
+
 def test_degrees_are_recognised():
     with pytest.raises(ValueError, match=r"28\.65: .* If that is degrees, write angular = 0\.5\."):
         ArcFace(angular=28.65)
