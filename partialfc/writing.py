@@ -11,7 +11,8 @@ from pathlib import Path
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a name beside ``path`` to write to; the file there takes its place at the end.
 
-    A reader sees the old file or the new one. If the block fails, ``path`` stays as it was.
+    A reader sees the old file or the new one. If the block fails, ``path`` stays as it was. A link
+    stays a link, and its file is replaced; what is no file, such as a pipe, is written to.
 
     Args:
         path: Replaced if it exists; its folder does.
@@ -19,6 +20,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
     Raises:
         OSError: If the file cannot take its place.
     """
+    if path.exists() and not path.is_file():  # /dev/stdout, a pipe: nothing can take its place
+        yield path
+        return
+    if path.is_symlink():
+        path = path.resolve()
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         yield partial

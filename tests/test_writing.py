@@ -1,5 +1,9 @@
 """A file is replaced whole or stays as it was, and nothing is left beside it."""
 
+import os
+import stat
+import threading
+
 import pytest
 
 from partialfc.writing import atomic_write, write_json, write_text
@@ -36,3 +40,26 @@ def test_a_block_that_fails_changes_nothing(tmp_path):
 def test_a_folder_that_is_not_there_is_named(tmp_path):
     with pytest.raises(OSError, match="missing"):
         write_text(tmp_path / "missing" / "note.txt", "x")
+
+
+def test_a_pipe_is_written_to_and_stays_one(tmp_path):
+    pipe, read = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
+    reader.start()
+    write_text(pipe, "x")
+    reader.join(10)
+    assert read == ["x"]
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert list(tmp_path.iterdir()) == [pipe]
+
+
+def test_a_link_stays_a_link_and_its_file_is_replaced(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    file, link = tmp_path / "elsewhere" / "file", tmp_path / "link"
+    link.symlink_to(file)
+    for text in ("made", "replaced"):
+        write_text(link, text)
+        assert link.is_symlink()
+        assert file.read_text() == text
+    assert [*file.parent.iterdir()] == [file]
