@@ -21,7 +21,7 @@ from partialfc.runtime.process import Runtime
 _OPTIMIZERS: dict[str, Any] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 
-# Each rank keeps its own: runtime.mean_statistics. torch 2.13 renamed the option.
+# Each rank keeps its own: model.batch_norm.mean_statistics. torch 2.13 renamed the option.
 _BUFFERS_STAY_LOCAL: dict[str, Any] = {
     "forward_sync_buffers"
     if "forward_sync_buffers" in signature(DistributedDataParallel).parameters
