@@ -286,6 +286,7 @@ def _rewritings(value: Any, field: FieldInfo) -> Iterator[Any]:
         word = value.strip().lower()
         yield {"yes": True, "on": True, "true": True, "1": True}.get(word)
         yield {"no": False, "off": False, "false": False, "0": False}.get(word)
+        yield {"gpu": "cuda"}.get(word)  # as a word it is nearer to cpu
         yield from difflib.get_close_matches(word, choices(field), n=1)
         parsed = _parsed(word)
         yield parsed

@@ -225,6 +225,12 @@ def test_what_the_hash_leaves_out_exists() -> None:
             "optimizer.lr = nan (command line): must be a number in (0, 100]. Leave it out for the "
             "default, 0.1.",
         ),
+        (  # what the field calls it
+            MINIMAL,
+            ["run.device=gpu"],
+            'run.device = "gpu" (command line): must be "auto", "cpu" or "cuda". Write device = '
+            '"cuda".',
+        ),
         (  # a word of a list of words
             MINIMAL,
             ["data.loader=Daly"],
