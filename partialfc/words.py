@@ -16,6 +16,11 @@ def duration(seconds: float) -> str:
     return f"{seconds:.2g} s" if seconds < 9.95 else f"{whole} s"
 
 
+def rate(count: float) -> str:
+    """Return how many a second, e.g. ``0.5``, ``12`` or ``6,480``."""
+    return f"{count:,.0f}" if count >= 9.95 else f"{count:.2g}"
+
+
 def size(count: float) -> str:
     """Return bytes in three digits, e.g. ``96 B``, ``1.5 GiB`` or ``252 GiB``."""
     unit = 0

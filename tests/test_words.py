@@ -2,7 +2,7 @@
 
 import pytest
 
-from partialfc.words import duration, names_of, size
+from partialfc.words import duration, names_of, rate, size
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,13 @@ from partialfc.words import duration, names_of, size
 )
 def test_a_duration_has_one_or_two_units(seconds, words):
     assert duration(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("count", "words"), [(0, "0"), (0.473, "0.47"), (9.96, "10"), (12.4, "12"), (6480.2, "6,480")]
+)
+def test_a_slow_rate_is_not_zero(count, words):
+    assert rate(count) == words
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from rich.progress import (
 from rich.table import Table
 
 from partialfc.records.metrics import Values
+from partialfc.words import rate
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -70,7 +71,7 @@ def _line(values: Values) -> str:
     parts = []
     if "loss" in values:
         parts.append(f"loss {values['loss']:.3f}")
-        parts.append(f"{values['throughput']:,.0f} images/s")
+        parts.append(f"{rate(values['throughput'])} images/s")
     if "verification_accuracy" in values:
         parts.append(f"accuracy {values['verification_accuracy']:.4f}")
     if "identification_rank_1" in values:

@@ -27,6 +27,7 @@ from partialfc.records.report import read_run, write_report
 from partialfc.runtime.process import Runtime
 from partialfc.runtime.stragglers import Stragglers
 from partialfc.training.bad_images import BadImages
+from partialfc.words import rate
 from partialfc.writing import write_json
 
 _SKIPS_IN_A_ROW = 20
@@ -289,7 +290,7 @@ class Recorder:
     def _show(self, summary: dict[str, Any]) -> None:
         folder = from_here(self._config.run.folder)
         rows = {
-            "time": f"{summary['seconds']:.0f} s, {summary['images_per_second']:,.0f} images/s",
+            "time": f"{summary['seconds']:.0f} s, {rate(summary['images_per_second'])} images/s",
             "ranks": f"{summary['world_size']} on {summary['device']}",
             "peak memory": f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB per rank",
         }
