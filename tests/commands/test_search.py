@@ -166,6 +166,8 @@ def test_files_that_are_not_embeddings_are_refused(tmp_path, capsys):
     np.save(tmp_path / "o.npy", np.array([{}], dtype=object), allow_pickle=True)
     for name in ("b.parquet", "o.npy", "g.txt"):
         assert main(["search", good, str(tmp_path / name), "--threshold", "0"]) == 2
+    assert main(["search", good, str(tmp_path / "none.parquet"), "--threshold", "0"]) == 2
+    assert "none.parquet: No such file or directory" in capsys.readouterr().err
 
 
 def test_a_missing_package_is_named_before_images_are_embedded(

@@ -74,7 +74,8 @@ def read_embeddings(path: Path) -> Embeddings:
         from pyarrow import parquet
 
         try:
-            table = parquet.read_table(path, columns=list(_COLUMNS)).combine_chunks()
+            with path.open("rb") as file:  # its own error of a missing file has no reason
+                table = parquet.read_table(file, columns=list(_COLUMNS)).combine_chunks()
             column = table["embedding"].combine_chunks()
             width = column.type.list_size
             rows_ND = np.asarray(column.flatten().to_numpy(), np.float32).reshape(-1, width)
