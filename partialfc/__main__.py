@@ -42,7 +42,7 @@ _USAGE = """usage: partialfc COMMAND ...
 
 {commands}
 
-``partialfc COMMAND --help`` says more of one. Several GPUs train, evaluate and embed together:
+partialfc COMMAND --help says more of one. Several GPUs train, evaluate and embed together:
 
     torchrun --nproc-per-node=N -m partialfc train CONFIG.toml"""
 

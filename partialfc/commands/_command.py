@@ -17,10 +17,10 @@ from partialfc.errors import (
 
 
 def command_parser(name: str, text: str | None) -> argparse.ArgumentParser:
-    """Return a parser of ``partialfc NAME`` that shows the text as it is written."""
+    """Return a parser of ``partialfc NAME`` that shows the text's lines, without backticks."""
     return argparse.ArgumentParser(
         prog=f"partialfc {name}",
-        description=text,
+        description=text and text.replace("``", ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 

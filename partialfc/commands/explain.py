@@ -79,6 +79,7 @@ def explain(config: Config, margin: Margin, identities: int) -> None:
     """Print the equation, the bounds, the boundary and the curve."""
     console = Console()
     meaning = inspect.cleandoc(type(margin).__doc__ or "").split("\n\nAttributes:")[0]
+    meaning = meaning.replace("``", "")
     console.print(f"[bold]{config.head.margin.name}[/bold]: {escape(meaning)}\n", highlight=False)
     settings = Table("setting", "value", title="head.margin")
     for name, value in config.head.margin.model_dump(exclude={"name"}).items():
