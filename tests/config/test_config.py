@@ -121,7 +121,7 @@ def test_resolved_settings_load_back_equal_from_anywhere(
 
 
 @given(st.text())
-@hypothesis_settings(max_examples=50)
+@hypothesis_settings(max_examples=50, deadline=None)
 def test_any_text_survives_toml(text: str) -> None:
     settings = Config(data=config.Data(train=Path("a")), monitor=config.Monitor(port=0, host=text))
     Path("text.toml").write_bytes(to_toml(settings).encode())
@@ -408,7 +408,7 @@ def test_file_problems() -> None:
     ).map(to_value)
     | st.text(max_size=12),
 )
-@hypothesis_settings(max_examples=300)
+@hypothesis_settings(max_examples=300, deadline=None)
 def test_no_override_breaks_the_reader(key: str, value: str) -> None:
     """Either it loads, or a ConfigError in our words names the key."""
     Path("run.toml").write_text(MINIMAL)
