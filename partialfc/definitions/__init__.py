@@ -10,7 +10,7 @@ import numbers
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, FrozenInstanceError, dataclass, fields
 from typing import Annotated, Any, ClassVar, Literal, dataclass_transform
 
 from partialfc.definitions.phrases import rule, to_value, unit_of, with_article
@@ -65,7 +65,10 @@ class Definition:
     """The type of every field, with range and unit, by name in order."""
 
     def __init_subclass__(cls) -> None:
-        dataclass(frozen=True, kw_only=True)(cls)
+        if "__dataclass_fields__" not in cls.__dict__:  # a dataclass with slots is made twice
+            dataclass(frozen=True, kw_only=True)(cls)
+            for name in ("__setattr__", "__delattr__"):
+                delattr(cls, name)  # Definition's do the same, and leave room for a decorator's
         hints = typing.get_type_hints(cls, include_extras=True)
         cls.takes = {field.name: hints[field.name] for field in fields(cls)}
 
@@ -75,7 +78,7 @@ class Definition:
             if not fits(value, annotation):
                 raise ValueError(
                     f"{name} = {to_value(value)}: must be {with_article(rule(annotation))}. "
-                    f"{_remedy(name, value, annotation, getattr(type(self), name))}"
+                    f"{_remedy(name, value, annotation, getattr(type(self), name, MISSING))}"
                 )
         if problem := self.conflict():
             raise ValueError(problem)
@@ -88,6 +91,13 @@ class Definition:
         return None
 
 
+def _refuse(self: Definition, name: str, *value: object) -> None:
+    raise FrozenInstanceError(f"{name} of {type(self).__name__} cannot be changed")
+
+
+Definition.__setattr__ = Definition.__delattr__ = _refuse  # type: ignore[method-assign,assignment]
+
+
 def fits(value: Any, annotation: Any, metadata: Iterable[object] = ()) -> bool:
     """Return whether a value is of a type and in its range."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
@@ -96,12 +106,14 @@ def fits(value: Any, annotation: Any, metadata: Iterable[object] = ()) -> bool:
     if origin is Literal:
         return value in arguments
     if origin is tuple:
-        is_list = isinstance(value, tuple | list)
-        return is_list and len(value) == len(arguments) and all(map(fits, value, arguments))
+        if not isinstance(value, tuple | list):
+            return False
+        every = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        return len(value) == len(every) and all(map(fits, value, every))
     if origin in (typing.Union, types.UnionType):
         return any(fits(value, option, metadata) for option in arguments)
-    if annotation in (bool, types.NoneType):
-        return isinstance(value, annotation)
+    if annotation not in (int, float):
+        return not isinstance(annotation, type) or isinstance(value, annotation)
     if isinstance(value, bool):  # Python counts it among the integers
         return False
     number = numbers.Integral if annotation is int else numbers.Real
@@ -114,4 +126,4 @@ def _remedy(name: str, value: Any, annotation: Any, default: object) -> str:
         radians = round(math.radians(value), 4)
         if fits(radians, annotation):
             return f"If that is degrees, write {name} = {radians}."
-    return f"Leave it out for the default, {to_value(default)}."
+    return "" if default is MISSING else f"Leave it out for the default, {to_value(default)}."

@@ -2,7 +2,7 @@
 
 import math
 import typing
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, dataclass, replace
 
 import pytest
 
@@ -90,3 +90,25 @@ def test_the_mathematics_is_its_definition():
         with pytest.raises(AttributeError):
             kind().label_smoothing = 0.5
         assert typing.get_type_hints(kind)
+
+
+@pytest.mark.parametrize(
+    "decorator", [None, dataclass(frozen=True), dataclass(frozen=True, slots=True)]
+)
+def test_a_margin_of_ones_own_is_a_dataclass_with_or_without_saying_so(decorator):
+    class Mine(ArcFace):
+        angular: float = 0.25
+        note: str = "x"
+        steps: tuple[int, ...] = (1, 2)
+
+    kind = Mine if decorator is None else decorator(Mine)
+    mine = kind(note="y")
+    assert (mine.angular, mine.note, mine.steps) == (0.25, "y", (1, 2))
+    with pytest.raises(ValueError, match="scale"):
+        kind(scale=-1.0)
+    with pytest.raises(ValueError, match="note"):
+        kind(note=3)
+    with pytest.raises(ValueError, match="steps"):
+        kind(steps=(1, 2.5))
+    with pytest.raises(FrozenInstanceError):
+        mine.angular = 0.5
