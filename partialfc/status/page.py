@@ -9,7 +9,7 @@ from partialfc.records.ledger import Start
 from partialfc.records.pages import Series, line_chart, render, time_parts
 from partialfc.status.alarms import alarms
 from partialfc.status.run import RankAnswer, Snapshot
-from partialfc.words import duration, size
+from partialfc.words import duration, rate, size
 
 _LISTED = 12
 _FEW = 64
@@ -115,7 +115,7 @@ def _numbers(run: Snapshot) -> list[tuple[str, str, str]]:
         ("loss", _number(run.last("loss"), "{:.4f}"), "mean since the last record"),
         (
             "images/s",
-            _number(run.last("throughput"), "{:,.0f}"),
+            "–" if (speed := run.last("throughput")) is None else rate(speed),
             _number(step_seconds, "{:.3g} s a step"),
         ),
         ("goodput", _number(goodput, "{:.1%}"), "of all its time"),
