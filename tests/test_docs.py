@@ -289,7 +289,9 @@ SMALL = "run.epochs=1 schedule.warmup_steps=0 backbone.name=convnet_s data.image
 
 
 @pytest.mark.parametrize(
-    "more", [SMALL, pytest.param("", marks=pytest.mark.slow)], ids=["small", ""]
+    "more",
+    [SMALL, pytest.param("", marks=[pytest.mark.slow, pytest.mark.timeout(1600)])],
+    ids=["small", ""],
 )
 def test_training_on_own_images_as_it_is_written(more, tmp_path):
     """Every command of that part, in a folder that has the settings files and photos alone."""
@@ -320,7 +322,7 @@ def test_training_on_own_images_as_it_is_written(more, tmp_path):
         },
         capture_output=True,
         text=True,
-        timeout=590,
+        timeout=1500,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "runs/my_photos/report.html").exists()
