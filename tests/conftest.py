@@ -1,6 +1,9 @@
 """What all tests need of the process that runs them."""
 
+import os
 import signal
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side
 
 import pytest
 
@@ -16,6 +19,6 @@ def packs(tmp_path_factory):
     """Real handwriting: 40 identities to train on, 6 characters held out."""
     folder = tmp_path_factory.mktemp("packs")
     archive = FIXTURES / "omniglot" / "omniglot_background.npz"
-    size = ["--characters", "16", "--held-out", "6", "--pairs", "200", "--size", "32"]
+    size = ["--characters", "16", "--held-out", "6", "--pairs", "100", "--size", "32"]
     assert omniglot.main([str(archive), str(folder), *size]) == 0
     return folder

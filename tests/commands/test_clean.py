@@ -2,8 +2,6 @@
 
 import csv
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -11,7 +9,8 @@ import torch
 
 from partialfc.__main__ import main
 from partialfc.commands import clean
-from tests.support.places import FIXTURES, ROOT
+from tests.support.places import FIXTURES
+from tests.support.processes import python
 from tools import omniglot
 
 pytestmark = pytest.mark.distributed
@@ -39,7 +38,7 @@ def runs(tmp_path_factory):
     assert omniglot.main([str(archive), str(folder), *size, "--noise", "0.4"]) == 0
     for name in ("subcenter_arcface", "arcface"):
         command = [
-            *(sys.executable, "launch/train.py", "configs/omniglot.toml"),
+            *("launch/train.py", "configs/omniglot.toml"),
             f"data.train={folder / 'train.rec'}",
             "verification.pairs=[]",
             "verification.identification=[]",
@@ -53,7 +52,7 @@ def runs(tmp_path_factory):
             f"head.margin={{name='{name}',scale=16}}",
             "head.sample_rate=1",
         ]
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+        python(*command).check_returncode()
     return folder
 
 

@@ -15,8 +15,8 @@ from partialfc.data.packs.pack import open_pack
 from partialfc.data.packs.writer import write_insightface_pack
 from partialfc.data.sets.pairs import read_pairs
 from partialfc.data.skip_list import BadRecord, write_skip_list
-from tests.commands.test_pack import tool
 from tests.support.places import FIXTURES
+from tests.support.processes import partialfc
 
 GOLDEN = FIXTURES
 FACES = GOLDEN / "records" / "insightface.rec"
@@ -95,7 +95,7 @@ def test_dropped_records_are_gone_and_labels_have_no_gap(tmp_path):
 
 def test_a_pack_goes_to_a_folder_and_back(tmp_path):
     assert convert.main(["folder", str(FACES), str(tmp_path / "f")]) == 0
-    done = tool("pack", tmp_path / "f", tmp_path / "a.rec", "--workers", 1)
+    done = partialfc("pack", tmp_path / "f", tmp_path / "a.rec", "--workers", 1)
     assert done.returncode == 0, done.stderr
     assert samples(tmp_path / "a.rec") == samples(FACES)
 
@@ -148,7 +148,7 @@ def test_a_list_becomes_a_pack(tmp_path):
         (tmp_path / f"face {image}.jpg").write_bytes(pack.jpeg(image))
         lines.append(f"face {image}.jpg\t{100 - image}\n")
     (tmp_path / "list.txt").write_text("".join(lines))
-    done = tool("pack", tmp_path / "list.txt", tmp_path / "a.rec", "--workers", 1)
+    done = partialfc("pack", tmp_path / "list.txt", tmp_path / "a.rec", "--workers", 1)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "a.identities.json").read_text()) == [
         str(100 - image) for image in range(56, -1, -7)
@@ -157,7 +157,7 @@ def test_a_list_becomes_a_pack(tmp_path):
         hashlib.sha256(pack.jpeg(image)).hexdigest() for image in range(56, -1, -7)
     ]
     (tmp_path / "list.txt").write_text("face.jpg\n")
-    done = tool("pack", tmp_path / "list.txt", tmp_path / "b.rec")
+    done = partialfc("pack", tmp_path / "list.txt", tmp_path / "b.rec")
     assert done.returncode == 2
     assert "line 1" in done.stderr
 
@@ -179,7 +179,7 @@ def test_tar_shards_become_a_pack_and_nothing_is_extracted(tmp_path):
             link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
             archive.addfile(link)
             member(archive, "../../climbs.txt", b"x")
-    done = tool("pack", tmp_path / "shards", tmp_path / "a.rec", "--workers", 2)
+    done = partialfc("pack", tmp_path / "shards", tmp_path / "a.rec", "--workers", 2)
     assert done.returncode == 0, done.stderr
     assert "6 files and folders that are not images were ignored" in done.stderr
     assert sorted(samples(tmp_path / "a.rec")) == sorted(samples(FACES))

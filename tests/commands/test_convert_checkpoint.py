@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +27,8 @@ from partialfc.model.step import train_step
 from partialfc.training.must_match import must_match
 from tests.support.arcface_torch_files import DIM, SETTINGS, SIZE, Training, cut
 from tests.support.models import runtime, share
-from tests.support.places import FIXTURES, ROOT
+from tests.support.places import FIXTURES
+from tests.support.processes import python
 from tests.support.ranks import run_on_ranks
 from tools import omniglot
 
@@ -218,12 +217,7 @@ def test_training_goes_on_at_its_step_on_two_ranks_and_comes_back_as_model_pt(
     before, wanted = torch.load(model, weights_only=True), theirs.backbone.state_dict()
     assert list(before) == list(wanted), "the same keys in the same order"
     assert all(torch.equal(before[name], value) for name, value in wanted.items())
-    done = subprocess.run(
-        [*(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-         "launch/train.py", str(out / "config.toml")],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-    )  # fmt: skip
+    done = python("launch/train.py", out / "config.toml", ranks=2)
     assert done.returncode == 0, done.stderr
     steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").open()]
     assert steps == [2, 3]

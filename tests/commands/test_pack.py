@@ -16,20 +16,10 @@ from partialfc.commands import augment
 from partialfc.data.images.jpeg import decode, encode
 from partialfc.data.packs.pack import open_pack
 from tests.support.places import FIXTURES, ROOT
+from tests.support.processes import partialfc
 from tools._faces.packs import render
 
 GOLDEN = FIXTURES / "records" / "insightface.rec"
-
-
-def tool(name, *words, cwd=ROOT):
-    return subprocess.run(
-        [sys.executable, "-m", "partialfc", name, *map(str, words)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +39,7 @@ def source(tmp_path_factory):
 
 
 def test_a_folder_becomes_a_pack(source, tmp_path):
-    done = tool("pack", source, tmp_path / "packs" / "a.rec", "--workers", 1, cwd=tmp_path)
+    done = partialfc("pack", source, tmp_path / "packs" / "a.rec", "--workers", 1, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     pack = open_pack(tmp_path / "packs" / "a.rec")
     assert pack.identities(np.arange(9)).tolist() == [0] * 4 + [1] * 4 + [2]
@@ -87,7 +77,7 @@ def test_parquet_becomes_the_pack_that_the_folder_becomes(source, tmp_path, stru
     write_table(tmp_path / "tables" / "0.parquet", mixed[:5], structs)
     write_table(tmp_path / "tables" / "1.parquet", mixed[5:], structs)
     for name, words in (("a", [tmp_path / "tables"]), ("b", [source])):
-        done = tool("pack", *words, tmp_path / f"{name}.rec", "--workers", 2)
+        done = partialfc("pack", *words, tmp_path / f"{name}.rec", "--workers", 2)
         assert done.returncode == 0, done.stderr
     for suffix in (".rec", ".idx", ".identities.json"):
         one, two = ((tmp_path / f"{n}{suffix}").read_bytes() for n in "ab")
@@ -99,12 +89,12 @@ def test_parquet_with_anything_wrong_in_it_is_named(source, tmp_path):
     write_table(
         tmp_path / "a.parquet", [(jpeg, "x"), (None, "x"), (jpeg, None), (b"no", "y")], True
     )
-    done = tool("pack", tmp_path / "a.parquet", tmp_path / "a.rec", "--workers", 1)
+    done = partialfc("pack", tmp_path / "a.parquet", tmp_path / "a.rec", "--workers", 1)
     assert done.returncode == 2
     for problem in ("a.parquet:0:1: ValueError: the row has no bytes", "a.parquet:1:0: the row has "
                     "no identity", "a.parquet:1:1: UnidentifiedImageError"):  # fmt: skip
         assert problem in done.stderr
-    done = tool("pack", tmp_path / "a.parquet", tmp_path / "a.rec", "--skip-broken")
+    done = partialfc("pack", tmp_path / "a.parquet", tmp_path / "a.rec", "--skip-broken")
     assert done.returncode == 0, done.stderr
     assert len(open_pack(tmp_path / "a.rec")) == 1
     (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
@@ -112,7 +102,7 @@ def test_parquet_with_anything_wrong_in_it_is_named(source, tmp_path):
     write_table(tmp_path / "d.parquet", [(jpeg, 1.5)], True)  # not the identities of its widths
     column = "must have one column of images"
     for name, message in (("b", "b.parquet: "), ("c", column), ("d", column)):
-        done = tool("pack", tmp_path / f"{name}.parquet", tmp_path / f"{name}.rec")
+        done = partialfc("pack", tmp_path / f"{name}.parquet", tmp_path / f"{name}.rec")
         assert done.returncode == 2
         assert message in done.stderr
         assert "Traceback" not in done.stderr
@@ -120,7 +110,7 @@ def test_parquet_with_anything_wrong_in_it_is_named(source, tmp_path):
 
 def test_workers_do_not_change_a_byte(source, tmp_path):
     for workers in (1, 2):
-        done = tool("pack", source, tmp_path / f"{workers}.rec", "--workers", workers)
+        done = partialfc("pack", source, tmp_path / f"{workers}.rec", "--workers", workers)
         assert done.returncode == 0, done.stderr
     for suffix in (".rec", ".idx", ".identities.json"):
         one, two = ((tmp_path / f"{n}{suffix}").read_bytes() for n in (1, 2))
@@ -135,13 +125,13 @@ def test_broken_images_are_named_and_refused_or_skipped(source, tmp_path):
     whole = (broken / "ann" / "1.jpg").read_bytes()
     (broken / "ann" / "1.jpg").write_bytes(whole[: len(whole) // 2])
     (broken / "zoe" / "0.jpg").write_bytes(b"no image at all")
-    done = tool("pack", broken, tmp_path / "a.rec")
+    done = partialfc("pack", broken, tmp_path / "a.rec")
     assert done.returncode == 2
     assert "ann/1.jpg" in done.stderr
     assert "zoe/0.jpg" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "a.rec").exists()
-    done = tool("pack", broken, tmp_path / "a.rec", "--skip-broken")
+    done = partialfc("pack", broken, tmp_path / "a.rec", "--skip-broken")
     assert done.returncode == 0, done.stderr
     pack = open_pack(tmp_path / "a.rec")
     assert (len(pack), pack.num_identities) == (7, 2)
@@ -157,7 +147,7 @@ def test_kill_9_and_the_same_command_give_the_same_bytes(tmp_path):
         for number in range(50):
             (source / f"{identity:03d}" / f"{number}.jpg").write_bytes(jpeg)
     words = [sys.executable, "-m", "partialfc", "pack", str(source)]
-    done = tool("pack", source, tmp_path / "straight.rec", "--workers", 1)
+    done = partialfc("pack", source, tmp_path / "straight.rec", "--workers", 1)
     assert done.returncode == 0, done.stderr
     process = subprocess.Popen(
         [*words, str(tmp_path / "killed.rec"), "--workers", "1"],
@@ -174,7 +164,7 @@ def test_kill_9_and_the_same_command_give_the_same_bytes(tmp_path):
     assert not (tmp_path / "killed.rec").exists(), "it was killed before its end"
     finished = {path: path.stat().st_mtime_ns for path in parts.glob("*.json")}
     first = min(finished)
-    done = tool("pack", source, tmp_path / "killed.rec", "--workers", 1)
+    done = partialfc("pack", source, tmp_path / "killed.rec", "--workers", 1)
     assert done.returncode == 0, done.stderr
     assert first.name == "000000.json"
     straight, killed = ((tmp_path / f"{n}.rec").read_bytes() for n in ("straight", "killed"))
@@ -191,21 +181,21 @@ def test_kill_9_and_the_same_command_give_the_same_bytes(tmp_path):
 )
 def test_mistakes_are_one_message(words, message, source, tmp_path):
     words = [str(source) if word == "SOURCE" else word for word in words]
-    done = tool("pack", *words, cwd=tmp_path)
+    done = partialfc("pack", *words, cwd=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_show_counts_and_draws(tmp_path):
-    done = tool("show", GOLDEN, "--out", tmp_path, cwd=tmp_path)
+    done = partialfc("show", GOLDEN, "--out", tmp_path, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "60" in done.stdout
     assert "12" in done.stdout
     for name in ("labels.png", "faces.png"):
         with Image.open(tmp_path / name) as picture:
             assert np.asarray(picture.convert("L")).std() > 5
-    done = tool("show", tmp_path / "none.rec")
+    done = partialfc("show", tmp_path / "none.rec")
     assert done.returncode == 2
     assert "none.rec" in done.stderr
 

@@ -13,7 +13,7 @@ from partialfc.backbones import build_backbone
 from partialfc.commands import embed, search
 from partialfc.commands._embed.files import Embeddings, read_embeddings, write_embeddings
 from partialfc.data.images.align import TEMPLATE
-from tests.commands.test_evaluate import face
+from tests.support.images import face
 
 pytest.importorskip("faiss")
 pytest.importorskip("pyarrow")

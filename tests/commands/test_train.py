@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from functools import cache
 
@@ -15,7 +14,8 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from tests.support.places import FIXTURES, ROOT
-from tests.support.runs import ENVIRONMENT, command, losses, run
+from tests.support.processes import ENVIRONMENT, python
+from tests.support.runs import command, losses, run
 from tools import omniglot
 
 pytestmark = pytest.mark.distributed
@@ -41,14 +41,7 @@ def test_a_run_leaves_all_that_it_promises(packs, tmp_path, ranks):
     page = (tmp_path / "report.html").read_text()
     assert "ROC of heldout_pairs" in page
     assert "commit" in page
-    again = subprocess.run(
-        [sys.executable, "launch/train.py", str(tmp_path / "config.toml"), "run.steps=5"],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    again = python("launch/train.py", tmp_path / "config.toml", "run.steps=5")
     assert again.returncode == 0, again.stderr
 
 
@@ -283,9 +276,7 @@ def test_ctrl_c_ends_with_one_line(packs, tmp_path):
 
 
 def test_help_shows_every_setting():
-    done = subprocess.run(
-        [sys.executable, "launch/train.py", "--help"], cwd=ROOT, capture_output=True, text=True
-    )
+    done = python("launch/train.py", "--help")
     assert done.returncode == 0
     for key in ("run.folder", "head.sample_rate", "head.margin.angular", "schedule.power"):
         assert key in done.stdout

@@ -16,8 +16,8 @@ from partialfc.data.dataset import open_dataset
 from partialfc.data.packs import index_cache
 from partialfc.data.packs.pack import open_pack
 from partialfc.data.packs.writer import write_insightface_pack
-from tests.commands.test_pack import tool
 from tests.support.places import FIXTURES
+from tests.support.processes import partialfc
 
 GOLDEN = FIXTURES / "records"
 
@@ -51,7 +51,7 @@ def test_a_sound_pack_passes_every_level(name, tmp_path):
         "--bad",
         tmp_path / "b",
     ]
-    done = tool("validate", *words)
+    done = partialfc("validate", *words)
     assert done.returncode == 0, done.stderr
     assert "GiB in reads" in done.stderr or "MiB in reads" in done.stderr, "the cost, announced"
     report = json.loads((tmp_path / "r").read_text())

@@ -35,9 +35,9 @@ from partialfc.data.packs import index_cache
 from partialfc.data.packs.pack import open_pack
 from partialfc.data.packs.recordio import RecordError
 from partialfc.data.skip_list import write_skip_list
-from tests.commands.test_pack import tool
-from tests.data.test_loaders import LOADERS, encoded, lopsided
+from tests.support.images import LOADERS, encoded, lopsided
 from tests.support.places import FIXTURES, ROOT
+from tests.support.processes import partialfc, python
 
 COUNTS = {"10": 3, "9": 5, "100": 1, "2": 4}
 ORDER = ["2", "9", "10", "100"]
@@ -98,7 +98,7 @@ def take(number, stream, samples_seen=0, loader="torch"):
 
 def test_a_folder_is_what_the_pack_of_it_is(folder, tmp_path):
     """Sample for sample: a run may go from one to the other and sees the same images."""
-    done = tool("pack", folder, tmp_path / "a.rec", "--workers", 1)
+    done = partialfc("pack", folder, tmp_path / "a.rec", "--workers", 1)
     assert done.returncode == 0, done.stderr
     pack, files = open_pack(tmp_path / "a.rec"), open_image_files(folder)
     assert json.loads((tmp_path / "a.identities.json").read_text()) == ORDER
@@ -119,7 +119,7 @@ def test_a_folder_is_what_the_pack_of_it_is(folder, tmp_path):
 def test_a_list_is_what_the_pack_of_it_is(folder, tmp_path):
     """Its images are sorted by identity, and the order within one is the list's."""
     path = listed(folder)
-    done = tool("pack", path, tmp_path / "a.rec", "--workers", 1)
+    done = partialfc("pack", path, tmp_path / "a.rec", "--workers", 1)
     assert done.returncode == 0, done.stderr
     pack, files = open_pack(tmp_path / "a.rec"), open_image_files(path)
     assert [files.jpeg(i) for i in range(13)] == [pack.jpeg(i) for i in range(13)]
@@ -215,13 +215,7 @@ def test_the_run_that_a_user_starts(folder, tmp_path):
         "run.epochs=", "run.steps=2", "schedule.warmup_steps=0", "data.global_batch=8",
         "verification.pairs=[]", "verification.identification=[]", "verification.every_steps=0",
     ]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "launch/train.py", *words],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    done = python("launch/train.py", *words)
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "run" / "checkpoints").iterdir())
 

@@ -1,8 +1,6 @@
 """Both loaders yield one stream: the same images, in the same order, changed in the same way."""
 
 import contextlib
-import importlib.util
-import io
 import itertools
 import re
 import sys
@@ -23,13 +21,11 @@ from partialfc.data.loaders.stream import Stream
 from partialfc.data.loaders.torch_loader import torch_batches
 from partialfc.data.order import Order
 from partialfc.data.packs.writer import PackWriter
+from tests.support.images import LOADERS, encoded, lopsided
 from tests.support.places import FIXTURES
 
 CPU = torch.device("cpu")
 GOLDEN = FIXTURES / "records" / "insightface.rec"
-LOADERS = ["torch"]
-if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"):
-    LOADERS.append("dali")
 
 
 def golden_stream(image_size=112, *, batch=12, last_batch="drop", shift=3, rank=0, world_size=1):
@@ -60,20 +56,6 @@ def written(folder: Path, jpegs: list[bytes]) -> Path:
         for key, data in enumerate(jpegs):
             writer.write(key, key % 3, data)
     return path
-
-
-def encoded(pixels: np.ndarray, **options) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG", quality=95, **options)
-    return file.getvalue()
-
-
-def lopsided(height: int, width: int, seed: int) -> np.ndarray:
-    """An image that no flip, turn, shift or exchange of channels leaves as it is."""
-    rng = np.random.default_rng(seed)
-    coarse = rng.integers(0, 256, (height // 8, width // 8, 3), np.uint8)
-    pixels = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
-    return np.clip(pixels + rng.normal(0, 4, pixels.shape), 0, 255).astype(np.uint8)
 
 
 def triangle(length: int, size: int) -> np.ndarray:

@@ -9,7 +9,7 @@ from partialfc.distributed.ranks import Ranks
 from partialfc.evaluation.embedding import embed_images
 from partialfc.protocols.all_to_all import combine, search
 from partialfc.runtime.process import Runtime
-from tests.protocols.test_all_to_all import clustered
+from tests.support.embeddings import clustered
 
 pytestmark = [
     pytest.mark.gpu,

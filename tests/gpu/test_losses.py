@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from partialfc import PartialFC, RowSGD
-from tests.head.test_margins_on_head import head_of, problem, settings_of, step
 from tests.support import loss_truth
 from tests.support.every_margin import EVERY_MARGIN
+from tests.support.margin_heads import head_of, problem, settings_of, step
 from tests.support.reference import relative_error
 
 pytestmark = [

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.head.test_staging import HOST, RULES, assert_equal, head_of, trained
+from tests.support.staging import HOST, RULES, assert_equal, head_of, trained
 
 pytestmark = [
     pytest.mark.gpu,

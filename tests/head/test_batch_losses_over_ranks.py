@@ -6,13 +6,13 @@ import torch
 
 from partialfc.losses import Triplet, Uniformity
 from partialfc.losses.over_ranks import EmbeddingLosses, Weighted
-from tests.head import test_center_losses
-from tests.head.test_head_over_ranks import Collectives
-from tests.head.test_margins_on_head import IDENTITIES, PLAIN, head_of
-from tests.losses import test_embedding_losses
-from tests.losses.test_embedding_losses import EVERY_LOSS, found_of
+from tests.support import every_loss
+from tests.support.center_truth import truth_of
+from tests.support.collectives import Collectives
+from tests.support.every_loss import EVERY_LOSS, found_of
 from tests.support.every_margin import EVERY_MARGIN
 from tests.support.heads import flat_head
+from tests.support.margin_heads import IDENTITIES, PLAIN, head_of, problem
 from tests.support.ranks import run_on_ranks
 
 pytestmark = pytest.mark.distributed
@@ -34,7 +34,7 @@ def embedding_losses_on_rank(rank, world_size, embeddings, labels):
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_embedding_losses_see_the_batches_of_all_ranks(world_size):
     """A pair across ranks that is missed, or a mean over one rank's pairs."""
-    embeddings, labels = test_embedding_losses.problem()
+    embeddings, labels = every_loss.problem()
     results = run_on_ranks(world_size, embedding_losses_on_rank, embeddings, labels)
     for name, loss in EVERY_LOSS.items():
         value, gradient = found_of(loss, embeddings, labels, weight=2.0)
@@ -69,10 +69,10 @@ def test_center_losses_sharded_and_sampled(world_size):
     for name in MARGINS:
         for rate in (0.3, 1.0):
             head = head_of(EVERY_MARGIN[name], sample_rate=rate, **WEIGHTS)
-            embeddings, labels = test_center_losses.problem(head)
+            embeddings, labels = problem(head)
             case = f"{name}, rate {rate}"
             inputs[case] = head.margin, rate, head.centers.detach(), embeddings, labels
-            truth[case] = test_center_losses.truth_of(head, embeddings, labels)
+            truth[case] = truth_of(head, embeddings, labels)
     results = run_on_ranks(world_size, center_losses_on_rank, inputs)
     for case, (loss, by_embedding, by_center) in truth.items():
         assert len({result[case][0] for result in results}) == 1

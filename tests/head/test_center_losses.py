@@ -5,38 +5,13 @@ import torch
 import torch.nn.functional as F
 
 from partialfc.margins import ArcFace, CosFace, LSoftmax, Softmax
-from tests.head.test_margins_on_head import BATCH, IDENTITIES, head_of, problem, settings_of, step
-from tests.support import loss_truth
+from tests.support.center_truth import truth_of
 from tests.support.every_margin import EVERY_MARGIN
 from tests.support.heads import flat_head
+from tests.support.margin_heads import BATCH, head_of, problem, step
 from tests.support.reference import relative_error
 
 CENTER, INTER_CLASS = 3.0, 2.0
-
-
-def truth_of(head, embeddings, labels):
-    """Loss and gradients: the margin's equation and two terms written out."""
-    embeddings = embeddings.double().requires_grad_()
-    centers = head.centers.detach().double().requires_grad_()
-    settings = settings_of(head, labels)
-    loss = loss_truth.loss_of(head.margin, embeddings, centers, labels, **settings)
-    per, dim = head.centers_per_identity, head.embedding_dim
-    near = F.normalize(centers[:, :dim])
-    query = F.normalize(embeddings)
-    own_rows = labels.unsqueeze(1) * per + torch.arange(per)
-    which = (near[own_rows] @ query.unsqueeze(2)).squeeze(2).argmax(1)
-    own = near[labels * per + which]
-    loss = loss + head.center_weight * (1 - (query * own).sum(1)).mean()
-    if head.inter_class_weight:
-        sampled = settings["sampled"]
-        sampled = torch.arange(IDENTITIES) if sampled is None else sampled
-        rows = (sampled.unsqueeze(1) * per + torch.arange(per)).flatten()
-        cosine = own @ near[rows].T
-        alike = (rows // per) == labels.unsqueeze(1)
-        nearest = cosine.masked_fill(alike, -torch.inf).amax(1)
-        loss = loss + head.inter_class_weight * nearest.mean()
-    loss.backward()
-    return loss.detach(), embeddings.grad, centers.grad
 
 
 @pytest.mark.parametrize("rate", [0.3, 1.0])

@@ -20,7 +20,7 @@ from partialfc.head.plan import Machine
 from partialfc.head.rows.formats import decode
 from partialfc.head.tiles import fused
 from partialfc.margins import CurricularFace, Softmax, UniFace
-from tests.support.heads import flat_head
+from tests.support.heads import flat_head, small_tiles
 from tests.support.places import ROOT
 
 if importlib.util.find_spec("triton") is None:
@@ -28,26 +28,17 @@ if importlib.util.find_spec("triton") is None:
 
 from partialfc.commands._estimate import head as estimate
 from partialfc.commands._estimate.head import head_parts, shard_of
-from tests.head.test_kernels import (
+from tests.support.kernels import (
     BENDS,
-    DEVICES,
-    Worker,
-    _pack,
-    _unpack,
     bend_of,
     compiled_python,
     exponential_truth,
+    pack,
+    unpack,
 )
 
 IDENTITIES, BATCH = 170, 66
 """More than one block of each, and no multiple of anything."""
-
-
-@pytest.fixture(scope="module", params=DEVICES)
-def launch(request):
-    worker = Worker(request.param)
-    yield worker
-    worker.close()
 
 
 # --- pass 1, alone -----------------------------------------------------------------------------
@@ -55,7 +46,7 @@ def launch(request):
 
 def _pulled(device, arguments, names):
     """Call ``pull_`` with buffers full of NaN: what is not written shows."""
-    arguments = _unpack(arguments)
+    arguments = unpack(arguments)
     kernels = importlib.import_module("partialfc.head.tiles.fused_kernels")
     query_BD, key_TD = (arguments[name].to(device) for name in ("query_BD", "key_TD"))
     batch, dim = query_BD.shape
@@ -73,7 +64,7 @@ def _pulled(device, arguments, names):
     if bend is not None:
         bend = type(bend)(bend.threshold_B.to(device), bend.coefficient_3.to(device))
     kernels.pull_(query_BD, key_TD, arguments["column_B"].to(device), scale=16, bend=bend, **found)
-    return _pack({name: value.cpu() for name, value in found.items() if value is not None})
+    return pack({name: value.cpu() for name, value in found.items() if value is not None})
 
 
 @pytest.mark.parametrize("kept", ["exp_TB", "maximum_SB"])
@@ -95,7 +86,7 @@ def test_sums_pulls_and_exponentials_of_a_tile(launch, shape, bend, kept):
     arguments = {"query_BD": query_BD, "key_TD": key_TD, "column_B": column_B}
     arguments["bend"] = bend_of(bend, batch)
     names = ("sum_SB", "pull_SBD", kept)
-    found = _unpack(launch.run(_pulled, launch.device, _pack(arguments), names))
+    found = unpack(launch.run(_pulled, launch.device, pack(arguments), names))
     logit_TB = 16 * key_TD.double() @ query_BD.double().T
     exp_TB, sum_B = exponential_truth(logit_TB, column_B, arguments["bend"], None)
     weight_SB = torch.ones(3, batch, dtype=torch.float64)
@@ -121,9 +112,7 @@ def test_sums_pulls_and_exponentials_of_a_tile(launch, shape, bend, kept):
 
 def _asked_for(device, scale, parts):
     """Bytes of exponentials that pass 1 kept, and of the buffers that both passes asked for."""
-    machine.FORCED, tile = True, fused._TILE_ROWS
-    fused._TILE_ROWS = 64
-    try:
+    with small_tiles(kernels=True, programs=64):
         head = flat_head(
             130,
             16,
@@ -140,8 +129,6 @@ def _asked_for(device, scale, parts):
             head(embeddings, label).backward()
         kept = head.optimizer.kept_bytes
         head.optimizer.step()
-    finally:
-        machine.FORCED, fused._TILE_ROWS = False, tile
     return kept, sum(buffer.nbytes for buffer in head.optimizer.workspace._buffers.values())
 
 
@@ -150,6 +137,7 @@ def test_the_estimate_counts_what_the_passes_ask_for(launch, scale, parts, monke
     """Byte for byte: the buffers, and the exponentials that are kept, of two tiles of three, or of
     none where a row maximum may grow. An estimate that counts tile by tile is wrong by half."""
     monkeypatch.setattr(fused, "_TILE_ROWS", 64)
+    monkeypatch.setattr(fused, "_PROGRAMS", 64)
     if launch.device == "cpu":
         monkeypatch.setattr(estimate, "_machine", lambda _: Machine("cpu", has_kernels=True))
     compute = "bf16" if launch.device == "cuda" else "fp32"
@@ -187,9 +175,7 @@ def _trained(device, forced, margin, formats, dim, settings, parts):
     ``parts``: micro-batches, negative where each has a sample of its own.
     """
     centers, momentum = formats
-    machine.FORCED, tile = forced, fused._TILE_ROWS
-    fused._TILE_ROWS = 64
-    try:
+    with small_tiles(kernels=forced):
         head = flat_head(
             IDENTITIES,
             dim,
@@ -219,8 +205,6 @@ def _trained(device, forced, margin, formats, dim, settings, parts):
                 losses.append(loss.item())
             head.optimizer.step()
         head.optimizer.settle()
-    finally:
-        machine.FORCED, fused._TILE_ROWS = False, tile
     states = head.optimizer.states()
     rows = decode(head.centers.detach(), states.get("centers_scale")).cpu()
     velocity = decode(states["momentum"], states.get("momentum_scale")).cpu()

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from partialfc import ArcFace, RowSGD
-from partialfc.head import machine
-from tests.support.heads import flat_head
+from tests.support.heads import flat_head, small_tiles
 from tests.support.ranks import run_on_ranks
 
 if importlib.util.find_spec("triton") is None:
@@ -17,8 +16,7 @@ pytestmark = pytest.mark.distributed
 
 
 def trained(rank, world_size, fused):
-    machine.FORCED = fused
-    try:
+    with small_tiles(kernels=fused):
         head = flat_head(
             151,
             20,
@@ -36,8 +34,6 @@ def trained(rank, world_size, fused):
             loss.backward()
             head.optimizer.step()
             losses.append(loss.item())
-    finally:
-        machine.FORCED = False
     return losses, embeddings.grad.numpy(), head.centers.detach().numpy()
 
 

@@ -5,13 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from partialfc import ArcFace, CosFace, RowAdagrad, RowSGD
 from partialfc.head.rows.formats import decode
 from partialfc.head.sampling import NOT_LOCAL, Sample
 from tests.support import reference
+from tests.support.collectives import Collectives
 from tests.support.heads import flat_head
 from tests.support.places import FIXTURES
 from tests.support.ranks import run_on_ranks
@@ -242,21 +241,6 @@ def test_one_seed_trains_the_same_on_1_2_and_4_ranks(rule, settings):
         centers = np.concatenate([result[2] for result in results])
         tolerance = 1e-4 if fp32 else 1e-2
         assert np.linalg.norm(centers - alone[2]) < tolerance * np.linalg.norm(alone[2])
-
-
-class Collectives(TorchDispatchMode):
-    """Records every operation of any process group: what it is, and the bytes of its input."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[str, int]] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "c10d":
-            tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
-            sizes = [tensor.nbytes for tensor in tensors]
-            self.seen.append((function.name().removeprefix("c10d::"), (sizes and sizes[-1]) or 0))
-        return function(*args, **(kwargs or {}))
 
 
 def count_on_rank(rank, world_size, scale, compute):

@@ -9,133 +9,36 @@ rows, P = positives, T = rows of a tile.
 
 import importlib
 import importlib.util
-import io
 import json
-import os
-import subprocess
-import sys
-from concurrent.futures import ProcessPoolExecutor
 from functools import cache
-from multiprocessing import get_context
 
 import pytest
 import torch
 
 from partialfc import ArcFace, RowSGD
-from partialfc.head import machine
-from partialfc.head.row_set import RowSet
 from partialfc.head.rows.catch_up import Moves
 from partialfc.head.rows.formats import DTYPES, FORMATS, SCALED, decode, encode
-from partialfc.head.rows.stored import RoundingKeys, SgdStep, Stored
-from partialfc.head.tiles.positives import Positives
 from partialfc.keyed import key, permute, unpermute
-from partialfc.margins import Bend, CurricularFace
-from tests.support.heads import flat_head
+from partialfc.margins import CurricularFace
+from tests.support.heads import flat_head, small_tiles
+from tests.support.kernels import (
+    BENDS,
+    bend_of,
+    compiled_python,
+    exponential_truth,
+    kernel,
+    pack,
+    unpack,
+)
 from tests.support.places import ROOT
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed: NO Triton kernel is tested", allow_module_level=True)
 
-DEVICES = ["cpu"]
-if torch.cuda.is_available():
-    DEVICES.append("cuda")
 
 KEYS = {"center_key": key(0, "centers"), "momentum_key": -key(1, "momentum")}
 FIRST_ROW = 2**33 + 5
 """Number in the whole head of the shard's first row: its lanes do not fit in 32 bits."""
-
-
-class Worker:
-    """A process that runs the launch wrappers, on CPU tensors with the interpreter or on a GPU."""
-
-    def __init__(self, device):
-        self.device = device
-        self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TRITON_INTERPRET", "1" if device == "cpu" else "0")
-            self.run(os.getpid)  # the process starts here, with this environment
-
-    def run(self, function, *args):
-        return self._pool.submit(function, *args).result()
-
-    def __call__(self, name, **kwargs):
-        """Return the result of a wrapper, and its arguments as they are afterwards."""
-        return _unpack(self.run(_call, name, self.device, _pack(kwargs)))
-
-    def close(self):
-        self._pool.shutdown()
-
-
-def _call(name, device, packed):
-    kwargs = _unpack(packed)
-    for argument, value in kwargs.items():
-        if isinstance(value, torch.Tensor):
-            kwargs[argument] = value.to(device)
-        elif isinstance(value, Bend):
-            kwargs[argument] = Bend(value.threshold_B.to(device), value.coefficient_3.to(device))
-    result = _kernel(name)(**kwargs)
-    return _pack((result, kwargs))
-
-
-def _kernel(name):
-    if name in ("sgd_", "catch_up_"):
-        return {"sgd_": sgd_, "catch_up_": catch_up_}[name]
-    return getattr(importlib.import_module("partialfc.head.tiles.triton_steps"), name)
-
-
-def sgd_(**case):
-    """The launch wrapper with the tensors of a case in its groups."""
-    positives = (case[name] for name in ("order_P", "order_P", "slope_P", "embedding_PD"))
-    rates = (case[name] for name in ("lr", "weight_decay", "momentum"))
-    keys = RoundingKeys(case["center_key"], case["momentum_key"])
-    importlib.import_module("partialfc.head.rows.kernels").sgd_(
-        stored_of(case),
-        case["start"],
-        case["stop"],
-        case["gradient_TD"],
-        Positives(*positives),
-        case["first_N"],
-        SgdStep(*rates, keys, case["skip"]),
-    )
-
-
-def catch_up_(**case):
-    """The launch wrapper with the tensors of a case in its groups."""
-    keys = RoundingKeys(case["center_key"], case["momentum_key"])
-    importlib.import_module("partialfc.head.rows.kernels").catch_up_(
-        stored_of(case), case["product_t22"], case["block"], keys
-    )
-
-
-def stored_of(case):
-    states = {
-        "centers_scale": case["center_scale_C1"],
-        "momentum": case["momentum_CD"],
-        "momentum_scale": case["momentum_scale_C1"],
-        "at_step": case.get("at_step_C1"),
-    }
-    rows = RowSet.of(
-        case["rows_n"], first_row=case["first_row"], compact=case.get("compact", False)
-    )
-    states = {name: state for name, state in states.items() if state is not None}
-    return Stored(case["centers_CD"], states, rows)
-
-
-def _pack(value):
-    file = io.BytesIO()
-    torch.save(value, file)
-    return file.getvalue()
-
-
-def _unpack(packed):
-    return torch.load(io.BytesIO(packed), map_location="cpu", weights_only=False)
-
-
-@pytest.fixture(scope="module", params=DEVICES)
-def launch(request):
-    worker = Worker(request.param)
-    yield worker
-    worker.close()
 
 
 def bits_of(tensor):
@@ -202,7 +105,7 @@ def test_unit_rows_of_a_tile_of_one_row_or_none(launch, tile):
 
 def test_rows_beyond_2_31_elements_are_the_right_ones(launch):
     """An offset in 32 bits would read and write elsewhere, or kill the worker."""
-    unit, row, other = _unpack(launch.run(_far_rows, launch.device))
+    unit, row, other = unpack(launch.run(_far_rows, launch.device))
     assert torch.equal(unit, torch.full((1, 512), 512**-0.5, dtype=unit.dtype))
     assert torch.equal(row, torch.full((512,), 1.0, dtype=row.dtype)), "4 - 0.75 * 4"
     assert not other.any()
@@ -216,14 +119,14 @@ def _far_rows(device):
     centers_CD[3] = 0  # where 32 bits would end
     rows_n = torch.tensor([far], device=device)
     unit_TD = torch.empty(1, 512, device=device)
-    _kernel("unit_rows")(centers_CD, rows_n, 0, 1, unit_TD)
+    kernel("unit_rows")(centers_CD, rows_n, 0, 1, unit_TD)
     case = {**sgd_case(rows=1, dim=512), **KEYS, "first_row": 0, "skip": None}
     case = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in case.items()}
     case.update(centers_CD=centers_CD, rows_n=rows_n, start=0, stop=1, momentum_CD=None)
     case.update(gradient_TD=torch.zeros(1, 512, device=device), lr=0.75, weight_decay=1.0)
     case["slope_P"].zero_()
-    _kernel("sgd_")(**case)
-    return _pack((unit_TD, centers_CD[far].clone(), centers_CD[3].clone()))
+    kernel("sgd_")(**case)
+    return pack((unit_TD, centers_CD[far].clone(), centers_CD[3].clone()))
 
 
 # --- exponentials ------------------------------------------------------------------------------
@@ -238,37 +141,6 @@ def exponential_case(rows=150, columns=140, logit=torch.float32):
     edges = torch.tensor([0, rows - 1, *outside])
     column_B[: len(edges)] = edges[:columns]
     return logit_TB, column_B
-
-
-BENDS = {
-    "none": None,
-    "filter": (0.0, 0.0, 0.0),
-    "curricular": (0.0, 0.3, 1 / 32),
-    "mv": (5, 1.2, 0),
-}
-
-
-def bend_of(name, columns):
-    """A threshold for each column, and a + b z + c z² above it."""
-    if BENDS[name] is None:
-        return None
-    return Bend(torch.linspace(-5, 12, columns), torch.tensor(BENDS[name], dtype=torch.float32))
-
-
-def exponential_truth(logit_TB, column_B, bend, shift_B):
-    """Values and sums in fp64."""
-    logit_TB = logit_TB.double()
-    is_positive_TB = torch.arange(len(logit_TB)).unsqueeze(1) == column_B
-    slope_TB = torch.ones_like(logit_TB)
-    if bend is not None:
-        constant, linear, quadratic = bend.coefficient_3.double()
-        above_TB = logit_TB > bend.threshold_B
-        bent_TB = constant + linear * logit_TB + quadratic * logit_TB**2
-        slope_TB[above_TB] = (linear + 2 * quadratic * logit_TB)[above_TB]
-        logit_TB = torch.where(above_TB, bent_TB, logit_TB)
-    offset_B = 0 if shift_B is None else shift_B.double()
-    exp_TB = (logit_TB - offset_B).exp().masked_fill(is_positive_TB, 0)
-    return exp_TB * slope_TB, exp_TB.sum(0)
 
 
 @pytest.mark.parametrize("shape", [(150, 140), (1, 3), (129, 1), (16, 128)], ids=str)
@@ -753,11 +625,10 @@ def test_permute_gives_the_integers_of_permutation(launch, largest, count, inver
 
 
 def _trained(device, forced, margin, compute, center_format, rule):
-    """Three steps of a sampled head: losses, the embeddings' last gradient, centers and states."""
-    machine.FORCED = forced
-    try:
+    """Three steps over several tiles: losses, the last gradient, centers and momentum."""
+    with small_tiles(kernels=forced, rows=16):
         head = flat_head(
-            300,
+            100,
             20,
             margin,
             sample_rate=0.4,
@@ -766,7 +637,7 @@ def _trained(device, forced, margin, compute, center_format, rule):
             center_format=center_format,
             device=device,
         )
-        start = torch.randn(300, 20, generator=torch.Generator().manual_seed(5)) * 0.01
+        start = torch.randn(100, 20, generator=torch.Generator().manual_seed(5)) * 0.01
         head.centers.data.copy_(start)
         losses = []
         for step in range(3):
@@ -777,8 +648,6 @@ def _trained(device, forced, margin, compute, center_format, rule):
             loss.backward()
             head.optimizer.step()
             losses.append(loss.item())
-    finally:
-        machine.FORCED = False
     states = head.optimizer.states()
     rows = decode(head.centers.detach(), states.get("centers_scale")).cpu()
     velocity = states.get("momentum")
@@ -819,18 +688,6 @@ def test_a_head_on_kernels_trains_as_one_on_torch(
 # --- compiled for Hopper, without a GPU --------------------------------------------------------
 
 
-def compiled_python(*arguments):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 def test_unit_rows_compile_for_hopper_without_spills_and_round_to_nearest(tmp_path):
     """The interpreter runs what the compiler refuses, and truncates where a GPU must not."""
     out = tmp_path / "kernels.json"
@@ -850,7 +707,8 @@ def test_a_new_learning_rate_key_step_or_tile_compiles_nothing_and_rows_have_no_
 import sys
 import torch
 from tools.bench import compile_kernels
-from tests.head.test_kernels import catch_up_, catch_up_case, sgd_, sgd_case
+from tests.head.test_kernels import catch_up_case, sgd_case
+from tests.support.kernels import catch_up_, sgd_
 from partialfc.head.tiles.triton_steps import exponentials
 compiled = compile_kernels.compile_only()
 for i in (1, 16, 2**40):

@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import math
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +11,6 @@ from pytorch_metric_learning import losses
 
 from partialfc import RowSGD
 from partialfc.head.tiles import passes
-from partialfc.keyed import key, normal
 from partialfc.margins import (
     ArcFace,
     CombinedMargin,
@@ -25,55 +23,8 @@ from partialfc.margins import (
 from tests.support import loss_truth
 from tests.support.every_margin import EVERY_MARGIN
 from tests.support.heads import flat_head
+from tests.support.margin_heads import DIM, IDENTITIES, PLAIN, head_of, problem, settings_of, step
 from tests.support.reference import relative_error
-
-PLAIN = RowSGD(lr=1.0, momentum=0.0, weight_decay=0.0)
-"""The change of the centers is minus their gradient."""
-IDENTITIES, DIM, BATCH = 300, 32, 24
-
-
-def head_of(margin, **settings):
-    """A head with centers of any length, as they are during a run."""
-    settings = {"optimizer": PLAIN, **settings}
-    head = flat_head(IDENTITIES, DIM, margin, **settings)
-    generator = torch.Generator(head.centers.device).manual_seed(1)
-    torch.nn.init.normal_(head.centers, 0, 0.3, generator=generator)
-    return head
-
-
-def problem(head, angles="random"):
-    """Embeddings of norms 1 to 50; at an angle near 0, pi/2 or pi to their own center if asked."""
-    generator = torch.Generator().manual_seed(2)
-    labels = torch.randint(0, IDENTITIES, (BATCH,), generator=generator)
-    directions = F.normalize(torch.randn(BATCH, DIM, generator=generator))
-    if angles != "random":
-        per = head.centers_per_identity
-        own = F.normalize(head.centers.detach()[labels * per, :DIM].float())
-        across = F.normalize(directions - (directions * own).sum(1, keepdim=True) * own)
-        off = torch.linspace(0.01, 0.2, BATCH).unsqueeze(1)
-        theta = {"0": off, "pi/2": torch.pi / 2 + off - 0.1, "pi": torch.pi - off}[angles]
-        directions = theta.cos() * own + theta.sin() * across
-    return directions * torch.linspace(1, 50, BATCH).unsqueeze(1), labels
-
-
-def settings_of(head, labels):
-    """What the equations need to know of the head before its first step."""
-    noise = normal(np.arange(BATCH), key(head.seed, "margin", 0, 0))
-    rows = head.sampler(0, labels).rows
-    return {
-        "state": {name: float(value) for name, value in head.margin_state().items()},
-        "sampled": None if rows is None else rows.sort().values,
-        "noise": torch.from_numpy(noise),
-    }
-
-
-def step(head, embeddings, labels, weight=1.0):
-    """Loss and gradients by one plain step; a weight lifts a tiny one over rounding."""
-    own, before = embeddings.clone().requires_grad_(), head.centers.detach().clone()
-    loss = head(own, labels)
-    (loss * weight).backward()
-    head.optimizer.step()
-    return loss.detach(), own.grad / weight, (before - head.centers.detach()) / weight
 
 
 @pytest.mark.parametrize("angles", ["random", "0", "pi/2", "pi"])

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from partialfc import PartialFC
-from tests.head.test_head_over_ranks import Collectives
-from tests.head.test_margins_on_head import BATCH, IDENTITIES, PLAIN, head_of, problem, settings_of
 from tests.support import loss_truth
+from tests.support.collectives import Collectives
 from tests.support.every_margin import EVERY_MARGIN
+from tests.support.margin_heads import BATCH, IDENTITIES, PLAIN, head_of, problem, settings_of
 from tests.support.ranks import run_on_ranks
 
 pytestmark = pytest.mark.distributed

@@ -1,8 +1,6 @@
 """Bounds of a margin by hand, and partialfc explain as a user starts it."""
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,7 +16,7 @@ from partialfc.margins import (
     guidance,
 )
 from tests.support.every_margin import EVERY_MARGIN
-from tests.support.places import ROOT
+from tests.support.processes import partialfc
 
 
 def test_smallest_scale_is_what_reaches_the_posterior():
@@ -90,9 +88,7 @@ def test_warnings_name_the_key_and_the_bound():
 
 
 def test_explain_lists_every_margin_one_a_line():
-    command = [sys.executable, "-m", "partialfc", "explain", "--list"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == list(MARGINS)
+    assert partialfc("explain", "--list").stdout.splitlines() == list(MARGINS)
 
 
 @pytest.mark.parametrize("name", MARGINS)

@@ -1,7 +1,7 @@
 """SIGUSR2 saves and stops, whenever it comes, on the ranks that a signal reaches or not."""
 
+import os
 import signal
-import subprocess
 import time
 
 import pytest
@@ -9,9 +9,9 @@ import pytest
 from partialfc.distributed.agreement import any_rank
 from partialfc.distributed.ranks import Ranks
 from partialfc.errors import Preempted
-from tests.support.places import ROOT
+from tests.support.processes import Python
 from tests.support.ranks import run_on_ranks
-from tests.support.runs import ENVIRONMENT, command, losses
+from tests.support.runs import losses, run, words
 
 pytestmark = pytest.mark.distributed
 
@@ -38,29 +38,22 @@ def test_one_rank_learns_at_once():
 
 def test_a_signal_saves_stops_with_its_own_code_and_loses_nothing(packs, tmp_path):
     """Two signals are one. The same command then goes on to the same end."""
-    words = ("run.steps=60", "checkpoint.every_steps=0", "data.loader=torch")
-    process = subprocess.Popen(
-        command(packs, tmp_path, *words),
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    overrides = ("run.steps=60", "checkpoint.every_steps=0", "data.loader=torch")
+    said = tmp_path / "stdout", tmp_path / "stderr"
+    process = Python(words(packs, tmp_path, *overrides), said)
     deadline = time.monotonic() + 120
     while max(losses_or_none(tmp_path), default=0) < 5 and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGUSR2)
+    os.kill(process.pid, signal.SIGUSR2)
     time.sleep(0.05)
     if process.poll() is None:
-        process.send_signal(signal.SIGUSR2)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == Preempted.exit_code, errors
+        os.kill(process.pid, signal.SIGUSR2)
+    status, errors = process.wait(60), said[1].read_text()
+    assert status == Preempted.exit_code, errors
     step = max(losses(tmp_path))
     assert f"after the checkpoint of step {step}" in errors
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step_{step:08d}"]
-    done = subprocess.run(
-        command(packs, tmp_path, *words), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
-    )
+    done = run(packs, tmp_path, *overrides)
     assert done.returncode == 0, done.stderr
     assert sorted(losses(tmp_path)) == list(range(1, 61))
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+
+from tests.support.processes import WARM
 
 _gangs: dict[int, "_Gang"] = {}
 
@@ -31,7 +32,7 @@ def run_on_ranks(world_size: int, function, *arguments, timeout: float = 300) ->
 
 class _Gang:
     def __init__(self, world_size: int) -> None:
-        context = mp.get_context("spawn")
+        context = WARM
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.results: Any = context.Queue()
         self.tasks = [context.Queue() for _ in range(world_size)]

@@ -1,21 +1,17 @@
 """Small runs of launch/train.py on real handwriting, as a user starts them."""
 
 import json
-import os
 import subprocess
 import sys
 
-from tests.support.places import ROOT
+from tests.support.processes import python
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
-def command(packs, folder, *overrides, ranks=None):
-    start = [sys.executable]
-    if ranks:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+def words(packs, folder, *overrides):
+    """A script and its arguments."""
     return [
-        *start,
         "launch/train.py",
         "configs/omniglot.toml",
         f"data.train={packs / 'train.rec'}",
@@ -31,18 +27,19 @@ def command(packs, folder, *overrides, ranks=None):
     ]
 
 
-def run(*arguments, **keywords):
-    return subprocess.run(
-        command(*arguments, **keywords),
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def command(packs, folder, *overrides, ranks=None):
+    """The command line, under torchrun where there are ranks."""
+    start = [*TORCHRUN, f"--nproc-per-node={ranks}"] if ranks else [sys.executable]
+    return [*start, *words(packs, folder, *overrides)]
+
+
+def run(packs, folder, *overrides, ranks=None) -> subprocess.CompletedProcess:
+    """Run to the end, on one rank without the others' collectives or on several."""
+    return python(*words(packs, folder, *overrides), ranks=ranks)
 
 
 def losses(folder):
+    """The loss of each step that a run has noted."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     return {record["step"]: record["loss"] for record in records if "loss" in record}
