@@ -11,7 +11,7 @@ from partialfc.__main__ import main
 from partialfc.checkpoint import loading as checkpoint
 from partialfc.commands import identities
 from partialfc.head.centers import fill_initial_
-from tests.support.runs import run
+from tests.support.runs import UNVERIFIED, run
 from tools.bench._faults.runs import tensors
 
 pytestmark = pytest.mark.distributed
@@ -29,12 +29,7 @@ def trained(packs, tmp_path_factory):
 def begin(packs, out, *overrides):
     """Start a run that takes one step so small that nothing moves; return its tensors."""
     still = ["run.steps=1", "optimizer.lr=1e-30", "schedule.warmup_steps=0", "run.seed=7"]
-    quick = [
-        "verification.pairs=[]",
-        "verification.identification=[]",
-        "verification.every_steps=0",
-    ]
-    done = run(packs, out, *still, *quick, *overrides)
+    done = run(packs, out, *still, *UNVERIFIED, *overrides)
     assert done.returncode == 0, done.stderr
     return tensors(out, 1)
 

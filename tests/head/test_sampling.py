@@ -72,23 +72,24 @@ def test_steps_and_seeds_draw_different_negatives():
 
 
 def test_negatives_are_uniform_without_replacement_given_the_positives():
-    """Chi-square of single negatives and of their pairs, within one canonical shard of 24 rows."""
-    steps, size, quota, positives = 12_000, 24, 8, torch.tensor([3, 3, 17])
-    (sampler,) = samplers(size, quota / size, shards=1)
-    singles, pairs = np.zeros(size), np.zeros((size, size))
+    """Chi-square of single negatives and of their pairs, over steps and canonical shards."""
+    steps, shards, size, quota, positives = 24, 500, 24, 8, np.array([3, 3, 17])
+    (sampler,) = samplers(shards * size, quota / size, shards=shards)
+    batch = torch.from_numpy((size * np.arange(shards)[:, None] + positives).ravel())
+    taken = np.zeros((steps, shards, size))
     for step in range(steps):
-        rows = sampler(step, positives).rows.numpy()
-        assert len(rows) == quota
-        negatives = np.setdiff1d(rows, positives)
-        singles[negatives] += 1
-        pairs[np.ix_(negatives, negatives)] += 1
+        taken[step].reshape(-1)[sampler(step, batch).rows.numpy()] = 1
+    taken = taken.reshape(-1, size)
+    assert (taken.sum(1) == quota).all()
+    assert taken[:, positives].all()
     others = np.setdiff1d(np.arange(size), positives)
-    drawn = quota - 2
-    expected = steps * drawn / len(others)
+    singles, pairs = taken.sum(0), taken.T @ taken
+    drawn, draws = quota - 2, steps * shards
+    expected = draws * drawn / len(others)
     variance = expected * (1 - drawn / len(others))
     deviation = (singles[others] - expected) / np.sqrt(variance)
     assert np.abs(deviation).max() < 4.5
-    expected = steps * drawn * (drawn - 1) / (len(others) * (len(others) - 1))
+    expected = draws * drawn * (drawn - 1) / (len(others) * (len(others) - 1))
     upper = pairs[np.ix_(others, others)][np.triu_indices(len(others), 1)]
     assert np.abs((upper - expected) / np.sqrt(expected)).max() < 5
     assert np.std((upper - expected) / np.sqrt(expected)) < 1.2

@@ -29,7 +29,7 @@ class Python:
     """A process that runs what ``python WORDS`` does; its streams go to two files.
 
     Args:
-        words: A script and its arguments, or ``-m``, a module and its arguments.
+        words: A script, ``-m`` and a module, or ``-c`` and code; and its arguments.
         cwd: Folder in which it runs.
         env: Its whole environment.
         streams: Files that its stdout and stderr are appended to.
@@ -130,7 +130,10 @@ def _become(words: list[str], env: dict[str, str], cwd: str, streams: list[str])
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
-    if words[0] == "-m":
+    if words[0] == "-c":
+        sys.argv = ["-c", *words[2:]]
+        exec(words[1], {"__name__": "__main__"})
+    elif words[0] == "-m":
         sys.argv = words[1:]
         sys.path[0] = cwd
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)

@@ -8,6 +8,13 @@ from tests.support.processes import python
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
+UNVERIFIED = (
+    "verification.pairs=[]",
+    "verification.identification=[]",
+    "verification.every_steps=0",
+)
+"""For tests that say nothing of the sets: most of a short run is their embedding."""
+
 
 def words(packs, folder, *overrides):
     """A script and its arguments."""
@@ -20,7 +27,7 @@ def words(packs, folder, *overrides):
         f"run.folder={folder}",
         "run.epochs=",
         "schedule.warmup_steps=2",
-        "data.global_batch=48",
+        "data.global_batch=24",
         "backbone.name=convnet_s",
         "log.every_steps=1",
         *overrides,

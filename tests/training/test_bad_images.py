@@ -15,7 +15,7 @@ from partialfc.training.bad_images import BadImages
 from partialfc.training.run import look_before
 from tests.support.models import runtime, settings
 from tests.support.places import FIXTURES
-from tests.support.runs import run
+from tests.support.runs import UNVERIFIED, run
 
 GOLDEN = FIXTURES / "records" / "insightface.rec"
 BAD = (3, 50, 51, 400)
@@ -40,7 +40,14 @@ def damaged(packs, tmp_path):
 @pytest.mark.timeout(400)
 def test_bad_images_are_counted_reported_listed_and_skipped(damaged, tmp_path):
     """On one rank and on two the same; the list leaves them out of the next run."""
-    steps = ["run.steps=18", "data.last_batch=pad", "data.bad_share=0.05", "log.every_steps=3"]
+    steps = [
+        "run.steps=18",
+        "data.global_batch=48",
+        "data.last_batch=pad",
+        "data.bad_share=0.05",
+        "log.every_steps=3",
+        *UNVERIFIED,
+    ]
     found = {}
     for ranks in (None, 2):
         folder = tmp_path / f"run{ranks}"
@@ -57,14 +64,14 @@ def test_bad_images_are_counted_reported_listed_and_skipped(damaged, tmp_path):
         assert found[ranks][-1] >= len(BAD)
     assert found[None] == found[2]
     skip = f"data.skip={json.dumps([str(path) for path in lists])}"
-    done = run(damaged, tmp_path / "skipped", "run.steps=4", "data.bad_share=0", skip)
+    done = run(damaged, tmp_path / "skipped", "run.steps=4", "data.bad_share=0", skip, *UNVERIFIED)
     assert done.returncode == 0, done.stderr
     assert "replaced" not in done.stderr
 
 
 @pytest.mark.distributed
 def test_above_the_share_the_run_stops_on_every_rank_before_it_saves(damaged, tmp_path):
-    words = ["run.steps=18", "data.bad_share=0", "log.every_steps=1000"]
+    words = ["run.steps=18", "data.global_batch=48", "data.bad_share=0", "log.every_steps=1000"]
     done = run(damaged, tmp_path / "run", *words, "checkpoint.every_steps=18", ranks=2)
     assert done.returncode == DataError.exit_code
     assert "had to be replaced, and data.bad_share = 0 allows 0" in done.stderr
