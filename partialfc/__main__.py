@@ -2,7 +2,6 @@
 
 import difflib
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -54,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     what they find wanting.
     """
     try:
-        return status_of(lambda: _do(*arguments), ValueError, OSError)
+        return status_of(lambda: _command(*arguments), ValueError, OSError)
     except KeyboardInterrupt:
         return 130
     except SystemExit as end:  # argparse's
@@ -81,15 +80,7 @@ def command_line(*first: str) -> NoReturn:
     os._exit(status)
 
 
-def _do(name: str = "", *words: str) -> int:
-    """Do what the words say; return the exit status, also where no one reads on (``| head``)."""
-    try:
-        return _command(name, words)
-    except BrokenPipeError:
-        return 128 + signal.SIGPIPE
-
-
-def _command(name: str, words: Sequence[str]) -> int:
+def _command(name: str = "", *words: str) -> int:
     if name in COMMANDS:
         module = import_module(_ROOM.get(name, f"partialfc.commands.{name.replace('-', '_')}"))
         return int(module.main([*words]))

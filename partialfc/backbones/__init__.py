@@ -12,6 +12,8 @@ from partialfc.backbones import convnet, iresnet, vit
 from partialfc.backbones.mobilefacenet import MobileFaceNet
 from partialfc.definitions.backbones import Backbone, refused_size
 
+__all__ = ["BACKBONES", "build_backbone"]
+
 _BUILT: Mapping[str, Callable[..., nn.Module]] = {
     **{name: partial(iresnet.IResNet, depths) for name, depths in iresnet.DEPTHS.items()},
     "mobilefacenet": MobileFaceNet,

@@ -2,9 +2,12 @@
 
 import argparse
 import os
+import select
+import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 from partialfc.errors import (
     ConfigError,
@@ -14,6 +17,8 @@ from partialfc.errors import (
     in_words,
     record_for_torchrun,
 )
+
+Item = TypeVar("Item")
 
 
 def command_parser(name: str, text: str | None) -> argparse.ArgumentParser:
@@ -36,6 +41,8 @@ def status_of(work: Callable[[], int], *mistakes: type[Exception]) -> int:
     try:
         return work()
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 128 + signal.SIGPIPE
         code = exit_code_of(error)
         if code == 1 and isinstance(error, mistakes):
             code = 2
@@ -48,6 +55,13 @@ def status_of(work: Callable[[], int], *mistakes: type[Exception]) -> int:
         return code
 
 
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe whose reader has gone, as after ``| head``."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
 def _say(error: Exception) -> None:
     """What every rank finds, as a mistake in the settings, one says; all else its own rank."""
     rank = os.environ.get("RANK")
@@ -56,3 +70,14 @@ def _say(error: Exception) -> None:
         return
     whose = "" if of_all or rank is None else f"rank {rank}: "
     print(f"{whose}{in_words(error)}", file=sys.stderr, flush=True)
+
+
+def tracked(items: Iterable[Item], what: str) -> Iterator[Item]:
+    """Go through items with a bar on stderr, which leaves nothing; without one off a terminal."""
+    from rich.console import Console  # 50 ms that --help can do without
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        return iter(items)
+    return iter(track(items, what, console=console, transient=True))

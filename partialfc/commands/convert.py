@@ -16,23 +16,18 @@ that are left without an image are taken out, and OUT.identities.json lists the 
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 
-from partialfc.commands._command import command_parser
+from partialfc.commands._command import command_parser, tracked
 from partialfc.data.dataset import DataSet, open_dataset
 from partialfc.data.packs.writer import PackWriter, write_insightface_pack
 from partialfc.data.sets.pairs import read_pairs, write_pairs
-
-Item = TypeVar("Item")
 
 
 def main(arguments: list[str]) -> int:
@@ -123,10 +118,11 @@ def to_folder(options: argparse.Namespace) -> None:
     dataset = open_dataset([options.pack])
     width = len(str(max(dataset.num_identities - 1, 0)))
     labels = dataset.labels().tolist()
-    for sample, identity in _tracked(list(enumerate(labels)), "images"):
+    for sample, identity in tracked(list(enumerate(labels)), "images"):
         folder = options.out / f"{identity:0{width}d}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{sample:08d}.jpg").write_bytes(dataset.jpeg(sample))
+    print(f"{options.out}: {len(labels):,} images of {len(set(labels)):,} identities")
 
 
 def to_bin(options: argparse.Namespace) -> None:
@@ -150,7 +146,7 @@ def to_pairs(options: argparse.Namespace) -> None:
     found = read_pairs(options.bin)
     options.out.mkdir(parents=True)
     names = []
-    for number, image in enumerate(_tracked(found.images, "images")):
+    for number, image in enumerate(tracked(found.images, "images")):
         pair, side = divmod(number, 2)
         name = f"{pair:06d}_{'ab'[side]}.{'jpg' if isinstance(image, bytes) else 'png'}"
         if isinstance(image, bytes):
@@ -161,6 +157,7 @@ def to_pairs(options: argparse.Namespace) -> None:
     lines = zip(names[0::2], names[1::2], found.same.tolist(), strict=True)
     text = "".join(f"{a}\t{b}\t{int(same)}\n" for a, b, same in lines)
     (options.out / "pairs.txt").write_text(text)
+    print(f"{options.out / 'pairs.txt'}: {len(found.same):,} pairs")
 
 
 def write_pack(
@@ -178,7 +175,7 @@ def write_pack(
         order = np.argsort(identity_N, kind="stable")
 
     def images() -> Iterator[tuple[int, bytes]]:
-        for i in _tracked(order.tolist(), path.name):
+        for i in tracked(order.tolist(), path.name):
             yield int(identity_N[i]), dataset.jpeg(int(samples[i]))
 
     if layout == "insightface":
@@ -187,7 +184,3 @@ def write_pack(
     with PackWriter(path) as writer:
         for key, (identity, jpeg) in enumerate(images()):
             writer.write(key, identity, jpeg)
-
-
-def _tracked(items: Sequence[Item], what: str) -> Iterator[Item]:
-    return iter(track(items, what, console=Console(stderr=True), transient=True))

@@ -14,7 +14,7 @@ from typing import Any
 
 import matplotlib as mpl
 
-from partialfc.commands._command import command_parser
+from partialfc.commands._command import command_parser, tracked
 
 mpl.use("Agg")
 
@@ -26,7 +26,6 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from partialfc.data.packs.pack import Pack, open_pack
@@ -83,7 +82,7 @@ def read(pack: Pack) -> Contents:
     """Read the header of every image."""
     identities, sizes = [], []
     starts = range(0, len(pack), CHUNK)
-    for start in track(starts, "headers read", console=Console(stderr=True), transient=True):
+    for start in tracked(starts, "headers read"):
         chunk = np.arange(start, min(start + CHUNK, len(pack)))
         identities.append(pack.identities(chunk))
         sizes.append(pack.jpeg_bytes(chunk))

@@ -17,9 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from rich.progress import track
 
-from partialfc.commands._command import command_parser
+from partialfc.commands._command import command_parser, tracked
 from partialfc.commands._pack.sources import SUFFIXES
 from partialfc.keyed import key, permute
 
@@ -68,7 +67,7 @@ def main(arguments: list[str]) -> int:
     try:
         # Links are relative to where they lie, so the folder is made beside its final place.
         for part, names in parts.items():
-            for name in track(names, f"{part}: {len(names)} identities", disable=not names):
+            for name in tracked(names, f"{part}: {len(names)} identities"):
                 folder = partial / part / name
                 folder.mkdir(parents=True)
                 for image in images[name]:
@@ -127,8 +126,10 @@ def split(
         parts[name] = sorted(identities[i] for i in order[start : start + size])
         start += size
     if start >= count:
+        sizes = " and ".join(f"{len(parts[name])} for {name}" for name in shares)
         raise ValueError(
-            f"{count} identities are too few for {dict(shares)}: none is left to train on."
+            f"{count} identities are too few: {sizes} leave none to train on. "
+            "Ask for smaller shares."
         )
     return {"train": sorted(identities[i] for i in order[start:]), **parts}
 

@@ -8,7 +8,7 @@ import difflib
 import math
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -226,7 +226,7 @@ def _problem(schema: type[Section], place: _Place, details: Any, overridden: Seq
     elif isinstance(value, dict) and options:
         tag, tags = tag_name(field), list(options)
         key, value = f"{key}.{tag}", value[tag]
-        near = difflib.get_close_matches(str(value).lower(), tags, n=1)
+        near = _near(str(value), tags)
         hint = f" Did you mean {to_value(near[0])}?" if near else ""
         problem = f"must be {either(tags)}.{hint}"
     elif options:
@@ -248,9 +248,10 @@ def _unknown(schema: type[Section], place: _Place) -> str:
         tag = tag_name(place.siblings)
         own = to_value(fields[tag].default)
         here = f"{here} with {tag} = {own}"
+        other = f"= {either(owners)}" if len(owners) == 1 else "to one of them"
         problem = (
             f"belongs to {tag} = {either(owners)}, but {tag} is {own}. Remove it, or set "
-            f"{place.parent}.{tag} = {either(owners)}."
+            f"{place.parent}.{tag} {other}."
         )
     else:
         near = difflib.get_close_matches(place.name, fields, cutoff=0.7)
@@ -287,7 +288,7 @@ def _rewritings(value: Any, field: FieldInfo) -> Iterator[Any]:
         yield {"yes": True, "on": True, "true": True, "1": True}.get(word)
         yield {"no": False, "off": False, "false": False, "0": False}.get(word)
         yield {"gpu": "cuda"}.get(word)  # as a word it is nearer to cpu
-        yield from difflib.get_close_matches(word, choices(field), n=1)
+        yield from _near(word, choices(field))
         parsed = _parsed(word)
         yield parsed
         with contextlib.suppress(ValueError):
@@ -301,6 +302,19 @@ def _rewritings(value: Any, field: FieldInfo) -> Iterator[Any]:
         yield int(value) if isinstance(value, float) and value.is_integer() else None
         yield str(value)
     yield [value]
+
+
+def _near(word: str, names: Iterable[str]) -> list[str]:
+    """The name that a word was meant to be, if any: r50 is iresnet50."""
+    names, word = list(names), word.strip().lower()
+    held = [name for name in names if _holds(name, word)]
+    return held if len(held) == 1 else difflib.get_close_matches(word, names, n=1)
+
+
+def _holds(name: str, word: str) -> bool:
+    """Whether all letters of the word are in the name, in their order."""
+    letters = iter(name)
+    return bool(word) and all(letter in letters for letter in word)
 
 
 def _parsed(text: str) -> Any:

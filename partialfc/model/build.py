@@ -189,4 +189,4 @@ def _head(config: Config, runtime: Runtime, num_identities: int) -> PartialFC:
             device=runtime.device,
         )
     except ValueError as error:
-        raise ConfigError(f"head.{error}") from error
+        raise ConfigError(f"[head] {error}") from error

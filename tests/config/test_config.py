@@ -277,9 +277,9 @@ def test_what_the_hash_leaves_out_exists() -> None:
             MINIMAL + "[head.margin]\nangular = 0.4\n",
             ["head.margin.name=cosface"],
             'head.margin.angular = 0.4: belongs to name = "arcface", "combined", "curricularface" '
-            'or "subcenter_arcface", but name is "cosface". Remove it, or set head.margin.name = '
-            '"arcface", "combined", "curricularface" or "subcenter_arcface". [head.margin] with '
-            'name = "cosface" takes name, label_smoothing, scale, inter_class_filter, additive.',
+            'or "subcenter_arcface", but name is "cosface". Remove it, or set head.margin.name to '
+            'one of them. [head.margin] with name = "cosface" takes name, label_smoothing, scale, '
+            "inter_class_filter, additive.",
         ),
         (  # the same, told apart by another word than name
             MINIMAL,

@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from rich.progress import track
+from partialfc.commands._command import tracked
 
 try:
     import pyarrow as arrow
@@ -42,7 +42,7 @@ def rows_of(shards: list[Path]) -> Iterator[tuple[str, str]]:
 
 def labels_of(shards: list[Path]) -> set[str]:
     """Return all labels, of one pass over their columns."""
-    return {label for label, _ in track(rows_of(shards), "rows listed", transient=True) if label}
+    return {label for label, _ in tracked(rows_of(shards), "rows listed") if label}
 
 
 def read_row(root: Path, place: str) -> bytes:

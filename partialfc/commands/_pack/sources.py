@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from rich.progress import track
-
+from partialfc.commands._command import tracked
 from partialfc.commands._pack import parquet
 from partialfc.data.files.index import in_order, list_lines
 
@@ -156,7 +155,7 @@ def _tars(root: Path, shards: list[Path], survey: Survey) -> Source:
     it; without one it is the folder that the image is in.
     """
     images: dict[str, list[str]] = defaultdict(list)
-    for shard in track(shards, "shards listed", transient=True):
+    for shard in tracked(shards, "shards listed"):
         found: dict[str, str] = {}
         labels: dict[str, str] = {}
         with tarfile.open(shard, "r:") as archive:
