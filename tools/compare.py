@@ -12,7 +12,6 @@ go to all runs.
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import sys
@@ -219,8 +218,7 @@ def _done(command: list[str], log: Path) -> bool:
     """Run a command with its output in a file; say where that is if it fails."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file:
-        environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT)
     if done.returncode:
         last = "\n".join(log.read_text().splitlines()[-15:])
         print(f"exit code {done.returncode}, see {log}:\n{last}", file=sys.stderr)

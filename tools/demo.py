@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+from partialfc.cores import usable_cores
 from tools._faces.packs import write_demo_packs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,8 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
         *(f"--nproc-per-node={ranks}", "launch/train.py", "configs/demo.toml", *options.override),
     ]
     print(f"\n$ {' '.join(['torchrun', *command[3:]])}\n", flush=True)
-    # torchrun would set it to 1 with a warning of eight lines; the trainer sets its own threads.
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    # Left out, torchrun would set it to 1 with a warning of eight lines.
+    threads = str(max(1, usable_cores() // ranks))
+    environment = {"OMP_NUM_THREADS": threads, **os.environ}
     code = subprocess.run(command, env=environment, check=False).returncode
     if code == 0:
         print(f"The demo took {time.monotonic() - started:.0f} s. Look at runs/demo/training.png.")
@@ -57,7 +59,7 @@ def render() -> None:
         verification_identities=200,
         pairs=2000,
         seed=2048,
-        workers=os.cpu_count() or 1,
+        workers=usable_cores(),
     )
 
 

@@ -22,6 +22,7 @@ from typing import IO
 
 import yaml
 
+from partialfc.cores import usable_cores
 from tools.demo import ROOT, render
 
 _RUN = "run.folder"
@@ -125,7 +126,7 @@ def _process(*command: str, quiet: bool = False) -> Iterator["subprocess.Popen[s
     """
     process = subprocess.Popen(
         command,
-        env={"OMP_NUM_THREADS": "1", **os.environ},
+        env={"OMP_NUM_THREADS": str(max(1, usable_cores() // 2)), **os.environ},
         stdout=subprocess.DEVNULL if quiet else None,
         stderr=subprocess.DEVNULL if quiet else subprocess.PIPE,
         text=True,

@@ -66,7 +66,8 @@ def _say(error: Exception) -> None:
     """What every rank finds, as a mistake in the settings, one says; all else its own rank."""
     rank = os.environ.get("RANK")
     of_all = isinstance(error, ConfigError | Preempted) or extra_of(error) is not None
-    if of_all and os.environ.get("LOCAL_RANK", "0") != "0":
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    if of_all and several and os.environ.get("LOCAL_RANK", "0") != "0":
         return
     whose = "" if of_all or rank is None else f"rank {rank}: "
     print(f"{whose}{in_words(error)}", file=sys.stderr, flush=True)

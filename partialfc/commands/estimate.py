@@ -46,10 +46,10 @@ from partialfc.commands._estimate.step_time import (
     Cluster,
     Gpu,
     assumptions,
-    cores,
     seconds_of,
 )
 from partialfc.config import Config, ConfigError, load
+from partialfc.cores import usable_cores
 from partialfc.data.dataset import open_dataset
 from partialfc.errors import in_words
 from partialfc.writing import write_json
@@ -210,7 +210,7 @@ def cluster_of(options: argparse.Namespace) -> Cluster:
         gpu = GPUS[options.gpu]
         return Cluster(gpu, "cuda", options.nodes, options.gpus_per_node, network)
     share = options.gpus_per_node
-    fp32, bf16 = (CPU_CORE[name] * cores() / share for name in ("fp32", "bf16"))
+    fp32, bf16 = (CPU_CORE[name] * usable_cores() / share for name in ("fp32", "bf16"))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // share
     gpu = Gpu("cpu", memory, bf16, fp32, fp32, fp32, CPU_BANDWIDTH / share, CPU_LINK)
     return Cluster(gpu, "cpu", options.nodes, share, network)

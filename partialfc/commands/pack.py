@@ -49,6 +49,7 @@ from partialfc.commands._pack.sources import (
     open_source,
     read,
 )
+from partialfc.cores import usable_cores
 from partialfc.data.packs.pack import open_pack
 from partialfc.data.packs.writer import PackWriter, write_insightface_pack
 from partialfc.writing import write_text
@@ -117,7 +118,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("out", type=Path, help="the pack to write, a name that ends with .rec")
     parser.add_argument("--size", type=int, default=112, help="width and height in pixels")
     parser.add_argument("--quality", type=int, default=95, help="of JPEG images made here, 1...100")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--workers", type=int, default=usable_cores(), help="processes")
     parser.add_argument(
         "--skip-broken", action="store_true", help="leave broken images out instead of refusing"
     )

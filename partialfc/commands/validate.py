@@ -10,7 +10,6 @@ as a list that training leaves out: data.skip=LIST.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from rich.table import Table
 
 from partialfc.commands._command import command_parser
 from partialfc.commands._validate import levels
+from partialfc.cores import usable_cores
 from partialfc.data.packs.pack import Pack, open_pack
 from partialfc.data.packs.recordio import RecordError
 from partialfc.data.skip_list import write_skip_list
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--images", default="30000", help="how many to decode, or all")
     parser.add_argument("--seed", type=int, default=0, help="which of them")
     parser.add_argument("--size", type=int, default=112, help="pixels that crops should have")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads")
+    parser.add_argument("--workers", type=int, default=usable_cores(), help="threads")
     parser.add_argument("--bad", type=Path, help="write the bad records here, for data.skip")
     parser.add_argument("--json", type=Path, help="write the report here")
     parser.add_argument("--mean", type=Path, help="write the mean image here, a .png")

@@ -28,11 +28,12 @@ class Run(Section):
     """Length of the run in optimizer steps, instead of ``epochs``."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train. ``auto`` is a GPU per rank if there are GPUs, otherwise the CPU."""
+    """Where to train. ``auto`` is a GPU per rank if there are GPUs, otherwise the CPU; where a job
+    or CUDA_VISIBLE_DEVICES asks for GPUs and torch sees none, the run is refused."""
 
     threads: Annotated[int | None, Range(ge=1), Unit("threads")] = None
-    """CPU threads per rank for torch's operators. Left out, the host's cores are divided among its
-    ranks."""
+    """CPU threads per rank for torch's operators. Left out, OMP_NUM_THREADS; without it, the CPUs
+    that the ranks of a host may use are divided among them."""
 
     resume: bool = True
     """Go on from the newest valid checkpoint in ``folder``, if there is one."""

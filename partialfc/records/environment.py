@@ -1,7 +1,6 @@
 """On what a run was made: for its summary and its report; no name of a host, a user or a folder."""
 
 import importlib.metadata
-import os
 import platform
 import subprocess
 import sys
@@ -9,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+from partialfc.cores import usable_cores
 
 
 def environment(device: torch.device) -> dict[str, str]:
@@ -19,7 +20,7 @@ def environment(device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
         "numpy": np.__version__,
         "system": f"{platform.system()} {platform.machine()}",
-        "cores": str(os.cpu_count()),
+        "cores": str(usable_cores()),
     }
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)

@@ -41,6 +41,29 @@ def refuse_unreachable() -> str | None:
     return None
 
 
+def refuse_missing(*variables: str) -> None:
+    """Look whether the interfaces that were chosen for talking to other ranks are there.
+
+    Args:
+        variables: Of GLOO_SOCKET_IFNAME, which takes names, and NCCL_SOCKET_IFNAME, which takes
+            beginnings, ``=`` and a name, or ``^`` and what it may not be.
+
+    Raises:
+        OSError: If one is not; the message says which there are.
+    """
+    there = [name for _, name in socket.if_nameindex()]
+    for variable in variables:
+        for name in filter(None, os.environ.get(variable, "").split(",")):
+            exact = variable.startswith("GLOO") or name.startswith("=")
+            if name.startswith("^"):
+                break
+            if not any(one == name.lstrip("=") if exact else one.startswith(name) for one in there):
+                raise OSError(
+                    f"{variable} = {os.environ[variable]!r}: this host has no interface {name!r}. "
+                    f"Set one of {', '.join(there)}, or unset it."
+                )
+
+
 def stale_store() -> str | None:
     """A warning where torchrun may hand out the addresses of ranks that are gone.
 

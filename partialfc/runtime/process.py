@@ -18,7 +18,9 @@ from partialfc.distributed.agreement import from_leader
 from partialfc.distributed.ranks import Ranks
 from partialfc.errors import Preempted
 from partialfc.keyed import key
-from partialfc.runtime.network import refuse_unreachable, stale_store
+from partialfc.runtime.device import device_of, threads_of
+from partialfc.runtime.network import refuse_missing, refuse_unreachable, stale_store
+from partialfc.runtime.place import Place, own_place
 from partialfc.runtime.watchdog import Watchdog
 
 _interrupted = False
@@ -51,12 +53,10 @@ def running(config: Config) -> Iterator[Runtime]:
     Raises:
         ConfigError: If the settings do not fit this machine or the number of ranks.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    config.check(world_size)
-    _check_network()
-    device = _device(config.run.device, local_rank(), ranks_here)
-    torch.set_num_threads(config.run.threads or max(1, (os.cpu_count() or 1) // ranks_here))
+    place = own_place()
+    config.check(place.size)
+    _check_network(config, place)
+    device = device_of(config.run.device, place)
     torch.manual_seed(key(config.run.seed, "weights"))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision.tf32
     if config.run.deterministic:
@@ -66,13 +66,14 @@ def running(config: Config) -> Iterator[Runtime]:
         torch.backends.cudnn.benchmark = True
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world_size > 1:
+    if place.size > 1:
         if device.type == "cuda":
             _record_flights(config.run.folder)
             dist.init_process_group("nccl", device_id=device)
         else:
             dist.init_process_group("gloo")
     ranks = Ranks.of()
+    torch.set_num_threads(threads_of(config.run.threads, ranks, place))
     watchdog = _watchdog(config, ranks)
     signal.signal(signal.SIGINT, _interrupt)
     try:
@@ -93,13 +94,16 @@ def running(config: Config) -> Iterator[Runtime]:
             watchdog.close()
 
 
-def _check_network() -> None:
+def _check_network(config: Config, place: Place) -> None:
+    nccl = config.run.device != "cpu" and torch.cuda.device_count() > 0
     try:
+        if place.size > 1:
+            refuse_missing("GLOO_SOCKET_IFNAME", *(["NCCL_SOCKET_IFNAME"] if nccl else []))
         warning = refuse_unreachable()
     except OSError as error:
         raise ConfigError(str(error)) from error
     for sentence in (warning, stale_store()):
-        if sentence and local_rank() == 0:
+        if sentence and place.local_rank == 0:
             print(f"warning: {sentence}", flush=True)
 
 
@@ -147,20 +151,3 @@ def _record_flights(folder: Path) -> None:
         ("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(folder / "rank_")),
     ):
         os.environ.setdefault(name, value)
-
-
-def _device(wanted: str, local_rank: int, ranks_here: int) -> torch.device:
-    gpus = torch.cuda.device_count()
-    if wanted == "cuda" and not gpus:
-        raise ConfigError(
-            'run.device = "cuda": torch sees no GPU here. Set run.device = "cpu", or install a '
-            "CUDA build of torch."
-        )
-    if wanted == "cpu" or not gpus:
-        return torch.device("cpu")
-    if ranks_here > gpus:
-        raise ConfigError(
-            f"run.device = {wanted!r}: {ranks_here} ranks on this host for {gpus} GPUs, and each "
-            f'rank needs its own. Start {gpus}, or set run.device = "cpu".'
-        )
-    return torch.device("cuda", local_rank)

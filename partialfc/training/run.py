@@ -7,10 +7,13 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from partialfc.checkpoint import loading as checkpoint
 from partialfc.checkpoint.saving import Saver
 from partialfc.checkpoint.warm_start import warm_start
 from partialfc.config import Config, ConfigError, to_toml
+from partialfc.config.conflicts import head_compute
 from partialfc.data.loaders.stream import Batches
 from partialfc.distributed.agreement import any_rank, words_of_any
 from partialfc.errors import CrashLoopError, Preempted
@@ -21,6 +24,7 @@ from partialfc.model.step import train_step
 from partialfc.records.console import from_here
 from partialfc.records.ledger import fruitless, keeping
 from partialfc.runtime import preemption
+from partialfc.runtime.place import elastic_warning, own_place
 from partialfc.runtime.process import Runtime, refuse_interrupted
 from partialfc.training.data import open_batches, open_training_data, with_next
 from partialfc.training.must_match import must_match
@@ -41,6 +45,8 @@ def train(config: Config, runtime: Runtime) -> None:
         CrashLoopError: If the last starts came to no new step.
         Preempted: On every rank, after a checkpoint, if SIGUSR2 reached any of them.
     """
+    if runtime.leads:
+        _announce(config, runtime)
     if config.run.preflight:
         report(look_before(config, runtime), runtime)
     folder, settings = config.run.folder, to_toml(config)
@@ -98,6 +104,21 @@ def look_before(config: Config, runtime: Runtime) -> list[Finding]:
     """Return what a look at the machines finds, before a run or instead of it. Collective."""
     data = open_training_data(config, runtime)
     return preflight(config, runtime, data.dataset, lambda: open_batches(config, runtime, data, 0))
+
+
+def _announce(config: Config, runtime: Runtime) -> None:
+    """Say where the run is and in which precision: before all else, so that nobody is surprised."""
+    ranks, device = runtime.ranks.size, runtime.device
+    name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    threads = torch.get_num_threads()
+    print(
+        f"{ranks} rank{'s' * (ranks > 1)} on {device.type}{name}, {threads} thread"
+        f"{'s' * (threads > 1)} each; backbone {config.precision.compute}, head "
+        f"{head_compute(config, device.type)}",
+        flush=True,
+    )
+    if sentence := elastic_warning(config, own_place()):
+        print(f"warning: {sentence}", flush=True)
 
 
 def _warn(config: Config, model: Model, num_identities: int) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from partialfc.cores import usable_cores
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -65,7 +67,7 @@ def _hardware() -> dict[str, Any]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     hardware: dict[str, Any] = {
         "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
         "memory_bytes": memory,
     }
     if torch.cuda.is_available():

@@ -29,6 +29,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from partialfc.cores import usable_cores
 from partialfc.data.images.jpeg import check_jpeg, decode, encode
 from partialfc.data.packs.pack import open_pack
 from partialfc.data.packs.recordio import MAGIC_BYTES, RecordError
@@ -76,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", type=int, help="only the input with this number")
     parser.add_argument("--seconds", type=float, default=5.0, help="longest for one input (5)")
     parser.add_argument("--memory", type=int, default=200, help="MiB, most for one input (200)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--workers", type=int, default=usable_cores(), help="processes")
     parser.add_argument("--json", type=Path, help="write the record here")
     options = parser.parse_args(arguments)
     shares = {options.target: 1.0} if options.target else SHARES

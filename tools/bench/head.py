@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from partialfc.cores import usable_cores
 from partialfc.margins import MARGINS
 from partialfc.writing import write_json
 from tools.bench._head.expected import START, expected_seconds
@@ -253,7 +254,7 @@ def _cases(options: argparse.Namespace, world: int) -> list[Case]:
                 unsampled=options.unsampled,
                 device=options.device,
                 heads=heads,
-                threads=options.threads or max(1, (os.cpu_count() or 1) // local),
+                threads=options.threads or max(1, usable_cores() // local),
                 steps=options.steps,
                 seconds=options.seconds,
                 tile_mib=tile_mib,

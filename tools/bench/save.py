@@ -8,7 +8,6 @@ processes keep all cores busy, as the ranks of a full machine do).
 
 import argparse
 import multiprocessing
-import os
 import statistics
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from torch import nn
 
 from partialfc import ArcFace, PartialFC, RowSGD
 from partialfc.checkpoint import Saver
+from partialfc.cores import usable_cores
 from partialfc.distributed.ranks import Ranks
 from partialfc.model.build import Model, assemble
 from partialfc.model.step import train_step
@@ -49,7 +49,7 @@ def main() -> int:
     torch.set_num_threads(1)
     beside = [
         multiprocessing.Process(target=_spin, daemon=True)
-        for _ in range((os.cpu_count() or 1) if options.busy else 0)
+        for _ in range(usable_cores() if options.busy else 0)
     ]
     for process in beside:
         process.start()

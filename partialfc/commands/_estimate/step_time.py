@@ -1,6 +1,5 @@
 """What a training step takes: rates of GPUs and networks, and every assumption with its number."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +8,7 @@ from partialfc.commands._estimate.head import ShardSizes, head_parts
 from partialfc.commands._estimate.losses import LossCost
 from partialfc.config import Config
 from partialfc.config.conflicts import head_compute
+from partialfc.cores import usable_cores
 
 TERA, GIGA = 1e12, 1e9
 
@@ -170,7 +170,7 @@ def seconds_of(
             ("gradients' all-reduce", exposed, f"{whole * 1e3:.2f} ms, beside backward if it can")
         )
     if cluster.device == "cpu":
-        images, own_cores = batch / ranks, cores() / cluster.gpus_per_node
+        images, own_cores = batch / ranks, usable_cores() / cluster.gpus_per_node
         found.append(
             (
                 "decoding",
@@ -217,8 +217,3 @@ def assumptions(cluster: Cluster) -> list[str]:
             )
         )
     return lines
-
-
-def cores() -> int:
-    """Return the CPU cores of this machine."""
-    return os.cpu_count() or 1

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from partialfc.cores import usable_cores
 from partialfc.data.packs.recordio import PART_HEADER, RecordError, RecordFile
 
 _BLOCK = 1 << 24
@@ -103,7 +104,7 @@ def scan(file: RecordFile) -> NDArray[np.int64]:
         RecordError: If a record breaks the format.
     """
     starts = range(0, max(file.num_words, 1), _BLOCK // 4)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         found = pool.map(lambda start: file.magics(start, start + _BLOCK // 4), starts)
         offset_P = np.concatenate(list(found))
     kind_P, end_P = file.parts(offset_P)

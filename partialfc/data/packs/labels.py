@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
+from partialfc.cores import usable_cores
 from partialfc.data.packs.index_cache import KEPT_FROM, keep_column, kept_column
 from partialfc.data.packs.recordio import RecordError
 from partialfc.data.packs.pack import Pack
@@ -37,7 +38,7 @@ def labels(pack: Pack) -> NDArray[np.int32]:
             stacklevel=2,
         )
     starts = range(0, len(pack), _CHUNK)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         found = np.concatenate(list(pool.map(lambda start: _labels(pack, start), starts)))
     if len(pack) >= KEPT_FROM:
         keep_column(pack.file, "labels", found)
