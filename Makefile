@@ -27,8 +27,9 @@ test: lint
 # namespaces. Coverage is that of the slow tests and the quick ones.
 test-all: .venv/installed
 	bash tests/cluster/install.sh
-	$(PYTEST) -m "slow or cluster" --cov=partialfc --cov-report=
-	$(PYTEST) $(QUICK) --cov=partialfc --cov-append --cov-report=
+	$(PYTEST) $(BESIDE) -m "slow and not cluster" --cov=partialfc --cov-report=
+	$(PYTEST) tests/cluster -m cluster --cov=partialfc --cov-append --cov-report=
+	$(PYTEST) $(BESIDE) $(QUICK) --cov=partialfc --cov-append --cov-report=
 	@echo "coverage of partialfc: $$($(BIN)/coverage report --format=total) %"
 
 test-gpu: .venv/installed

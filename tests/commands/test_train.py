@@ -17,6 +17,7 @@ from tests.support.places import FIXTURES, ROOT
 from tests.support.processes import ENVIRONMENT, python
 from tests.support.runs import UNVERIFIED, command, losses, run
 from tools import omniglot
+from tools.bench._faults.runs import descendants
 
 pytestmark = pytest.mark.distributed
 
@@ -93,7 +94,7 @@ def short_training(tmp_path_factory):
     archive = FIXTURES / "omniglot" / "omniglot_background.npz"
     size = ["--characters", "90", "--held-out", "30", "--pairs", "1000", "--size", "32"]
     assert omniglot.main([str(archive), str(folder), *size]) == 0
-    short = ["run.steps=300", "data.global_batch=64", "log.every_steps=10", "optimizer.lr=0.1"]
+    short = ["run.steps=300", "data.global_batch=128", "log.every_steps=10", "optimizer.lr=0.1"]
 
     @cache
     def train(*overrides):
@@ -115,15 +116,13 @@ def test_a_short_training_recognises_unseen_characters(short_training):
     assert summary["identification"]["rank_1"] > 2 * summary["identification"]["rank_1_untrained"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
         ("head.center_format=fp16", "head.optimizer.momentum_format=int8"),
-        pytest.param(
-            ("head.center_format=bf16", "head.optimizer.momentum_format=bf16"),
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(("head.compute=bf16",), marks=pytest.mark.slow),
+        ("head.center_format=bf16", "head.optimizer.momentum_format=bf16"),
+        ("head.compute=bf16",),
     ],
     ids=" ".join,
 )
@@ -136,6 +135,7 @@ def test_fewer_bits_train_to_the_same_loss(short_training, overrides):
     assert abs(difference) <= 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("short training")
 def test_offloaded_rows_of_fewer_bits_learn_the_same(short_training):
     """Centers and momentum in host memory: the digits of those on the device, at a rate of 0.1.
@@ -160,7 +160,7 @@ def final_tensors(folder, step):
     return tensors
 
 
-@pytest.mark.parametrize("loader", ["dali", "torch"])
+@pytest.mark.parametrize("loader", ["dali", pytest.param("torch", marks=pytest.mark.slow)])
 def test_kill_9_and_the_same_command_continue_bit_for_bit(packs, tmp_path, loader):
     """Every loss after the resume, the backbone, the centers and all optimizer states are equal."""
     if loader == "dali":
@@ -181,7 +181,8 @@ def test_kill_9_and_the_same_command_continue_bit_for_bit(packs, tmp_path, loade
     deadline = time.monotonic() + 120
     while not list((killed / "checkpoints").glob("step_*")) and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
+    for pid in (process.pid, *descendants(process.pid)):
+        os.kill(pid, signal.SIGKILL)
     process.wait()
     assert max(losses(killed), default=0) < 40, "it was killed before its end"
     resumed = run(packs, killed, *common, ranks=2)

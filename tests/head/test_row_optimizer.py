@@ -202,7 +202,7 @@ def slowly(step):
 
 
 @pytest.mark.parametrize("unsampled", ["stay", "move"])
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("momentum", [pytest.param(0.0, marks=pytest.mark.slow), 0.9])
 def test_three_hundred_steps_on_sampled_rows_equal_dense_fp64(unsampled, momentum):
     """With "move" the truth is torch.optim.SGD on all rows at every step, as in arcface_torch."""
     rule = RowSGD(momentum=momentum, weight_decay=5e-3, unsampled=unsampled)
@@ -302,10 +302,10 @@ def test_a_state_of_rows_that_stay_is_none_of_rows_that_move(saved):
 @pytest.mark.parametrize(
     ("center_format", "momentum_format", "tolerance"),
     [
-        ("fp16", "fp32", 6e-3),
-        ("bf16", "fp32", 4e-2),
-        ("fp32", "bf16", 8e-3),
-        ("fp32", "int8", 2e-2),
+        pytest.param("fp16", "fp32", 6e-3, marks=pytest.mark.slow),
+        pytest.param("bf16", "fp32", 4e-2, marks=pytest.mark.slow),
+        pytest.param("fp32", "bf16", 8e-3, marks=pytest.mark.slow),
+        pytest.param("fp32", "int8", 2e-2, marks=pytest.mark.slow),
         ("fp16", "int8", 2e-2),
     ],
 )

@@ -13,6 +13,7 @@ from tests.support.processes import python
 from tools.bench import fuzz
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "rows"),
     [

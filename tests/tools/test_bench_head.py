@@ -39,6 +39,7 @@ MARGINS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world_size", "rate"), [(1, 1), (2, 0.3)])
 def test_a_record_has_every_figure(world_size, rate, tmp_path):
     command = [sys.executable, str(ROOT / "tools/bench/head.py"), "--json", "out.json"]
@@ -193,6 +194,7 @@ CASE = Case(
 )
 
 
+@pytest.mark.slow
 def test_one_process_measures_many_cases_and_what_finds_no_memory_fails_alone(tmp_path):
     """As on a GPU. The second case asks for more than any address space; the third must be whole,
     and the heads of the record, its table and its picture must take what is missing."""
@@ -331,6 +333,7 @@ def test_what_no_time_was_left_for_is_named(tmp_path, capsys):
     assert capsys.readouterr().out.count("not measured, no time") == 2
 
 
+@pytest.mark.slow
 def test_a_size_of_the_tiles_is_that_of_its_rows_only(tmp_path):
     """Cases share a process on a GPU: the rows after would have the tiles of another."""
     out = tmp_path / "out.json"

@@ -4,9 +4,12 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from tests.support.places import ROOT
 
 
+@pytest.mark.slow
 def test_places_and_states_are_measured_and_checkpointed(tmp_path):
     """A column that is not filled, or a path of the machine in a record."""
     record = tmp_path / "scale.json"

@@ -35,6 +35,7 @@ def words(tmp_path_factory):
     ]
 
 
+@pytest.mark.slow
 def test_two_margins_with_two_seeds(words, tmp_path, monkeypatch):
     """Every number of the report is there; a second call trains nothing; a failure is told."""
     monkeypatch.chdir(ROOT)

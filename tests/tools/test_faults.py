@@ -142,6 +142,7 @@ def broken(packs, tmp_path):
     return f"data.train={tmp_path / 'train.rec'}"
 
 
+@pytest.mark.slow
 def test_starts_that_come_no_further_are_refused_with_their_causes(start, broken):
     """R14: a scheduler would start it again and again. Torchrun's summary has each message."""
     summaries = []
@@ -157,6 +158,7 @@ def test_starts_that_come_no_further_are_refused_with_their_causes(start, broken
     assert re.search(r"run.fruitless_starts = 1: .* \(at step 0: (rank 1: )?DataError: ", refused)
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_faults_in_small(tmp_path):
     """Two kills, the second in a save, ending equal to the bit; tools/bench has all of it."""
     record = tmp_path / "faults.json"

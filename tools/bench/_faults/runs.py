@@ -42,7 +42,7 @@ class Run:
     def ranks(self) -> dict[int, int]:
         """Process ids of the ranks that live, by rank."""
         found = {}
-        for process in _below(self.process.pid):
+        for process in descendants(self.process.pid):
             try:
                 environment = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
                 words = Path(f"/proc/{process}/cmdline").read_bytes()
@@ -55,7 +55,7 @@ class Run:
 
     def everyone(self) -> list[int]:
         """The launcher and all below it."""
-        return [self.process.pid, *_below(self.process.pid)]
+        return [self.process.pid, *descendants(self.process.pid)]
 
     def until(self, happened: Callable[[], bool], seconds: float = 180) -> None:
         """Wait for something to happen.
@@ -83,7 +83,7 @@ class Run:
         """End all of it at once."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
-        for process in _below(self.process.pid):
+        for process in descendants(self.process.pid):
             os.kill(process, signal.SIGKILL)
         self.process.wait()
 
@@ -92,13 +92,13 @@ class Run:
         return self.log.read_text(errors="replace")
 
 
-def _below(process: int) -> list[int]:
+def descendants(process: int) -> list[int]:
     """All processes below one."""
     found = []
     try:
         for task in Path(f"/proc/{process}/task").iterdir():
             for child in (task / "children").read_text().split():
-                found += [int(child), *_below(int(child))]
+                found += [int(child), *descendants(int(child))]
     except OSError:
         pass
     return found
