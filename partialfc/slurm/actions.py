@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from partialfc.records.metrics import read_metrics
@@ -64,7 +65,7 @@ def all_submitted(jobs: Path) -> list[Submitted]:
     found = []
     for path in sorted(jobs.absolute().glob("*/job.json")):
         try:
-            entry = json.loads(path.read_text())
+            entry = json.loads(path.read_text(encoding="utf-8"))
             runs = tuple(Path(run) for run in entry["runs"])
             found.append(Submitted(str(entry["job_id"]), path.parent, runs))
         except (ValueError, KeyError, TypeError) as error:
@@ -139,7 +140,7 @@ def show_status(job: str | None, jobs: Path) -> int:
                 str(state.restarts + 1) if state.name else "",
                 str(last.get("step", "")),
                 f"{last['loss']:.4f}" if last else "",
-                str(run),
+                escape(str(run)),
             )
     Console(width=None if Console().is_terminal else 200).print(table)
     return 0
@@ -151,7 +152,7 @@ def show_log(job: str, jobs: Path, rank: int) -> int:
     path = submitted.log(member, rank)
     if not path.exists():
         raise JobError(f"job {member}: rank {rank} has written nothing yet ({path}).")
-    print(path.read_text(errors="replace"), end="")
+    print(path.read_text(encoding="utf-8", errors="replace"), end="")
     return 0
 
 
@@ -181,7 +182,7 @@ def follow(path: Path, at_work: Callable[[], bool]) -> None:
     while True:
         more_comes = at_work()
         if path.exists():
-            with path.open(errors="replace") as file:
+            with path.open(encoding="utf-8", errors="replace") as file:
                 file.seek(position)
                 print(file.read(), end="", flush=True)
                 position = file.tell()
@@ -197,7 +198,9 @@ def slurm(*command: str) -> subprocess.CompletedProcess[str] | None:
         JobError: If it is not installed.
     """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=60
+        )
     except FileNotFoundError as error:
         raise JobError(f"{command[0]}: not found. Run this where Slurm is installed.") from error
     return None if done.returncode else done

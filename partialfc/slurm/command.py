@@ -61,16 +61,23 @@ def _parser() -> argparse.ArgumentParser:
     add("--nodes", type=_positive, default=1, help="(default 1)")
     add("--gpus-per-node", type=_positive, help="ranks of a node, one GPU each")
     add("--tasks-per-node", type=_positive, help="ranks of a node without GPUs")
-    add("--cpus-per-task", type=_positive, help="cores of a rank")
+    add("--cpus-per-task", type=_positive, help="cores of a rank; left out, data.threads of them")
     add("--time", type=_minutes, default=24 * 60, help="[DAYS-]HH:MM:SS of one start (24:00:00)")
-    add("--partition", help="Slurm's partition; left out, its default one")
-    add("--account", help="whom Slurm charges")
-    add("--qos", help="Slurm's quality of service")
+    add("--partition", type=_word, help="Slurm's partition; left out, its default one")
+    add("--account", type=_word, help="whom Slurm charges")
+    add("--qos", type=_word, help="Slurm's quality of service")
     add("--lead", type=_positive, default=120, help="seconds to save before the time limit (120)")
     add("--max-requeues", type=_count, help="starts after the first one (100; with --local 5)")
     add("--name", help="of the job; left out, the folder of the run")
     add("--setup", action="append", default=[], help="a shell line before training, e.g. a module")
-    add("--slurm", action="append", default=[], metavar="KEY=VALUE", help="any sbatch option")
+    add(
+        "--slurm",
+        action="append",
+        default=[],
+        type=_word,
+        metavar="KEY=VALUE",
+        help="any sbatch option that has none here, e.g. wckey=faces",
+    )
     add("--jobs", type=Path, default=Path("jobs"), help="folder of scripts and logs (jobs)")
     how = parser.add_mutually_exclusive_group()
     how.add_argument(
@@ -108,6 +115,13 @@ def _count(text: str) -> int:
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} must be an integer >= 0")
     return int(text)
+
+
+def _word(text: str) -> str:
+    """What a line of the script can hold."""
+    if not text.isprintable():
+        raise argparse.ArgumentTypeError(f"{text!r} must be on one line")
+    return text
 
 
 def _minutes(text: str) -> int:

@@ -1,6 +1,7 @@
 """From a command line of ``partialfc slurm`` to a job, through submitit."""
 
 import os
+import re
 import shlex
 import stat
 import sys
@@ -12,18 +13,33 @@ from typing import Any
 
 from submitit import LocalExecutor, SlurmExecutor
 
-from partialfc.config import ConfigError, load
+from partialfc.config import Config, ConfigError, load
 from partialfc.slurm.actions import JobError, Submitted, follow
 from partialfc.slurm.task import Training
+from partialfc.words import duration
 
 # Until Python installs a handler, SIGUSR2 would end a task; ignored, nothing is lost: no step yet.
-PYTHON = f"env --ignore-signal=USR2 {shlex.quote(sys.executable)}"
+PYTHON = f"""sh -c 'trap "" USR2; exec "$@"' sh {shlex.quote(sys.executable)}"""
 
 REQUEUES = 100
 REQUEUES_HERE = 5
 """submitit's local executor starts nothing more often than six times."""
 
 _SLURM_ONLY = ("cpus_per_task", "partition", "account", "qos", "slurm")
+
+_OWN = {
+    "time": "time",
+    "signal": "lead",
+    "nodes": "nodes",
+    "ntasks-per-node": "tasks-per-node",
+    "gpus-per-node": "gpus-per-node",
+    "cpus-per-task": "cpus-per-task",
+    "partition": "partition",
+    "account": "account",
+    "qos": "qos",
+    "job-name": "name",
+}
+"""Options of sbatch that have one here: given to Slurm twice, neither is sure to count."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,25 +83,53 @@ class Job:
             for config in self.configs
         ]
 
-    def folders(self) -> list[Path]:
-        """Return the folder of every run, after a look at its settings.
+    @property
+    def sbatch_options(self) -> dict[str, str | bool]:
+        """``slurm`` by name; an option without a value is true."""
+        parts = (entry.partition("=") for entry in self.slurm)
+        return {
+            key.lstrip("-").replace("_", "-"): value if equals else True
+            for key, equals, value in parts
+        }
+
+    def runs(self) -> list[Config]:
+        """Return the settings of every run, after a look at them and at the job's own.
 
         Raises:
-            ConfigError: If settings are wrong, do not fit the ranks, or two runs share a folder.
+            ConfigError: If settings are wrong, do not fit the ranks or a checkpoint that is there,
+                two runs share a folder, or the job could not save before its end.
         """
         if not self.configs:
             raise ConfigError("no settings file: name at least one CONFIG.toml.")
-        folders: list[Path] = []
+        if self.lead >= 60 * self.time:
+            raise ConfigError(
+                f"--lead = {self.lead} with --time = {duration(60 * self.time)}: the signal to "
+                "save comes so many seconds before the end, and would come before the start. Lower "
+                "--lead, or raise --time."
+            )
+        if not (jobs := str(self.jobs.absolute())).isprintable() or {"%", "\\"} & set(jobs):
+            raise ConfigError(
+                f"--jobs = {jobs!r}: the path of a job's scripts must be on one line, without % "
+                "and \\, which Slurm reads as its own. Name another folder."
+            )
+        for name in self.sbatch_options.keys() & _OWN.keys():
+            raise ConfigError(f"--slurm {name}: it has an option here. Set --{_OWN[name]}.")
+        runs: list[Config] = []
         for path in self.configs:
             config = load(path, self.overrides)
             config.check(self.nodes * self.ranks_per_node)
-            if config.run.folder in folders:
+            if self.gpus_per_node and config.run.device == "cpu":
+                raise ConfigError(
+                    f'{path}: run.device = "cpu" with --gpus-per-node = {self.gpus_per_node}: the '
+                    "GPUs would stand idle. Set --tasks-per-node instead, or remove run.device."
+                )
+            if config.run.folder in [other.run.folder for other in runs]:
                 raise ConfigError(
                     f"{path}: run.folder = {str(config.run.folder)!r} is that of another run of "
                     "this array. Give each its own folder."
                 )
-            folders.append(config.run.folder)
-        return folders
+            runs.append(config)
+        return runs
 
 
 def submit(job: Job) -> Submitted:
@@ -95,20 +139,21 @@ def submit(job: Job) -> Submitted:
         ConfigError: If the settings are wrong.
         JobError: If Slurm is not here or refuses the job.
     """
-    runs = job.folders()
+    runs = job.runs()
     folder = _make_folder(job, runs)
     try:
         first, *_ = _slurm(job, folder, runs).submit_array(job.trainings)
     except Exception as error:  # submitit raises what sbatch prints, in several kinds
         raise JobError(f"Slurm did not take the job: {error}") from error
-    submitted = Submitted(first.job_id.partition("_")[0], folder, tuple(runs))
+    folders = tuple(config.run.folder for config in runs)
+    submitted = Submitted(first.job_id.partition("_")[0], folder, folders)
     submitted.write()
     return submitted
 
 
 def submission_text(job: Job) -> str:
     """Return the sbatch script, as Slurm would get it."""
-    runs = job.folders()
+    runs = job.runs()
     executor = _slurm(job, job.jobs.absolute() / _name(job, runs), runs)
     if len(runs) > 1:
         executor.parameters["map_count"] = len(runs)
@@ -122,7 +167,7 @@ def train_here(job: Job) -> int:
         ConfigError: If the settings are wrong, are not of one run on one node, or only Slurm knows
             them.
     """
-    runs = job.folders()
+    runs = job.runs()
     if job.nodes > 1 or len(runs) > 1:
         raise ConfigError(
             f"--local with {job.nodes} nodes and {len(runs)} settings files: this machine is one "
@@ -165,22 +210,21 @@ class _Slurm(SlurmExecutor):
         return 2
 
 
-def _slurm(job: Job, folder: Path, runs: Sequence[Path]) -> _Slurm:
+def _slurm(job: Job, folder: Path, runs: Sequence[Config]) -> _Slurm:
     """The executor of a job: it knows everything but what to run."""
+    cpus = job.cpus_per_task
+    if cpus is None and "cpus-per-gpu" not in job.sbatch_options:
+        cpus = max(config.data.threads for config in runs)  # Slurm's own default is one
     optional: dict[str, Any] = {
         "gpus_per_node": job.gpus_per_node,
-        "cpus_per_task": job.cpus_per_task,
+        "cpus_per_task": cpus,
         "partition": job.partition,
         "account": job.account,
         "qos": job.qos,
     }
     srun = ["--kill-on-bad-exit=1"]
-    if job.cpus_per_task:
-        srun.append(f"--cpus-per-task={job.cpus_per_task}")  # since 22.05 srun does not inherit it
-    more: dict[str, Any] = {"requeue": True}
-    for entry in job.slurm:
-        key, equals, value = entry.partition("=")
-        more[key.lstrip("-")] = value if equals else True
+    if cpus:
+        srun.append(f"--cpus-per-task={cpus}")  # since 22.05 srun does not inherit it
     executor = _Slurm(folder, python=PYTHON)
     executor.update_parameters(
         job_name=_name(job, runs),
@@ -191,18 +235,19 @@ def _slurm(job: Job, folder: Path, runs: Sequence[Path]) -> _Slurm:
         stderr_to_stdout=True,
         setup=list(job.setup) or None,
         srun_args=srun,
-        additional_parameters=more,
-        wckey="partialfc",
+        additional_parameters={"requeue": True, **job.sbatch_options},
+        wckey=None,  # submitit's own name, unless it is told
         **{name: value for name, value in optional.items() if value is not None},
     )
     return executor
 
 
-def _name(job: Job, runs: Sequence[Path]) -> str:
-    return job.name or runs[0].name
+def _name(job: Job, runs: Sequence[Config]) -> str:
+    """The job's name, of letters that mean nothing to a shell, to sbatch and in a path."""
+    return re.sub(r"[^\w.+-]+", "_", job.name or runs[0].run.folder.name, flags=re.ASCII) or "run"
 
 
-def _make_folder(job: Job, runs: Sequence[Path]) -> Path:
+def _make_folder(job: Job, runs: Sequence[Config]) -> Path:
     """Make the job's folder: its owner's alone, because the job runs what is pickled in it.
 
     Raises:

@@ -71,7 +71,7 @@ def restart_count() -> int:
     """How often this job was started again; Slurm counts without an accounting database."""
     if _in_slurm():
         return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    return int(_counter().read_text()) if _counter().exists() else 0
+    return int(_counter().read_text(encoding="utf-8")) if _counter().exists() else 0
 
 
 def _in_slurm() -> bool:
@@ -90,7 +90,7 @@ def _requeue(restarts: int, limit: int) -> None:
     _say(f"queued again for start {restarts + 2} of at most {limit + 1}.")
     if job.global_rank == 0:
         if not _in_slurm():
-            _counter().write_text(str(restarts + 1))
+            _counter().write_text(str(restarts + 1), encoding="utf-8")
         job._requeue(limit - restarts - 1)
     if _in_slurm():  # a task that ended by itself would be taken for a failure
         until = time.monotonic() + _SECONDS_TO_BE_KILLED

@@ -187,14 +187,20 @@ def rank_process(folder, rank):
 def test_an_array_of_configs(slurm, packs, tmp_path):
     """One submission, two runs in two folders."""
     for number in (0, 1):
-        words = arguments(packs, tmp_path / f"run{number}", "run.steps=4")
+        threads = f"data.threads={number + 1}"
+        words = arguments(packs, tmp_path / f"run{number}", "run.steps=4", threads)
         (tmp_path / f"{number}.toml").write_text(to_toml(load(ROOT / words[0], words[1:])))
     configs = [str(tmp_path / f"{number}.toml") for number in (0, 1)]
-    jobs = f"--jobs={tmp_path / 'jobs'}"
-    one_rank = ["--nodes=1", "--tasks-per-node=1", "--partition=low", "--name=pair", jobs]
+    jobs = f"--jobs={tmp_path}/it's my jobs"
+    name = "--name=it's a%j pair\\x/1"
+    one_rank = ["--nodes=1", "--tasks-per-node=1", "--partition=low", name, jobs]
     done = launch(slurm, *configs, *one_rank, cwd=tmp_path)
     job = done.stdout.partition(":")[0]
     for number in (0, 1):
+        state = slurm.job(f"{job}_{number}")
+        assert state["JobName"] == "it_s_a_j_pair_x_1"
+        assert state["NumCPUs"] == "2", "data.threads of it"
+        assert state.get("WCKey", "") in ("", "*"), "nobody asked for one"
         wait_for(lambda: slurm.job(f"{job}_{number}")["JobState"] == "COMPLETED")  # noqa: B023
         assert sorted(losses(tmp_path / f"run{number}")) == [1, 2, 3, 4]
     status = launch(slurm, "status", job, jobs).stdout

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import pytest
 from partialfc.__main__ import main
 from partialfc.errors import Preempted
 from partialfc.slurm import command as slurm
+from partialfc.slurm.submit import PYTHON
 from partialfc.slurm.task import TOO_MANY_REQUEUES, Training
 from tests.support.places import FIXTURES, ROOT
 
@@ -53,15 +55,56 @@ def test_the_script_is_the_golden_one(name, words, capsys, monkeypatch):
         ),
         (["configs/demo.toml", "--tasks-per-node=2", "--local", "--cpus-per-task=2"], "--cpus-per"),
         (
+            ["configs/demo.toml", "--tasks-per-node=2", "--time=2"],
+            "--lead = 120 with --time = 2 min",
+        ),
+        (["configs/demo.toml", "--tasks-per-node=2", "--slurm=time=1"], "Set --time"),
+        (["configs/demo.toml", "--tasks-per-node=2", "--slurm=signal=INT@9"], "Set --lead"),
+        (["configs/demo.toml", "--gpus-per-node=2", "run.device=cpu"], "GPUs would stand idle"),
+        (["configs/demo.toml", "--tasks-per-node=2", "--jobs=a%j"], "without % and"),
+        (
             ["configs/demo.toml", "--tasks-per-node=2", "--local", "--max-requeues=6"],
             "at most 6 times",
         ),
     ],
 )
 def test_a_mistake_is_found_before_anything_is_submitted(words, message, tmp_path, capsys):
-    assert main(["slurm", *words, f"--jobs={tmp_path / 'jobs'}"]) == 2
+    assert main(["slurm", f"--jobs={tmp_path / 'jobs'}", *words]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "jobs").exists()
+
+
+@pytest.mark.parametrize(
+    "named",
+    ["--name=a%j", "--name=it's 5\\x", "--name=exp/1", 'run.folder="runs/a\\nrm b"', "--name=ü"],
+)
+def test_a_name_means_nothing_to_slurm_or_a_shell(named, monkeypatch, capsys):
+    """%j is replaced by Slurm, a slash is another folder, a line break ends the option."""
+    monkeypatch.chdir(ROOT)
+    words = ["configs/demo.toml", "--tasks-per-node=2", named]
+    assert slurm.main([*words, "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    (name,) = re.findall(r"^#SBATCH --job-name=(.*)$", text, re.MULTILINE)
+    assert re.fullmatch(r"[\w.+-]+", name, re.ASCII)
+    lines = text.splitlines()
+    script = lines[: lines.index("# command")]
+    assert all(line.startswith("#") or not line for line in script)
+    assert f"--output=ROOT/jobs/{name}/%j_0_log.out" in text.replace(str(ROOT), "ROOT")
+
+
+@pytest.mark.parametrize("word", ["--qos=a\nrm -r b", "--slurm=comment=a\nb"])
+def test_an_option_is_one_line_of_the_script(word, capsys):
+    with pytest.raises(SystemExit):
+        slurm.main(["configs/demo.toml", "--tasks-per-node=2", word, "--dry-run"])
+    assert "must be on one line" in capsys.readouterr().err
+
+
+def test_a_task_ignores_the_signal_before_python_has_a_handler():
+    """With sh alone: env --ignore-signal came with coreutils 8.31."""
+    code = "import os, signal; os.kill(os.getpid(), signal.SIGUSR2); print('still here')"
+    command = [*shlex.split(PYTHON), "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
+    assert done.stdout == "still here\n", done.stderr
 
 
 def test_a_script_for_slurm_and_a_run_without_it_are_not_asked_for_together(capsys):
