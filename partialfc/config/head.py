@@ -18,7 +18,8 @@ class Head(Section):
 
     canonical_shards: Annotated[int | None, Range(ge=1)] = None
     """Units that negatives are sampled from and centers are moved in; at least the largest number
-    of ranks that the run will ever have. Left out, it follows from the number of identities."""
+    of ranks that the run will ever have. Left out, it follows from the number of identities and is
+    at least four times the ranks of the first start; a run that goes on keeps it."""
 
     compute: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
     """Format of the head's matrix products. ``auto`` is bf16 where ``precision.compute`` is,

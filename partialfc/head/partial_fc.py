@@ -54,7 +54,8 @@ class PartialFC(nn.Module):
         inter_class_weight: Of the mean cosine of the batch's centers and the nearest other sampled
             one of each, added to the loss; >= 0.
         canonical_shards: V, at least the largest world size that the run will ever have;
-            ``None`` for a number that depends on ``num_identities`` alone.
+            ``None`` for a number that depends on ``num_identities`` alone, or for one a rank where
+            there are more ranks than that.
         group: Process group; ``None`` for the default one.
         device: Where the centers live; ``None`` for torch's default device.
 
@@ -112,7 +113,7 @@ class PartialFC(nn.Module):
         self.sharding = Sharding(
             num_identities=num_identities,
             canonical_shards=(
-                default_canonical_shards(num_identities)
+                default_canonical_shards(num_identities, self.ranks.size)
                 if canonical_shards is None
                 else canonical_shards
             ),

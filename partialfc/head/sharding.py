@@ -61,10 +61,14 @@ class Sharding:
         return total * stop // self.num_identities - total * start // self.num_identities
 
 
-def default_canonical_shards(num_identities: int) -> int:
-    """Return V for a head of ``num_identities``, independent of the world size.
+GROWTH = 4
+"""A run may grow to this many times the ranks of its first start."""
+
+
+def default_canonical_shards(num_identities: int, ranks: int = 1) -> int:
+    """Return V for a head of ``num_identities``, >= ``ranks``, the most that it will be shared by.
 
     About 1024 identities a shard: fine enough that 7 ranks differ by a few percent in load, and
-    no fewer than 64 shards, so that up to 64 ranks need no setting.
+    no fewer than 64 shards, so that up to 64 ranks change nothing.
     """
-    return min(max(num_identities // 1024, 64), 1024)
+    return max(min(max(num_identities // 1024, 64), 1024), ranks)

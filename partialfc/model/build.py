@@ -13,6 +13,7 @@ from partialfc.config import Config, ConfigError
 from partialfc.config.conflicts import head_compute, memory_of
 from partialfc.head import Kernels, PartialFC, Precision
 from partialfc.head.rows.rules import ROW_RULES
+from partialfc.head.sharding import GROWTH, default_canonical_shards
 from partialfc.losses import LOSSES
 from partialfc.losses.over_ranks import EmbeddingLosses, Weighted
 from partialfc.margins import MARGINS, Margin
@@ -63,8 +64,14 @@ class Model:
         return embeddings
 
 
-def build(config: Config, runtime: Runtime, num_identities: int) -> Model:
+def build(config: Config, runtime: Runtime, num_identities: int, *, kept_shards: int = 0) -> Model:
     """Return the model of a run, on its device. Collective: DDP copies rank 0's weights to all.
+
+    Args:
+        config: Settings of the run.
+        runtime: This rank.
+        num_identities: Of the training images.
+        kept_shards: Canonical shards of the checkpoint that it goes on from; 0 if it begins anew.
 
     Raises:
         ConfigError: If this machine cannot do what the settings ask of it.
@@ -75,7 +82,7 @@ def build(config: Config, runtime: Runtime, num_identities: int) -> Model:
         image_size=config.data.image_size,
         checkpoint_activations=config.backbone.checkpoint_activations,
     )
-    model = assemble(config, runtime, backbone, _head(config, runtime, num_identities))
+    model = assemble(config, runtime, backbone, _head(config, runtime, num_identities, kept_shards))
     if isinstance(model.replica, DistributedDataParallel):
         _arrange_buckets(model, config, runtime)
     return model
@@ -166,8 +173,9 @@ def embedding_losses(config: Config) -> EmbeddingLosses:
     return EmbeddingLosses(losses)
 
 
-def _head(config: Config, runtime: Runtime, num_identities: int) -> PartialFC:
+def _head(config: Config, runtime: Runtime, num_identities: int, kept_shards: int) -> PartialFC:
     settings = config.head
+    room_to_grow = default_canonical_shards(num_identities, GROWTH * runtime.ranks.size)
     margin = margin_of(config)
     try:
         return PartialFC(
@@ -185,7 +193,7 @@ def _head(config: Config, runtime: Runtime, num_identities: int) -> PartialFC:
             center_weight=config.losses.center.weight,
             inter_class_weight=config.losses.inter_class.weight,
             seed=config.run.seed,
-            canonical_shards=settings.canonical_shards,
+            canonical_shards=settings.canonical_shards or kept_shards or room_to_grow,
             device=runtime.device,
         )
     except ValueError as error:

@@ -13,6 +13,7 @@ from typing import Any
 
 from submitit import LocalExecutor, SlurmExecutor
 
+from partialfc.checkpoint.shards import kept_shards, refuse_more_ranks
 from partialfc.config import Config, ConfigError, load
 from partialfc.slurm.actions import JobError, Submitted, follow
 from partialfc.slurm.task import Training
@@ -117,7 +118,9 @@ class Job:
         runs: list[Config] = []
         for path in self.configs:
             config = load(path, self.overrides)
-            config.check(self.nodes * self.ranks_per_node)
+            ranks = self.nodes * self.ranks_per_node
+            config.check(ranks)
+            refuse_more_ranks(config, kept_shards(config), ranks)
             if self.gpus_per_node and config.run.device == "cpu":
                 raise ConfigError(
                     f'{path}: run.device = "cpu" with --gpus-per-node = {self.gpus_per_node}: the '

@@ -1,8 +1,11 @@
 """What a checkpoint's run and a run that goes on from it must have in common."""
 
 from partialfc.checkpoint import CONFIG_HASH
+from partialfc.checkpoint.shards import kept_shards, refuse_more_ranks
 from partialfc.config import Config, config_hash
 from partialfc.data.dataset import DataSet
+from partialfc.distributed.agreement import from_leader
+from partialfc.runtime.process import Runtime
 
 
 def must_match(config: Config, dataset: DataSet) -> dict[str, object]:
@@ -30,6 +33,17 @@ def must_match(config: Config, dataset: DataSet) -> dict[str, object]:
         "head.margin": config.head.margin.model_dump(mode="json"),
         "losses": config.losses.model_dump(mode="json"),
     }
+
+
+def agreed_shards(config: Config, runtime: Runtime) -> int:
+    """Return the canonical shards of the checkpoint to go on from; 0 if there is none. Collective.
+
+    Raises:
+        ConfigError: If there are more ranks than shards.
+    """
+    shards = from_leader(kept_shards(config) if runtime.leads else 0, runtime.ranks)
+    refuse_more_ranks(config, shards, runtime.ranks.size)
+    return shards
 
 
 def _unsampled(config: Config) -> str | None:

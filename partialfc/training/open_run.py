@@ -11,7 +11,7 @@ from partialfc.data.dataset import DataSet, open_dataset
 from partialfc.evaluation.sets import Evaluation
 from partialfc.model.build import Model, build
 from partialfc.runtime.process import running
-from partialfc.training.must_match import must_match
+from partialfc.training.must_match import agreed_shards, must_match
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,8 @@ def open_run(folder: Path) -> Iterator[OpenRun]:
             dataset = open_dataset(config.data.train, config.data.skip)
         except (OSError, ValueError) as error:
             raise ConfigError(f"data.train of {folder}: {error}") from error
-        model = build(config, runtime, dataset.num_identities)
+        shards = agreed_shards(config, runtime)
+        model = build(config, runtime, dataset.num_identities, kept_shards=shards)
         newest = checkpoint.newest(folder / "checkpoints", runtime, tidy=False)
         if newest is None:
             raise ConfigError(f"{folder}: it has no checkpoint.")

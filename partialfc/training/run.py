@@ -27,7 +27,7 @@ from partialfc.runtime import preemption
 from partialfc.runtime.place import elastic_warning, own_place
 from partialfc.runtime.process import Runtime, refuse_interrupted
 from partialfc.training.data import open_batches, open_training_data, with_next
-from partialfc.training.must_match import must_match
+from partialfc.training.must_match import agreed_shards, must_match
 from partialfc.training.preflight import Finding, preflight, report
 from partialfc.training.recorder import Recorder
 from partialfc.training.schedule import learning_rate
@@ -49,10 +49,11 @@ def train(config: Config, runtime: Runtime) -> None:
         _announce(config, runtime)
     if config.run.preflight:
         report(look_before(config, runtime), runtime)
+    shards = agreed_shards(config, runtime)
     folder, settings = config.run.folder, to_toml(config)
     data = open_training_data(config, runtime)
     evaluation = Evaluation(config, runtime)
-    model = build(config, runtime, data.dataset.num_identities)
+    model = build(config, runtime, data.dataset.num_identities, kept_shards=shards)
     facts = must_match(config, data.dataset)
     if runtime.leads:
         _warn(config, model, data.dataset.num_identities)
@@ -102,6 +103,7 @@ def train(config: Config, runtime: Runtime) -> None:
 
 def look_before(config: Config, runtime: Runtime) -> list[Finding]:
     """Return what a look at the machines finds, before a run or instead of it. Collective."""
+    agreed_shards(config, runtime)
     data = open_training_data(config, runtime)
     return preflight(config, runtime, data.dataset, lambda: open_batches(config, runtime, data, 0))
 

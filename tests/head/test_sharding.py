@@ -33,7 +33,9 @@ def test_too_few_shards_for_the_ranks_names_the_remedy():
         Sharding(num_identities=10, canonical_shards=64, world_size=65)
 
 
-def test_default_shards_depend_on_identities_alone():
+def test_default_shards_depend_on_identities_and_are_enough_for_the_ranks():
+    assert default_canonical_shards(93_431) == default_canonical_shards(93_431, 91) == 91
+    assert default_canonical_shards(93_431, 512) == 512
     assert default_canonical_shards(100) == 64
     assert default_canonical_shards(200_000) == 195
     assert default_canonical_shards(10**8) == 1024

@@ -1,8 +1,16 @@
 """R2, R4: a run that changes its number of ranks sees what one that does not sees."""
 
 import pytest
+import torch
 
+from partialfc.__main__ import main
+from partialfc.checkpoint.folder import read_manifest
+from partialfc.distributed.ranks import Ranks
+from partialfc.model.build import _head
+from partialfc.runtime.process import Runtime
+from tests.support.models import settings
 from tests.support.ranks import run_on_ranks
+from tests.support.runs import UNVERIFIED, run, words
 from tools.bench._faults.elastic import again, joined, leg
 from tools.bench._faults.model import BATCH, IMAGES, ORDER
 from tools.bench._faults.runs import tensors
@@ -38,3 +46,28 @@ def test_an_epoch_on_4_then_2_then_3_ranks_is_that_of_4(tmp_path):
     assert before.keys() == after.keys()
     for name, value in before.items():
         assert value.tobytes() == after[name].tobytes(), name
+
+
+def test_a_run_keeps_the_shards_of_its_checkpoints(packs, tmp_path, capsys):
+    """The default follows the ranks of the first start: a later one must not follow its own."""
+    folder = tmp_path / "run"
+    done = run(packs, folder, "run.steps=3", "head.canonical_shards=5", *UNVERIFIED)
+    assert done.returncode == 0, done.stderr
+    done = run(packs, folder, "run.steps=4", *UNVERIFIED)
+    assert done.returncode == 0, done.stderr
+    assert "going on from" in done.stdout
+    manifest = read_manifest(folder / "checkpoints" / "step_00000004")
+    assert manifest["canonical_shards"] == 5
+    job = ["slurm", *words(packs, folder)[1:], "--tasks-per-node=6", "--dry-run"]
+    assert main(job) == 2
+    assert (
+        "5 canonical shards, for at most as many ranks, and there are 6" in capsys.readouterr().err
+    )
+
+
+def test_a_first_start_leaves_room_to_grow():
+    """MS1MV3 had 91 shards by its identities, and 128 ranks ended when the head was built."""
+    for ranks, expected in ((8, 91), (32, 128), (128, 512)):
+        many = Runtime(Ranks(0, ranks), torch.device("cpu"))
+        assert _head(settings(), many, 93_431, 0).sharding.canonical_shards == expected
+        assert _head(settings(), many, 93_431, 91).sharding.canonical_shards == 91

@@ -21,7 +21,7 @@ from partialfc.head.rows.formats import DTYPES
 from partialfc.head.rows.optimizer import RowOptimizer
 from partialfc.head.rows.rules import ROW_RULES
 from partialfc.head.sampling import KeyedSampler
-from partialfc.head.sharding import Sharding, default_canonical_shards
+from partialfc.head.sharding import GROWTH, Sharding, default_canonical_shards
 from partialfc.head.tiles import fused, passes
 from partialfc.head.tiles.parts import Logits
 from partialfc.margins import Margin
@@ -53,7 +53,7 @@ def shard_of(config: Config, identities: int, world_size: int, device: Device) -
         ConfigError: If the centers cannot be cut for so many ranks, or not go by fused kernels.
     """
     settings, batch = config.head, config.data.global_batch
-    shards = settings.canonical_shards or default_canonical_shards(identities)
+    shards = settings.canonical_shards or default_canonical_shards(identities, GROWTH * world_size)
     try:
         sharding = Sharding(
             num_identities=identities, canonical_shards=shards, world_size=world_size

@@ -1,0 +1,35 @@
+"""How many ranks can go on from a run's checkpoints."""
+
+from contextlib import suppress
+
+from partialfc.checkpoint.folder import read_manifest, steps
+from partialfc.config import Config, ConfigError
+from partialfc.errors import CheckpointError
+
+
+def kept_shards(config: Config) -> int:
+    """Return the canonical shards of the checkpoint that a run goes on from; 0 if it begins anew.
+
+    By the newest manifest that can be read: all checkpoints of a run have the same number.
+    """
+    paths = [*reversed(steps(config.run.folder / "checkpoints"))]
+    if config.run.resume_from is not None:
+        paths.append(config.run.resume_from)
+    for path in paths:
+        with suppress(CheckpointError):
+            return int(read_manifest(path)["canonical_shards"])
+    return 0
+
+
+def refuse_more_ranks(config: Config, shards: int, ranks: int) -> None:
+    """Refuse to go on from ``shards`` canonical shards with more ranks.
+
+    Raises:
+        ConfigError: If there are more.
+    """
+    if 0 < shards < ranks:
+        raise ConfigError(
+            f"run.folder = {str(config.run.folder)!r}: its checkpoints have {shards} canonical "
+            f"shards, for at most as many ranks, and there are {ranks}. Go on with fewer, or begin "
+            "a new run in another folder, with run.start_from for what was trained."
+        )
