@@ -11,7 +11,6 @@ all ranks share the images; neither their number nor --batch changes a digit on 
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -34,6 +33,7 @@ from partialfc.data.sets.pairs import Image
 from partialfc.evaluation.embedding import BLOCK, embed_images
 from partialfc.protocols.templates import Modes
 from partialfc.records.metrics import finite
+from partialfc.runtime.place import own_place
 from partialfc.runtime.process import Runtime, running
 from partialfc.writing import write_json
 
@@ -176,7 +176,7 @@ def settings_of(device: str) -> Config:
     return Config.model_validate(
         {
             "run": {"device": device},
-            "data": {"train": "unused.rec", "global_batch": int(os.environ.get("WORLD_SIZE", "1"))},
+            "data": {"train": "unused.rec", "global_batch": 2 * own_place().size},
             "precision": {"compute": "fp32"},
         }
     )

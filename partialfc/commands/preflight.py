@@ -21,10 +21,12 @@ def main(arguments: list[str]) -> int:
 
 def _look(arguments: list[str]) -> int:
     config = load(arguments[0], arguments[1:])
+    from partialfc.runtime.place import refuse_unusable
     from partialfc.runtime.process import running
     from partialfc.training.preflight import report
     from partialfc.training.run import look_before
 
+    refuse_unusable(config)
     with running(config) as runtime:
         report(look_before(config, runtime), runtime)
     return 0

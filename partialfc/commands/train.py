@@ -28,9 +28,11 @@ def main(arguments: list[str]) -> int:
 
 def _train(arguments: list[str]) -> int:
     config = load(arguments[0], arguments[1:])
+    from partialfc.runtime.place import refuse_unusable
     from partialfc.runtime.process import running
     from partialfc.training.run import train
 
+    refuse_unusable(config)
     with running(config) as runtime:
         train(config, runtime)
     preemption.ignore()

@@ -169,6 +169,11 @@ class Config(Section):
                 f"data.global_batch = {batch}: must divide by ranks x optimizer.accumulation = "
                 f"{world_size} x {accumulation} = {parts}. Nearest: {nearest}."
             )
+        if batch == parts and not (self.backbone.sync_batch_norm and world_size > 1):
+            problems.append(
+                f"data.global_batch = {batch}: one image for each rank and micro-batch, and "
+                f"BatchNorm takes its statistics over at least 2. Use {2 * parts} or more."
+            )
         repeated = self.data.images_per_identity or 1
         pairs = self.losses.triplet.weight or self.losses.contrastive.weight
         if pairs and not batch % parts and batch // parts % repeated:

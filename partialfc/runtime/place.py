@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import socket
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,36 @@ _REMEDY = (
     "torchrun and jobs set it; if another program left it over, unset it: "
     "unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE"
 )
+
+
+def refuse_unusable(config: Config) -> None:
+    """Look whether this process may write the run's folder and open its port; nothing is changed.
+
+    Raises:
+        ConfigError: If it may not.
+    """
+    at = config.run.folder
+    while not os.path.lexists(at):
+        at = at.parent
+    if not at.is_dir() or not os.access(at, os.W_OK | os.X_OK):
+        why = "may not write there" if at.is_dir() else "it is no folder"
+        raise ConfigError(
+            f"run.folder = {str(config.run.folder)!r}: cannot be made or written to: {at}: {why}. "
+            "Set another run.folder."
+        )
+    host, port = config.monitor.host, config.monitor.port
+    if port is None or not 0 < port < 1024:
+        return
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.bind((host, port))
+    except PermissionError as error:
+        raise ConfigError(
+            f"monitor.port = {port}: ports below 1024 are the system's, and this user may not open "
+            "it. Set one from 1024 on, or 0 for any."
+        ) from error
+    except OSError:
+        pass  # taken, or no such host: the exporter says so
 
 
 def of_torchrun(what: Literal["environ", "cmdline"]) -> list[str]:

@@ -7,7 +7,7 @@ trainer looks between two steps, where all ranks agree (:mod:`partialfc.distribu
 import signal
 from types import FrameType
 
-SIGNAL = signal.SIGUSR2
+SIGNAL = getattr(signal, "SIGUSR2", signal.SIGTERM)  # Windows has no signals for users
 """NCCL keeps SIGUSR1 for itself."""
 
 _received: set[int] = set()

@@ -446,6 +446,10 @@ def test_check_of_the_number_of_ranks() -> None:
     with pytest.raises(ConfigError, match=r"Nearest: 102\.$"):
         loaded(MINIMAL, "data.global_batch=100").check(102)
     loaded(MINIMAL, "data.global_batch=96", "optimizer.accumulation=3").check(8)
+    with pytest.raises(ConfigError, match=r"BatchNorm takes .* over at least 2\. Use 16 or more"):
+        loaded(MINIMAL, "data.global_batch=8", "optimizer.accumulation=2").check(4)
+    synchronised = "backbone.sync_batch_norm=true"
+    loaded(MINIMAL, "data.global_batch=8", "optimizer.accumulation=2", synchronised).check(4)
 
 
 # The schema itself

@@ -1,18 +1,23 @@
 """What a process takes from its machine: its place, its device, its threads."""
 
 import os
+import socket
+import subprocess
+import sys
 import types
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from partialfc import cores
+from partialfc.__main__ import main
 from partialfc.config import ConfigError
 from partialfc.distributed.ranks import Ranks
 from partialfc.runtime import place
 from partialfc.runtime.device import device_of, threads_of
-from partialfc.runtime.place import Place, elastic_warning
+from partialfc.runtime.place import Place, elastic_warning, refuse_unusable
 from tests.support.models import settings
 from tests.support.places import ROOT
 from tests.support.processes import ENVIRONMENT, python
@@ -211,3 +216,35 @@ def test_an_elastic_start_says_which_numbers_of_hosts_can_run(batch, said, monke
     assert bool(said) == bool(warning)
     monkeypatch.setattr(place, "of_torchrun", lambda what: ["torchrun", "--nnodes", "4"])
     assert elastic_warning(config, Place(0, 32, 0, 8)) is None
+
+
+@pytest.mark.parametrize("command", ["train", "preflight"])
+@pytest.mark.parametrize("inside", ["", "/run"])
+def test_a_run_folder_that_cannot_be_is_told_first(command, inside, tmp_path, capsys):
+    """It was known when images were opened and the model was built."""
+    file = tmp_path / "file"
+    file.touch()
+    folder = f"{file}{inside}"
+    assert main([command, *words(tmp_path, folder)[1:]]) == 2
+    said = capsys.readouterr().err
+    assert f"run.folder = '{folder}': cannot be made or written to: {file}: it is no folder" in said
+
+
+def test_a_port_of_the_system_is_no_matter_of_certificates(monkeypatch, tmp_path):
+    class Refused(socket.socket):
+        def bind(self, address):
+            raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(socket, "socket", Refused)
+    for port, refused in ((80, True), (9400, False), (0, False)):
+        config = settings(run={"folder": str(tmp_path)}, monitor={"port": port})
+        with pytest.raises(ConfigError, match=r"monitor\.port = 80") if refused else nullcontext():
+            refuse_unusable(config)
+
+
+def test_where_there_is_no_signal_for_users_training_can_be_imported():
+    code = "import signal; del signal.SIGUSR2; from partialfc.commands.train import main; main([])"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "usage: partialfc train" in done.stdout
