@@ -1,6 +1,7 @@
 """``partialfc COMMAND ...``, also as ``python -m partialfc`` and ``torchrun -m partialfc``."""
 
 import difflib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -66,6 +67,9 @@ def command_line(*first: str) -> NoReturn:
     At once: all is closed then, and nothing is worth the teardown of torch, gloo and DALI. It takes
     seconds, and one of their threads may abort in it.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a letter that a locale lacks ends no training
+            stream.reconfigure(errors="backslashreplace")
     status = main([*first, *sys.argv[1:]])
     try:
         if sys.stdout is not None:  # as after ``>&-``

@@ -207,8 +207,8 @@ def run(variant: Variant, seed: int, out: Path, ranks: int) -> dict[str, Any] | 
             return None
     records = read_metrics(folder / "metrics.jsonl")
     return {
-        **json.loads((folder / "summary.json").read_text()),
-        **json.loads(measured.read_text()),
+        **json.loads((folder / "summary.json").read_text(encoding="utf-8")),
+        **json.loads(measured.read_text(encoding="utf-8")),
         "seed": seed,
         "losses": [(record["step"], record["loss"]) for record in records if "loss" in record],
     }
@@ -217,10 +217,10 @@ def run(variant: Variant, seed: int, out: Path, ranks: int) -> dict[str, Any] | 
 def _done(command: list[str], log: Path) -> bool:
     """Run a command with its output in a file; say where that is if it fails."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as file:
+    with log.open("a", encoding="utf-8") as file:
         done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT)
     if done.returncode:
-        last = "\n".join(log.read_text().splitlines()[-15:])
+        last = "\n".join(log.read_text(encoding="utf-8").splitlines()[-15:])
         print(f"exit code {done.returncode}, see {log}:\n{last}", file=sys.stderr)
     return done.returncode == 0
 

@@ -102,7 +102,9 @@ def main(arguments: list[str] | None = None) -> int:
         f"{dim} dimensions": {label: trained.numbers for label, trained in by_label.items()}
         for dim, by_label in found.items()
     }
-    (options.out / "geometry.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    (options.out / "geometry.json").write_text(
+        json.dumps(numbers, indent=1) + "\n", encoding="utf-8"
+    )
     for name, figure in (
         ("circles.png", circles(found[2])),
         ("spheres.png", spheres(found[3])),

@@ -102,13 +102,13 @@ def _is_free(port: int) -> bool:
 def _prometheus(folder: Path, port: int) -> list[str]:
     """The shipped configuration, with the targets of this run, looked at more often."""
     shipped = (ROOT / "configs" / "monitoring").absolute()
-    config = yaml.safe_load((shipped / "prometheus.yml").read_text())
+    config = yaml.safe_load((shipped / "prometheus.yml").read_text(encoding="utf-8"))
     config["global"] = {"scrape_interval": "5s", "evaluation_interval": "5s"}
     config["rule_files"] = [str(shipped / name) for name in config["rule_files"]]
     (files,) = config["scrape_configs"][0]["file_sd_configs"]
     files |= {"files": [str(folder / "targets" / "*.json")], "refresh_interval": "5s"}
     path = folder / "prometheus.yml"
-    path.write_text(yaml.safe_dump(config))
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
     return [
         "prometheus",
         f"--config.file={path}",

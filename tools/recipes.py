@@ -301,7 +301,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("readme", type=Path, help="where the table goes")
     options = parser.parse_args(arguments)
     try:
-        text = options.readme.read_text()
+        text = options.readme.read_text(encoding="utf-8")
         with_table(text, lambda data, network: "")
     except (OSError, ValueError) as error:
         print(f"{options.readme}: {error}", file=sys.stderr)

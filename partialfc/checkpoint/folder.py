@@ -77,7 +77,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     file = path / MANIFEST
     try:
-        manifest = json.loads(file.read_text())
+        manifest = json.loads(file.read_text(encoding="utf-8"))
         digest = manifest.pop("sha256")
     except KeyError as error:
         raise CheckpointError(f"{MANIFEST} lacks {error}") from error
@@ -143,7 +143,7 @@ def commit(temporary: Path, final: Path, manifest: Mapping[str, Any], disk: Disk
     files = {}
     for path in sorted(temporary.glob("*.safetensors")):
         note = path.with_suffix(".json")
-        files[path.name] = json.loads(note.read_text())
+        files[path.name] = json.loads(note.read_text(encoding="utf-8"))
         disk.remove(note)
     whole = {**manifest, "format": FORMAT, "files": files}
     text = json.dumps({**whole, "sha256": _digest_of(whole)}, indent=1)

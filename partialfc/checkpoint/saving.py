@@ -301,7 +301,7 @@ def _contiguous(files: Staged) -> Staged:
 def _available_bytes() -> int | None:
     """Memory that can be had without swapping; ``None`` where the system does not say."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     found = (int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))

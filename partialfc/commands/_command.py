@@ -76,9 +76,10 @@ def _say(error: Exception) -> None:
 def tracked(items: Iterable[Item], what: str) -> Iterator[Item]:
     """Go through items with a bar on stderr, which leaves nothing; without one off a terminal."""
     from rich.console import Console  # 50 ms that --help can do without
+    from rich.markup import escape
     from rich.progress import track
 
     console = Console(stderr=True)
     if not console.is_terminal:
         return iter(items)
-    return iter(track(items, what, console=console, transient=True))
+    return iter(track(items, escape(what), console=console, transient=True))

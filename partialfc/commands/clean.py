@@ -115,7 +115,7 @@ def write(path: Path, degrees: np.ndarray, identities: np.ndarray, limit: float)
     """Write the suspects, the furthest first; return their number."""
     order = np.argsort(-degrees, kind="stable")
     suspects = order[degrees[order] > limit]
-    with atomic_write(path) as partial, partial.open("w", newline="") as file:
+    with atomic_write(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["record", "identity", "degrees"])
         for index in suspects.tolist():

@@ -81,7 +81,7 @@ def to_pack(options: argparse.Namespace) -> None:
     write_pack(options.out, dataset, identity_N, len(old_C), options.layout)
     if not options.keep_empty:
         names = json.dumps(old_C.tolist(), indent=0) + "\n"
-        options.out.with_suffix(".identities.json").write_text(names)
+        options.out.with_suffix(".identities.json").write_text(names, encoding="utf-8")
     print(
         f"{options.out}: {len(dataset):,} images of {len(old_C):,} identities; "
         f"{dataset.num_skipped:,} images and {dataset.num_identities - len(old_C):,} identities "
@@ -128,7 +128,7 @@ def to_folder(options: argparse.Namespace) -> None:
 def to_bin(options: argparse.Namespace) -> None:
     """Write the images of a list of pairs, paths relative to the list."""
     images, same = [], []
-    for number, line in enumerate(options.list.read_text().splitlines(), 1):
+    for number, line in enumerate(options.list.read_text(encoding="utf-8").splitlines(), 1):
         fields = line.split("\t") if "\t" in line else line.split()
         if len(fields) != 3 or fields[2] not in ("0", "1"):
             raise ValueError(
@@ -156,7 +156,7 @@ def to_pairs(options: argparse.Namespace) -> None:
         names.append(name)
     lines = zip(names[0::2], names[1::2], found.same.tolist(), strict=True)
     text = "".join(f"{a}\t{b}\t{int(same)}\n" for a, b, same in lines)
-    (options.out / "pairs.txt").write_text(text)
+    (options.out / "pairs.txt").write_text(text, encoding="utf-8")
     print(f"{options.out / 'pairs.txt'}: {len(found.same):,} pairs")
 
 

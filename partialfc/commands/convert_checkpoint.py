@@ -117,7 +117,7 @@ def _finish(
     for name, value in rows.items():
         table.add_row(name, value)
     print(from_here(path))
-    Console().print(table)
+    Console(markup=False).print(table)
     for note in notes:
         print(f"note: {note}")
     settings_file = from_here(config.run.folder) / "config.toml"
@@ -150,7 +150,7 @@ def load_text(text: str, overrides: list[str], path: Path) -> Config:
     """Return settings from TOML that is in no file; problems name the file it was made from."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"{path.stem}.toml"
-        file.write_text(text)
+        file.write_text(text, encoding="utf-8")
         try:
             return load(file, overrides)
         except ConfigError as error:

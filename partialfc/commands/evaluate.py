@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
@@ -72,7 +73,7 @@ def measure(
     with Progress(console=Console(stderr=True), disable=not runtime.leads) as bar:
 
         def bar_of(name: str, total: int) -> Callable[[int], object]:
-            started = bar.add_task(name, total=total)
+            started = bar.add_task(escape(name), total=total)
             return lambda done: bar.advance(started, done)
 
         def embed_set(name: str, count: int, image: Callable[[int], Image]) -> NDArray[np.float64]:
@@ -113,7 +114,9 @@ def show(found: dict[str, Measured], console: Console) -> None:
     table.add_column("set", overflow="fold")
     table.add_column("protocol, mode and numbers", overflow="fold")
     for name, one in found.items():
-        table.add_row(name, "\n".join([f"[bold]{one.protocol}", *lines_of(one.numbers), ""]))
+        table.add_row(
+            escape(name), "\n".join([f"[bold]{one.protocol}", *lines_of(one.numbers), ""])
+        )
     console.print(table)
 
 

@@ -157,7 +157,7 @@ def show(rows: list[dict[str, Any]], out: Path) -> int:
             f"{row['original']:.4f}",
             "" if row["fine"] else "NOT THE ORIGINAL",
         )
-    Console(width=100).print(table)
+    Console(width=100, markup=False).print(table)
     print(f"{out / 'README.md'}: the model card")
     return int(not all(row["fine"] for row in rows))
 

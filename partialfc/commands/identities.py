@@ -89,7 +89,7 @@ def read_map(path: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
             occurs twice; the message names the line.
     """
     pairs: dict[int, int] = {}
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         for line, row in enumerate(csv.reader(file), 1):
             if line == 1 and row == ["old", "new"]:
                 continue

@@ -123,7 +123,7 @@ def main(arguments: list[str]) -> int:
         "--skip-broken", action="store_true", help="leave broken images out instead of refusing"
     )
     options = parser.parse_args(arguments)
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     try:
         make_pack(options, console)
     except KeyboardInterrupt:
@@ -259,7 +259,7 @@ def make_piece(conversion: Conversion, task: Task) -> Piece:
 def finished_piece(pack: Path, digest: str) -> Piece | None:
     """Return the piece that an earlier run made of the same files, if its pack is still whole."""
     try:
-        report = json.loads(pack.with_suffix(".json").read_text())
+        report = json.loads(pack.with_suffix(".json").read_text(encoding="utf-8"))
         if report["inputs"] != digest or report["pack"] != _hash(pack):
             return None
         folders, images, faults = report["piece"]

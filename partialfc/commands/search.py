@@ -140,7 +140,7 @@ def _show(rows: Rows) -> None:
     for query, rank, name, identity, score, accepted in rows[:SHOWN]:
         mark = "yes" if accepted else "no"
         table.add_row(query, str(rank), name, identity, f"{score:.4f}", mark)
-    Console().print(table)
+    Console(markup=False).print(table)
     if len(rows) > SHOWN:
         print(f"... and {len(rows) - SHOWN:,} more; --out writes all")
 

@@ -105,7 +105,7 @@ def print_counts(pack: Pack, contents: Contents) -> None:
     table = Table("", str(pack.path), box=None, header_style="bold")
     for name, value in rows.items():
         table.add_row(name, value)
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 def draw_labels(pack: Pack, contents: Contents) -> Figure:

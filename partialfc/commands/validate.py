@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", type=Path, help="write the report here")
     parser.add_argument("--mean", type=Path, help="write the mean image here, a .png")
     options = parser.parse_args(arguments)
-    return validate(options, Console(stderr=True))
+    return validate(options, Console(stderr=True, markup=False))
 
 
 def validate(arguments: argparse.Namespace, console: Console) -> int:
@@ -99,7 +99,7 @@ def show(pack: Pack, report: levels.Report) -> None:
         for name, value in numbers.items():
             table.add_row(level, f"{name.replace('_', ' ')}: {_value(value)}")
             level = ""
-    Console(soft_wrap=True).print(table)
+    Console(soft_wrap=True, markup=False).print(table)
     for hint in report.hints:
         print(f"hint: {hint}")
     for record in list(report.bad.values())[:SHOWN]:

@@ -56,7 +56,7 @@ class BadRecord(NamedTuple):
 
 def write_skip_list(path: Path, records: Iterable[tuple[Source, BadRecord]]) -> None:
     """Write a list of records of packs, whole or not at all."""
-    with atomic_write(path) as partial, partial.open("w") as file:
+    with atomic_write(path) as partial, partial.open("w", encoding="utf-8") as file:
         file.writelines(record.line(pack) for pack, record in records)
 
 
@@ -91,7 +91,7 @@ def read_skip_lists(paths: Sequence[Path], packs: Sequence[Source]) -> list[NDAr
 
 
 def _entries(path: Path) -> Iterator[tuple[str, int | None]]:
-    with path.open(errors="replace") as file:
+    with path.open(errors="replace", encoding="utf-8") as file:
         for line, text in enumerate(iter(lambda: file.readline(_LONGEST_LINE), ""), 1):
             try:
                 entry = json.loads(text)

@@ -80,13 +80,13 @@ def _line(values: Values) -> str:
 
 
 def show_table(title: str, rows: dict[str, str]) -> None:
-    """Print a small table of names and values."""
+    """Print a small table of names and values, as they are: ``[red]`` of a path is no markup."""
     table = Table(title=title, show_header=False, title_justify="left", title_style="bold")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(name, value)
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 def from_here(path: Path) -> Path:

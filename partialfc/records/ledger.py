@@ -74,7 +74,7 @@ class Ledger:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.before = read_ledger(path)
             whole = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
-            self._file = path.open("a")
+            self._file = path.open("a", encoding="utf-8")
             self._file.write("" if whole else "\n")
             self._append("start", began=self._began, ranks=ranks, settings=settings)
 
@@ -161,7 +161,7 @@ def keeping(path: Path | None, *, ranks: int, settings: str) -> Iterator[Ledger]
 def read_ledger(path: Path) -> list[dict[str, Any]]:
     """Return the entries of a ledger; lines that a kill cut short are left out."""
     entries = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             entry = json.loads(line)
         except json.JSONDecodeError:
@@ -282,8 +282,10 @@ def _restarts() -> int:
 def _began(process: int) -> float | None:
     """Linux tells when a process began, in clock ticks since the machine did."""
     try:
-        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-        uptime = float(Path("/proc/uptime").read_text().split()[0])
+        fields = (
+            Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        )
+        uptime = float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0])
         age = uptime - int(fields[19]) / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError):
         return None

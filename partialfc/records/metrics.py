@@ -110,7 +110,7 @@ class JsonLines:
     def __init__(self, path: Path, step: int) -> None:
         kept = [line for line in read_metrics(path) if line["step"] <= step] if step else []
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file: IO[str] = path.open("a")
+        self._file: IO[str] = path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: Values) -> None:
         """Append one line."""
@@ -125,7 +125,7 @@ class JsonLines:
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """Return the records of a metrics.jsonl; a last line that a kill cut short is left out."""
     records = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:

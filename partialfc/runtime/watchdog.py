@@ -269,7 +269,7 @@ class Watchdog:
         path = folder / f"rank_{self._ranks.rank:05d}.txt"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with path.open("w") as file:
+            with path.open("w", encoding="utf-8") as file:
                 faulthandler.dump_traceback(file)
         except OSError as error:
             print(f"{path}: {error}", file=sys.stderr)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from partialfc.records.metrics import read_metrics
@@ -140,9 +139,9 @@ def show_status(job: str | None, jobs: Path) -> int:
                 str(state.restarts + 1) if state.name else "",
                 str(last.get("step", "")),
                 f"{last['loss']:.4f}" if last else "",
-                escape(str(run)),
+                str(run),
             )
-    Console(width=None if Console().is_terminal else 200).print(table)
+    Console(width=None if Console().is_terminal else 200, markup=False).print(table)
     return 0
 
 

@@ -178,7 +178,7 @@ class RunFolder:
         if time.monotonic() - when < _SECONDS_BETWEEN_LOOKS_AT_RANKS:
             return ranks
         try:
-            entries = json.loads(path.read_text())
+            entries = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return []
         try:

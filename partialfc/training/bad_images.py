@@ -40,7 +40,7 @@ class BadImages:
                 continue
             self._known.add(one.sample_id)
             self._path.parent.mkdir(parents=True, exist_ok=True)  # another node's disk, perhaps
-            with self._path.open("a") as file:
+            with self._path.open("a", encoding="utf-8") as file:
                 file.write(one.bad.line(one.pack))
             if len(self._known) <= _PRINTED:
                 print(

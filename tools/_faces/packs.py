@@ -83,7 +83,7 @@ def write_demo_packs(
         "faces": key(0, repr((FACE, SHOT))),  # other ranges are other faces
     }
     note = folder / "settings.json"
-    if note.exists() and json.loads(note.read_text()) == settings:
+    if note.exists() and json.loads(note.read_text(encoding="utf-8")) == settings:
         return
     folder.mkdir(parents=True, exist_ok=True)
     note.unlink(missing_ok=True)
@@ -98,7 +98,7 @@ def write_demo_packs(
         write_insightface_pack(folder / "train.rec", samples, identities)
         jpegs = _jpegs(pool, held_out, held_out_shots, seed, f"{pairs} pairs of other identities")
         write_pairs(folder / "verification.bin", list(jpegs), same)
-    note.write_text(json.dumps(settings) + "\n")
+    note.write_text(json.dumps(settings) + "\n", encoding="utf-8")
 
 
 def draw_pairs(

@@ -88,7 +88,7 @@ def main() -> int:
             },
             "kernels": rows,
         }
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     spilling = [row for row in rows if row["spill_bytes"]]
     print(f"{len(rows)} variants, {len(spilling)} with spills")
     return bool(spilling)

@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         record = {part: globals()[part](options, folder) for part in parts}
     if options.json:
         text = json.dumps({**conditions(), "batch": BATCH, **record}, indent=2)
-        options.json.write_text(text + "\n")
+        options.json.write_text(text + "\n", encoding="utf-8")
     return 0
 
 

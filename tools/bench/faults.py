@@ -114,7 +114,7 @@ def kills(scratch: Path, count: int, ranks: int, chance: random.Random) -> dict[
     settings = (f"run.steps={total}", f"checkpoint.every_steps={EVERY}")
     straight, killed = scratch / "straight", scratch / "killed"
     if start(scratch, straight, ranks, *settings).wait(600):
-        raise SystemExit((scratch / "straight.log").read_text()[-3000:])
+        raise SystemExit((scratch / "straight.log").read_text(encoding="utf-8")[-3000:])
     gone, saves = [], 0
     began = time.time()
     for number in track(range(count), "kills"):
@@ -215,7 +215,10 @@ def legs_of(folder: Path, path: tuple[int, ...], steps: int) -> list[dict[str, A
         last = steps * (number + 1) // len(path)
         out = folder / f"out{number}"
         run_leg(ranks, folder / "checkpoints", last, out)
-        parts = [json.loads((out / f"rank_{rank}.json").read_text()) for rank in range(ranks)]
+        parts = [
+            json.loads((out / f"rank_{rank}.json").read_text(encoding="utf-8"))
+            for rank in range(ranks)
+        ]
         found += joined(parts)
         if number + 1 < len(path):  # what the next number of ranks loads, it saves again
             copy = folder / f"again{number}" / "checkpoints"

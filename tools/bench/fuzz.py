@@ -96,7 +96,9 @@ def main(arguments: list[str] | None = None) -> int:
     for failure in record["failures"]:
         print(failure, file=sys.stderr)
     if options.json:
-        options.json.write_text(json.dumps({**conditions(), **record}, indent=2) + "\n")
+        options.json.write_text(
+            json.dumps({**conditions(), **record}, indent=2) + "\n", encoding="utf-8"
+        )
     return 1 if record["failures"] else 0
 
 
@@ -117,7 +119,7 @@ def run(jobs: list[tuple[Any, ...]], workers: int) -> tuple[list[Outcome], str]:
                 outcome = results.next(timeout=600)
             except multiprocessing.TimeoutError:  # the process of a job has died, or is stuck
                 notes = sorted(Path(folder).glob("*.note"))
-                return outcomes, "; ".join(note.read_text() for note in notes)
+                return outcomes, "; ".join(note.read_text(encoding="utf-8") for note in notes)
             outcomes.append(outcome)
             progress.advance(row, outcome.counts.total())
     return outcomes, ""
@@ -149,14 +151,17 @@ def fuzz(job: tuple[str, int, int, int, float, int]) -> Outcome:
     note = _FOLDER / f"{os.getpid()}.note"
     counts, failures, slowest = Counter[str](), [], 0.0
     before = _peak()
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    used = (
+        int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
+        * resource.getpagesize()
+    )
     resource.setrlimit(resource.RLIMIT_AS, (used + (memory << 20), resource.RLIM_INFINITY))
     for number in range(start, start + count):
         rng = np.random.default_rng([seed, number, list(SHARES).index(name)])
         files = list(target.seeds[rng.integers(len(target.seeds))])
         which = int(rng.integers(len(files)))
         files[which] = mutate(files[which], rng)
-        note.write_text(f"--target {name} --seed {seed} --only {number}")
+        note.write_text(f"--target {name} --seed {seed} --only {number}", encoding="utf-8")
         began = time.perf_counter()
         signal.setitimer(signal.ITIMER_REAL, seconds)
         try:
@@ -167,7 +172,8 @@ def fuzz(job: tuple[str, int, int, int, float, int]) -> Outcome:
         except BaseException as error:
             counts["failed"] += 1
             failures.append(
-                f"{note.read_text()}: {type(error).__name__}: {error}\n{traceback.format_exc()}"
+                f"{note.read_text(encoding='utf-8')}: {type(error).__name__}: {error}\n"
+                f"{traceback.format_exc()}"
             )
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)

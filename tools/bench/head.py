@@ -47,7 +47,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure every combination, print the table and write the record."""
     options = _parser().parse_args(arguments)
     if options.plot:
-        plot([json.loads(Path(path).read_text()) for path in options.records], options.plot)
+        plot(
+            [json.loads(Path(path).read_text(encoding="utf-8")) for path in options.records],
+            options.plot,
+        )
         return 0
     world = int(os.environ.get("WORLD_SIZE", options.world))
     leads = int(os.environ.get("RANK", "0")) == 0

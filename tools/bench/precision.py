@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     Console().print(table)
     if options.json:
         record = {**conditions(), "arguments": vars(options) | {"json": None}, "rows": rows}
-        Path(options.json).write_text(json.dumps(record, indent=1) + "\n")
+        Path(options.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

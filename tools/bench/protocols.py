@@ -199,7 +199,7 @@ def _time(run: Callable[[], object]) -> float:
 
 def _peak() -> int:
     """Peak resident bytes of this program; getrusage's is also the parent's."""
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) << 10
 

@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
             rows.append({**asdict(case), **no_paths, **found})
             if options.json:
                 record = {**conditions(), "rows": rows}
-                options.json.write_text(json.dumps(record, indent=2) + "\n")
+                options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     console = Console()
     Console(width=max(console.width, 120)).print(table(rows))
     return int(failed)
@@ -254,7 +254,7 @@ def peak(device: torch.device) -> Iterator[list[int]]:
 
 
 def _anonymous_bytes() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon:"))
 
 

@@ -102,7 +102,7 @@ def _numbers(trained: TrainedBackbone) -> list[str]:
     summary = trained.run / "summary.json" if trained.run else None
     if summary is None or not summary.is_file():
         return ["None were measured with the run."]
-    found = json.loads(summary.read_text())
+    found = json.loads(summary.read_text(encoding="utf-8"))
     if found.get("steps") != trained.step:
         return [f"summary.json is of step {found.get('steps')}, not of this checkpoint."]
     lines = ["| set | | |", "|---|---|---|"]

@@ -135,7 +135,7 @@ def file_hash(pack: Pack, report: Report, console: Console) -> None:
     places = cache_places(pack.path, "sha256")
     for place in places:
         with suppress(OSError, ValueError, KeyError, TypeError):
-            kept = json.loads(place.read_text())
+            kept = json.loads(place.read_text(encoding="utf-8"))
             if kept["stamp"] == stamp:
                 report.levels["hash"] = {"sha256": str(kept["sha256"]), "cached": True}
                 return

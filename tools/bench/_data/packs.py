@@ -78,7 +78,7 @@ def write_huge(folder: Path) -> None:
         file.seek(end)
         file.write(identity.tobytes())
     count = IMAGES + 1 + IDENTITIES
-    with (folder / "train.idx").open("w") as lines:
+    with (folder / "train.idx").open("w", encoding="utf-8") as lines:
         for start in track(range(0, count, 1 << 20), "index of 42 million records"):
             keys = np.arange(start, min(start + (1 << 20), count))
             place = keys - IMAGES - 1

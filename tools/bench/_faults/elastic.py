@@ -78,7 +78,7 @@ def main(arguments: list[str]) -> int:
     else:
         record = leg(folder, last)
         out.mkdir(parents=True, exist_ok=True)
-        (out / f"rank_{dist.get_rank()}.json").write_text(json.dumps(record))
+        (out / f"rank_{dist.get_rank()}.json").write_text(json.dumps(record), encoding="utf-8")
     dist.destroy_process_group()
     return 0
 

@@ -89,7 +89,7 @@ class Run:
 
     def text(self) -> str:
         """All that it has said."""
-        return self.log.read_text(errors="replace")
+        return self.log.read_text(errors="replace", encoding="utf-8")
 
 
 def descendants(process: int) -> list[int]:
@@ -97,7 +97,7 @@ def descendants(process: int) -> list[int]:
     found = []
     try:
         for task in Path(f"/proc/{process}/task").iterdir():
-            for child in (task / "children").read_text().split():
+            for child in (task / "children").read_text(encoding="utf-8").split():
                 found += [int(child), *descendants(int(child))]
     except OSError:
         pass
@@ -112,7 +112,7 @@ def steps_in(folder: Path) -> int:
 def losses(folder: Path) -> dict[int, float]:
     """The loss of every recorded step; a line that is being written is left out."""
     found, path = {}, folder / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             record = json.loads(line)
         except json.JSONDecodeError:

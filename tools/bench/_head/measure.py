@@ -82,7 +82,7 @@ def main(arguments: list[str]) -> int:
     """Measure the job ``arguments[0]`` and write lines to ``arguments[1]``; the exit code."""
     job = json.loads(arguments[0])
     cases = [Case(**{**settings, "heads": tuple(settings["heads"])}) for settings in job["cases"]]
-    with joined(cases[0]) as device, Path(arguments[1]).open("a") as out:
+    with joined(cases[0]) as device, Path(arguments[1]).open("a", encoding="utf-8") as out:
         ceilings: dict[str, float] = {}
         for case in cases:
             if over_ranks(time.time() - job["until"], "MAX", device) > 0:

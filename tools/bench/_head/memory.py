@@ -29,7 +29,7 @@ class Memory:
             torch.cuda.reset_peak_memory_stats(self.device)
             return True
         try:
-            Path("/proc/self/clear_refs").write_text("5")
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
         except OSError:
             return False
         return True
@@ -62,7 +62,7 @@ def bytes_of(tensors: list[Tensor]) -> int:
 def _status(name: str) -> int:
     """Bytes of a line of /proc/self/status; the process's peak where there is no such file."""
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     except OSError:
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

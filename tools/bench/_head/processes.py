@@ -108,7 +108,7 @@ def _lines(
     path: Path, processes: Sequence[subprocess.Popen[bytes]], latest: float
 ) -> Iterator[Found]:
     """Yield the lines of a file until all processes have ended, or one has failed, or is late."""
-    with path.open() as file:
+    with path.open(encoding="utf-8") as file:
         started = ""
         while True:
             codes = [process.poll() for process in processes]
