@@ -208,6 +208,7 @@ def test_only_what_nobody_foresaw_shows_a_stack(error, status, tmp_path, monkeyp
 
 
 def test_what_all_ranks_find_one_says(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, said in (("0", "head.scale = 0\n"), ("1", "")):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("LOCAL_RANK", rank)
