@@ -1,7 +1,10 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and opened only if they are files."""
 
+import errno
 import json
 import os
+import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,26 +15,64 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a name beside ``path`` to write to; the file there takes its place at the end.
 
     A reader sees the old file or the new one. If the block fails, ``path`` stays as it was. A link
-    stays a link, and its file is replaced; what is no file, such as a pipe, is written to.
+    of one's own stays a link, and its file is replaced; what is no file, such as a pipe, is written
+    to. Nobody can guess the name beside it, and the file there is new.
 
     Args:
         path: Replaced if it exists; its folder does.
 
     Raises:
-        OSError: If the file cannot take its place.
+        OSError: If the file cannot take its place, or somebody else made ``path`` a link.
     """
     if path.exists() and not path.is_file():  # /dev/stdout, a pipe: nothing can take its place
         yield path
         return
-    if path.is_symlink():
-        path = path.resolve()
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    path = led_to(path)
+    partial = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.partial")
+    os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
         yield partial
         partial.replace(path)
     finally:
         with suppress(OSError):
             partial.unlink()
+
+
+def led_to(path: Path) -> Path:
+    """Return the path, or where it leads if it is a link of this user's or root's.
+
+    Raises:
+        OSError: If it is a link that somebody else made, in a folder that others can write to.
+    """
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return path
+    if not stat.S_ISLNK(status.st_mode):
+        return path
+    if status.st_uid not in (0, os.getuid()):
+        raise OSError(errno.ELOOP, "somebody else made it a link; remove it", str(path))
+    return path.resolve()
+
+
+def opened(path: Path, flags: int) -> int:
+    """Return the descriptor of a file; to write, a link is followed as in :func:`led_to`.
+
+    Args:
+        path: A file, or a name for one.
+        flags: Of :func:`os.open`.
+
+    Raises:
+        OSError: If it cannot be opened, or is a pipe, a device or a folder; none is waited for.
+    """
+    if flags & (os.O_WRONLY | os.O_RDWR):
+        path, flags = led_to(path), flags | getattr(os, "O_NOFOLLOW", 0)
+    flags |= getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+    descriptor = os.open(path, flags, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no file", str(path))
+    return descriptor
 
 
 def write_text(path: Path, text: str) -> None:

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from partialfc.writing import atomic_write, write_json, write_text
+from partialfc.writing import atomic_write, opened, write_json, write_text
 
 
 def test_the_new_file_takes_the_place_of_the_old_one_at_the_end(tmp_path):
@@ -63,3 +63,35 @@ def test_a_link_stays_a_link_and_its_file_is_replaced(tmp_path):
         assert link.is_symlink()
         assert file.read_text() == text
     assert [*file.parent.iterdir()] == [file]
+
+
+def test_nobody_can_guess_or_prepare_where_it_is_written_first(tmp_path):
+    """In a folder that others can write to, a link there had a stranger's file overwritten."""
+    path, names = tmp_path / "note.txt", set()
+    for text in ("a", "b"):
+        with atomic_write(path) as partial:
+            assert partial.is_file(), "made before it is handed out: no link can take its place"
+            names.add(partial.name)
+            partial.write_text(text)
+    assert len(names) == 2
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask()
+
+
+def umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root makes a link in another's name")
+def test_a_link_that_somebody_else_made_is_not_followed(tmp_path):
+    stranger, link = tmp_path / "stranger", tmp_path / "metrics.jsonl"
+    stranger.write_text("mine")
+    link.symlink_to(stranger)
+    os.lchown(link, 12345, 12345)
+    with pytest.raises(OSError, match="somebody else made it a link"):
+        write_text(link, "x")
+    with pytest.raises(OSError, match="somebody else made it a link"):
+        opened(link, os.O_WRONLY | os.O_CREAT)
+    assert stranger.read_text() == "mine"
+    assert link.is_symlink()

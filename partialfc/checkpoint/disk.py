@@ -35,8 +35,8 @@ class Disk:
         old.rename(new)
 
     def remove(self, path: Path) -> None:
-        """Delete a file, or a folder with all that is in it."""
-        if path.is_dir():
+        """Delete a file or a link, or a folder with all that is in it."""
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)

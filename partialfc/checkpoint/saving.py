@@ -252,9 +252,9 @@ class Saver:
         return Saved(step, time.monotonic() - began, written)
 
     def _begin(self, final: Path, temporary: Path) -> None:
-        if final.exists():
+        if os.path.lexists(final):
             raise FileExistsError("it exists already, and no checkpoint is ever overwritten")
-        if temporary.exists():
+        if os.path.lexists(temporary):
             self._disk.remove(temporary)
         self._disk.make_folder(temporary)
 

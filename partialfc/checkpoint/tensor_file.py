@@ -53,7 +53,7 @@ def size_of(tensors: Mapping[str, Tensor]) -> int:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], disk: Disk) -> Written:
     """Write a safetensors file and sync it. The tensors are contiguous, on any device."""
     digest, size = hashlib.sha256(), 0
-    with path.open("wb") as file:
+    with path.open("xb") as file:
         for piece in _pieces(tensors):
             digest.update(piece)
             disk.write(file, piece)

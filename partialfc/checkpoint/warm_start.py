@@ -8,6 +8,7 @@ Shape suffixes: R = rows of this rank, D = embedding.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def write_start(
     """
     disk = Disk()
     temporary = path.with_name(f".{path.name}.partial")
-    if temporary.exists():
+    if os.path.lexists(temporary):
         disk.remove(temporary)
     disk.make_folder(temporary)
     whole = {
