@@ -20,6 +20,7 @@ from partialfc.monitoring.targets import remove_targets, targets_path, write_tar
 from partialfc.records.environment import package_version
 from partialfc.records.ledger import Ledger, fault_codes, starts
 from partialfc.records.metrics import TABLE, Values
+from partialfc.records.unessential import unessential
 from partialfc.runtime.process import Runtime, local_rank
 
 _ADDRESS_BYTES = 256
@@ -82,7 +83,8 @@ class Monitor:
     def close(self) -> None:
         """Stop serving, and take the run out of Prometheus' targets."""
         if self._targets is not None:
-            remove_targets(self._targets)
+            with unessential(self._targets):
+                remove_targets(self._targets)
         if self._exporter is not None:
             self._exporter.close()
 
@@ -140,7 +142,7 @@ class Monitor:
         exporter.set("failed_starts", len(failures))
         if failures:
             exporter.set("last_failure_info", 1, code=failures[-1])
-        exporter.set("checkpoint_interval_steps", config.checkpoint.every_steps)
+        exporter.set("checkpoint_interval_steps", config.checkpoint.interval(total_steps))
         exporter.look(lambda: _look_at(config.run.folder))
 
     def _addresses(self) -> list[str]:

@@ -1,6 +1,6 @@
 """Where the time of a run goes, over all its starts: ``ledger.jsonl`` in its folder.
 
-Rank 0 appends a JSON object per line; a line that a kill cut short is left out when it is read.
+Rank 0 appends a JSON object per line; one that is damaged or cut short is left out when it is read.
 ``time`` is in Unix seconds, ``seconds`` are those of this start so far, by kind:
 
     {"event": "start", "time": .., "step": 0, "seconds": {..}, "began": .., "ranks": 8, ..}
@@ -12,16 +12,18 @@ Rank 0 appends a JSON object per line; a line that a kill cut short is left out 
 
 import json
 import os
-import threading
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from partialfc.errors import exit_code_of
+from partialfc.records.lines import Lines, is_number, is_step, read_lines
+from partialfc.records.unessential import unessential
 
 KINDS = {
     "train": "Steps that count: forward, backward, update",
@@ -36,7 +38,7 @@ KINDS = {
 """What the wall time of a run is spent on; ``train`` over all of them is the goodput."""
 
 _SECONDS_BETWEEN_LINES = 5.0
-_STOPPED = (0, 75, 130)
+STOPPED = (0, 75, 129, 130, 143)
 """Exit codes of a start that was done, preempted or stopped by somebody: no fault."""
 _LAST = 2**63
 
@@ -66,16 +68,15 @@ class Ledger:
         self.kind, self._since = "startup", time.monotonic()
         self.step, self._written = 0, -_SECONDS_BETWEEN_LINES
         self.first: int | None = None
-        self._file: IO[str] | None = None
-        self._writing = threading.Lock()  # the watchdog's thread may end it
+        self._lines: Lines | None = None
         self.before: list[dict[str, Any]] = []
         self._past: dict[str, float] | None = None
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.before = read_ledger(path)
-            whole = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
-            self._file = path.open("a", encoding="utf-8")
-            self._file.write("" if whole else "\n")
+            with unessential(path):
+                self.before, damaged = read_lines(path, _is_sound)
+                if damaged:
+                    print(f"{path}: {damaged} damaged lines are left out.", file=sys.stderr)
+            self._lines = Lines(path)
             self._append("start", began=self._began, ranks=ranks, settings=settings)
 
     def switch(self, kind: str) -> None:
@@ -113,10 +114,8 @@ class Ledger:
     def end(self, cause: str, code: int) -> None:
         """Note why this start ended, unless that is noted. A start without an end was killed."""
         self._append("end", cause=cause, code=code)
-        with self._writing:
-            if self._file is not None:
-                self._file.close()
-            self._file = None
+        if self._lines is not None:
+            self._lines.close()
 
     def totals(self) -> dict[str, float]:
         """Seconds by kind of the whole run until now, ``wall`` and ``goodput`` with them.
@@ -136,10 +135,8 @@ class Ledger:
         self._written = time.monotonic()
         entry: dict[str, Any] = {"event": event, "time": time.time(), "step": self.step, **more}
         entry["seconds"] = {kind: round(value, 4) for kind, value in self._seconds.items()}
-        with self._writing:
-            if self._file is not None:
-                self._file.write(json.dumps(entry) + "\n")
-                self._file.flush()
+        if self._lines is not None:
+            self._lines.append(json.dumps(entry))
 
 
 @contextmanager
@@ -159,16 +156,30 @@ def keeping(path: Path | None, *, ranks: int, settings: str) -> Iterator[Ledger]
 
 
 def read_ledger(path: Path) -> list[dict[str, Any]]:
-    """Return the entries of a ledger; lines that a kill cut short are left out."""
-    entries = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(entry, dict) and {"event", "time", "step", "seconds"} <= entry.keys():
-            entries.append(entry)
-    return entries
+    """Return the entries of a ledger; lines that are damaged or cut short are left out."""
+    return read_lines(path, _is_sound)[0]
+
+
+def _is_sound(entry: dict[str, Any]) -> bool:
+    seconds = entry.get("seconds")
+    return (
+        isinstance(seconds, dict)
+        and seconds.keys() <= KINDS.keys()
+        and all(is_number(value) for value in seconds.values())
+        and is_number(entry.get("time"))
+        and is_step(entry.get("step"))
+        and _has_its_own(entry)
+    )
+
+
+def _has_its_own(entry: dict[str, Any]) -> bool:
+    match entry.get("event"):
+        case "start":
+            return is_number(entry.get("began"))
+        case "end":
+            return isinstance(entry.get("cause"), str) and is_step(entry.get("code"))
+        case event:
+            return event == "spent"
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +229,7 @@ def fault_codes(entries: Sequence[Entry]) -> list[str]:
     return [
         "killed" if end is None else str(end["code"])
         for end in ends
-        if end is None or end["code"] not in _STOPPED
+        if end is None or end["code"] not in STOPPED
     ]
 
 
@@ -234,12 +245,12 @@ def goodput(entries: Sequence[Entry]) -> dict[str, float]:
     for number, start in enumerate(every):
         resumed = [at for later in every[number + 1 :] if (at := later.resumed_at) is not None]
         counted = [entry for entry in start.entries if entry["step"] <= min(resumed, default=_LAST)]
-        kept = counted[-1]["seconds"]
+        kept = counted[-1]["seconds"] if counted else {}
         for kind, value in kept.items():
             seconds[kind] += value
         seconds["wasted"] += sum(start.entries[-1]["seconds"].values()) - sum(kept.values())
     for one, other in pairwise(every):
-        if one.end is None or one.end["code"] not in _STOPPED:
+        if one.end is None or one.end["code"] not in STOPPED:
             gap = other.entries[0]["began"] - one.entries[-1]["time"]
             seconds["recovery"] += max(0.0, gap)
     return _with_sums(seconds)
@@ -259,7 +270,7 @@ def fruitless(entries: Sequence[Entry], settings: str) -> list[Start]:
     in_a_row: list[Start] = []
     furthest = 0
     for start in starts(entries):
-        stopped = start.end is not None and start.end["code"] in _STOPPED
+        stopped = start.end is not None and start.end["code"] in STOPPED
         if stopped or start.reached > furthest or start.entries[0].get("settings") != settings:
             in_a_row = []
         else:

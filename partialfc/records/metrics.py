@@ -5,13 +5,16 @@ Records are written by rank 0 every ``log.every_steps`` steps; verification writ
 
 import json
 import math
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 from partialfc.records.ledger import KINDS
+from partialfc.records.lines import Lines, is_number, is_step, read_lines
+from partialfc.records.unessential import unessential
 from partialfc.writing import write_text
 
 Values = Mapping[str, float]
@@ -68,6 +71,12 @@ TABLE = (
         "Images replaced on all ranks because their record is bad, in this process",
         "replaced_images_total",
     ),
+    Metric(
+        "lost_records",
+        "records",
+        "Records and printed lines that rank 0 could not write, in this process",
+        "lost_records_total",
+    ),
     Metric("peak_memory_bytes", "bytes", "Peak memory of rank 0"),
     Metric("slowest_rank", "", "The rank that the others wait for most"),
     Metric("slowest_rank_seconds", "seconds", "How much longer the others wait in a step for it"),
@@ -108,33 +117,39 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, step: int) -> None:
-        kept = [line for line in read_metrics(path) if line["step"] <= step] if step else []
-        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file: IO[str] = path.open("a", encoding="utf-8")
+        with unessential(path):
+            found, damaged = read_lines(path, _is_sound) if step else ([], 0)
+            kept = [line for line in found if line["step"] <= step]
+            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+            if damaged:
+                print(f"{path}: {damaged} damaged lines were left out.", file=sys.stderr)
+        self._lines = Lines(path)
 
     def write(self, step: int, values: Values) -> None:
         """Append one line."""
-        self._file.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
-        self._file.flush()
+        self._lines.append(json.dumps({"step": step, "time": time.time(), **values}))
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        self._lines.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Return the records of a metrics.jsonl; a last line that a kill cut short is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+    """Return the records of a metrics.jsonl; lines that are damaged or cut short are left out."""
+    return read_lines(path, _is_sound)[0]
+
+
+def _is_sound(record: dict[str, Any]) -> bool:
+    numbers = all(value is None or is_number(value) for value in record.values())
+    return numbers and is_step(record.get("step"))
 
 
 class TensorBoard:
-    """TensorBoard event files, written without torch."""
+    """TensorBoard event files, written without torch.
+
+    Raises:
+        OSError: If they cannot be written.
+    """
 
     def __init__(self, folder: Path) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
@@ -142,6 +157,7 @@ class TensorBoard:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self._event, self._summary = Event, Summary
+        self._folder = folder
         self._writer = EventFileWriter(str(folder))
 
     def write(self, step: int, values: Values) -> None:
@@ -151,11 +167,13 @@ class TensorBoard:
             for name, value in values.items()
         ]
         summary = self._summary(value=scalars)
-        self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=summary))
+        with unessential(self._folder):
+            self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=summary))
 
     def close(self) -> None:
         """Flush and close the event file."""
-        self._writer.close()
+        with unessential(self._folder):
+            self._writer.close()
 
 
 def _tag(name: str) -> str:

@@ -8,6 +8,7 @@ from partialfc.data.loaders.stream import Replaced
 from partialfc.distributed.agreement import total, words_of_any
 from partialfc.distributed.ranks import Ranks
 from partialfc.errors import DataError
+from partialfc.records.lines import Lines
 
 _PRINTED = 20
 """Images that a rank prints; the list has all of them."""
@@ -27,6 +28,7 @@ class BadImages:
 
     def __init__(self, folder: Path, share: float, ranks: Ranks) -> None:
         self._path = folder / f"bad_images.{ranks.rank}.jsonl"
+        self._list = Lines(self._path)
         self._share, self._ranks = share, ranks
         self._count, self._last = 0, ""
         self._known: set[int] = set()
@@ -39,9 +41,7 @@ class BadImages:
             if one.sample_id in self._known:
                 continue
             self._known.add(one.sample_id)
-            self._path.parent.mkdir(parents=True, exist_ok=True)  # another node's disk, perhaps
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(one.bad.line(one.pack))
+            self._list.append(one.bad.line(one.pack).rstrip("\n"))
             if len(self._known) <= _PRINTED:
                 print(
                     f"rank {self._ranks.rank}: replaced: {self._last}", file=sys.stderr, flush=True

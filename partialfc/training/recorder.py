@@ -24,6 +24,7 @@ from partialfc.records.figures import training_figure
 from partialfc.records.ledger import Ledger
 from partialfc.records.metrics import JsonLines, Sink, TensorBoard, finite, read_metrics
 from partialfc.records.report import read_run, write_report
+from partialfc.records.unessential import lost_records, unessential
 from partialfc.runtime.process import Runtime
 from partialfc.runtime.stragglers import Stragglers
 from partialfc.training.bad_images import BadImages
@@ -82,7 +83,8 @@ class Recorder:
             log, folder = self._config.log, self._config.run.folder
             self._sinks.append(JsonLines(folder / "metrics.jsonl", self._step))
             if log.tensorboard:
-                self._sinks.append(TensorBoard(folder / "tensorboard"))
+                with unessential(folder / "tensorboard"):
+                    self._sinks.append(TensorBoard(folder / "tensorboard"))
             if log.progress:
                 self._sinks.append(ProgressBar(self._step, self._total))
         self._clock = time.monotonic()
@@ -162,6 +164,7 @@ class Recorder:
             totals = self.ledger.totals()
             values["goodput"] = totals.pop("goodput")
             values["invalid_checkpoints"] = self._invalid
+            values["lost_records"] = lost_records()
             values |= {f"spent_{kind}_seconds": value for kind, value in totals.items()}
         self._write(step, {name: value for name, value in values.items() if math.isfinite(value)})
         self._loss.zero_()
@@ -212,15 +215,21 @@ class Recorder:
             sink.close()
         self._sinks = []
         folder = self._config.run.folder
-        records = read_metrics(folder / "metrics.jsonl")
+        records: list[dict[str, float]] = []
+        with unessential(folder / "metrics.jsonl"):
+            records = read_metrics(folder / "metrics.jsonl")
         summary = self._summary(peak, records)
-        write_json(folder / "summary.json", summary)
+        with unessential(folder / "summary.json"):
+            write_json(folder / "summary.json", summary)
         verified = self._results.verified if self._results else {}
         found = {name: asdict(curves(one.cosine, one.same)) for name, one in verified.items()}
-        write_json(folder / "curves.json", found)
-        write_report(folder / "report.html", [read_run(folder)])
+        with unessential(folder / "curves.json"):
+            write_json(folder / "curves.json", found)
+        with unessential(folder / "report.html"):
+            write_report(folder / "report.html", [read_run(folder)])
         first = next(iter(self._results.verified.values()), None) if self._results else None
-        self._draw(first, records)
+        with unessential(folder / "training.png"):
+            self._draw(first, records)
         self._show(summary)
 
     def _write(self, step: int, values: dict[str, float]) -> None:
@@ -246,7 +255,7 @@ class Recorder:
         }
         if self._results is None:
             return summary
-        start = next((record for record in records if record["step"] == 0), {})
+        start: dict[str, float] = next((record for record in records if record["step"] == 0), {})
         sets = {
             name: finite(asdict(verified.numbers))
             for name, verified in self._results.verified.items()
