@@ -1,12 +1,15 @@
 """The causes that end a run, each with its exit code.
 
 2 settings, a wrong request or a missing package, 3 not finite, 4 checkpoint, 5 data, 6 hang, 7 lost
-rank, 8 crash loop, 75 preempted, 130 stopped by Ctrl-C; 1 is everything that nobody foresaw.
+rank, 8 crash loop, 75 asked to stop, 128 + N ended by signal N, as 130 is Ctrl-C; 1 is everything
+that nobody foresaw.
 """
 
 import json
 import os
+import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 EXTRAS = {
@@ -36,6 +39,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written, or is not what this run can go on from."""
 
     exit_code = 4
+
+
+class OtherFormatError(CheckpointError):
+    """A checkpoint of another version of this program; nothing is wrong with it."""
 
 
 class DataError(RuntimeError):
@@ -73,7 +80,7 @@ def extra_of(error: BaseException) -> str | None:
 def exit_code_of(error: BaseException) -> int:
     """Return the exit code of a process that an error ends."""
     if isinstance(error, KeyboardInterrupt):
-        return 130
+        return int(getattr(error, "exit_code", 130))
     return 2 if extra_of(error) else int(getattr(error, "exit_code", 1))
 
 
@@ -98,7 +105,8 @@ def record_for_torchrun(error: BaseException, stack: str = "") -> None:
     if path is not None:
         more = {"timestamp": str(int(time.time()))} | ({"py_callstack": stack} if stack else {})
         entry = {"message": {"message": in_words(error), "extraInfo": more}}
-        Path(path).write_text(json.dumps(entry), encoding="utf-8")
+        with suppress(OSError):  # a full disk must not hide the error
+            Path(path).write_text(json.dumps(entry))
 
 
 class ConfigError(ValueError):
@@ -111,7 +119,20 @@ class Preempted(RuntimeError):
     """The run was asked to stop; its checkpoint is complete and the same command goes on."""
 
     exit_code = 75
-    """EX_TEMPFAIL of sysexits.h: try again later."""
+    """EX_TEMPFAIL of sysexits.h: try again later. After Ctrl-C it is 130, as shells know it."""
+
+    def __init__(self, message: str, *, by_ctrl_c: bool = False) -> None:
+        super().__init__(message)
+        if by_ctrl_c:
+            self.exit_code = 128 + signal.SIGINT
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal that ends a process came before the first step; its exit code is 128 + number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"{signal.Signals(number).name} before the first step")
+        self.exit_code = 128 + number
 
 
 class ForeignError(ValueError):

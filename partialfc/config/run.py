@@ -10,6 +10,8 @@ from partialfc.definitions import Range, Unit
 
 EverySteps = Annotated[int, Range(ge=0), Unit("steps")]
 
+_LONGEST_INTERVAL, _SHORTEST_INTERVAL = 2000, 50
+
 
 class Run(Section):
     """The run as a whole."""
@@ -92,8 +94,9 @@ class Run(Section):
 class Checkpoint(Section):
     """What is saved, for resuming and for use."""
 
-    every_steps: EverySteps = 2000
-    """Steps between checkpoints. 0 saves at the end only."""
+    every_steps: Annotated[int | None, Range(ge=0), Unit("steps")] = None
+    """Steps between checkpoints. Left out, it is 2000, or a fifth of a shorter run, but 50 at
+    least. 0 saves at the end only."""
 
     keep: Annotated[int, Range(ge=1)] = 2
     """Newest checkpoints kept. One is deleted only after its successor is complete."""
@@ -104,13 +107,25 @@ class Checkpoint(Section):
 
     @model_validator(mode="after")
     def _keeps_what_is_saved(self) -> "Checkpoint":
-        every = self.every_steps
+        every = self.interval(0)
         if self.keep_every_steps and (not every or self.keep_every_steps % every):
             raise ValueError(
                 f"keep_every_steps = {self.keep_every_steps}: must be a multiple of "
                 f"checkpoint.every_steps = {every}, or no checkpoint is ever of such a step."
             )
         return self
+
+    def interval(self, total_steps: int) -> int:
+        """Return the steps between checkpoints; 0 for none but the last.
+
+        Args:
+            total_steps: Of the run; 0 where they are not known.
+        """
+        if self.every_steps is not None:
+            return self.every_steps
+        if not total_steps or self.keep_every_steps:  # multiples of 2000 must be saved
+            return _LONGEST_INTERVAL
+        return min(_LONGEST_INTERVAL, max(_SHORTEST_INTERVAL, total_steps // 5))
 
 
 class Log(Section):

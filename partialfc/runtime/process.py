@@ -1,7 +1,6 @@
 """One rank's process: its place among the ranks, its device, threads and seeds."""
 
 import os
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,8 +21,6 @@ from partialfc.runtime.device import device_of, threads_of
 from partialfc.runtime.network import refuse_missing, refuse_unreachable, stale_store
 from partialfc.runtime.place import Place, own_place
 from partialfc.runtime.watchdog import Watchdog
-
-_interrupted = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +72,6 @@ def running(config: Config) -> Iterator[Runtime]:
     ranks = Ranks.of()
     torch.set_num_threads(threads_of(config.run.threads, ranks, place))
     watchdog = _watchdog(config, ranks)
-    signal.signal(signal.SIGINT, _interrupt)
     try:
         yield Runtime(ranks, device, watchdog)
     except BaseException as error:
@@ -110,19 +106,6 @@ def _check_network(config: Config, place: Place) -> None:
 def local_rank() -> int:
     """This rank among those of its host."""
     return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def _interrupt(number: int, frame: object) -> None:
-    """Python drops an exception that is raised in a callback or a destructor: remember it."""
-    global _interrupted
-    _interrupted = True
-    raise KeyboardInterrupt
-
-
-def refuse_interrupted() -> None:
-    """Raise the ``KeyboardInterrupt`` of a Ctrl-C that was lost on its way."""
-    if _interrupted:
-        raise KeyboardInterrupt
 
 
 def _watchdog(config: Config, ranks: Ranks) -> Watchdog | None:

@@ -40,7 +40,7 @@ class Training:
         """Train; return when the run is done, and exit with its code otherwise."""
         # Before anything slow, in place of submitit's handlers. SIGTERM, from scancel or where
         # Slurm's preemption sends no other, saves as well, but what was cancelled stays so.
-        preemption.listen(signal.SIGTERM)
+        preemption.listen()
         restarts = restart_count()
         if restarts > self.max_requeues:
             _say(f"this is start {restarts + 1}, and --max-requeues is {self.max_requeues}.")

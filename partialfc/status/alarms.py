@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from statistics import median
 
+from partialfc.records.ledger import STOPPED
 from partialfc.status.run import Snapshot
 from partialfc.words import duration, names_of, size
 
@@ -14,7 +15,7 @@ _LATE = 0.15
 def alarms(run: Snapshot) -> Iterator[str]:
     """Yield a sentence for each thing that somebody should look at."""
     ending = run.starts[-1].end if run.starts else None
-    if ending is not None and ending["code"] not in (0, 75, 130):
+    if ending is not None and ending["code"] not in STOPPED:
         yield f"The last start ended with exit code {ending['code']}: {ending['cause']}"
     running = ending is None and not run.ended
     if running and run.silence > _SILENT:
@@ -41,7 +42,7 @@ def alarms(run: Snapshot) -> Iterator[str]:
     if run.checkpoints and run.free < 3 * run.checkpoints[0].bytes:
         taken = size(run.checkpoints[0].bytes)
         yield f"{size(run.free)} are left on the disk, and a checkpoint takes {taken}."
-    every = run.config.checkpoint.every_steps if run.config else 0
+    every = run.config.checkpoint.interval(0) if run.config else 0
     saved = run.checkpoints[0].step if run.checkpoints else 0
     if running and every and run.step - saved > 2 * every + 1:
         old = run.step - saved

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import signal
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from partialfc.checkpoint import loading as checkpoint
+from partialfc.checkpoint.folder import path_of
 from partialfc.checkpoint.saving import Saver
 from partialfc.checkpoint.warm_start import warm_start
 from partialfc.config import Config, ConfigError, to_toml
@@ -23,9 +25,11 @@ from partialfc.model.build import Model, build
 from partialfc.model.step import train_step
 from partialfc.records.console import from_here
 from partialfc.records.ledger import fruitless, keeping
+from partialfc.records.unessential import unessential
 from partialfc.runtime import preemption
+from partialfc.runtime.folder_lock import locked
 from partialfc.runtime.place import elastic_warning, own_place
-from partialfc.runtime.process import Runtime, refuse_interrupted
+from partialfc.runtime.process import Runtime
 from partialfc.training.data import open_batches, open_training_data, with_next
 from partialfc.training.must_match import agreed_shards, must_match
 from partialfc.training.preflight import Finding, preflight, report
@@ -38,15 +42,21 @@ def train(config: Config, runtime: Runtime) -> None:
     """Train as the settings say, from the newest checkpoint on if there is one. Collective.
 
     Raises:
-        ConfigError: If the settings do not fit the data, the sets or the backbone.
+        ConfigError: If the settings do not fit the data, the sets or the backbone, or another start
+            trains in the folder.
         NonFiniteError: If the loss or the gradient is not finite.
         CheckpointError: If a checkpoint cannot be written, or is of another run.
         DataError: If too many images cannot be decoded.
         CrashLoopError: If the last starts came to no new step.
-        Preempted: On every rank, after a checkpoint, if SIGUSR2 reached any of them.
+        Preempted: On every rank, after a checkpoint, if a signal asked any of them to stop.
     """
     if runtime.leads:
         _announce(config, runtime)
+    with locked(config.run.folder, runtime):
+        _train(config, runtime)
+
+
+def _train(config: Config, runtime: Runtime) -> None:
     if config.run.preflight:
         report(look_before(config, runtime), runtime)
     shards = agreed_shards(config, runtime)
@@ -77,7 +87,8 @@ def train(config: Config, runtime: Runtime) -> None:
                 print(f"{summary}: the run ended at step {step}, and {data.steps} are asked for.")
             return
         if runtime.leads:
-            write_text(folder / "config.toml", settings)
+            with unessential(folder / "config.toml"):
+                write_text(folder / "config.toml", settings)
         with (
             Recorder(
                 config, runtime, step, data.steps, data.order.steps_per_epoch, ledger
@@ -92,13 +103,19 @@ def train(config: Config, runtime: Runtime) -> None:
             ) as saver,
             closing(open_batches(config, runtime, data, step)) as batches,
             any_rank(preemption.asked, runtime.ranks) as asked_to_stop,
+            preemption.stepping(),
         ):
             if runtime.watchdog is not None:
                 runtime.watchdog.follow(ledger, saver)
             loop = _Loop(config, runtime, model, batches, evaluation, recorder, saver)
             reached = loop.run(step, data.steps, asked_to_stop)
             if reached < data.steps:
-                raise Preempted(f"stopped as asked, after the checkpoint of step {reached}.")
+                saved = from_here(path_of(folder / "checkpoints", reached))
+                raise Preempted(
+                    f"stopped as asked, after the checkpoint of step {reached}. The same command "
+                    f"goes on from {saved}.",
+                    by_ctrl_c=preemption.received(signal.SIGINT),
+                )
 
 
 def look_before(config: Config, runtime: Runtime) -> list[Finding]:
@@ -195,7 +212,6 @@ class _Loop:
                 **config.schedule.model_dump(),
             )
             self.saver.check()
-            refuse_interrupted()
             if next_identities is not None:
                 head.prefetch(next_identities)
             done = train_step(self.model, config, images, identities, rate)
@@ -206,7 +222,8 @@ class _Loop:
             self._pause(
                 step,
                 verify=_due(step, config.verification.every_steps, total_steps),
-                save=stop or _due(step, config.checkpoint.every_steps, total_steps),
+                save=stop or _due(step, config.checkpoint.interval(total_steps), total_steps),
+                in_a_hurry=stop,
             )
         with ledger.spending("save"):
             self.saver.wait()
@@ -215,17 +232,22 @@ class _Loop:
                 recorder.finish()
         return step
 
-    def _pause(self, step: int, *, verify: bool, save: bool) -> None:
+    def _pause(self, step: int, *, verify: bool, save: bool, in_a_hurry: bool) -> None:
         if not (verify or save):
             return
         self.recorder.refuse_unsound()
         with self.recorder.pausing():
+            if in_a_hurry:  # who asks a run to stop may not wait for a verification
+                self._save(step)
             if verify:  # before the checkpoint, so that no kill leaves a step without it
                 self._verify(step)
-            if save:
-                with self.recorder.ledger.spending("save"):
-                    self.saver.save(step, self.model)
-                self.recorder.ledger.at(step, now=True)
+            if save and not in_a_hurry:
+                self._save(step)
+
+    def _save(self, step: int) -> None:
+        with self.recorder.ledger.spending("save"):
+            self.saver.save(step, self.model)
+        self.recorder.ledger.at(step, now=True)
 
     def _verify(self, step: int) -> None:
         with self.recorder.ledger.spending("other"):

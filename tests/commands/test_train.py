@@ -263,7 +263,7 @@ def test_a_finished_run_is_left_as_it_is_and_a_longer_one_goes_on(packs, tmp_pat
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 5
 
 
-def test_ctrl_c_ends_with_one_line(packs, tmp_path):
+def test_ctrl_c_ends_with_two_lines(packs, tmp_path):
     process = subprocess.Popen(
         command(packs, tmp_path, "run.steps=100000", "checkpoint.every_steps=5"),
         cwd=ROOT,
@@ -278,7 +278,8 @@ def test_ctrl_c_ends_with_one_line(packs, tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "the same command goes on" in errors
+    assert "The same command goes on" in errors
+    assert errors.count("\n") == 2
     assert "Traceback" not in errors
 
 

@@ -1,17 +1,19 @@
-"""SIGUSR2 saves and stops, whenever it comes, on the ranks that a signal reaches or not."""
+"""Signals save and stop, whenever they come, on the ranks that one reaches or not."""
 
 import os
 import signal
+import subprocess
 import time
 
 import pytest
 
+from partialfc.config.run import Checkpoint
 from partialfc.distributed.agreement import any_rank
 from partialfc.distributed.ranks import Ranks
-from partialfc.errors import Preempted
-from tests.support.processes import Python
+from tests.support.places import ROOT
+from tests.support.processes import ENVIRONMENT, Python
 from tests.support.ranks import run_on_ranks
-from tests.support.runs import losses, run, words
+from tests.support.runs import UNVERIFIED, command, losses, run, words
 
 pytestmark = pytest.mark.distributed
 
@@ -36,26 +38,128 @@ def test_one_rank_learns_at_once():
     assert asked_on_rank(1, 1, 3) == [3]
 
 
-def test_a_signal_saves_stops_with_its_own_code_and_loses_nothing(packs, tmp_path):
-    """Two signals are one. The same command then goes on to the same end."""
-    overrides = ("run.steps=60", "checkpoint.every_steps=0", "data.loader=torch")
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGUSR2, 75), (signal.SIGTERM, 75), (signal.SIGHUP, 75), (signal.SIGINT, 130)],
+)
+def test_a_signal_saves_stops_with_its_own_code_and_loses_nothing(packs, tmp_path, number, code):
+    """R13, R18: two signals are one. The same command then goes on to the same end."""
+    overrides = ("run.steps=60", "checkpoint.every_steps=0", "data.loader=torch", *UNVERIFIED)
     said = tmp_path / "stdout", tmp_path / "stderr"
     process = Python(words(packs, tmp_path, *overrides), said)
-    deadline = time.monotonic() + 120
-    while max(losses_or_none(tmp_path), default=0) < 5 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGUSR2)
+    wait_for_step(tmp_path, 5)
+    os.kill(process.pid, number)
     time.sleep(0.05)
     if process.poll() is None:
-        os.kill(process.pid, signal.SIGUSR2)
+        os.kill(process.pid, number)
     status, errors = process.wait(60), said[1].read_text()
-    assert status == Preempted.exit_code, errors
+    assert status == code, errors
     step = max(losses(tmp_path))
     assert f"after the checkpoint of step {step}" in errors
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step_{step:08d}"]
-    done = run(packs, tmp_path, *overrides)
-    assert done.returncode == 0, done.stderr
-    assert sorted(losses(tmp_path)) == list(range(1, 61))
+    assert "Traceback" not in errors
+    (saved,) = (tmp_path / "checkpoints").iterdir()
+    assert saved.name == f"step_{step:08d}"
+    assert f"goes on from {saved}" in errors, "what is printed is there"
+    if number == signal.SIGUSR2:
+        done = run(packs, tmp_path, *overrides)
+        assert done.returncode == 0, done.stderr
+        assert sorted(losses(tmp_path)) == list(range(1, 61))
+
+
+STANDS = """
+import ctypes, runpy, sys
+import partialfc.training.run
+def stands(*_, **__):
+    print("here", flush=True)
+    mutex = ctypes.create_string_buffer(64)
+    for _ in range(2):  # waits for itself in C, where Python runs no handler
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
+partialfc.training.run.{name} = stands
+sys.argv = {words!r}
+runpy.run_path("launch/train.py", run_name="__main__")
+"""
+
+
+def standing_in(name, packs, tmp_path):
+    """A training that stands in one of its functions and never comes back to Python."""
+    said = tmp_path / "stdout", tmp_path / "stderr"
+    arguments = words(packs, tmp_path / "run", "run.steps=60", *UNVERIFIED)
+    process = Python(["-c", STANDS.format(name=name, words=arguments)], said)
+    deadline = time.monotonic() + 120
+    while not (said[0].exists() and "here" in said[0].read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return process, said[1]
+
+
+def test_a_second_signal_leaves_at_once_wherever_the_run_stands(packs, tmp_path):
+    """R18: even in a collective that does not return."""
+    process, errors = standing_in("train_step", packs, tmp_path)
+    os.kill(process.pid, signal.SIGTERM)
+    time.sleep(0.7)
+    assert process.poll() is None, "one asks for a checkpoint"
+    assert "SIGTERM: the run stops after this step" in errors.read_text()
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(5) == 128 + signal.SIGTERM
+
+
+def test_before_the_first_step_one_signal_is_enough(packs, tmp_path):
+    """R18: nothing is lost then, and nothing is promised; also where Python runs no handler."""
+    process, errors = standing_in("build", packs, tmp_path)
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(15) == 128 + signal.SIGTERM
+    assert "checkpoint" not in errors.read_text()
+
+
+def test_it_is_said_that_there_is_no_checkpoint_where_there_is_none(packs, tmp_path):
+    said = tmp_path / "stdout", tmp_path / "stderr"
+    code = STANDS.replace("mutex = ctypes", "import signal; signal.raise_signal(2); mutex = ctypes")
+    arguments = words(packs, tmp_path / "run", "run.steps=60", *UNVERIFIED)
+    process = Python(["-c", code.format(name="build", words=arguments)], said)
+    assert process.wait(60) == 130
+    assert said[1].read_text() == (
+        "stopped by SIGINT before the first step. The same command begins: no checkpoint yet.\n"
+    )
+
+
+def test_torchrun_that_is_ended_leaves_a_checkpoint(packs, tmp_path):
+    """R18: Kubernetes sends SIGTERM to it, and it hands it on to the ranks and waits for them."""
+    overrides = ("run.steps=100000", "checkpoint.every_steps=0", "data.loader=torch", *UNVERIFIED)
+    agent = subprocess.Popen(
+        command(packs, tmp_path, *overrides, ranks=2),
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for_step(tmp_path, 2)
+    agent.send_signal(signal.SIGTERM)
+    _, errors = agent.communicate(timeout=60)
+    (saved,) = (tmp_path / "checkpoints").glob("step_*")
+    assert f"The same command goes on from {saved}" in errors, errors
+    assert int(saved.name.removeprefix("step_")) == max(losses(tmp_path))
+
+
+def test_a_short_run_has_checkpoints_by_default():
+    """500 steps had none until their end."""
+    default = Checkpoint()
+    assert [default.interval(steps) for steps in (10, 500, 5000, 0, 10**6)] == [
+        50,
+        100,
+        1000,
+        2000,
+        2000,
+    ]
+    assert Checkpoint(keep_every_steps=4000).interval(500) == 2000
+    assert Checkpoint(every_steps=0).interval(500) == 0
+
+
+def wait_for_step(folder, step):
+    deadline = time.monotonic() + 120
+    while max(losses_or_none(folder), default=0) < step:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def losses_or_none(folder):

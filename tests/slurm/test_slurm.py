@@ -149,7 +149,7 @@ from partialfc.runtime import preemption
 from partialfc.slurm.task import Training
 for code in map(int, sys.argv[1:]):
     for number in (None, signal.SIGTERM, signal.SIGUSR2):
-        preemption._received.clear()
+        preemption.forget()
         def main(words):
             if number:
                 os.kill(os.getpid(), number)
