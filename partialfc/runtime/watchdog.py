@@ -2,16 +2,20 @@
 
 A thread of each rank tells a store, every second or two, how far its rank has come. When a rank no
 longer moves, the ranks that live see who it is, write the Python stacks of all their threads, and
-exit. Nothing of it needs the main thread, which may be waiting in a collective for ever.
+exit. Nothing of it needs the main thread, which may be waiting in a collective for ever. Whatever
+is written on the way out may fail or hang, as a full disk and a pipe that nobody reads do: a second
+thread, the guard, writes nothing and ends the process when its time is over.
 """
 
 import faulthandler
 import json
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -23,8 +27,10 @@ from partialfc.distributed import ranks as collectives
 from partialfc.distributed.ranks import Ranks
 from partialfc.errors import HangError, LostRankError, exit_code_of, record_for_torchrun
 from partialfc.records.ledger import Ledger
+from partialfc.runtime import preemption
 from partialfc.runtime.beats import OUTSIDE, Beat, Sight, verdict
 from partialfc.words import names_of
+from partialfc.writing import opened
 
 _SECONDS_TO_LEAVE = 15.0
 _SECONDS_TO_DUMP = 10.0
@@ -53,6 +59,7 @@ class Watchdog:
         self._ranks, self._folder, self._seconds = ranks, folder, seconds
         self._store = None if store is None else PrefixStore("watchdog", store)
         self.interval = min(2.0, seconds / 6)
+        self._stderr = _never_waiting_stderr()
         self._ledger: Ledger | None = None
         self._saver: Pending | None = None
         self._number = 0
@@ -62,10 +69,10 @@ class Watchdog:
         self._leaving, self._telling = False, threading.Lock()
         self._ended = threading.Event()
         self._leave_by: tuple[float, int] | None = None
+        self._guard = threading.Thread(target=self._watch_the_watch, name="guard", daemon=True)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._guard.start()
         self._thread.start()
-        if store is not None:
-            threading.Thread(target=self._watch_the_watch, name="guard", daemon=True).start()
 
     def follow(self, ledger: Ledger, saver: Pending | None = None) -> None:
         """Learn from the ledger how far this rank has come, and from a saver what to wait for."""
@@ -93,18 +100,22 @@ class Watchdog:
         self._say_goodbye()
 
     def _watch_the_watch(self) -> None:
-        """A store behind a cut link refuses nothing: whoever asks it waits for ever.
+        """The guard: what the watchdog waits for may never come.
 
-        Several looks in a row, so that a process that was stopped and goes on is not taken for it.
+        A store behind a cut link refuses nothing, and whoever asks it waits for ever. Several looks
+        in a row, so that a process that was stopped and goes on is not taken for it.
         """
         looks = 0
         while not self._ended.wait(self.interval):
-            silence = time.monotonic() - self._answered
+            now = time.monotonic()
+            silence = now - self._answered
             looks = looks + 1 if silence > self._seconds else 0
-            if looks > 3 and self._leave_by is not None:
-                _exit(self._leave_by[1])
+            if self._leave_by is not None and (looks > 3 or now > self._leave_by[0]):
+                os._exit(self._leave_by[1])
             if looks > 3:
-                self._stop(LostRankError(self._no_answer(silence, "and no error")))
+                self._leave_by = (now + _SECONDS_TO_LEAVE, LostRankError.exit_code)
+                words = silence, "and no error"
+                threading.Thread(target=self._no_answer, args=words, daemon=True).start()
 
     def _watch(self) -> None:
         now = time.monotonic()
@@ -113,8 +124,6 @@ class Watchdog:
             before, now = now, time.monotonic()
             if now - before > self._seconds:  # this process was stopped: nothing was seen meanwhile
                 self._seen, self._answered = {}, now
-            if self._leave_by is not None and now > self._leave_by[0]:
-                _exit(self._leave_by[1])
             try:
                 self._beat()
                 if self._store is None:
@@ -122,23 +131,27 @@ class Watchdog:
                 else:
                     self._look_around(self._store, now)
                 self._answered = now
-            except (dist.DistError, RuntimeError) as error:
+            except Exception as error:  # whatever it is, a hang must still find its end
                 silent = time.monotonic() - self._answered
                 if silent > self._seconds:
-                    self._stop(LostRankError(self._no_answer(silent, str(error).splitlines()[0])))
+                    problem = (str(error) or type(error).__name__).splitlines()[0]
+                    self._no_answer(silent, problem)
             if self._ended.wait(self.interval):
                 return
 
-    def _no_answer(self, seconds: float, problem: str) -> str:
-        return (
+    def _no_answer(self, seconds: float, problem: str) -> NoReturn:
+        self._leave_by = (time.monotonic() + _SECONDS_TO_LEAVE, LostRankError.exit_code)
+        error = LostRankError(
             "the store of the ranks, on the host of rank 0, gives no answer for "
             f"{seconds:.0f} s ({problem}). Stacks of this rank: {self._dump()}"
         )
+        self._stop(error)
 
     def _arm(self) -> None:
         """If this thread cannot run, because something keeps Python's lock, C still shows where."""
-        if sys.__stderr__ is not None:
-            faulthandler.dump_traceback_later(self._seconds, file=sys.__stderr__)
+        with suppress(OSError, ValueError, RuntimeError):  # stderr is closed
+            if self._stderr is not None:
+                faulthandler.dump_traceback_later(self._seconds, file=self._stderr)
 
     def _own(self) -> Beat:
         if self._ledger is None:
@@ -177,7 +190,10 @@ class Watchdog:
             self._seen.setdefault(rank, Sight(beat, now, now)).update(beat, now)
         for rank in self._seen.keys() - beats.keys():
             del self._seen[rank]
-        found = verdict(self._seen, now, self._seconds)
+        patience = self._seconds
+        if preemption.received(signal.SIGTERM):  # who sent it kills before long
+            patience = min(patience, _SECONDS_TO_LEAVE)
+        found = verdict(self._seen, now, patience)
         if found is None:
             return
         if self._store is None:
@@ -208,7 +224,7 @@ class Watchdog:
         self._say_goodbye()
         watch_until = time.monotonic() + 4 * self.interval
         first: dict[int, Beat] | None = None
-        while time.monotonic() < watch_until:
+        while True:
             try:
                 if self._store.check(["failure"]):
                     return _of(json.loads(self._store.get("failure")))
@@ -216,9 +232,11 @@ class Watchdog:
             except RuntimeError:
                 return "the host of rank 0 was lost, and the store of the ranks with it"
             first = first or beats
+            if time.monotonic() > watch_until or preemption.received(signal.SIGTERM):
+                break
             time.sleep(self.interval / 4)
-        silent = [rank for rank, beat in (first or {}).items() if beats.get(rank) == beat]
-        if not silent:
+        silent = [rank for rank, beat in first.items() if beats.get(rank) == beat]
+        if not silent or preemption.received(signal.SIGTERM):
             return "a rank was lost; the log of its host says which"
         beat = beats[silent[0]]
         return f"{names_of(silent)} was lost at step {beat.step} ({beat.kind})"
@@ -259,6 +277,7 @@ class Watchdog:
 
     def _hang(self, store: Store | None, sentence: str) -> NoReturn:
         """Write the stacks and leave."""
+        self._leave_by = (time.monotonic() + _SECONDS_TO_LEAVE, HangError.exit_code)
         folder = self._dump().parent
         error = HangError(f"{sentence}. The stacks of the ranks that live are in {folder}")
         self._stop(error, store)
@@ -269,11 +288,12 @@ class Watchdog:
         path = folder / f"rank_{self._ranks.rank:05d}.txt"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with path.open("w", encoding="utf-8") as file:
+            with os.fdopen(opened(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as file:
                 faulthandler.dump_traceback(file)
-        except OSError as error:
-            print(f"{path}: {error}", file=sys.stderr)
-            faulthandler.dump_traceback(sys.__stderr__ or sys.stderr)
+        except OSError:
+            with suppress(OSError, ValueError, RuntimeError):
+                if self._stderr is not None:
+                    faulthandler.dump_traceback(self._stderr)
         return path
 
     def _wait_for_dumps(self, store: Store) -> None:
@@ -299,20 +319,36 @@ class Watchdog:
         )
 
     def _stop(self, error: HangError | LostRankError, store: Store | None = None) -> NoReturn:
-        print(f"rank {self._ranks.rank}: {error}", file=sys.stderr, flush=True)
-        if self._ledger is not None:
-            self._ledger.end(f"{type(error).__name__}: {error}", error.exit_code)
-        record_for_torchrun(error)
-        if store is not None:
-            self._wait_for_dumps(store)
-        _exit(error.exit_code)
+        """Say why, and leave without the main thread, which may never come back.
+
+        What is written may fail, and then the rest is written all the same; or hang, and then the
+        guard leaves.
+        """
+        self._leave_by = (time.monotonic() + _SECONDS_TO_LEAVE, error.exit_code)
+        with suppress(Exception):
+            record_for_torchrun(error)
+        with suppress(Exception):
+            if self._ledger is not None:
+                self._ledger.end(f"{type(error).__name__}: {error}", error.exit_code)
+        with suppress(Exception):
+            print(f"rank {self._ranks.rank}: {error}", file=sys.stderr, flush=True)
+        with suppress(Exception):
+            if store is not None:
+                self._wait_for_dumps(store)
+        with suppress(Exception):
+            sys.stdout.flush()
+        os._exit(error.exit_code)
 
 
-def _exit(code: int) -> NoReturn:
-    """Leave at once: the main thread may never come back."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+def _never_waiting_stderr() -> int | None:
+    """Standard error, opened anew: a stack that a full pipe does not take must not stop Python."""
+    try:
+        return os.open("/proc/self/fd/2", os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:  # a socket, another system, or it is closed
+        try:
+            return None if sys.__stderr__ is None else sys.__stderr__.fileno()
+        except (OSError, ValueError):
+            return None
 
 
 def _of(failure: Mapping[str, Any]) -> str:
