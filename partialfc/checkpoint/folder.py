@@ -24,9 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from partialfc.checkpoint.disk import Disk
-from partialfc.errors import CheckpointError
+from partialfc.errors import CheckpointError, OtherFormatError
+from partialfc.writing import opened
 
 FORMAT = 3
+"""Every format has the checksum of its manifest, so that a damaged one is not taken for another."""
 MANIFEST = "manifest.json"
 KEYS = {
     "format",
@@ -41,6 +43,8 @@ KEYS = {
     "files",
 }
 _THREADS = 4
+_LONGEST_MANIFEST = 256 << 20
+_PART = re.compile(r"(backbone|optimizer|head|statistics_\d{6,}|centers_\d{10,})\.safetensors")
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -60,8 +64,11 @@ def step_of(path: Path) -> int:
 
 def steps(folder: Path) -> list[Path]:
     """The checkpoints of a folder, oldest first; a copy under another name is not one."""
-    named = (path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name))
-    return sorted(named, key=step_of)
+    return sorted(filter(_is_named, folder.glob("step_*")), key=step_of)
+
+
+def _is_named(path: Path) -> bool:
+    return re.fullmatch(r"step_[0-9]{8,18}", path.name) is not None
 
 
 def leftovers(folder: Path) -> list[Path]:
@@ -74,53 +81,85 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: If it is missing, corrupt or incomplete; the message names what.
+        OtherFormatError: If it is sound, and of another format.
     """
-    file = path / MANIFEST
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        with os.fdopen(opened(path / MANIFEST, os.O_RDONLY), encoding="utf-8") as file:
+            text = file.read(_LONGEST_MANIFEST)
+        manifest = json.loads(text)
         digest = manifest.pop("sha256")
+        sound = digest == _digest_of(manifest)
     except KeyError as error:
         raise CheckpointError(f"{MANIFEST} lacks {error}") from error
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{MANIFEST}: {type(error).__name__}: {error}") from error
-    if digest != _digest_of(manifest):
+    if not sound:
         raise CheckpointError(f"{MANIFEST} is corrupt: its checksum is not that of its content")
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(
-            f"its format is {manifest.get('format')}, this version reads {FORMAT}"
+    if manifest.get("format", FORMAT) != FORMAT:
+        raise OtherFormatError(
+            f"{path}: its format is {manifest['format']!r:.20}, and this version reads "
+            f"{FORMAT}. Go on with the version that wrote it, or start in another run.folder."
         )
     if missing := KEYS - manifest.keys():
         raise CheckpointError(f"{MANIFEST} lacks {', '.join(sorted(missing))}")
+    if problem := _misshapen(manifest):
+        raise CheckpointError(f"{MANIFEST}: {problem}")
     return dict(manifest)
+
+
+def _misshapen(manifest: Mapping[str, Any]) -> str | None:
+    """What is not as a commit writes it: a checksum can be computed of anything."""
+    for key in ("step", "world_size", "num_identities", "canonical_shards"):
+        if type(manifest[key]) is not int or not 0 <= manifest[key] < 2**63:
+            return f"{key} is {manifest[key]!r:.50}, must be a count"
+    for key in ("facts", "scaler", "files"):
+        if not isinstance(manifest[key], dict):
+            return f"{key} is {manifest[key]!r:.50}, must be an object"
+    for name, about in manifest["files"].items():
+        if not _PART.fullmatch(name):
+            return f"{name[:80]!a} is no name of a part"
+        if not isinstance(about, dict):
+            return f"{name} is {about!r:.50}, must be an object"
+        tensors = about.get("tensors")
+        if not isinstance(tensors, list) or not all(isinstance(one, str) for one in tensors):
+            return f"{name}: tensors is {tensors!r:.50}, must be names"
+    return None
 
 
 def verify(path: Path, *, part: int = 0, of: int = 1) -> str | None:
     """Return what is wrong with a checkpoint, or ``None`` if every file is as it was written.
 
+    It takes no longer than reading so many bytes as the manifest says.
+
     Args:
         path: Of the checkpoint.
         part: Which share of the files to read, in [0, of): ranks divide them.
         of: Shares.
+
+    Raises:
+        OtherFormatError: If it is of another format; what it is like is not known then.
     """
     try:
         manifest = read_manifest(path)
-        if re.fullmatch(r"step_\d{8,}", path.name) and manifest["step"] != step_of(path):
+        if _is_named(path) and manifest["step"] != step_of(path):
             return f"{MANIFEST} is of step {manifest['step']}"
         files = sorted(manifest["files"].items())[part::of]
         with ThreadPoolExecutor(_THREADS) as pool:
-            problems = pool.map(lambda item: _problem(path / Path(item[0]).name, item[1]), files)
+            problems = pool.map(lambda item: _problem(path / item[0], item[1]), files)
             return next((problem for problem in problems if problem), None)
+    except OtherFormatError:
+        raise
     except CheckpointError as error:
         return str(error)
 
 
 def _problem(file: Path, expected: Mapping[str, Any]) -> str | None:
     try:
-        size = file.stat().st_size
-        if size != expected["bytes"]:
-            return f"{file.name} has {size} bytes, its manifest says {expected['bytes']}"
-        with file.open("rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        with os.fdopen(opened(file, os.O_RDONLY), "rb") as part:
+            size = os.fstat(part.fileno()).st_size
+            if size != expected["bytes"]:
+                return f"{file.name} has {size} bytes, its manifest says {expected['bytes']}"
+            digest = hashlib.file_digest(part, "sha256").hexdigest()
     except (OSError, KeyError, TypeError) as error:
         return f"{file.name}: {type(error).__name__}: {error}"
     if digest != expected["sha256"]:
@@ -130,7 +169,7 @@ def _problem(file: Path, expected: Mapping[str, Any]) -> str | None:
 
 def write_text(path: Path, text: str, disk: Disk) -> None:
     """Write a small file and sync it."""
-    with path.open("wb") as file:
+    with path.open("xb") as file:
         disk.write(file, text.encode())
     disk.sync(path)
 
@@ -159,7 +198,7 @@ def retain(folder: Path, *, keep: int, keep_every_steps: int, disk: Disk) -> Non
         if keep_every_steps and step_of(path) % keep_every_steps == 0:
             continue
         doomed = path.with_name(f".{path.name}.deleted")
-        if doomed.exists():
+        if os.path.lexists(doomed):
             disk.remove(doomed)
         disk.rename(path, doomed)  # so that a half-deleted folder is never taken for a checkpoint
         disk.remove(doomed)
@@ -177,7 +216,7 @@ def set_aside(paths: Sequence[Path]) -> None:
     """Take the names of checkpoints from folders that are none, and keep what is in them."""
     for path in paths:
         number, aside = 1, path.with_name(f".{path.name}.invalid")
-        while aside.exists():
+        while os.path.lexists(aside):
             number, aside = number + 1, path.with_name(f".{path.name}.{number}.invalid")
         path.rename(aside)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from partialfc.checkpoint.disk import Disk
@@ -27,7 +27,7 @@ from partialfc.checkpoint.folder import (
 )
 from partialfc.checkpoint.saving import Saver
 from partialfc.distributed.agreement import from_leader, words_of_any
-from partialfc.errors import CheckpointError
+from partialfc.errors import CheckpointError, OtherFormatError
 from partialfc.head import PartialFC
 from partialfc.model.batch_norm import statistics
 from partialfc.model.build import Model
@@ -69,7 +69,8 @@ def newest(folder: Path, runtime: Runtime, *, tidy: bool = True) -> Path | None:
     Without ``tidy`` nothing is touched: another process may be writing.
 
     Raises:
-        CheckpointError: If there are checkpoints and none is valid; nothing is touched then.
+        CheckpointError: If there are checkpoints and none is valid, or one that is newer than all
+            valid ones is of another format; nothing is touched then.
     """
     disk, found = Disk(), steps(folder) if runtime.leads else []
     if runtime.leads and tidy:
@@ -102,7 +103,7 @@ def named(path: Path, runtime: Runtime) -> Path:
     """Return a checkpoint that somebody chose, verified by all ranks. Collective.
 
     Raises:
-        CheckpointError: If it is none, or corrupt.
+        CheckpointError: If it is none, corrupt, or of another format.
     """
     if problem := _problem_of(path, runtime):
         raise CheckpointError(
@@ -144,7 +145,7 @@ def load(path: Path, model: Model, facts: Mapping[str, Any], runtime: Runtime) -
             head.load_shared_state(_complete(shared, read_tensors(path, "head", manifest, device)))
         if model.scaler.is_enabled():
             model.scaler.load_state_dict(manifest["scaler"])
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     _say_what_differs(path, manifest, model, runtime)
     return int(manifest["step"])
@@ -231,8 +232,14 @@ def _pieces(low: int, high: int, part: Any, rows: int) -> list[tuple[int, int]]:
 
 def _problem_of(path: Path, runtime: Runtime) -> str:
     """What the first rank that finds anything wrong says; each verifies a share of the files."""
-    ranks = runtime.ranks
-    return words_of_any(verify(path, part=ranks.rank, of=ranks.size) or "", ranks)
+    ranks, problem, refusal = runtime.ranks, None, ""
+    try:
+        problem = verify(path, part=ranks.rank, of=ranks.size)
+    except OtherFormatError as error:
+        refusal = str(error)
+    if refusal := words_of_any(refusal, ranks):  # it is whole: not to be set aside
+        raise OtherFormatError(refusal)
+    return words_of_any(problem or "", ranks)
 
 
 def _same_run(
