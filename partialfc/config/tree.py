@@ -7,6 +7,7 @@ directory, and ``~`` is expanded.
 
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -215,10 +216,29 @@ _CHANGES_NO_RESULT: dict[str, Any] = {
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Return the settings of a run from a TOML file and ``key.sub=value`` overrides.
 
+    The config.toml in a run's folder means that folder, wherever it was moved or copied; what it
+    says of ``run.folder`` does not count, an override does.
+
     Raises:
         ConfigError: With every problem found; see :func:`partialfc.config.file.load_settings`.
     """
-    return load_settings(Config, path, overrides)
+    config = load_settings(Config, path, overrides)
+    home = Path(path).absolute().parent
+    chosen = any(key.split("=")[0].strip() in ("run", "run.folder") for key in overrides)
+    if chosen or Path(path).name != "config.toml" or not _holds_run(home):
+        return config
+    if config.run.folder.resolve() != home.resolve():
+        print(
+            f"{path}: run.folder is the folder that it lies in, no longer {config.run.folder}.",
+            file=sys.stderr,
+        )
+        config = config.model_copy(update={"run": config.run.model_copy(update={"folder": home})})
+    return config
+
+
+def _holds_run(folder: Path) -> bool:
+    """Whether a run has written there: it wrote the config.toml, too."""
+    return (folder / "ledger.jsonl").exists() or any(folder.glob("checkpoints/step_*"))
 
 
 def to_toml(config: Config) -> str:

@@ -85,6 +85,26 @@ def test_paths_are_relative_to_the_current_directory(monkeypatch: pytest.MonkeyP
     assert settings.run.folder == Path("/home/me/runs")
 
 
+def test_a_config_in_a_runs_folder_means_that_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that was moved went on in the old folder, or began anew there."""
+    for name in ("moved", "mine"):
+        (tmp_path / name).mkdir()
+        text = '[run]\nfolder = "/old/place"\n[data]\ntrain = "a.rec"\n'
+        (tmp_path / name / "config.toml").write_text(text)
+    moved = tmp_path / "moved" / "config.toml"
+    (tmp_path / "moved" / "checkpoints" / "step_00000001").mkdir(parents=True)
+    assert load(moved).run.folder == tmp_path / "moved"
+    said = "run.folder is the folder that it lies in, no longer /old/place."
+    assert said in capsys.readouterr().err
+    assert load(moved, ["run.folder=/new/place"]).run.folder == Path("/new/place")
+    assert load(tmp_path / "mine" / "config.toml").run.folder == Path("/old/place")
+    moved.write_text(text.replace("/old/place", str(tmp_path / "moved")))
+    assert load(moved).run.folder == tmp_path / "moved"
+    assert not capsys.readouterr().err
+
+
 def test_nothing_can_be_changed() -> None:
     settings = loaded()
     with pytest.raises(ValidationError, match="frozen"):
