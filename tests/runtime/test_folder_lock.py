@@ -35,6 +35,7 @@ def test_a_second_start_is_refused_and_touches_nothing(packs, tmp_path):
     while not list(folder.glob("checkpoints/step_*")) and time.monotonic() < deadline:
         time.sleep(0.05)
     os.kill(first.pid, signal.SIGSTOP)
+    time.sleep(0.5)  # what its threads were writing comes to its end
     half_written = folder / "checkpoints" / ".step_00999999.partial"
     half_written.mkdir()
     before = contents(folder)
