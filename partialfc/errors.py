@@ -106,7 +106,7 @@ def record_for_torchrun(error: BaseException, stack: str = "") -> None:
         more = {"timestamp": str(int(time.time()))} | ({"py_callstack": stack} if stack else {})
         entry = {"message": {"message": in_words(error), "extraInfo": more}}
         with suppress(OSError):  # a full disk must not hide the error
-            Path(path).write_text(json.dumps(entry))
+            Path(path).write_text(json.dumps(entry), encoding="utf-8")
 
 
 class ConfigError(ValueError):

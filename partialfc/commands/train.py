@@ -23,13 +23,14 @@ def main(arguments: list[str]) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(f"{_USAGE}\n\n{help_text()}")
         return 0 if arguments else 2
-    try:
-        with unessential_streams(), preemption.listening():
-            return status_of(lambda: _train(arguments))
-    except KeyboardInterrupt as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"stopped by {error}", file=sys.stderr)
-        return exit_code_of(error)
+    with unessential_streams():
+        try:
+            with preemption.listening():
+                return status_of(lambda: _train(arguments))
+        except KeyboardInterrupt as error:
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                print(f"stopped by {error}", file=sys.stderr)
+            return exit_code_of(error)
 
 
 def _train(arguments: list[str]) -> int:

@@ -288,7 +288,7 @@ class Watchdog:
         path = folder / f"rank_{self._ranks.rank:05d}.txt"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with os.fdopen(opened(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as file:
+            with os.fdopen(opened(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as file:
                 faulthandler.dump_traceback(file)
         except OSError:
             with suppress(OSError, ValueError, RuntimeError):
