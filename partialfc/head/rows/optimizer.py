@@ -21,6 +21,7 @@ from partialfc.head.plan import Plan
 from partialfc.head.row_set import RowSet
 from partialfc.head.rows import catch_up as unsampled
 from partialfc.head.rows.catch_up import Moves
+from partialfc.head.rows.loss_scale import LossScale
 from partialfc.head.rows.rules import RowRule, States
 from partialfc.head.rows.staging import Staging, host_tensor, row_tensor
 from partialfc.head.rows.stored import AT_STEP, CENTERS, SCALE, Stored
@@ -38,8 +39,9 @@ _MOVES = "moves"
 class RowOptimizer(torch.optim.Optimizer):
     """A :class:`torch.optim.Optimizer` of one rank's class centers; made by ``PartialFC``.
 
-    ``param_groups``, learning-rate schedulers, ``state_dict`` and ``torch.amp.GradScaler`` work as
-    with any optimizer. ``zero_grad`` forgets the micro-batches that backward has seen.
+    ``param_groups``, learning-rate schedulers, ``state_dict`` and ``torch.amp.GradScaler``, with
+    ``unscale_`` or without, work as with any optimizer. ``zero_grad`` forgets the micro-batches
+    that backward has seen.
 
     Args:
         centers: [rows of this rank, D], fp32, bf16 or fp16; changed in place by :meth:`step`.
@@ -83,9 +85,17 @@ class RowOptimizer(torch.optim.Optimizer):
         self._ready: torch.cuda.Event | None = None
         misses = getattr(rule, "unsampled", "stay") == "move" and not every_row
         self._moves = Moves(self._device) if misses else None
+        self._loss_scale = LossScale(self._device)
         super().__init__([centers], {**asdict(rule), "steps": 0})
+        self.param_groups[0]["params"].append(self._loss_scale.parameter)
         if self._memory.uses_host:
             self.states()  # a folder without room is refused now
+
+    @property
+    def centers(self) -> nn.Parameter:
+        """[rows of this rank, D] as they are stored."""
+        centers: nn.Parameter = self.param_groups[0]["params"][0]
+        return centers
 
     @property
     def steps(self) -> int:
@@ -128,6 +138,7 @@ class RowOptimizer(torch.optim.Optimizer):
         """Forget the micro-batches since the last step."""
         super().zero_grad(set_to_none)
         self._kept, self._skip = [], []
+        self._loss_scale.reset()
 
     @torch.no_grad()
     def open(self, row_n: Tensor | None) -> tuple[Tensor, RowSet]:
@@ -137,7 +148,7 @@ class RowOptimizer(torch.optim.Optimizer):
         """
         rows = self._row_set(row_n)
         if row_n is None or not rows.compact:
-            return self.param_groups[0]["params"][0].detach(), rows
+            return self.centers.detach(), rows
         return self._stage().open(self.steps, row_n)[CENTERS], rows
 
     def prefetch(self, rows: Tensor | None) -> None:
@@ -152,8 +163,7 @@ class RowOptimizer(torch.optim.Optimizer):
 
     def _stage(self) -> Staging:
         if self._staging is None:
-            centers: Tensor = self.param_groups[0]["params"][0].detach()
-            states = self.states()
+            centers, states = self.centers.detach(), self.states()
             in_host = {CENTERS} if self._memory.centers_in == "host" else set()
             if self._memory.states_in == "host":
                 in_host |= states.keys()
@@ -174,7 +184,7 @@ class RowOptimizer(torch.optim.Optimizer):
         if moves is None or not moves.steps:
             return
         if rows is None and self._memory.uses_host:
-            total = len(self.param_groups[0]["params"][0])
+            total = len(self.centers)
             for start in range(0, total, _STAGED_ROWS):
                 stop = min(start + _STAGED_ROWS, total)
                 self.catch_up(torch.arange(start, stop, device=self._device))
@@ -203,6 +213,7 @@ class RowOptimizer(torch.optim.Optimizer):
             with self._on_side_stream():
                 self._update(group, kept, skips)
             self.workspace.take_back(tensor for one in kept for tensor in one.spend())
+        self._loss_scale.reset()
         if self._staging is not None:
             self._staging.close()
         group["steps"] += 1
@@ -215,7 +226,6 @@ class RowOptimizer(torch.optim.Optimizer):
         """
         self.settle()
         self._staging = None
-        centers: Tensor = self.param_groups[0]["params"][0]
         saved = state_dict["state"].get(0, {})
         held = self.states() if saved else {}
         (group,) = state_dict["param_groups"]
@@ -227,15 +237,16 @@ class RowOptimizer(torch.optim.Optimizer):
             )
         self.load_shared_state(group)
         groups = [{name: value for name, value in group.items() if name != _MOVES}]
+        groups[0]["params"] = [0, 1]
         super().load_state_dict({"state": {}, "param_groups": groups})
-        self.state[centers] = {name: held[name].copy_(value) for name, value in saved.items()}
+        self.state[self.centers] = {name: held[name].copy_(value) for name, value in saved.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, once all rows are where they lie between steps."""
         self.settle()
         state = super().state_dict()
         (group,) = state["param_groups"]
-        return {**state, "param_groups": [{**group, **self.shared_state()}]}
+        return {**state, "param_groups": [{**group, "params": [0], **self.shared_state()}]}
 
     @contextmanager
     def _on_side_stream(self) -> Iterator[None]:
@@ -249,7 +260,8 @@ class RowOptimizer(torch.optim.Optimizer):
             yield
             return
         current = torch.cuda.current_stream(side.device)
-        verdict = (getattr(self, name, None) for name in ("found_inf", "grad_scale"))
+        verdict = [getattr(self, name, None) for name in ("found_inf", "grad_scale")]
+        verdict.append(self._loss_scale.factor)
         if any(tensor is not None for tensor in verdict) or self._ready is None:
             side.wait_stream(current)
         else:
@@ -276,10 +288,9 @@ class RowOptimizer(torch.optim.Optimizer):
 
     def states(self) -> States:
         """Row states by name, each with one row per class center; made when first asked for."""
-        centers: Tensor = self.param_groups[0]["params"][0]
-        states: States = self.state[centers]
+        states: States = self.state[self.centers]
         if not states:
-            states.update(self._new_states(centers))
+            states.update(self._new_states(self.centers))
         return states
 
     def _new_states(self, centers: Tensor) -> States:
@@ -304,7 +315,7 @@ class RowOptimizer(torch.optim.Optimizer):
         """Centers and states to update: all of the rank, or compact ones of the rows."""
         rows = self._row_set(row_n)
         if row_n is None or not rows.compact:
-            return Stored(self.param_groups[0]["params"][0].detach(), self.states(), rows)
+            return Stored(self.centers.detach(), self.states(), rows)
         tensors = dict(self._stage().open(self.steps, row_n))
         return Stored(tensors.pop(CENTERS), tensors, rows)
 
@@ -313,10 +324,12 @@ class RowOptimizer(torch.optim.Optimizer):
         return RowSet.of(row_n, first_row=self._first_row, compact=compact)
 
     def _unscaled(self, kept: list[Kept]) -> list[Kept]:
+        """Return the micro-batches of the loss as it was before GradScaler multiplied it."""
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
-        if grad_scale is None:
-            return kept
-        return [_times(one, 1 / grad_scale) for one in kept]
+        factor = self._loss_scale.factor
+        if grad_scale is not None:
+            factor = 1 / grad_scale if factor is None else factor / grad_scale
+        return kept if factor is None else [_times(one, factor) for one in kept]
 
 
 def _times(kept: Kept, weight: Tensor) -> Kept:

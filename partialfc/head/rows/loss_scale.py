@@ -1,0 +1,60 @@
+"""How an optimizer whose centers have no gradient hears of ``GradScaler.unscale_``."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_UNSCALE = torch._amp_foreach_non_finite_check_and_unscale_
+
+
+class LossScale:
+    """What the gradients were multiplied by since the last step.
+
+    ``GradScaler.unscale_`` multiplies whatever is in ``grad`` of an optimizer's parameters by one
+    over the loss scale. The gradients of the centers are still micro-batches then, so they are
+    multiplied later: the optimizer has a parameter beside the centers, which is one zero, and its
+    zero gradient notes the factor. Norms, clipping and every other operation see a zero.
+
+    Args:
+        device: Of the optimizer.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.parameter = nn.Parameter(torch.zeros(1, device=device), requires_grad=False)
+        self._gradient = torch.zeros(1, device=device).as_subclass(_Listener)
+        self.reset()
+
+    @property
+    def factor(self) -> Tensor | None:
+        """fp32 scalar; ``None`` for 1."""
+        return self._gradient.factor
+
+    def reset(self) -> None:
+        """Forget the factor."""
+        self._gradient.factor = None
+        self.parameter.grad = self._gradient  # zero_grad takes it away
+
+
+class _Listener(Tensor):
+    """A zero that notes by what GradScaler multiplies it."""
+
+    factor: Tensor | None
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run an operation as on any tensor."""
+        if func is _UNSCALE:
+            gradients, _, factor = args
+            for one in gradients:
+                if isinstance(one, cls):
+                    one.factor = factor if one.factor is None else one.factor * factor
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
