@@ -1,4 +1,4 @@
-"""The three collectives of the head, and none where there is one rank.
+"""The collectives of the head, and none where there is one rank.
 
 Shape suffixes: b = rows of this rank's batch, B = rows of the gathered batch, D = embedding.
 """
@@ -50,34 +50,6 @@ class Ranks:
         if not (dist.is_available() and dist.is_initialized()):
             return cls()
         return cls(dist.get_rank(group), dist.get_world_size(group), group)
-
-
-def gather_batch(
-    queries_bD: Tensor, identities_b: Tensor, norms_b: Tensor | None, ranks: Ranks
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gather the queries, identities and norms of all ranks: one all-gather, rank by rank.
-
-    It moves D * itemsize + 8 bytes a row, and 4 more for its norm.
-
-    Returns:
-        queries_BD: In the dtype of ``queries_bD``, bit for bit; contiguous.
-        identities_B: int64.
-        norms_B: fp32, or ``None``.
-    """
-    queries_bD = queries_bD.contiguous()
-    if ranks.size == 1:
-        return queries_bD, identities_b, norms_b
-    # As bytes: gloo knows no 16-bit integers, and no backend mixes two dtypes.
-    parts = [queries_bD, identities_b.unsqueeze(1)]
-    parts += [] if norms_b is None else [norms_b.unsqueeze(1)]
-    gathered = gather_rows(torch.cat([part.view(torch.uint8) for part in parts], dim=1), ranks)
-    sizes = [part.shape[1] * part.itemsize for part in parts]
-    columns = [
-        column.contiguous().view(part.dtype)
-        for column, part in zip(torch.split(gathered, sizes, dim=1), parts, strict=True)
-    ]
-    norms_B = None if norms_b is None else columns[2].squeeze(1)
-    return columns[0], columns[1].squeeze(1), norms_B
 
 
 def gather_rows(rows: Tensor, ranks: Ranks) -> Tensor:

@@ -16,10 +16,13 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
-from partialfc.distributed.ranks import Ranks, gather_batch, gather_rows
+from partialfc.distributed.batches import Batches
+from partialfc.distributed.ranks import Ranks
 from partialfc.head.batch import Batch, Queries
 from partialfc.head.centers import expand, fill_initial_
+from partialfc.head.checks import refuse_batch
 from partialfc.head.loss import MarginLoss, Outcome, margin_loss
 from partialfc.head.machine import machine_of
 from partialfc.head.options import Kernels, Memory, Precision, check_fit, check_inter_class
@@ -29,16 +32,18 @@ from partialfc.head.rows.optimizer import RowOptimizer
 from partialfc.head.rows.rules import RowRule, RowSGD
 from partialfc.head.rows.staging import host_tensor, row_tensor
 from partialfc.head.sampling import KeyedSampler, Sample, refuse_unfixed, refuse_unknown
+from partialfc.head.shard import Shard, refuse_copies
 from partialfc.head.sharding import Sharding, default_canonical_shards
 from partialfc.keyed import key
 from partialfc.margins import Margin
 
 
-class PartialFC(nn.Module):
+class PartialFC(Shard):
     """The margin softmax loss of a global batch over the class centers of all ranks.
 
     Every rank constructs it with the same arguments. It works without torch.distributed too, as
-    one rank. The loss and both gradients are exact for the sampled centers.
+    one rank. The loss and both gradients are exact for the sampled centers. It may be a part of a
+    module that DistributedDataParallel wraps; see :class:`partialfc.head.shard.Shard`.
 
     Args:
         num_identities: C, over all ranks; >= 1.
@@ -62,11 +67,6 @@ class PartialFC(nn.Module):
     Raises:
         ValueError: If a value is outside its range.
     """
-
-    centers: nn.Parameter
-    """[rows of this rank, D] as ``precision`` stores them, not normalised; changed by ``optimizer``
-    alone. fp16 rows are in units of their scale. A margin may want several rows for an identity,
-    which follow one another, or a bias, which is one element more."""
 
     def __init__(
         self,
@@ -150,10 +150,9 @@ class PartialFC(nn.Module):
         fill_initial_(centers, self.owned_rows, seed=seed, device=self.device)
         if margin.bias:
             centers[:, -1] = 0
-        self.centers = nn.Parameter(centers, requires_grad=False)
         self.memory, self.keep_bytes = memory, memory.keep_bytes(self.device.type)
         self.optimizer = RowOptimizer(
-            self.centers,
+            nn.Parameter(centers, requires_grad=False),
             rule,
             first_row=self.owned_rows.start,
             seed=seed,
@@ -163,9 +162,8 @@ class PartialFC(nn.Module):
             overlap=kernels.overlap,
             every_row=sample_rate == 1,
         )
-        # Whoever reads or writes centers finds all of them there, and none on their way.
-        self.register_state_dict_pre_hook(_settle)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(_settle)  # type: ignore[no-untyped-call]
+        self._batches, self._steps = Batches(self.ranks), Batches(self.ranks, "steps")
+        self._first = True
         self.center_weight, self.inter_class_weight = center_weight, inter_class_weight
         self.terms: dict[str, Tensor] = {}
         """Losses beside the softmax in the last forward pass, without their weights."""
@@ -178,45 +176,55 @@ class PartialFC(nn.Module):
             f"embedding_dim={self.embedding_dim}, owned={self.owned}, margin={self.margin}"
         )
 
+    @_disable_dynamo
     def sample_step(self, identities: Tensor) -> None:
         """Fix the sample of this step from the identities of all its micro-batches.
 
         With gradient accumulation, N micro-batches after this call use the centers that one batch
         of all of them would use; without it each uses its own positives. Collective: one
-        all-gather. Holds until the next ``optimizer.step()``.
+        all-gather, two where there are more than the last time. Holds until the next
+        ``optimizer.step()``.
 
         Args:
             identities: int64 [any], this rank's, the same number on every rank.
+
+        Raises:
+            ValueError: If the number is not the same, or there is an unknown one; on a GPU, a
+                device-side assertion fails instead.
         """
-        identities_B = gather_rows(identities, self.ranks)
+        identities_B = self._steps.gather_identities(identities)
         refuse_unknown(identities_B, self.sharding.num_identities)
         step = self.optimizer.steps
         rows = expand(self.sampler(step, identities_B), self.centers_per_identity).rows
         self._step_sample = _StepSample(step, identities_B, rows)
 
+    @_disable_dynamo
     def prefetch(self, identities: Tensor) -> None:
         """Begin to bring the rows of the next step from host memory; a no-op where none are there.
 
         Optional, and changes no result. Call it before the forward pass of the present step, with
-        the identities of the whole next one. Collective where rows are in host memory: one
-        all-gather.
+        the identities of the whole next one. Collective where rows are in host memory: as
+        :meth:`sample_step`.
 
         Args:
             identities: int64 [any], this rank's of the next step, the same number on every rank.
         """
         if self.memory.uses_host:
-            identities_B = gather_rows(identities, self.ranks)
+            identities_B = self._steps.gather_identities(identities)
             sample = self.sampler(self.optimizer.steps + 1, identities_B)
             self.optimizer.prefetch(expand(sample, self.centers_per_identity).rows)
 
+    # The sampler is integers on the host, and the optimizer's step is among its keys.
+    @_disable_dynamo
     def forward(self, embeddings: Tensor, identities: Tensor) -> Tensor:
         """Return the mean loss over the global batch, fp32, the same on all ranks.
 
         Collective: one all-gather, one all-reduce of [2B], and one reduce-scatter where gradients
-        are wanted; backward has none. One all-reduce of [B] more for logits above 64, and one for a
-        margin that needs the positives first; a margin that follows the norm and label smoothing
-        make the all-reduce of [2B] longer by [B] and [2B]. The losses beside the softmax have their
-        own; see :mod:`partialfc.head.center_losses`.
+        are wanted; backward has none. One all-gather more where the batch is larger than the last
+        one, and one of [D] in the very first pass. One all-reduce of [B] more for logits above 64,
+        and one for a margin that needs the positives first; a margin that follows the norm and
+        label smoothing make the all-reduce of [2B] longer by [B] and [2B]. The losses beside the
+        softmax have their own; see :mod:`partialfc.head.center_losses`.
 
         ``embeddings.grad`` is the world size times the exact gradient, so that the mean over
         ranks that DistributedDataParallel takes is exact.
@@ -228,21 +236,13 @@ class PartialFC(nn.Module):
             embeddings: [b, D] of this rank, any float dtype, any length; b equal on all ranks.
             identities: int64 [b], global, in [0, C).
 
+        It is not compiled: ``torch.compile`` leaves the head as it is.
+
         Raises:
-            ValueError: If a shape, a dtype or an identity is wrong, or was not given to
-                :meth:`sample_step`.
+            ValueError: If a shape, a dtype, a device or an identity is wrong, or was not given to
+                :meth:`sample_step`; if b is not equal; if centers are copies of another rank's.
         """
-        if embeddings.ndim != 2 or embeddings.shape[1] != self.embedding_dim:
-            raise ValueError(
-                f"embeddings must be [batch, {self.embedding_dim}], "
-                f"got {list(embeddings.shape)}; embedding_dim of the head and of the backbone "
-                "must be the same."
-            )
-        if identities.shape != embeddings.shape[:1] or identities.dtype != torch.int64:
-            raise ValueError(
-                f"identities must be int64 [{len(embeddings)}], one for each embedding, "
-                f"got {identities.dtype} {list(identities.shape)}."
-            )
+        refuse_batch(embeddings, identities, dim=self.embedding_dim, device=self.device)
         # The anchor makes backward reach the centers where the embeddings want no gradient.
         anchor = torch.zeros((), requires_grad=torch.is_grad_enabled())
         with torch.autocast(embeddings.device.type, enabled=False):
@@ -258,14 +258,15 @@ class PartialFC(nn.Module):
     def _gather(self, embeddings: Tensor, identities: Tensor, *, want_gradient: bool) -> Batch:
         """Gather the global batch, refuse what is no identity of it, and sample its centers."""
         margin, optimizer = self.margin, self.optimizer
+        if self._first:
+            every = (len(self.sharding.owned(rank)) for rank in range(self.ranks.size))
+            fewest = min(filter(None, every)) * self.centers_per_identity
+            refuse_copies(self.centers, fewest, self.device, self.ranks)
+            self._first = False
         state = {name: value.clone() for name, value in self.margin_state().items()}
         queries = Queries.of(embeddings, margin, state, self.compute)
-        query_BD, identities_B, norm_B = gather_batch(
-            queries.query_bD,
-            identities,
-            queries.norm_b if margin.needs_norms else None,
-            self.ranks,
-        )
+        norms_b = queries.norm_b if margin.needs_norms else None
+        query_BD, identities_B, norm_B = self._batches.gather(queries.query_bD, identities, norms_b)
         refuse_unknown(identities_B, self.sharding.num_identities)
         sample = self.sample(identities_B)
         optimizer.catch_up(sample.rows)
@@ -366,7 +367,3 @@ class _StepSample:
     step: int
     identities_B: Tensor
     rows: Tensor | None
-
-
-def _settle(head: PartialFC, *_: object) -> None:
-    head.optimizer.settle()

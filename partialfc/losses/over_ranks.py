@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from partialfc.distributed.ranks import Ranks, gather_batch, sum_over_ranks, sum_to_owner
+from partialfc.distributed.batches import Batches
+from partialfc.distributed.ranks import Ranks, sum_over_ranks, sum_to_owner
 from partialfc.losses import EmbeddingLoss, Pairs
 from partialfc.numerics import unit
 
@@ -60,18 +61,22 @@ class EmbeddingLosses(nn.Module):
         super().__init__()
         self.losses = dict(losses)
         self.ranks = Ranks.of(group)
+        self.batches = Batches(self.ranks)
         self.terms = {}
 
     def forward(self, embeddings: Tensor, identities: Tensor) -> Tensor:
         """Return the weighted sum, fp32, the same on all ranks.
 
-        Collective: one all-gather, one all-reduce of [2T], and one reduce-scatter where gradients
-        are wanted; none without losses. ``embeddings.grad`` is the world size times the exact
-        gradient, as that of the head is.
+        Collective: one all-gather, two where the batch is larger than the last one, one all-reduce
+        of [2T], and one reduce-scatter where gradients are wanted; none without losses.
+        ``embeddings.grad`` is the world size times the exact gradient, as that of the head is.
 
         Args:
             embeddings: [b, D] of this rank, any float dtype, any length; b equal on all ranks.
             identities: int64 [b], global.
+
+        Raises:
+            ValueError: If b is not equal; on a GPU, a device-side assertion fails instead.
         """
         if not self.losses:
             return torch.zeros((), device=embeddings.device)
@@ -101,7 +106,7 @@ class _OverRanks(torch.autograd.Function):
         """Return the loss; arguments and collectives are those of ``EmbeddingLosses.forward``."""
         ranks, weighted = module.ranks, module.losses
         unit_bD, reciprocal_b1 = unit(embeddings.float())
-        unit_BD, identities_B, _ = gather_batch(unit_bD, identities, None, ranks)
+        unit_BD, identities_B, _ = module.batches.gather(unit_bD, identities)
         anchors = slice(ranks.rank * len(unit_bD), (ranks.rank + 1) * len(unit_bD))
         want_gradient = ctx.needs_input_grad[0]
         with torch.set_grad_enabled(want_gradient):

@@ -244,14 +244,23 @@ def test_one_seed_trains_the_same_on_1_2_and_4_ranks(rule, settings):
 
 
 def count_on_rank(rank, world_size, scale, compute):
-    with Collectives() as step:
-        head = flat_head(100, 8, ArcFace(scale=scale), sample_rate=0.5, compute=compute)
-        labels = torch.arange(4)
+    head = flat_head(100, 8, ArcFace(scale=scale), sample_rate=0.5, compute=compute)
+    labels = torch.arange(4)
+
+    def train():
         head(torch.randn(4, 8, requires_grad=True), labels).backward()
         head.optimizer.step()
-    with Collectives() as evaluation, torch.no_grad():
-        head(torch.randn(4, 8), labels)
-    return step.seen, evaluation.seen
+
+    def evaluate():
+        with torch.no_grad():
+            head(torch.randn(4, 8), labels)
+
+    counts = []
+    for part in (train, train, evaluate):
+        with Collectives() as one:
+            part()
+        counts.append(one.seen)
+    return counts
 
 
 @pytest.mark.parametrize(("scale", "maximum"), [(64, []), (128, [("allreduce_", 8 * 4)])])
@@ -260,11 +269,14 @@ def test_collectives_are_as_many_and_as_large_as_the_docstring_says(
     scale, maximum, compute, itemsize
 ):
     """b = 4 rows on each of two ranks, D = 8; nothing else goes through any process group."""
-    step, evaluation = run_on_ranks(2, count_on_rank, scale, compute)[0]
-    gather = ("_allgather_base_", 4 * (8 * itemsize + 8))
+    first, step, evaluation = run_on_ranks(2, count_on_rank, scale, compute)[0]
+    row = 8 * itemsize + 8
+    gather = ("_allgather_base_", (1 + 4) * row)
+    once = [("_allgather_base_", size) for size in (8 * 4, row, 4 * row)]
     sums = ("allreduce_", 2 * 8 * 4)
     assert step == [gather, *maximum, sums, ("_reduce_scatter_base_", 8 * 8 * 4)]
     assert evaluation == [gather, *maximum, sums]
+    assert first == [*once, *step[1:]]
 
 
 def refuse_on_rank(rank, world_size):

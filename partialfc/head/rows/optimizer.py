@@ -11,10 +11,11 @@ loss on centers pulls.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from partialfc.head.options import Memory
 from partialfc.head.plan import Plan
@@ -134,6 +135,12 @@ class RowOptimizer(torch.optim.Optimizer):
         if self._stream is not None:
             self._ready = torch.cuda.current_stream(self._stream.device).record_event()
 
+    def __getstate__(self) -> NoReturn:
+        raise TypeError(
+            "the optimizer of a head cannot be copied or pickled: it belongs to the centers of one "
+            "rank. Save and load its state_dict()."
+        )
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the micro-batches since the last step."""
         super().zero_grad(set_to_none)
@@ -195,6 +202,7 @@ class RowOptimizer(torch.optim.Optimizer):
             moves, self._working(rows), step_key, path=self._plan.path, workspace=self.workspace
         )
 
+    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update the sampled rows by the micro-batches since the last step; no collective.

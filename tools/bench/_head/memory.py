@@ -43,7 +43,7 @@ class Memory:
 
 def stored_tensors(head: Any) -> tuple[list[Tensor], list[Tensor]]:
     """Return what a head keeps between steps: centers (and their row scales), optimizer states."""
-    centers = [*head.parameters(), *head.buffers()]
+    centers = [head.centers, *head.buffers()]
     known = {tensor.data_ptr() for tensor in centers}
     states = [
         value

@@ -1,0 +1,113 @@
+"""What PyTorch does to modules, and what of it may happen to the centers of one rank.
+
+Shape suffixes: C = rows of a rank's centers, D = their elements, W = ranks.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from partialfc.distributed.ranks import Ranks, gather_rows
+from partialfc.head.rows.optimizer import RowOptimizer
+
+
+class Shard(nn.Module):
+    """A module with the centers of one rank, which are changed by their optimizer alone.
+
+    They are no parameter of the module, because what is done to parameters would spoil them:
+    DistributedDataParallel gives all ranks those of rank 0, ``half`` drops bits, an average over
+    steps knows no rows. ``state_dict`` has them, under the key of a parameter.
+    """
+
+    optimizer: RowOptimizer
+    """Of the centers."""
+    device: torch.device
+    """Where they are needed."""
+
+    @property
+    def centers(self) -> nn.Parameter:
+        """[rows of this rank, D] as ``precision`` stores them, not normalised; changed by
+        ``optimizer`` alone. fp16 rows are in units of their scale. A margin may want several rows
+        for an identity, which follow one another, or a bias, which is one element more."""
+        return self.optimizer.centers
+
+    def __getstate__(self) -> NoReturn:
+        raise TypeError(
+            "a head cannot be copied or pickled, as copy.deepcopy, AveragedModel and torch.save of "
+            "a whole module do: its centers belong to one rank and one optimizer, and a copy would "
+            "not follow them. Copy or average the backbone alone, and save head.state_dict() and "
+            "head.optimizer.state_dict()."
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Shard":
+        """Refuse to move; number formats are those of ``precision``, whatever the model's are."""
+        there = fn(torch.empty(0, device=self.device)).device
+        if there != self.device:
+            raise ValueError(
+                f"a head does not move: its centers are on {self.device}, and this would move it "
+                f'to {there}; construct it with device="{there}".'
+            )
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _save_to_state_dict(self, *arguments: Any) -> None:
+        self.optimizer.settle()
+        with self._as_parameter():
+            super()._save_to_state_dict(*arguments)
+
+    def _load_from_state_dict(
+        self, state: Any, prefix: str, metadata: dict[str, Any], *arguments: Any
+    ) -> None:
+        self.optimizer.settle()
+        # assign=True would put another tensor here than the one that the optimizer changes.
+        metadata = {**metadata, "assign_to_params_buffers": False}
+        with self._as_parameter():
+            super()._load_from_state_dict(state, prefix, metadata, *arguments)
+
+    @contextmanager
+    def _as_parameter(self) -> Iterator[None]:
+        """Inside, torch saves and loads the centers as any parameter."""
+        self._parameters["centers"] = self.centers
+        try:
+            yield
+        finally:
+            del self._parameters["centers"]
+
+
+def refuse_copies(centers_CD: Tensor, rows: int, device: torch.device, ranks: Ranks) -> None:
+    """Refuse centers of a rank that are those of the rank before.
+
+    Collective: one all-gather of [D]; all ranks refuse together. An element of each of some rows is
+    compared; elements that are all the same tell nothing.
+
+    Args:
+        centers_CD: Of this rank.
+        rows: How many rows every rank has that has any.
+        device: Of the collective.
+        ranks: Those that share the head.
+
+    Raises:
+        ValueError: If there are; on a GPU, a device-side assertion fails instead.
+    """
+    if ranks.size == 1:
+        return
+    column_D = torch.arange(centers_CD.shape[1], device=centers_CD.device)
+    mark_D = torch.zeros(len(column_D), device=device)
+    if len(centers_CD):
+        mark_D = centers_CD[column_D % rows, column_D].float().to(device)
+    mark_WD = gather_rows(mark_D.unsqueeze(0), ranks)
+    tells_W = (mark_WD != mark_WD[:, :1]).any(1)
+    copied_W = tells_W[1:] & (mark_WD[1:] == mark_WD[:-1]).all(1)
+    if copied_W.device.type != "cpu":
+        torch._assert_async(~copied_W.any(), "the centers of two ranks are the same")
+    elif copied_W.any():
+        rank = int(copied_W.nonzero()[0]) + 1
+        raise ValueError(
+            f"centers: those of rank {rank} are a copy of those of rank {rank - 1}, and each rank "
+            "must have those of its own identities. Something has broadcast them (a loop over "
+            "state_dict()?), or they were drawn with the same seed on every rank: leave the head "
+            "out of it."
+        )
