@@ -23,6 +23,7 @@ from partialfc.distributed.ranks import Ranks
 from partialfc.head.batch import Batch, Queries
 from partialfc.head.centers import expand, fill_initial_
 from partialfc.head.checks import refuse_batch
+from partialfc.head.forgotten import Forgotten
 from partialfc.head.loss import MarginLoss, Outcome, margin_loss
 from partialfc.head.machine import machine_of
 from partialfc.head.options import Kernels, Memory, Precision, check_fit, check_inter_class
@@ -163,7 +164,7 @@ class PartialFC(Shard):
             every_row=sample_rate == 1,
         )
         self._batches, self._steps = Batches(self.ranks), Batches(self.ranks, "steps")
-        self._first = True
+        self._forgotten, self._first = Forgotten(), True
         self.center_weight, self.inter_class_weight = center_weight, inter_class_weight
         self.terms: dict[str, Tensor] = {}
         """Losses beside the softmax in the last forward pass, without their weights."""
@@ -240,11 +241,14 @@ class PartialFC(Shard):
 
         Raises:
             ValueError: If a shape, a dtype, a device or an identity is wrong, or was not given to
-                :meth:`sample_step`; if b is not equal; if centers are copies of another rank's.
+                :meth:`sample_step`; if b is not equal; if centers are copies of another rank's; if
+                nobody calls ``optimizer.step()``.
         """
         refuse_batch(embeddings, identities, dim=self.embedding_dim, device=self.device)
         # The anchor makes backward reach the centers where the embeddings want no gradient.
         anchor = torch.zeros((), requires_grad=torch.is_grad_enabled())
+        if anchor.requires_grad:
+            self._forgotten.look(embeddings, self.optimizer.micro_batches)
         with torch.autocast(embeddings.device.type, enabled=False):
             with torch.no_grad():
                 batch = self._gather(embeddings, identities, want_gradient=anchor.requires_grad)
