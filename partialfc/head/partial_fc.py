@@ -22,7 +22,7 @@ from partialfc.distributed.batches import Batches
 from partialfc.distributed.ranks import Ranks
 from partialfc.head.batch import Batch, Queries
 from partialfc.head.centers import expand, fill_initial_
-from partialfc.head.checks import refuse_batch
+from partialfc.head.checks import refuse_batch, refuse_other_kinds
 from partialfc.head.forgotten import Forgotten
 from partialfc.head.loss import MarginLoss, Outcome, margin_loss
 from partialfc.head.machine import machine_of
@@ -66,6 +66,7 @@ class PartialFC(Shard):
         device: Where the centers live; ``None`` for torch's default device.
 
     Raises:
+        TypeError: If margin, optimizer, precision, memory or kernels is of another type.
         ValueError: If a value is outside its range.
     """
 
@@ -88,6 +89,13 @@ class PartialFC(Shard):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        refuse_other_kinds(
+            margin=margin,
+            optimizer=optimizer,
+            precision=precision,
+            memory=memory,
+            kernels=kernels,
+        )
         if embedding_dim < 1:
             raise ValueError(f"embedding_dim must be >= 1, got {embedding_dim}.")
         precision, memory = precision or Precision(), memory or Memory()

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from partialfc import CurricularFace, RowSGD
+from partialfc import ArcFace, CurricularFace, Precision, RowSGD
 from tests.support.heads import flat_head
 from tests.support.ranks import run_on_ranks
 
@@ -174,3 +174,24 @@ def test_the_compiler_leaves_the_head_as_it_is(what, rate):
         results.append((whole(forward, optimizers), module.head.centers.detach()))
     assert results[0][0] == results[1][0]
     assert torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"margin": "arcface"}, r"margin must be a Margin, as ArcFace\(\), got 'arcface'\."),
+        ({"margin": ArcFace}, r"got the class ArcFace\. Write ArcFace\(\)\."),
+        ({"margin": None}, r"margin must be a Margin, as ArcFace\(\), got None\."),
+        ({"optimizer": torch.optim.SGD}, r"as RowSGD\(lr=0\.1\), got the class SGD\."),
+        ({"optimizer": RowSGD}, r"got the class RowSGD\. Write RowSGD\(\)\."),
+        ({"precision": "bf16"}, r'as Precision\(compute="bf16"\), got \'bf16\'\.'),
+        ({"memory": Precision()}, r"memory must be a Memory, as .*, got Precision\("),
+        ({"kernels": True}, r"kernels must be a Kernels, as Kernels\(fused=True\), got True\."),
+    ],
+    ids=str,
+)
+def test_an_argument_of_another_type_is_refused_with_what_is_wanted(settings, message):
+    from partialfc import PartialFC
+
+    with pytest.raises(TypeError, match=message):
+        PartialFC(100, 16, **{"margin": ArcFace(), **settings})
