@@ -9,6 +9,7 @@ from partialfc.config import help_text, load
 from partialfc.errors import exit_code_of
 from partialfc.records.unessential import unessential_streams
 from partialfc.runtime import preemption
+from partialfc.runtime.place import refuse_unusable, use_large_pages
 
 _USAGE = """usage: partialfc train CONFIG.toml [key.sub=value ...]
 
@@ -35,8 +36,8 @@ def main(arguments: list[str]) -> int:
 
 def _train(arguments: list[str]) -> int:
     config = load(arguments[0], arguments[1:])
+    use_large_pages(config)  # before torch
     try:
-        from partialfc.runtime.place import refuse_unusable
         from partialfc.runtime.process import running
         from partialfc.training.run import train
 

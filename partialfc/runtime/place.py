@@ -101,6 +101,17 @@ def refuse_unusable(config: Config) -> None:
         pass  # taken, or no such host: the exporter says so
 
 
+def use_large_pages(config: Config) -> None:
+    """Let torch take large tensors in pages of 2 MiB where a run is on a CPU.
+
+    Its activations are given back and taken again in every step: in pages of 4 KiB a fifth of the
+    time goes to the kernel. torch reads the variable once, so this comes before its import; a
+    user's own value stays.
+    """
+    if config.run.device == "cpu" or not Path("/dev/nvidiactl").exists():
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
 def of_torchrun(what: Literal["environ", "cmdline"]) -> list[str]:
     """Return what the torchrun above this process was started with; empty without one (Linux)."""
     if "TORCHELASTIC_RUN_ID" in os.environ:

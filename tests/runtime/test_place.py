@@ -248,3 +248,27 @@ def test_where_there_is_no_signal_for_users_training_can_be_imported():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "usage: partialfc train" in done.stdout
+
+
+LARGE_PAGES = """
+import os, sys
+import partialfc.commands.train as train
+right = train.use_large_pages
+def told(config):
+    right(config)
+    print("torch" in sys.modules, os.environ["THP_MEM_ALLOC_ENABLE"])
+train.use_large_pages = told
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(("own", "expected"), [(None, "1"), ("0", "0")])
+def test_large_pages_are_asked_for_before_torch_is_there(own, expected, tmp_path):
+    """It reads the variable at its first allocation, and never again."""
+    environment = {**ENVIRONMENT, "THP_MEM_ALLOC_ENABLE": own}
+    if own is None:
+        del environment["THP_MEM_ALLOC_ENABLE"]
+    tail = ["configs/demo.toml", "data.train=none.rec", "run.device=cpu", f"run.folder={tmp_path}"]
+    command = [sys.executable, "-c", LARGE_PAGES, *tail]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines()[0] == f"False {expected}", done.stderr

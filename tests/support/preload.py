@@ -11,6 +11,8 @@ import os
 from contextlib import suppress
 from functools import cache
 
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as a run on a CPU does, before torch
+
 import torch
 import torch.distributed.run
 import torch.utils.tensorboard
