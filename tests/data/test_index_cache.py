@@ -215,3 +215,15 @@ def test_a_scan_of_damage_gives_the_offset(tmp_path):
     (tmp_path / "a.rec").write_bytes(data)
     with pytest.raises(RecordError, match=f"offset {at}: magic"):
         scan(RecordFile(tmp_path / "a.rec"))
+
+
+def test_a_lock_that_somebody_keeps_is_waited_for_a_while_and_said(tmp_path, monkeypatch, capsys):
+    """It stopped every start, in silence."""
+    monkeypatch.setattr(index_cache, "_SECONDS_TO_WAIT", 0.5)
+    monkeypatch.setattr(index_cache, "_SECONDS_OF_SILENCE", 0.1)
+    path = tmp_path / "train.rec"
+    path.write_bytes(b"x")
+    with index_cache.alone(path), index_cache.alone(path):
+        assert "train.rec: another process holds its lock" in capsys.readouterr().err
+    with index_cache.alone(path):
+        assert not capsys.readouterr().err

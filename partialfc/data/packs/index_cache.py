@@ -12,6 +12,8 @@ import fcntl
 import hashlib
 import json
 import os
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,6 +31,8 @@ KEPT_FROM = 1 << 17
 
 _FORMAT = "partialfc index 1"
 _HEADER = 4096
+_SECONDS_TO_WAIT, _SECONDS_OF_SILENCE = 60.0, 3.0
+"""For a lock that somebody else holds, and before that is said."""
 
 
 def open_index(file: RecordFile) -> RecordIndex:
@@ -168,13 +172,34 @@ def write_kept(places: list[Path], header: dict[str, Any], columns: list[NDArray
     return False
 
 
+def _wait_for_lock(handle: int, path: Path) -> None:
+    began, said = time.monotonic(), False
+    while (waited := time.monotonic() - began) < _SECONDS_TO_WAIT:
+        with suppress(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        if waited > _SECONDS_OF_SILENCE and not said:
+            said = True
+            print(
+                f"{path}: another process holds its lock, perhaps to read its index; going on "
+                f"without it after {_SECONDS_TO_WAIT:.0f} s.",
+                file=sys.stderr,
+                flush=True,
+            )
+        time.sleep(0.05)
+
+
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Hold the lock of a file or folder, where its file system has locks."""
+    """Hold the lock of a file or folder, where its file system has locks.
+
+    One that another process keeps is waited for a minute, and said so: what comes of it is time
+    saved, and two processes may do the same without harm.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
         with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            _wait_for_lock(handle, path)
         yield
     finally:
         os.close(handle)
