@@ -49,7 +49,7 @@ _NONE = -1
 _PIECE_BYTES = 64 << 20
 
 CONFIG_HASH = "config_hash"
-"""The one fact that may differ when a run goes on; rank 0 then says so."""
+"""The one fact that may differ when a run goes on."""
 
 
 def save(
@@ -255,8 +255,6 @@ def _same_run(
         **facts,
     }
     saved = {**manifest, **manifest["facts"]}
-    if runtime.leads and saved.get(CONFIG_HASH) != expected.get(CONFIG_HASH):
-        print(f"{path}: going on with settings that are not those it was written with.", flush=True)
     differ = [
         f"{name} = {json.dumps(saved.get(name))}, this run has {json.dumps(value)}"
         for name, value in expected.items()
@@ -265,7 +263,8 @@ def _same_run(
     if differ:
         raise CheckpointError(
             f"{path}: it was written with {'; with '.join(differ)}. Go on with the same settings, "
-            "or start a new run in another run.folder."
+            "or start a new run in another run.folder: run.start_from takes over this one's "
+            "backbone, and its class centers as partialfc identities writes them."
         )
 
 

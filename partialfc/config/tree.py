@@ -8,7 +8,8 @@ directory, and ``~`` is expanded.
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+import tomllib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -239,6 +240,34 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def _holds_run(folder: Path) -> bool:
     """Whether a run has written there: it wrote the config.toml, too."""
     return (folder / "ledger.jsonl").exists() or any(folder.glob("checkpoints/step_*"))
+
+
+def written(text: str) -> Config | None:
+    """Return the settings that a checkpoint keeps; ``None`` for those of another version."""
+    try:
+        return Config.model_validate(tomllib.loads(text))
+    except (ValueError, RecursionError):
+        return None
+
+
+def changes(before: Config, after: Config) -> list[str]:
+    """Return "key = value, was value" for each setting that may change a result."""
+    old, new = (
+        _flat(one.model_dump(mode="json", exclude=_CHANGES_NO_RESULT)) for one in (before, after)
+    )
+    return [
+        f"{key} = {json.dumps(new.get(key))}, was {json.dumps(old.get(key))}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = isinstance(value, dict)
+        flat |= _flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return flat
 
 
 def to_toml(config: Config) -> str:

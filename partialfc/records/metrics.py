@@ -147,18 +147,22 @@ def _is_sound(record: dict[str, Any]) -> bool:
 class TensorBoard:
     """TensorBoard event files, written without torch.
 
+    Events after ``step`` in files of earlier starts are not shown any more: they come again.
+
     Raises:
         OSError: If they cannot be written.
     """
 
-    def __init__(self, folder: Path) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
+    def __init__(self, folder: Path, step: int = 0) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self._event, self._summary = Event, Summary
         self._folder = folder
         self._writer = EventFileWriter(str(folder))
+        begins = SessionLog(status=SessionLog.START)
+        self._writer.add_event(Event(wall_time=time.time(), step=step + 1, session_log=begins))
 
     def write(self, step: int, values: Values) -> None:
         """Add one event with a scalar per metric."""

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,8 +63,9 @@ class Training:
 
 def _leave(code: int) -> None:
     """End the process without the teardown of torch, gloo and DALI, as ``partialfc train`` does."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # a full disk must not change the status
+            stream.flush()
     os._exit(code)
 
 

@@ -57,16 +57,21 @@ def open_training_data(config: Config, runtime: Runtime) -> TrainingData:
     except (OSError, ValueError) as error:
         raise ConfigError(f"data.train: {in_words(error)}") from error
     _refuse_other_images(dataset, runtime)
-    steps = config.run.steps
-    if steps is None:
-        assert config.run.epochs is not None
-        steps = max(1, round(config.run.epochs * order.steps_per_epoch))
+    steps = steps_of(config, order)
     if config.schedule.warmup_steps >= steps:
         raise ConfigError(
             f"schedule.warmup_steps = {config.schedule.warmup_steps}: must be fewer than the "
             f"{steps} steps of the run ({order.steps_per_epoch} steps an epoch)."
         )
     return TrainingData(dataset, order, steps)
+
+
+def steps_of(config: Config, order: Order) -> int:
+    """Return the steps of a whole run."""
+    if config.run.steps is not None:
+        return config.run.steps
+    assert config.run.epochs is not None
+    return max(1, round(config.run.epochs * order.steps_per_epoch))
 
 
 def _refuse_other_images(dataset: DataSet, runtime: Runtime) -> None:

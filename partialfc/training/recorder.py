@@ -84,7 +84,7 @@ class Recorder:
             self._sinks.append(JsonLines(folder / "metrics.jsonl", self._step))
             if log.tensorboard:
                 with unessential(folder / "tensorboard"):
-                    self._sinks.append(TensorBoard(folder / "tensorboard"))
+                    self._sinks.append(TensorBoard(folder / "tensorboard", self._step))
             if log.progress:
                 self._sinks.append(ProgressBar(self._step, self._total))
         self._clock = time.monotonic()

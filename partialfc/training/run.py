@@ -17,6 +17,7 @@ from partialfc.checkpoint.warm_start import warm_start
 from partialfc.config import Config, ConfigError, to_toml
 from partialfc.config.conflicts import head_compute
 from partialfc.data.loaders.stream import Batches
+from partialfc.data.order import Order
 from partialfc.distributed.agreement import any_rank, words_of_any
 from partialfc.errors import CrashLoopError, Preempted
 from partialfc.evaluation.sets import Evaluation
@@ -30,6 +31,7 @@ from partialfc.runtime import preemption
 from partialfc.runtime.folder_lock import locked
 from partialfc.runtime.place import elastic_warning, own_place
 from partialfc.runtime.process import Runtime
+from partialfc.training.changes import what_changed
 from partialfc.training.data import open_batches, open_training_data, with_next
 from partialfc.training.must_match import agreed_shards, must_match
 from partialfc.training.preflight import Finding, preflight, report
@@ -79,7 +81,7 @@ def _train(config: Config, runtime: Runtime) -> None:
             runtime.watchdog.follow(ledger)
         _refuse_crash_loop(config, runtime, ledger.before, digest)
         with ledger.spending("restore"):
-            step = _restore(config, runtime, model, facts)
+            step = _restore(config, runtime, model, facts, data.order)
         ledger.at(step, now=True)
         summary = folder / "summary.json"
         if step >= data.steps and summary.exists():
@@ -166,7 +168,9 @@ def _refuse_crash_loop(
         )
 
 
-def _restore(config: Config, runtime: Runtime, model: Model, facts: dict[str, object]) -> int:
+def _restore(
+    config: Config, runtime: Runtime, model: Model, facts: dict[str, object], order: Order
+) -> int:
     """Load what the run goes on from or begins with; return the steps taken."""
     found = checkpoint.newest(config.run.folder / "checkpoints", runtime)
     if found is None and config.run.resume_from is not None:
@@ -175,6 +179,8 @@ def _restore(config: Config, runtime: Runtime, model: Model, facts: dict[str, ob
         step = checkpoint.load(found, model, facts, runtime)
         if runtime.leads:
             print(f"going on from {from_here(found)}", flush=True)
+            for sentence in what_changed(found, config, order):
+                print(f"warning: {sentence}", flush=True)
         return step
     if config.run.start_from is not None:
         warm_start(config.run.start_from, config, model, runtime)

@@ -1,5 +1,6 @@
 import json
 import re
+import time
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -39,6 +40,19 @@ def test_tensorboard_reads_what_is_written(tmp_path):
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(10, 2.5), (20, 1.5)]
     assert [e.value for e in events.Scalars("verification/accuracy")] == [0.75]
+
+
+def test_tensorboard_shows_a_step_once_after_a_kill(tmp_path):
+    """What comes again after a checkpoint was shown twice."""
+    for start, losses in ((0, {1: 1.0, 2: 2.0, 3: 3.0}), (2, {3: 30.0, 4: 40.0})):
+        sink = TensorBoard(tmp_path, start)
+        for step, loss in losses.items():
+            sink.write(step, {"loss": loss})
+        sink.close()
+        time.sleep(1.01)  # files of one second are read in any order
+    events = EventAccumulator(str(tmp_path)).Reload()
+    shown = [(e.step, e.value) for e in events.Scalars("train/loss")]
+    assert shown == [(1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0)]
 
 
 def test_json_is_written_whole(tmp_path):

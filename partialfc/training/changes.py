@@ -1,0 +1,47 @@
+"""What is not as it was when a run goes on, in words: settings, and the learning rate's jump."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from partialfc.checkpoint import CONFIG_HASH
+from partialfc.checkpoint.folder import read_manifest
+from partialfc.config import Config, config_hash
+from partialfc.config.tree import changes, written
+from partialfc.data.order import Order
+from partialfc.training.data import steps_of
+from partialfc.training.schedule import learning_rate
+
+
+def what_changed(found: Path, config: Config, order: Order) -> Iterator[str]:
+    """Yield a sentence for what a run does otherwise than the checkpoint that it goes on from.
+
+    Args:
+        found: The checkpoint.
+        config: Settings of this start.
+        order: Of the images.
+    """
+    manifest = read_manifest(found)
+    if manifest["facts"].get(CONFIG_HASH) == config_hash(config):
+        return
+    before = written(str(manifest["settings"]))
+    if before is None:
+        yield f"{found}: going on with settings that are not those it was written with."
+        return
+    if changed := changes(before, config):
+        yield f"{found}: going on with other settings: {'; '.join(changed)}."
+    was, now = (_rate(one, manifest["step"], order) for one in (before, config))
+    if was != now:
+        yield (
+            f"the learning rate goes on at {now:.3g}; by the checkpoint's settings it was "
+            f"{was:.3g}."
+        )
+
+
+def _rate(config: Config, step: int, order: Order) -> float:
+    total = steps_of(config, order)
+    return learning_rate(
+        min(step, total),
+        peak=config.optimizer.lr,
+        total_steps=total,
+        **config.schedule.model_dump(),
+    )
