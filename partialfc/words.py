@@ -1,5 +1,6 @@
 """Numbers and names as people read them."""
 
+import math
 from collections.abc import Collection
 
 _SHOWN = 8
@@ -8,7 +9,12 @@ _TIMES = (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1))
 
 
 def duration(seconds: float) -> str:
-    """Return e.g. ``0.25 s``, ``12 s``, ``3 min 20 s``, ``4 h 5 min`` or ``2 d 3 h``."""
+    """Return e.g. ``0.25 s``, ``12 s``, ``3 min 20 s``, ``4 h 5 min`` or ``2 d 3 h``.
+
+    A number that is not finite is ``?``.
+    """
+    if not math.isfinite(seconds):
+        return "?"
     whole = round(seconds)
     for unit, length, smaller, part in _TIMES:
         if whole >= length:

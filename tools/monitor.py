@@ -141,7 +141,7 @@ def _process(*command: str, quiet: bool = False) -> Iterator["subprocess.Popen[s
     finally:
         ending.set()
         if process.poll() is None:
-            process.send_signal(signal.SIGINT)
+            process.terminate()  # under nohup a background job ignores Ctrl-C, and its children too
             process.wait(60)
 
 

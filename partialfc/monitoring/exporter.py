@@ -6,14 +6,19 @@ for no GPU. A rank whose training hangs still answers: watch ``last_step_timesta
 """
 
 import errno
+import socket
+import ssl
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
+from prometheus_client import CollectorRegistry, ProcessCollector, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.samples import Sample
+
+from partialfc.monitoring.serving import FewThreads, QuietHandler
 
 Labels = tuple[tuple[str, str], ...]
 PREFIX = "partialfc_"
@@ -89,20 +94,16 @@ class Exporter:
         registry = CollectorRegistry()
         registry.register(self)
         ProcessCollector(registry=registry)
-        secure: dict[str, Any] = {
-            "certfile": certificate and str(certificate),
-            "keyfile": key and str(key),
-            "client_cafile": client_ca and str(client_ca),
-            "client_auth_required": client_ca is not None,
-        }
+        secure = None if certificate is None else _identity(certificate, key, client_ca)
         try:
-            served = start_http_server(port, addr=host, registry=registry, **secure)
+            self._server = _server(host, port, registry, secure)
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise
-            served = start_http_server(0, addr=host, registry=registry, **secure)
-        self._server, self._thread = served
-        self.port = int(self._server.server_port)
+            self._server = _server(host, 0, registry, secure)
+        self.port = self._server.server_port
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread.start()
 
     def set(self, name: str, value: float, **labels: str) -> None:
         """Set a number."""
@@ -132,3 +133,34 @@ class Exporter:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+class _Handler(QuietHandler, WSGIRequestHandler):
+    """Of a scrape."""
+
+
+def _server(
+    host: str, port: int, registry: CollectorRegistry, secure: ssl.SSLContext | None
+) -> WSGIServer:
+    """Open a port, IPv6 where the host is; a handshake is its connection's own affair."""
+    where = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+
+    class Server(FewThreads, WSGIServer):
+        address_family = where[0][0]
+
+    server = make_server(
+        str(where[0][4][0]), port, make_wsgi_app(registry), Server, handler_class=_Handler
+    )
+    if secure is not None:
+        server.socket = secure.wrap_socket(
+            server.socket, server_side=True, do_handshake_on_connect=False
+        )
+    return server
+
+
+def _identity(certificate: Path, key: Path | None, client_ca: Path | None) -> ssl.SSLContext:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=client_ca)
+    context.load_cert_chain(certificate, key)
+    if client_ca is not None:
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context

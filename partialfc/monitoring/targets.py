@@ -10,8 +10,17 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from partialfc.writing import write_text
+
+
+class Target(NamedTuple):
+    """Where one rank serves its numbers."""
+
+    rank: int
+    address: str
+    scheme: str
 
 
 def targets_path(folder: Path, run: Path) -> Path:
@@ -42,6 +51,24 @@ def write_targets(path: Path, addresses: Sequence[str], *, run: str, scheme: str
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(entries, indent=1) + "\n")
+
+
+def read_targets(path: Path) -> list[Target]:
+    """Return the ranks of a file of :func:`write_targets`; what is none is left out.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is no JSON.
+    """
+    targets = []
+    for entry in json.loads(path.read_text(encoding="utf-8")):
+        match entry:
+            case {
+                "targets": [str(address)],
+                "labels": {"rank": str(rank), "__scheme__": "http" | "https" as scheme},
+            } if rank.isdecimal() and re.fullmatch(r"[\w.:\[\]-]+", address):
+                targets.append(Target(int(rank), address, scheme))
+    return targets
 
 
 def remove_targets(path: Path) -> None:

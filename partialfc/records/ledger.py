@@ -73,7 +73,7 @@ class Ledger:
         self._past: dict[str, float] | None = None
         if path is not None:
             with unessential(path):
-                self.before, damaged = read_lines(path, _is_sound)
+                self.before, damaged = read_lines(path, is_sound)
                 if damaged:
                     print(f"{path}: {damaged} damaged lines are left out.", file=sys.stderr)
             self._lines = Lines(path)
@@ -157,10 +157,11 @@ def keeping(path: Path | None, *, ranks: int, settings: str) -> Iterator[Ledger]
 
 def read_ledger(path: Path) -> list[dict[str, Any]]:
     """Return the entries of a ledger; lines that are damaged or cut short are left out."""
-    return read_lines(path, _is_sound)[0]
+    return read_lines(path, is_sound)[0]
 
 
-def _is_sound(entry: dict[str, Any]) -> bool:
+def is_sound(entry: dict[str, Any]) -> bool:
+    """Whether a line of a ledger is one, with all that its event has."""
     seconds = entry.get("seconds")
     return (
         isinstance(seconds, dict)

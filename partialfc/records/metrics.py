@@ -118,7 +118,7 @@ class JsonLines:
 
     def __init__(self, path: Path, step: int) -> None:
         with unessential(path):
-            found, damaged = read_lines(path, _is_sound) if step else ([], 0)
+            found, damaged = read_lines(path, is_sound) if step else ([], 0)
             kept = [line for line in found if line["step"] <= step]
             write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
             if damaged:
@@ -136,10 +136,11 @@ class JsonLines:
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """Return the records of a metrics.jsonl; lines that are damaged or cut short are left out."""
-    return read_lines(path, _is_sound)[0]
+    return read_lines(path, is_sound)[0]
 
 
-def _is_sound(record: dict[str, Any]) -> bool:
+def is_sound(record: dict[str, Any]) -> bool:
+    """Whether a line of metrics.jsonl is one: a step, and numbers or ``None``."""
     numbers = all(value is None or is_number(value) for value in record.values())
     return numbers and is_step(record.get("step"))
 

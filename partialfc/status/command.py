@@ -7,9 +7,11 @@ On 127.0.0.1 unless another address is named: there is no password. For a cluste
 """
 
 import http.server
+import threading
 from pathlib import Path
 
 from partialfc.commands._command import command_parser
+from partialfc.monitoring.serving import FewThreads, QuietHandler
 from partialfc.status.page import page
 from partialfc.status.run import RunFolder
 from partialfc.writing import write_text
@@ -54,15 +56,19 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def serve(folder: RunFolder, host: str, port: int, every: int) -> http.server.HTTPServer:
-    """Return a server of the page; one request at a time, which is what looks at the disk."""
+def serve(folder: RunFolder, host: str, port: int, every: int) -> "_Server":
+    """Return a server of the page; one thread at a time looks at the disk, the others wait."""
+    looking = threading.Lock()
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         def do_GET(self) -> None:
             """Answer with the page, or 404 for any other path."""
             found = self.path in ("/", "/index.html")
-            text = page(folder.look(), every=every) if found else "There is one page: /"
-            content = text.encode()
+            text = "There is one page: /"
+            if found:
+                with looking:
+                    text = page(folder.look(), every=every)
+            content = text.encode(errors="replace")
             self.send_response(200 if found else 404)
             kind = "html" if found else "plain"
             for name, value in {**_HEADERS, "Content-Type": f"text/{kind}; charset=utf-8"}.items():
@@ -71,7 +77,8 @@ def serve(folder: RunFolder, host: str, port: int, every: int) -> http.server.HT
             self.end_headers()
             self.wfile.write(content)
 
-        def log_message(self, format: str, *words: object) -> None:
-            """Say nothing of every reload."""
+    return _Server((host, port), Handler)
 
-    return http.server.HTTPServer((host, port), Handler)
+
+class _Server(FewThreads, http.server.HTTPServer):
+    """Of the page."""

@@ -134,7 +134,9 @@ def _numbers(run: Snapshot) -> list[tuple[str, str, str]]:
 def _charts(run: Snapshot) -> list[tuple[str, str]]:
     figures: list[tuple[str, str]] = []
     for title, name, form, log in _CHARTS:
-        points = [(record["step"], record[name]) for record in run.metrics if name in record]
+        points = [
+            (record["step"], record[name]) for record in run.metrics if record.get(name) is not None
+        ]
         series = Series(name, [step for step, _ in points], [value for _, value in points])
         figures.append((title, line_chart([series], x_label="step", form=form, log_y=log)))
     return figures
@@ -188,4 +190,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _date(stamp: float) -> str:
-    return datetime.fromtimestamp(stamp, UTC).strftime("%Y-%m-%d %H:%M:%S")
+    try:
+        return datetime.fromtimestamp(stamp, UTC).strftime("%Y-%m-%d %H:%M:%S")
+    except (OverflowError, ValueError, OSError):  # no time that there is
+        return "–"

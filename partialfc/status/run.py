@@ -7,32 +7,43 @@ import json
 import shutil
 import ssl
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
+from urllib.request import HTTPSHandler, ProxyHandler, build_opener
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from partialfc.checkpoint import folder as checkpoint_folder
 from partialfc.config import Config, ConfigError, load
 from partialfc.config.monitor import Monitor
-from partialfc.monitoring.targets import targets_path
-from partialfc.records import ledger
+from partialfc.monitoring.targets import Target, read_targets, targets_path
+from partialfc.records import ledger, metrics
+from partialfc.records.lines import is_number
 
-_THREADS = 32
+_THREADS = 256
 _SECONDS_TO_ANSWER = 2.0
+_LONGEST_ANSWER = 1 << 20
+_OF_A_STEP = ("last_step_timestamp_seconds", "steps_total")
+_WAIT = "partialfc_collective_wait_seconds_total"
 _SECONDS_BETWEEN_LOOKS_AT_RANKS = 5.0
 
 
-class Lines:
-    """The JSON objects of a file that grows, or is written anew when a run goes on."""
+class Growing:
+    """The JSON objects of a file that grows, or is written anew when a run goes on.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: One object a line.
+        is_sound: Whether an object is what its line should hold; any other is left out.
+    """
+
+    def __init__(self, path: Path, is_sound: Callable[[dict[str, Any]], bool]) -> None:
         self._path, self._position, self._file = path, 0, -1
+        self._is_sound = is_sound
         self.entries: list[dict[str, Any]] = []
 
     def read(self) -> list[dict[str, Any]]:
@@ -51,9 +62,9 @@ class Lines:
         for line in whole.splitlines():
             try:
                 entry = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
-            if isinstance(entry, dict) and "time" in entry and "step" in entry:
+            if isinstance(entry, dict) and self._is_sound(entry):
                 self.entries.append(entry)
         return self.entries
 
@@ -119,8 +130,8 @@ class Snapshot:
 
     def last(self, name: str) -> float | None:
         """The newest value of a metric."""
-        found = (record[name] for record in reversed(self.metrics) if name in record)
-        return next(found, None)
+        found = (record.get(name) for record in reversed(self.metrics))
+        return next((value for value in found if value is not None), None)
 
     @property
     def step(self) -> int:
@@ -131,7 +142,7 @@ class Snapshot:
     def silence(self) -> float:
         """Seconds since the run wrote its last line."""
         last = [*self.metrics[-1:], *(start.entries[-1] for start in self.starts[-1:])]
-        return self.now - max((line["time"] for line in last), default=self.now)
+        return self.now - max((line.get("time") or 0.0 for line in last), default=self.now)
 
 
 class RunFolder:
@@ -139,8 +150,8 @@ class RunFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._metrics = Lines(folder / "metrics.jsonl")
-        self._ledger = Lines(folder / "ledger.jsonl")
+        self._metrics = Growing(folder / "metrics.jsonl", metrics.is_sound)
+        self._ledger = Growing(folder / "ledger.jsonl", ledger.is_sound)
         self._ranks: tuple[float, list[RankAnswer] | None] = (0.0, [])
 
     def look(self) -> Snapshot:
@@ -149,7 +160,7 @@ class RunFolder:
             config = load(self.folder / "config.toml")
         except ConfigError:
             config = None
-        entries = [entry for entry in self._ledger.read() if {"event", "seconds"} <= entry.keys()]
+        entries = self._ledger.read()
         run = Snapshot(
             name=self.folder.name,
             now=time.time(),
@@ -178,16 +189,16 @@ class RunFolder:
         if time.monotonic() - when < _SECONDS_BETWEEN_LOOKS_AT_RANKS:
             return ranks
         try:
-            entries = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            targets = read_targets(path)
+        except (OSError, ValueError, TypeError, RecursionError):
             return []
         try:
             ask = partial(_answer, context=_way_in(monitor))
         except OSError:  # its files are not here, or not for us
             return None
         with ThreadPoolExecutor(_THREADS) as pool:
-            answers = [answer for answer in pool.map(ask, entries) if answer is not None]
-        ranks = answers if answers or not entries else None
+            answers = [answer for answer in pool.map(ask, targets) if answer is not None]
+        ranks = answers if answers or not targets else None
         self._ranks = (time.monotonic(), ranks)
         return ranks
 
@@ -204,38 +215,57 @@ def _way_in(monitor: Monitor) -> ssl.SSLContext | None:
     return context
 
 
-def _answer(entry: Mapping[str, Any], *, context: ssl.SSLContext | None) -> RankAnswer | None:
+def _answer(target: Target, *, context: ssl.SSLContext | None) -> RankAnswer | None:
     """What a rank says; ``None`` if it lives and does not let us in."""
-    labels, address = entry["labels"], entry["targets"][0]
-    rank = RankAnswer(int(labels["rank"]), address)
+    rank = RankAnswer(target.rank, target.address)
+    url = f"{target.scheme}://{target.address}/metrics"
+    direct = build_opener(ProxyHandler({}), HTTPSHandler(context=context))  # whatever http_proxy is
     try:
-        with urlopen(
-            f"{labels['__scheme__']}://{address}/metrics",
-            timeout=_SECONDS_TO_ANSWER,
-            context=context,
-        ) as reply:
-            text = reply.read().decode()
-    except OSError as error:
+        with direct.open(url, timeout=_SECONDS_TO_ANSWER) as reply:
+            text = _text(reply)
+    except (OSError, HTTPException) as error:
         reason = getattr(error, "reason", None)
         cause = reason if isinstance(reason, OSError) else error
         refused = isinstance(cause, ssl.SSLError | ConnectionResetError | BrokenPipeError)
         return None if refused and context is not None else rank
-    samples = [
-        sample for family in text_string_to_metric_families(text) for sample in family.samples
-    ]
-    values: dict[str, float] = {}
-    for sample in samples:
-        values[sample.name] = values.get(sample.name, 0.0) + sample.value
-    if "partialfc_step" not in values:
+    try:
+        values = _values(text)
+    except (ValueError, KeyError, IndexError):
         return rank
-    return RankAnswer(
-        rank.rank,
-        address,
-        int(values["partialfc_step"]),
-        time.time() - values["partialfc_last_step_timestamp_seconds"],
-        values.get("partialfc_collective_wait_seconds_total", 0.0)
-        / max(1.0, values["partialfc_steps_total"]),
-    )
+    last, steps = (values.get(f"partialfc_{name}") for name in _OF_A_STEP)
+    step, wait = values.get("partialfc_step"), values.get(_WAIT, 0.0)
+    if step is None or last is None or steps is None:
+        return rank
+    return RankAnswer(*target[:2], int(step), time.time() - last, wait / max(1.0, steps))
+
+
+def _text(reply: HTTPResponse) -> str:
+    """All that it sends, up to a limit of bytes and of time.
+
+    Raises:
+        TimeoutError: If it takes too long.
+    """
+    deadline, parts, left = time.monotonic() + _SECONDS_TO_ANSWER, [], _LONGEST_ANSWER
+    while left and (part := reply.read1(left)):
+        parts.append(part)
+        left -= len(part)
+        if time.monotonic() > deadline:
+            raise TimeoutError("it answers too slowly")
+    return b"".join(parts).decode(errors="replace")
+
+
+def _values(text: str) -> dict[str, float]:
+    """The finite numbers of a scrape, summed over their labels.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    values: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if is_number(sample.value):
+                values[sample.name] = values.get(sample.name, 0.0) + sample.value
+    return values
 
 
 def _checkpoints(folder: Path) -> Iterator[Checkpoint]:

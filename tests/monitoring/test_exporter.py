@@ -1,9 +1,14 @@
 """What Prometheus would read, and where it would find it, without Prometheus."""
 
 import json
+import shutil
 import socket
+import ssl
+import subprocess
 import threading
+import time
 import urllib.request
+from contextlib import suppress
 
 import pytest
 import torch
@@ -16,6 +21,7 @@ from partialfc.distributed import ranks as collectives
 from partialfc.distributed.ranks import Ranks
 from partialfc.monitoring.exporter import OF_EVERY_RANK, OF_RANK_0, Exported, Exporter
 from partialfc.monitoring.monitor import Monitor
+from partialfc.monitoring.serving import CONNECTIONS
 from partialfc.monitoring.targets import remove_targets, targets_path, write_targets
 from partialfc.records.ledger import Ledger
 from partialfc.records.metrics import TABLE
@@ -178,3 +184,55 @@ def test_collectives_are_timed_where_there_are_ranks(monkeypatch):
     monkeypatch.setattr(collectives.dist, "all_reduce", lambda *words, **more: None)
     collectives.sum_over_ranks(torch.ones(2), Ranks(0, 2))
     assert collectives.wait_seconds()["all_reduce"] - before == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("secure", [False, True], ids=["http", "https"])
+def test_who_connects_and_says_nothing_keeps_no_scrape_and_few_descriptors(secure, tmp_path):
+    """A training has 1,024 descriptors for its gloo pairs, and a handshake may never come."""
+    named = {}
+    context = None
+    if secure:
+        if not shutil.which("openssl"):
+            pytest.skip("needs openssl")
+        key, certificate = own_certificate(tmp_path)
+        named = {"certificate": certificate, "key": key}
+        context = ssl.create_default_context(cafile=certificate)
+    exporter = Exporter((Exported("step", "x"),), "localhost", 0, **named)
+    exporter.set("step", 7)
+    scheme = "https" if secure else "http"
+    try:
+        idle = [socket.create_connection(("localhost", exporter.port)) for _ in range(CONNECTIONS)]
+        idle.pop().close()  # a place for the scrape
+        deadline = time.monotonic() + 20
+        text = ""
+        while not text and time.monotonic() < deadline:
+            with suppress(OSError):
+                url = f"{scheme}://localhost:{exporter.port}/metrics"
+                with urllib.request.urlopen(url, timeout=5, context=context) as reply:
+                    text = reply.read().decode()
+        assert "partialfc_step 7.0" in text
+        more = [socket.create_connection(("localhost", exporter.port)) for _ in range(200)]
+        assert threading.active_count() <= CONNECTIONS + 20
+        for one in (*idle, *more):
+            one.close()
+    finally:
+        exporter.close()
+
+
+def own_certificate(folder):
+    """A key and a certificate of localhost, signed by itself."""
+    key, certificate = folder / "key.pem", folder / "certificate.pem"
+    words = [
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-days",
+        "2",
+        "-subj",
+        "/CN=localhost",
+    ]
+    words += ["-addext", "subjectAltName=DNS:localhost", "-keyout", key, "-out", certificate]
+    subprocess.run(["openssl", *words], check=True, capture_output=True)
+    return key, certificate

@@ -1,0 +1,202 @@
+"""The status page of a damaged folder, of ranks that do not answer, and to those who ask badly."""
+
+import json
+import socket
+import threading
+import time
+import urllib.request
+from contextlib import closing
+
+import pytest
+
+from partialfc.config import load, to_toml
+from partialfc.monitoring.exporter import Exported, Exporter
+from partialfc.monitoring.targets import read_targets, targets_path, write_targets
+from partialfc.records.ledger import Ledger
+from partialfc.status.command import serve
+from partialfc.status.page import page
+from partialfc.status.run import RunFolder
+from tests.support.places import ROOT
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A run with a record, a start and a targets file."""
+    run = tmp_path / "run"
+    run.mkdir()
+    words = [f"run.folder={run}", f"monitor.targets={tmp_path / 'targets'}", "monitor.port=0"]
+    (run / "config.toml").write_text(to_toml(load(ROOT / "configs" / "demo.toml", words)))
+    (run / "metrics.jsonl").write_text(
+        json.dumps({"step": 10, "time": time.time(), "loss": 1.0}) + "\n"
+    )
+    ledger = Ledger(run / "ledger.jsonl", ranks=2)
+    ledger.at(10, now=True)
+    return run
+
+
+def announce(run, addresses):
+    write_targets(targets_path(run.parent / "targets", run), addresses, run="run", scheme="http")
+
+
+DAMAGED = [
+    '{"step": 11, "time": 1.0, "loss": "<script>"}',
+    '{"step": 11, "time": 1.0, "loss": [1]}',
+    '{"step": 11, "time": 1.0, "loss": NaN}',
+    '{"step": 11, "time": null, "loss": null}',
+    '{"step": "11", "time": 1.0}',
+    '{"step": 11, "time": 1e300, "epoch": 1e-300, "step_seconds": 1e300}',
+    '{"step": 11, "time": 1.0, "loss": -1e308, "throughput": 1e308}',
+    "[" * 100_000,
+    "\0" * 1000,
+    '{"event": "end", "time": 1.0, "step": 11, "seconds": {}, "code": "<script>", "cause": "x"}',
+    '{"event": "end", "time": 1.0, "step": 11, "seconds": {}, "code": 5, "cause": "<script>"}',
+    '{"event": "end", "time": 1.0, "step": 11, "seconds": {"train": "x"}}',
+    '{"event": "start", "time": 1e300, "step": 11, "seconds": {}, "began": 1, "ranks": "<script>"}',
+    '{"event": "start", "time": 1.0, "step": 11, "seconds": []}',
+    '{"event": "spent", "time": {}, "step": 11, "seconds": {}}',
+]
+
+
+@pytest.mark.parametrize("line", DAMAGED, ids=range(len(DAMAGED)))
+@pytest.mark.parametrize("file", ["metrics.jsonl", "ledger.jsonl"])
+def test_a_damaged_line_costs_itself_and_never_the_page(folder, file, line):
+    with (folder / file).open("a") as lines:
+        lines.write(line + "\n")
+    text = page(RunFolder(folder).look(), every=5)
+    assert "1.0000" in text, "the line before it"
+    assert "<script" not in text
+
+
+def test_a_page_forbids_scripts_where_no_server_sends_headers(folder):
+    """As written by --out and opened from a disk."""
+    text = page(RunFolder(folder).look(), every=5)
+    assert 'http-equiv="Content-Security-Policy" content="default-src \'none\';' in text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "3", '{"targets": 1}', "[" * 100_000, '[null, {"targets": []}]']
+    + [
+        json.dumps([{"targets": [address], "labels": {"rank": rank, "__scheme__": scheme}}])
+        for address, rank, scheme in (
+            ("localhost:1/../x", "0", "http"),
+            ("localhost:1", "-1", "http"),
+            ("localhost:1", "0", "file"),
+            (["localhost:1"], "0", "http"),
+        )
+    ],
+)
+def test_a_damaged_file_of_targets_names_no_rank(folder, text):
+    announce(folder, ["127.0.0.1:1"])
+    path = targets_path(folder.parent / "targets", folder)
+    path.write_text(text)
+    assert RunFolder(folder).look().ranks == []
+
+
+def test_targets_are_read_as_they_are_written(tmp_path):
+    write_targets(tmp_path / "a.json", ["h1:1", "", "[::1]:2"], run="run", scheme="https")
+    assert read_targets(tmp_path / "a.json") == [(0, "h1:1", "https"), (2, "[::1]:2", "https")]
+
+
+def test_ranks_are_asked_themselves_whatever_proxy_is_set(folder, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    names = ("step", "last_step_timestamp_seconds", "steps_total")
+    exporter = Exporter(tuple(Exported(name, "") for name in names), "127.0.0.1", 0)
+    for name, value in zip(names, (10, time.time(), 3), strict=True):
+        exporter.set(name, value)
+    announce(folder, [f"127.0.0.1:{exporter.port}"])
+    try:
+        (rank,) = RunFolder(folder).look().ranks
+    finally:
+        exporter.close()
+    assert rank.step == 10
+
+
+def test_many_silent_ranks_are_waited_for_together(folder):
+    """Each is waited for two seconds; 128 in turns of 32 took eight."""
+    count, held, every = 128, [], threading.Event()
+    with closing(socket.create_server(("127.0.0.1", 0), backlog=count)) as listening:
+        announce(folder, [f"127.0.0.1:{listening.getsockname()[1]}"] * count)
+
+        def accept():
+            while len(held) < count:
+                held.append(listening.accept()[0])
+            every.set()
+            for one in held:
+                one.close()
+
+        threading.Thread(target=accept, daemon=True).start()
+        ranks = RunFolder(folder).look().ranks
+    assert every.is_set(), f"{len(held)} were asked at once"
+    assert [rank.step for rank in ranks] == [None] * count
+
+
+NOT_A_NUMBER = (
+    b"partialfc_step NaN\npartialfc_steps_total 1\npartialfc_last_step_timestamp_seconds 1\n"
+)
+
+
+@pytest.mark.parametrize("http", [b"", b"HTTP/1.1 200 OK\r\n\r\n"], ids=["raw", "http"])
+@pytest.mark.parametrize("answer", [b"no numbers", b"partialfc_step{ 1\n", b"\xff", NOT_A_NUMBER])
+def test_a_rank_that_answers_nonsense_gives_no_answer(folder, http, answer):
+    with closing(socket.create_server(("127.0.0.1", 0))) as listening:
+        announce(folder, [f"127.0.0.1:{listening.getsockname()[1]}"])
+
+        def reply():
+            one, _ = listening.accept()
+            with one:
+                one.recv(4096)
+                one.sendall(http + answer)
+
+        threading.Thread(target=reply, daemon=True).start()
+        (rank,) = RunFolder(folder).look().ranks
+    assert rank.step is None
+
+
+@pytest.fixture
+def server(folder):
+    server = serve(RunFolder(folder), "127.0.0.1", 0, 5)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def ask(server):
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.server_port}", timeout=10) as reply:
+        assert reply.status == 200
+        return reply.read().decode()
+
+
+def test_who_connects_and_says_nothing_blocks_nobody(server):
+    with closing(socket.create_connection(server.server_address)):
+        assert "1.0000" in ask(server)
+
+
+def test_too_many_connections_are_sent_away_and_cost_no_threads(server):
+    before = threading.active_count()
+    idle = [socket.create_connection(server.server_address) for _ in range(100)]
+    wait_for(lambda: sum(map(is_closed, idle)) == 100 - 64)
+    assert threading.active_count() - before <= 64
+    for one in idle:
+        one.close()
+    wait_for(lambda: threading.active_count() <= before)
+    assert "1.0000" in ask(server)
+
+
+def is_closed(one):
+    one.setblocking(False)
+    try:
+        return one.recv(1, socket.MSG_PEEK) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionResetError:
+        return True
+
+
+def wait_for(happened):
+    deadline = time.monotonic() + 20
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
