@@ -16,6 +16,7 @@ numbers. Momentum begins anew.
 # D = embedding.
 
 import csv
+import os
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +31,13 @@ from partialfc.commands._command import command_parser
 from partialfc.config import ConfigError
 from partialfc.data.packs.pack import Pack, open_pack
 from partialfc.errors import DataError
+from partialfc.head import PartialFC
 from partialfc.head.centers import fill_initial_, stored_centers
 from partialfc.training.open_run import OpenRun, open_run
+from partialfc.words import size
 
 CHUNK = 4096
+_MOST = 1 << 40
 
 
 def main(arguments: list[str]) -> int:
@@ -56,6 +60,7 @@ def main(arguments: list[str]) -> int:
                 f"--identities {count}: the largest new number is {news.max()}, so at least "
                 f"{news.max() + 1}."
             )
+        refuse_more_than_fit(count, run.model.head)
         pack = open_pack(options.mean_of) if options.mean_of else None
         if pack is not None and pack.num_identities != count:
             raise ConfigError(
@@ -81,6 +86,21 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+def refuse_more_than_fit(count: int, head: PartialFC) -> None:
+    """Refuse identities whose rows this machine cannot hold while they are made.
+
+    Raises:
+        ConfigError: The message says what they take.
+    """
+    needed = 3 * 4 * count * head.centers_per_identity * head.embedding_dim  # fp32, and two sums
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        raise ConfigError(
+            f"{count:,} identities of the new run take {size(needed)} while they are made, and "
+            f"this machine has {size(there)}. Is a new number too large?"
+        )
+
+
 def read_map(path: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the old and the new number of every line.
 
@@ -97,10 +117,10 @@ def read_map(path: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
                 old, new = (int(cell) for cell in row)
             except ValueError:
                 raise ConfigError(f"{path}: line {line}: {row} must be old,new.") from None
-            if not 0 <= old < count or new < 0:
+            if not 0 <= old < count or not 0 <= new < _MOST:
                 raise ConfigError(
                     f"{path}: line {line}: {old},{new}: old numbers must be in [0, {count}), new "
-                    "ones at least 0."
+                    f"ones in [0, {_MOST:,})."
                 )
             if old in pairs:
                 raise ConfigError(f"{path}: line {line}: {old} occurs a second time.")

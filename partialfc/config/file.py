@@ -28,6 +28,7 @@ from partialfc.config.schema import (
 )
 from partialfc.definitions.phrases import either, to_value, with_article
 from partialfc.errors import ConfigError
+from partialfc.writing import read_text
 
 S = TypeVar("S", bound=Section)
 
@@ -80,8 +81,8 @@ def _message(path: str | Path, problems: Sequence[str]) -> str:
 def _read(path: Path) -> dict[str, Any]:
     text = ""
     try:
-        text = path.read_text(encoding="utf-8")
-        return tomllib.loads(text)
+        text = read_text(path)
+        return _toml(text)
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")])
         hint = f"Did you mean {path.parent / near[0]}?" if near else "Check the path."
@@ -101,6 +102,29 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not valid TOML: {error}{shown}\n  {hint}") from None
 
 
+def _toml(text: str) -> dict[str, Any]:
+    """Parse TOML.
+
+    Raises:
+        ValueError: If it is none, or lies deeper than any setting does.
+    """
+    try:
+        settings = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    level: list[Any] = [settings]
+    for _ in range(_DEEPEST):
+        inside = [
+            part for one in level for part in (one.values() if isinstance(one, dict) else one)
+        ]
+        level = [part for part in inside if isinstance(part, dict | list)]
+    if level:
+        raise ValueError(_TOO_DEEP)
+    return settings
+
+
+_DEEPEST = 16
+_TOO_DEEP = f"it has sections or lists in more than {_DEEPEST} others, and no setting has"
 _ONCE = "A section, and a setting within it, may be given only once."
 _HOW_TO_WRITE = (
     'A setting is written key = value: text in quotes ("iresnet50"), a number with digits on both '
@@ -135,7 +159,7 @@ def _with(settings: Mapping[str, Any], keys: Sequence[str], text: str) -> dict[s
 
 def _value(text: str) -> Any:
     try:
-        parsed = tomllib.loads(f"value = {text}")
+        parsed = _toml(f"value = {text}")
     except ValueError as error:
         if not text.startswith(("[", "{", '"', "'")):
             return text

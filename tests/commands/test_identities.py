@@ -113,6 +113,8 @@ def test_added_identities_begin_with_the_mean_of_their_images(packs, trained, tm
         ("0,0\n0,1\n", [], "line 2: 0 occurs a second time"),
         ("99999,0\n", [], "old numbers must be in [0, "),
         ("a,b\n", [], "must be old,new"),
+        ("0,1000000000000\n", [], "Is a new number too large?"),
+        (f"0,{10**30}\n", [], "new ones in [0, "),
         ("0,7\n", ["--identities", "7"], "the largest new number is 7"),
     ],
 )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from partialfc.config import ConfigError
+from partialfc.writing import read_text
 
 Settings = dict[str, Any]
 
@@ -70,8 +71,15 @@ def parse(path: Path) -> Settings:
         ConfigError: If it cannot be read, or does anything but assign plain values.
     """
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError, SyntaxError, ValueError, RecursionError) as error:
+        return _assigned(path)
+    except (RecursionError, MemoryError):  # the latter is the parser's word for the former
+        raise ConfigError(f"{path}: it is nested too deeply to be settings.") from None
+
+
+def _assigned(path: Path) -> Settings:
+    try:
+        tree = ast.parse(read_text(path), str(path))
+    except (OSError, UnicodeDecodeError, SyntaxError, ValueError) as error:
         raise ConfigError(f"{path}: {error}") from error
     found: Settings = {}
     for statement in tree.body:

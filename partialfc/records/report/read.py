@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from partialfc.records.metrics import read_metrics
+from partialfc.writing import read_text
 
 Json = dict[str, Any]
 
@@ -47,8 +48,8 @@ def read_run(folder: Path) -> RunFiles:
     if not config.is_file():
         raise ValueError(f"{folder}: it holds no run: config.toml is not there.")
     try:
-        settings = _flat(tomllib.loads(config.read_text(encoding="utf-8")))
-    except (ValueError, OSError) as error:
+        settings = _flat(tomllib.loads(read_text(config)))
+    except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{config}: {error}") from error
     metrics = folder / "metrics.jsonl"
     return RunFiles(
