@@ -69,7 +69,8 @@ def command_line(*first: str) -> NoReturn:
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a letter that a locale lacks ends no training
-            stream.reconfigure(errors="backslashreplace")
+            with suppress(OSError):  # of a pipe that nobody reads
+                stream.reconfigure(errors="backslashreplace")
     status = main([*first, *sys.argv[1:]])
     try:
         if sys.stdout is not None:  # as after ``>&-``

@@ -558,8 +558,8 @@ def test_a_setting_of_a_loss_without_a_weight_is_refused() -> None:
 
 def test_micro_batches_that_part_the_images_of_an_identity_are_refused() -> None:
     """Triplets would silently have no positive."""
-    wanted = ["data.global_batch=32", "data.images_per_identity=4", "losses.triplet.weight=1"]
+    wanted = ["data.global_batch=64", "data.images_per_identity=4", "losses.triplet.weight=1"]
     loaded(MINIMAL, *wanted, "optimizer.accumulation=2").check(world_size=4)
-    with pytest.raises(ConfigError, match="images_per_identity = 4: must divide the 1 images"):
+    with pytest.raises(ConfigError, match="images_per_identity = 4: must divide the 2 images"):
         loaded(MINIMAL, *wanted, "optimizer.accumulation=4").check(world_size=8)
     loaded(MINIMAL, *wanted[:2], "optimizer.accumulation=4").check(world_size=8)
