@@ -28,6 +28,7 @@ class Slurm:
         for name in ("run", "state", "log", *(f"spool-{node}" for node in NODES)):
             (self.folder / name).mkdir(parents=True)
         (self.folder / "slurm.conf").write_text(_conf(self.folder))
+        (self.folder / "gres.conf").write_text(_GPUS)
         _start_munged()
         missing = [node for node in NODES if not re.search(rf"\s{node}\b", self._hosts)]
         # submitit's master address is the name of a node.
@@ -88,11 +89,19 @@ def _start_munged() -> None:
         subprocess.run([*as_munge, "/usr/sbin/munged", "--force"], check=True)
 
 
+_GPUS = """\
+AutoDetect=off
+NodeName=n[1-3] Name=gpu File=/dev/null
+NodeName=n[1-3] Name=gpu File=/dev/zero
+"""
+"""Two devices a node that are no GPUs: Slurm hands them out, and torch sees none."""
+
+
 def _conf(folder: Path) -> str:
     host = socket.gethostname().partition(".")[0]
     nodes = "\n".join(
         f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs=4 "
-        "RealMemory=4000 State=UNKNOWN"
+        "RealMemory=4000 Gres=gpu:2 State=UNKNOWN"
         for node in NODES
     )
     return f"""\
@@ -115,6 +124,7 @@ AccountingStorageType=accounting_storage/none
 MpiDefault=none
 SwitchType=switch/none
 SelectType=select/cons_tres
+GresTypes=gpu
 SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 ReturnToService=2

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from partialfc.config import load, to_toml
 from partialfc.errors import Preempted
@@ -182,6 +183,19 @@ def processes(folder):
 
 def rank_process(folder, rank):
     return next(process for process, found in processes(folder).items() if found == rank)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU")
+def test_gpus_that_slurm_gives_and_torch_does_not_see_end_the_job(slurm, packs, tmp_path):
+    """It trained on the CPU of a GPU node, and the job was COMPLETED."""
+    folder, jobs = tmp_path / "run", f"--jobs={tmp_path / 'jobs'}"
+    where = ["--gpus-per-node=1", "--cpus-per-task=1", "--partition=low", jobs]
+    done = launch(slurm, *arguments(packs, folder, "run.steps=4"), *where)
+    job = done.stdout.partition(":")[0]
+    wait_for(lambda: slurm.job(job)["JobState"] == "FAILED")
+    assert slurm.job(job)["ExitCode"] == "2:0"
+    log = launch(slurm, "logs", job, jobs).stdout
+    assert "CUDA_VISIBLE_DEVICES = '0': a GPU is asked for, and torch sees no GPU here" in log
 
 
 def test_an_array_of_configs(slurm, packs, tmp_path):
