@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
@@ -57,6 +59,9 @@ def wrapped_on_rank(rank, world_size, wrap):
     optimizers = torch.optim.SGD(module.parameters(), lr=0.1), module.head.optimizer
     if wrap == "the whole":
         forward = DistributedDataParallel(module.to("cpu"))
+    elif wrap == "FSDP":
+        forward = fully_shard(module, mesh=init_device_mesh("cpu", (world_size,)))
+        optimizers = torch.optim.SGD(module.parameters(), lr=0.1), module.head.optimizer
     else:
         replica = DistributedDataParallel(module.backbone)
 
@@ -77,6 +82,15 @@ def test_ddp_around_backbone_and_head_changes_no_bit():
         assert torch.equal(one[1], other[1])
     assert together[0][2] != together[1][2]
     assert not torch.equal(together[0][1][: len(together[1][1])], together[1][1][: together[0][2]])
+
+
+@pytest.mark.distributed
+def test_fsdp_around_backbone_and_head_leaves_the_centers_alone():
+    sharded = run_on_ranks(2, wrapped_on_rank, "FSDP")
+    plain = run_on_ranks(2, wrapped_on_rank, "the backbone")
+    for one, other in zip(sharded, plain, strict=True):
+        assert one[0] == pytest.approx(other[0], rel=1e-5)
+        torch.testing.assert_close(one[1], other[1], rtol=1e-4, atol=1e-6)
 
 
 def spoiled_on_rank(rank, world_size, how):
