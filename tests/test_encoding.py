@@ -26,6 +26,8 @@ def text_without_encoding(tree: ast.Module) -> list[str]:
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call) or any(word.arg == "encoding" for word in node.keywords):
             continue
+        if ast.unparse(node.func) == "os.open":  # a number, of bytes
+            continue
         name = getattr(node.func, "attr", getattr(node.func, "id", ""))
         arguments = list(node.args)
         if name == "open" and isinstance(node.func, ast.Name):
@@ -37,7 +39,11 @@ def text_without_encoding(tree: ast.Module) -> list[str]:
         elif name == "open":
             is_text = not (isinstance(mode, str) and "b" in mode)
         else:
-            is_text = name == "read_text" or (name == "write_text" and len(node.args) == 1)
+            of_path = {
+                "read_text": 0,
+                "write_text": 1,
+            }  # a function takes the path too
+            is_text = len(node.args) == of_path.get(name)
         if is_text:
             found.append(f"line {node.lineno}: {ast.unparse(node)}")
     return found
@@ -55,6 +61,8 @@ def text_without_encoding(tree: ast.Module) -> list[str]:
         ("path.open('rb')", False),
         ("open(path, mode='wb')", False),
         ("write_text(path, text)", False),
+        ("read_text(path)", False),
+        ("os.open('/dev/null', os.O_RDONLY)", False),
         ("Image.open(data)", False),
         ("tarfile.open(path, 'r:')", False),
     ],
