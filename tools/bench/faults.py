@@ -35,13 +35,14 @@ from partialfc.writing import write_json
 from tools.bench._faults.crash import corruptions, crash_points
 from tools.bench._faults.elastic import joined
 from tools.bench._faults.model import BATCH, IMAGES, ORDER
+from tools.bench._faults.operations import one_rank, operations
 from tools.bench._faults.runs import Run, command, in_save, losses, steps_in, tensors
 from tools.bench.conditions import ROOT, conditions
 
 EVERY = 8
 """Steps between checkpoints of the run that is killed."""
 STEPS_PER_KILL = 12
-PARTS = ("kills", "elastic", "crash", "corruption", "stopped")
+PARTS = ("kills", "elastic", "crash", "corruption", "stopped", "operations")
 PATHS = ((4, 2, 8), (1, 3), (3, 1))
 COMMON = (
     "verification.pairs=[]",
@@ -84,6 +85,7 @@ def main() -> int:
             "crash": lambda: crashes(scratch),
             "corruption": lambda: corrupt(scratch, arguments.corruptions),
             "stopped": lambda: stopped(scratch, arguments.hang_seconds),
+            "operations": lambda: operated(scratch, chance),
         }
         result: dict[str, Any] = {}
         for part in arguments.only.split(","):
@@ -296,6 +298,15 @@ def stopped(scratch: Path, seconds: float) -> dict[str, Any]:
     }
 
 
+def operated(scratch: Path, chance: random.Random) -> dict[str, Any]:
+    """Full disk, closed pipe, damaged records, two starts, signals."""
+    words = one_rank("configs/omniglot.toml", [f"data.train={scratch / 'train.rec'}"], COMMON)
+    return {
+        name: {"tried": len(held), "held": sum(held)}
+        for name, held in operations(scratch, words, chance).items()
+    }
+
+
 Line = tuple[str, str, bool]
 
 
@@ -349,12 +360,18 @@ def _of_stopped(one: dict[str, Any]) -> Iterator[Line]:
     yield "  to the last process gone", f"{one['seconds_to_last_process_gone']:.0f} s", True
 
 
+def _of_operations(every: dict[str, Any]) -> Iterator[Line]:
+    for name, one in every.items():
+        yield name, f"{one['held']} of {one['tried']}", one["held"] == one["tried"]
+
+
 LINES: dict[str, Callable[[Any], Iterator[Line]]] = {
     "kills": _of_kills,
     "elastic": _of_elastic,
     "crash": _of_crash,
     "corruption": _of_corruption,
     "stopped": _of_stopped,
+    "operations": _of_operations,
 }
 
 
