@@ -7,6 +7,7 @@ the new run each of them is.
 Shape suffixes: R = rows of this rank, D = embedding.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -22,11 +23,16 @@ from partialfc.checkpoint.folder import FORMAT, MANIFEST, commit, read_manifest,
 from partialfc.checkpoint.tensor_file import write_tensors
 from partialfc.checkpoint.trained_backbone import open_backbone
 from partialfc.config import Config, ConfigError
+from partialfc.data.dataset import DataSet
+from partialfc.data.names import NAMES, Names, first_difference, names_of, read_names
+from partialfc.distributed.agreement import words_of_any
 from partialfc.model.build import Model
 from partialfc.runtime.process import Runtime
 
 
-def warm_start(path: Path, config: Config, model: Model, runtime: Runtime) -> None:
+def warm_start(
+    path: Path, config: Config, model: Model, runtime: Runtime, dataset: DataSet
+) -> None:
     """Put what was trained into a new model. Collective.
 
     Args:
@@ -35,6 +41,7 @@ def warm_start(path: Path, config: Config, model: Model, runtime: Runtime) -> No
         config: Of the new run.
         model: As it was built.
         runtime: This rank.
+        dataset: What the new run trains on.
 
     Raises:
         ConfigError: If it does not fit the backbone or the identities of the new run.
@@ -50,8 +57,12 @@ def warm_start(path: Path, config: Config, model: Model, runtime: Runtime) -> No
         raise ConfigError(
             f"run.start_from = {str(path)!r}: it has the class centers of {has:,} identities, and "
             f"data.train has {head.sharding.num_identities:,}. Make another one with "
-            f"partialfc identities --identities {head.sharding.num_identities}."
+            "partialfc identities --names NEW.identities.json, or, if the old ones keep their "
+            f"numbers, with partialfc identities --identities {head.sharding.num_identities}."
         )
+    wrong = _others(path, manifest, dataset) if runtime.leads else ""
+    if wrong := words_of_any(wrong, runtime.ranks):
+        raise ConfigError(wrong)
     if head.centers.dtype == torch.float16:
         raise ConfigError(
             'head.center_format = "fp16" with run.start_from: class centers are taken over into '
@@ -70,13 +81,42 @@ def warm_start(path: Path, config: Config, model: Model, runtime: Runtime) -> No
     checkpoint.read_centers(path, manifest, head, with_states=False)
 
 
+def _others(path: Path, manifest: Mapping[str, Any], dataset: DataSet) -> str:
+    """In words, that a center is another person's than the data says; "" if none is."""
+    if manifest.get("names") is None:
+        return ""
+    try:
+        found, mine = _named(path, manifest), names_of(dataset)
+    except (OSError, ValueError) as error:
+        return f"run.start_from = {str(path)!r}: {error}"
+    number = None if mine is None else first_difference(found, mine)
+    if mine is None or number is None:
+        return ""
+    return (
+        f"run.start_from = {str(path)!r}: identity {number} is {found[number]!r} there, and "
+        f"{mine[number]!r} in data.train: the data was numbered again. Make another one with "
+        "partialfc identities --names NEW.identities.json, which gives every center to its own."
+    )
+
+
+def _named(path: Path, manifest: Mapping[str, Any]) -> Names:
+    file = path / NAMES
+    if hashlib.sha256(file.read_bytes()).hexdigest() != manifest["names"]:
+        raise ValueError(f"{file}: it is not as it was written.")
+    return read_names(file)
+
+
 def is_start(path: Path) -> bool:
     """Whether a folder was written by :func:`write_start`."""
     return (path / MANIFEST).is_file() and read_manifest(path)["step"] == 0
 
 
 def write_start(
-    path: Path, backbone: Mapping[str, Tensor], centers_RD: Tensor, about: Mapping[str, Any]
+    path: Path,
+    backbone: Mapping[str, Tensor],
+    centers_RD: Tensor,
+    about: Mapping[str, Any],
+    names: Names | None = None,
 ) -> None:
     """Write a folder that :func:`warm_start` reads, whole or not at all.
 
@@ -85,6 +125,7 @@ def write_start(
         backbone: Its tensors by name.
         centers_RD: Rows of all identities of the new run, fp32; R may be several for each.
         about: ``num_identities`` and ``centers_per_identity``.
+        names: Of the identities of the new run, if they are known.
     """
     disk = Disk()
     temporary = path.with_name(f".{path.name}.partial")
@@ -99,8 +140,14 @@ def write_start(
         written = write_tensors(temporary / f"{name}.safetensors", tensors, disk)
         note = {"bytes": written.bytes, "sha256": written.sha256, "tensors": written.tensors}
         write_text(temporary / f"{name}.json", json.dumps(note), disk)
+    digest = None
+    if names is not None and any(name is not None for name in names):
+        text = json.dumps(names, indent=0)
+        write_text(temporary / NAMES, text, disk)
+        digest = hashlib.sha256(text.encode()).hexdigest()
     manifest = {
         "format": FORMAT,
+        "names": digest,
         "step": 0,
         "world_size": 1,
         "num_identities": about["num_identities"],

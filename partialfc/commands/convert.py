@@ -8,8 +8,8 @@
     partialfc convert pairs IN.bin FOLDER                        # images and pairs.txt
 
 JPEG bytes are never encoded again. Identities of a pack follow those of the packs before it; those
-that are left without an image are taken out, and OUT.identities.json lists the old number of each
-(--keep-empty keeps them and their numbers).
+that are left without an image are taken out (--keep-empty keeps them and their numbers).
+OUT.identities.json lists the name of each, or its old number where the packs have no names.
 """
 
 # Shape suffixes: N = images, C = identities.
@@ -26,6 +26,7 @@ from PIL import Image
 
 from partialfc.commands._command import command_parser, tracked
 from partialfc.data.dataset import DataSet, open_dataset
+from partialfc.data.names import names_of, names_path
 from partialfc.data.packs.writer import PackWriter, write_insightface_pack
 from partialfc.data.sets.pairs import read_pairs, write_pairs
 
@@ -79,9 +80,11 @@ def to_pack(options: argparse.Namespace) -> None:
     if not options.keep_empty:
         old_C, identity_N = np.unique(identity_N, return_inverse=True)
     write_pack(options.out, dataset, identity_N, len(old_C), options.layout)
-    if not options.keep_empty:
-        names = json.dumps(old_C.tolist(), indent=0) + "\n"
-        options.out.with_suffix(".identities.json").write_text(names, encoding="utf-8")
+    names = names_of(dataset)
+    if names or not options.keep_empty:
+        kept = [names[old] if names else old for old in old_C.tolist()]
+        text = json.dumps(kept, indent=0) + "\n"
+        names_path(options.out).write_text(text, encoding="utf-8")
     print(
         f"{options.out}: {len(dataset):,} images of {len(old_C):,} identities; "
         f"{dataset.num_skipped:,} images and {dataset.num_identities - len(old_C):,} identities "

@@ -2,10 +2,12 @@
 
     partialfc identities runs/a starts/b                       # the same identities
     partialfc identities runs/a starts/b --identities 9000     # more of them, behind the old
+    partialfc identities runs/a starts/b --names packs/b.identities.json
     partialfc identities runs/a starts/b --map map.csv --mean-of packs/b.rec
     torchrun ... -m partialfc train CONFIG.toml data.train=packs/b.rec run.start_from=starts/b
 
-A map has a line "old,new" for every identity that goes on: one without a line is removed, several
+With --names, an identity goes on as the new one of its name, however the new data is numbered. A
+map has a line "old,new" for every identity that goes on: one without a line is removed, several
 with the same new number are merged into the mean of their directions, and a new number that no line
 has is added. Rows of added identities are what a new run would begin with, a function of run.seed
 and the identity; with --mean-of they are the mean embedding of their images in that pack, under its
@@ -17,6 +19,8 @@ numbers. Momentum begins anew.
 
 import csv
 import os
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +33,8 @@ from torch import Tensor
 from partialfc.checkpoint.warm_start import write_start
 from partialfc.commands._command import command_parser
 from partialfc.config import ConfigError
+from partialfc.data.dataset import DataSet
+from partialfc.data.names import Names, names_of, read_names
 from partialfc.data.packs.pack import Pack, open_pack
 from partialfc.errors import DataError
 from partialfc.head import PartialFC
@@ -45,7 +51,16 @@ def main(arguments: list[str]) -> int:
     parser = command_parser("identities", __doc__)
     parser.add_argument("run", type=Path, help="folder of a run")
     parser.add_argument("out", type=Path, help="folder to write, for run.start_from")
-    parser.add_argument("--map", type=Path, help="CSV of old,new")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--map", type=Path, help="CSV of old,new")
+    which.add_argument(
+        "--names",
+        type=Path,
+        nargs="+",
+        metavar="JSON",
+        help="names of the new identities, as partialfc pack writes them; before them those of the "
+        "old ones, if the run's data has none",
+    )
     parser.add_argument("--identities", type=int, help="of the new run; as many as the map needs")
     parser.add_argument("--mean-of", type=Path, help="pack whose images begin added identities")
     options = parser.parse_args(arguments)
@@ -53,8 +68,15 @@ def main(arguments: list[str]) -> int:
         raise ConfigError(f"{options.out}: it exists already; name another folder.")
     with open_run(options.run) as run:
         old = run.model.head.sharding.num_identities
-        olds, news = read_map(options.map, old) if options.map else (np.arange(old),) * 2
-        count = options.identities or int(news.max()) + 1
+        names, new_names = _names(run.dataset, old, options.names)
+        if options.map:
+            olds, news = read_map(options.map, old)
+        elif new_names is not None:
+            assert names is not None
+            olds, news = same_names(names, new_names)
+        else:
+            olds = news = np.arange(old)
+        count = options.identities or (len(new_names) if new_names else int(news.max()) + 1)
         if count <= news.max():
             raise ConfigError(
                 f"--identities {count}: the largest new number is {news.max()}, so at least "
@@ -77,6 +99,7 @@ def main(arguments: list[str]) -> int:
                 "num_identities": count,
                 "centers_per_identity": head.centers_per_identity,
             },
+            new_names or moved_names(names, olds, news, count),
         )
     merged = len(news) - len(np.unique(news))
     print(
@@ -84,6 +107,57 @@ def main(arguments: list[str]) -> int:
         f"{old - len(np.unique(olds)):,} removed and {merged:,} merged into others"
     )
     return 0
+
+
+def _names(
+    dataset: DataSet, count: int, given: Sequence[Path] | None
+) -> tuple[Names | None, Names | None]:
+    """The names of the old identities, where known, and of the new ones, where given."""
+    if given and len(given) > 2:
+        raise ConfigError(f"--names: old and new ones, or new ones alone; got {len(given)} files.")
+    try:
+        if not given:
+            return names_of(dataset), None
+        old = read_names(given[0]) if len(given) == 2 else names_of(dataset)
+        new = read_names(given[-1])
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"names: {error}") from error
+    if old is None:
+        raise ConfigError("--names: the run's data has no names; give those of the old ones first.")
+    if len(old) != count:
+        raise ConfigError(f"--names: {len(old):,} old names, and the run has {count:,} identities.")
+    return old, new
+
+
+def same_names(old: Names, new: Names) -> tuple[np.ndarray, np.ndarray]:
+    """Return the old and the new number of every identity that both name.
+
+    Raises:
+        ConfigError: If a name occurs twice, or none is in both.
+    """
+    for which, names in (("old", old), ("new", new)):
+        known = [name for name in names if name is not None]
+        if len(set(known)) < len(known):
+            twice = next(name for name, times in Counter(known).items() if times > 1)
+            raise ConfigError(f"--names: {twice!r} occurs twice among the {which} ones.")
+    number_of = {name: number for number, name in enumerate(new) if name is not None}
+    pairs = [(number, number_of[name]) for number, name in enumerate(old) if name in number_of]
+    if not pairs:
+        raise ConfigError("--names: no name is among the old and the new ones.")
+    return np.array([one for one, _ in pairs]), np.array([other for _, other in pairs])
+
+
+def moved_names(
+    names: Names | None, olds: np.ndarray, news: np.ndarray, count: int
+) -> Names | None:
+    """Return the names of the new identities, those that are known: not of added or merged ones."""
+    if names is None:
+        return None
+    times = np.bincount(news, minlength=count)
+    moved: Names = [None] * count
+    for one, other in zip(olds.tolist(), news.tolist(), strict=True):
+        moved[other] = names[one] if times[other] == 1 else None
+    return moved
 
 
 def refuse_more_than_fit(count: int, head: PartialFC) -> None:

@@ -50,6 +50,7 @@ from partialfc.commands._pack.sources import (
     read,
 )
 from partialfc.cores import usable_cores
+from partialfc.data.names import names_path
 from partialfc.data.packs.pack import open_pack
 from partialfc.data.packs.writer import PackWriter, write_insightface_pack
 from partialfc.writing import write_text
@@ -168,7 +169,7 @@ def make_pack(arguments: argparse.Namespace, console: Console) -> None:
                 f"{source} holds no images (files named {', '.join(sorted(SUFFIXES))})."
             )
         text = json.dumps([names[folder] for folder in folders], indent=0) + "\n"
-        write_text(out.with_suffix(".identities.json"), text)
+        write_text(names_path(out), text)
         images = stored_images(conversion.parts, pieces, folders)
         row = bar.add_task("images written", total=total)
         write_insightface_pack(out, bar.track(images, task_id=row), len(folders))

@@ -1,6 +1,7 @@
 """A run, in the order the data flows: open, restore, then steps with measures and saves between."""
 
 import hashlib
+import json
 import math
 import signal
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from partialfc.checkpoint.warm_start import warm_start
 from partialfc.config import Config, ConfigError, to_toml
 from partialfc.config.conflicts import head_compute
 from partialfc.data.loaders.stream import Batches
-from partialfc.data.order import Order
+from partialfc.data.names import NAMES, names_of
 from partialfc.distributed.agreement import any_rank, words_of_any
 from partialfc.errors import CrashLoopError, Preempted
 from partialfc.evaluation.sets import Evaluation
@@ -32,7 +33,7 @@ from partialfc.runtime.folder_lock import locked
 from partialfc.runtime.place import elastic_warning, own_place
 from partialfc.runtime.process import Runtime
 from partialfc.training.changes import what_changed
-from partialfc.training.data import open_batches, open_training_data, with_next
+from partialfc.training.data import TrainingData, open_batches, open_training_data, with_next
 from partialfc.training.must_match import agreed_shards, must_match
 from partialfc.training.preflight import Finding, preflight, report
 from partialfc.training.recorder import Recorder
@@ -81,7 +82,7 @@ def _train(config: Config, runtime: Runtime) -> None:
             runtime.watchdog.follow(ledger)
         _refuse_crash_loop(config, runtime, ledger.before, digest)
         with ledger.spending("restore"):
-            step = _restore(config, runtime, model, facts, data.order)
+            step = _restore(config, runtime, model, facts, data)
         ledger.at(step, now=True)
         summary = folder / "summary.json"
         if step >= data.steps and summary.exists():
@@ -91,6 +92,9 @@ def _train(config: Config, runtime: Runtime) -> None:
         if runtime.leads:
             with unessential(folder / "config.toml"):
                 write_text(folder / "config.toml", settings)
+            with unessential(folder / NAMES):
+                if step == 0 and (names := names_of(data.dataset)):
+                    write_text(folder / NAMES, json.dumps(names, indent=0) + "\n")
         with (
             Recorder(
                 config, runtime, step, data.steps, data.order.steps_per_epoch, ledger
@@ -169,7 +173,7 @@ def _refuse_crash_loop(
 
 
 def _restore(
-    config: Config, runtime: Runtime, model: Model, facts: dict[str, object], order: Order
+    config: Config, runtime: Runtime, model: Model, facts: dict[str, object], data: TrainingData
 ) -> int:
     """Load what the run goes on from or begins with; return the steps taken."""
     found = checkpoint.newest(config.run.folder / "checkpoints", runtime)
@@ -179,11 +183,11 @@ def _restore(
         step = checkpoint.load(found, model, facts, runtime)
         if runtime.leads:
             print(f"going on from {from_here(found)}", flush=True)
-            for sentence in what_changed(found, config, order):
+            for sentence in what_changed(found, config, data.order):
                 print(f"warning: {sentence}", flush=True)
         return step
     if config.run.start_from is not None:
-        warm_start(config.run.start_from, config, model, runtime)
+        warm_start(config.run.start_from, config, model, runtime, data.dataset)
     return 0
 
 
