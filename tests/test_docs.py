@@ -298,7 +298,7 @@ def test_training_on_own_images_as_it_is_written(more, tmp_path):
     for person in range(24):
         folder = tmp_path / "photos" / f"person {person}"
         folder.mkdir(parents=True)
-        for number, pixels in enumerate(render(np.full(4, person), np.arange(4), seed=1)):
+        for number, pixels in enumerate(render(np.full(2, person), np.arange(2), seed=1)):
             (folder / f"{number}.jpg").write_bytes(encode(pixels))
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     (tmp_path / "bin").mkdir()
