@@ -38,8 +38,11 @@ KINDS = {
 """What the wall time of a run is spent on; ``train`` over all of them is the goodput."""
 
 _SECONDS_BETWEEN_LINES = 5.0
-STOPPED = (0, 75, 129, 130, 143)
-"""Exit codes of a start that was done, preempted or stopped by somebody: no fault."""
+STOPPED = (0, 75, 130)
+"""Exit codes of a start that was done, preempted or stopped by somebody: no fault.
+
+SIGTERM before the first step, 143, is one: torchrun sends it to all ranks when another one died.
+"""
 _LAST = 2**63
 
 
@@ -146,7 +149,7 @@ def keeping(path: Path | None, *, ranks: int, settings: str) -> Iterator[Ledger]
     try:
         yield ledger
     except KeyboardInterrupt as error:
-        ledger.end("stopped", exit_code_of(error))
+        ledger.end(str(error) or "stopped", exit_code_of(error))
         raise
     except BaseException as error:
         ledger.end(f"{type(error).__name__}: {error}", exit_code_of(error))

@@ -126,6 +126,9 @@ def test_only_starts_in_a_row_without_a_new_step_are_fruitless():
     assert len(fruitless([*failed(0, 0), *failed(2, 0)], "a")) == 2
     assert not fruitless([*came_far, *in_vain, *failed(6, 8)], "a")
     assert not fruitless([*came_far, *in_vain, *failed(6, 7, code=130)], "a")
+    assert len(fruitless([*came_far, *in_vain, *failed(6, 0, code=143)], "a")) == 3, (
+        "torchrun ends this rank because another one died"
+    )
     assert not fruitless([*came_far, *in_vain], "b")
     killed = failed(6, 6)[:1]
     assert len(fruitless([*came_far, *in_vain, *killed], "a")) == 3
