@@ -77,7 +77,7 @@ def test_the_flops_are_those_that_everybody_counts():
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-@pytest.mark.parametrize("gpu", ["h200", "v100-32g", "cpu"])
+@pytest.mark.parametrize("gpu", ["h200", "v100-32g", pytest.param("cpu", marks=pytest.mark.slow)])
 def test_every_shipped_config_estimates(path, gpu, tmp_path):
     where = ["--gpus-per-node", "2", "--gpu", gpu, "--identities", "93431"]
     record = estimated(tmp_path, path, *where)
@@ -159,9 +159,9 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 @pytest.mark.parametrize(
     ("rate", "batch", "margin", "weight"),
     [
-        (1.0, 128, "arcface", 0.0),
+        pytest.param(1.0, 128, "arcface", 0.0, marks=pytest.mark.slow),
         (0.1, 128, "arcface", 0.0),
-        (0.1, 128, "subcenter_arcface", 0.0),
+        pytest.param(0.1, 128, "subcenter_arcface", 0.0, marks=pytest.mark.slow),
         (0.1, 1024, "arcface", 0.5),
     ],
 )
@@ -227,7 +227,8 @@ def predicted_bytes(tmp_path, settings, *groups) -> int:
 
 @needs_proc
 @pytest.mark.distributed
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_memory_of_a_whole_run_is_within_15_percent(ranks, tmp_path):
     """Peak resident bytes of launch/train.py, all of them: activations and libraries are most.
 

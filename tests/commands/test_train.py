@@ -107,6 +107,7 @@ def short_training(tmp_path_factory):
     return train
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("short training")
 def test_a_short_training_recognises_unseen_characters(short_training):
     """It must learn, and from little."""

@@ -657,7 +657,12 @@ def _trained(device, forced, margin, compute, center_format, rule):
 
 
 @pytest.mark.parametrize(
-    ("center_format", "momentum_format"), [("fp32", "fp32"), ("fp16", "int8"), ("bf16", "bf16")]
+    ("center_format", "momentum_format"),
+    [
+        ("fp16", "int8"),
+        pytest.param("fp32", "fp32", marks=pytest.mark.slow),
+        pytest.param("bf16", "bf16", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize(
     ("margin", "unsampled"),

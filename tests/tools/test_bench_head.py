@@ -173,6 +173,7 @@ def extra_with(floats):
     return json.loads(done.stdout)["extra_peak_bytes"]
 
 
+@pytest.mark.slow
 def test_50_megabytes_for_a_moment_are_seen():
     """The tiny head plants them too, before the baseline: they are freed and counted again."""
     assert extra_with(12_500_000) - extra_with(1) == pytest.approx(50e6, abs=3e6)

@@ -63,6 +63,7 @@ def test_two_margins_with_two_seeds(words, tmp_path, monkeypatch):
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("summary.json")}
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_told_and_left_out(words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     out = ["--seeds", "1", "--out", str(tmp_path / "out")]

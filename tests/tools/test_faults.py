@@ -50,6 +50,7 @@ def gone(process):
     return not Path(f"/proc/{process}").exists()
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_is_named_with_the_stacks_of_the_living(start, tmp_path):
     """R11: gloo has no watchdog of its own, so without ours all wait for ever."""
     run = start("run.steps=100000", "run.hang_seconds=6", ranks=3)
@@ -91,6 +92,7 @@ def test_a_killed_rank_of_two_hosts_ends_both_and_is_named(start, tmp_path):
     assert re.search(r"rank      : 1 .*\n.*exitcode  : -9", second.text())
 
 
+@pytest.mark.slow
 def test_a_late_rank_is_named_and_a_nan_of_one_ends_all_with_one_code(packs, tmp_path):
     """R15, R12: within 50 steps; and no rank has changed a weight, a state or a statistic."""
     words = [f"data.train={packs / 'train.rec'}", f"run.folder={tmp_path / 'run'}", *COMMON]

@@ -63,6 +63,7 @@ def number(cell):
     return float(cell.split()[0].replace(",", ""))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("data", "network"), EVERY)
 def test_a_recipe_estimates_as_the_table_says(data, network):
     """On eight H100, which it fits; another torch may count a few bytes more or less."""
