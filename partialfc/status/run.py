@@ -14,7 +14,7 @@ from functools import partial
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import Any
-from urllib.request import HTTPSHandler, ProxyHandler, build_opener
+from urllib.request import HTTPSHandler, OpenerDirector, ProxyHandler, build_opener
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -25,7 +25,7 @@ from partialfc.monitoring.targets import Target, read_targets, targets_path
 from partialfc.records import ledger, metrics
 from partialfc.records.lines import is_number
 
-_THREADS = 256
+_THREADS = 64
 _SECONDS_TO_ANSWER = 2.0
 _LONGEST_ANSWER = 1 << 20
 _OF_A_STEP = ("last_step_timestamp_seconds", "steps_total")
@@ -193,7 +193,7 @@ class RunFolder:
         except (OSError, ValueError, TypeError, RecursionError):
             return []
         try:
-            ask = partial(_answer, context=_way_in(monitor))
+            ask = partial(_answer, way=_way_in(monitor), secure=monitor.certificate is not None)
         except OSError:  # its files are not here, or not for us
             return None
         with ThreadPoolExecutor(_THREADS) as pool:
@@ -203,31 +203,33 @@ class RunFolder:
         return ranks
 
 
-def _way_in(monitor: Monitor) -> ssl.SSLContext | None:
-    """Trust the certificate of the run and no other, and show it where one is asked for."""
+def _way_in(monitor: Monitor) -> OpenerDirector:
+    """Ask ranks directly, whatever ``http_proxy`` is.
+
+    Trust the certificate of the run and no other, and show it where one is asked for.
+    """
     if monitor.certificate is None:
-        return None
+        return build_opener(ProxyHandler({}))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False  # it may be for another name of its host
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     context.load_verify_locations(monitor.certificate)
     context.load_cert_chain(monitor.certificate, monitor.key)
-    return context
+    return build_opener(ProxyHandler({}), HTTPSHandler(context=context))
 
 
-def _answer(target: Target, *, context: ssl.SSLContext | None) -> RankAnswer | None:
+def _answer(target: Target, *, way: OpenerDirector, secure: bool) -> RankAnswer | None:
     """What a rank says; ``None`` if it lives and does not let us in."""
     rank = RankAnswer(target.rank, target.address)
     url = f"{target.scheme}://{target.address}/metrics"
-    direct = build_opener(ProxyHandler({}), HTTPSHandler(context=context))  # whatever http_proxy is
     try:
-        with direct.open(url, timeout=_SECONDS_TO_ANSWER) as reply:
+        with way.open(url, timeout=_SECONDS_TO_ANSWER) as reply:
             text = _text(reply)
     except (OSError, HTTPException) as error:
         reason = getattr(error, "reason", None)
         cause = reason if isinstance(reason, OSError) else error
         refused = isinstance(cause, ssl.SSLError | ConnectionResetError | BrokenPipeError)
-        return None if refused and context is not None else rank
+        return None if refused and secure else rank
     try:
         values = _values(text)
     except (ValueError, KeyError, IndexError):

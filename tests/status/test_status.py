@@ -114,8 +114,8 @@ def test_ranks_are_asked_themselves_whatever_proxy_is_set(folder, monkeypatch):
 
 
 def test_many_silent_ranks_are_waited_for_together(folder):
-    """Each is waited for two seconds; 128 in turns of 32 took eight."""
-    count, held, every = 128, [], threading.Event()
+    """Each is waited for two seconds; 64 in turns of 32 took four."""
+    count, held, every = 64, [], threading.Event()
     with closing(socket.create_server(("127.0.0.1", 0), backlog=count)) as listening:
         announce(folder, [f"127.0.0.1:{listening.getsockname()[1]}"] * count)
 
