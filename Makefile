@@ -1,4 +1,4 @@
-# make demo: see it train and verify. make quick, test, test-all: under 2, 10 and 60 minutes on two
+# make demo: see it train and verify. make quick, test, test-all: about 2, 10 and 60 minutes on two
 # cores. All set themselves up.
 PYTHON ?= python3
 BIN := .venv/bin

@@ -71,7 +71,7 @@ class Batches:
         if count < last:
             sent.append(row_bK.new_zeros(last - count, row_bK.shape[1]))
         row_WbK = gather_rows(torch.cat(sent), ranks).view(ranks.size, 1 + last, -1)
-        self._refuse_unequal(row_WbK[:, 0, :8].contiguous().view(torch.int64).squeeze(1), count)
+        self._refuse_unequal(row_WbK[:, 0, :8].contiguous().view(torch.int64).squeeze(1))
         row_WbK = row_WbK[:, 1 : 1 + count]
         if count > last:
             more_WbK = gather_rows(row_bK[last:], ranks).view(ranks.size, count - last, -1)
@@ -79,7 +79,7 @@ class Batches:
         self._last = count
         return row_WbK
 
-    def _refuse_unequal(self, size_W: Tensor, own: int) -> None:
+    def _refuse_unequal(self, size_W: Tensor) -> None:
         other_W = size_W != size_W[0]
         if other_W.device.type != "cpu":
             text = f"{self._what} must have the same size on every rank"
