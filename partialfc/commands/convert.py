@@ -5,6 +5,7 @@
     partialfc convert split A.rec PARTS --parts 4                # 4 packs that are A together
     partialfc convert folder A.rec FOLDER                        # <identity>/<image>.jpg
     partialfc convert bin PAIRS.txt OUT.bin                      # lines: path, path, 0 or 1
+    partialfc convert bin pairsDevTest.txt OUT.bin --images lfw  # LFW's own lists
     partialfc convert pairs IN.bin FOLDER                        # images and pairs.txt
 
 JPEG bytes are never encoded again. Identities of a pack follow those of the packs before it; those
@@ -26,8 +27,10 @@ from PIL import Image
 
 from partialfc.commands._command import command_parser, tracked
 from partialfc.data.dataset import DataSet, open_dataset
+from partialfc.data.images.formats import is_png
 from partialfc.data.names import names_of, names_path
 from partialfc.data.packs.writer import PackWriter, write_insightface_pack
+from partialfc.data.sets.pair_lists import read_pair_list
 from partialfc.data.sets.pairs import read_pairs, write_pairs
 
 
@@ -58,6 +61,7 @@ def main(arguments: list[str]) -> int:
     bin_ = commands.add_parser("bin", help="a list of pairs to an LFW-style .bin")
     bin_.add_argument("list", type=Path, metavar="PAIRS.txt")
     bin_.add_argument("out", type=Path, metavar="OUT.bin")
+    bin_.add_argument("--images", type=Path, help="folder that the paths begin at (the list's)")
     bin_.set_defaults(run=to_bin)
 
     pairs = commands.add_parser("pairs", help="an LFW-style .bin to a folder and its list of pairs")
@@ -124,22 +128,18 @@ def to_folder(options: argparse.Namespace) -> None:
     for sample, identity in tracked(list(enumerate(labels)), "images"):
         folder = options.out / f"{identity:0{width}d}"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{sample:08d}.jpg").write_bytes(dataset.jpeg(sample))
+        image = dataset.jpeg(sample)
+        (folder / f"{sample:08d}{ending_of(image)}").write_bytes(image)
     print(f"{options.out}: {len(labels):,} images of {len(set(labels)):,} identities")
 
 
 def to_bin(options: argparse.Namespace) -> None:
-    """Write the images of a list of pairs, paths relative to the list."""
-    images, same = [], []
-    for number, line in enumerate(options.list.read_text(encoding="utf-8").splitlines(), 1):
-        fields = line.split("\t") if "\t" in line else line.split()
-        if len(fields) != 3 or fields[2] not in ("0", "1"):
-            raise ValueError(
-                f"{options.list}: line {number}: {line[:60]!r} must be two paths and 0 or 1 (1: "
-                f"the same identity), with tabs between them."
-            )
-        images += [(options.list.parent / path).read_bytes() for path in fields[:2]]
-        same.append(fields[2] == "1")
+    """Write the images of a list of pairs, paths relative to the list or to ``--images``."""
+    folder = options.images or options.list.parent
+    pairs = read_pair_list(options.list, folder)
+    files = [folder / file for pair in pairs for file in (pair.first, pair.second)]
+    images = [file.read_bytes() for file in tracked(files, "images")]
+    same = [pair.same for pair in pairs]
     write_pairs(options.out, images, same)
     print(f"{options.out}: {len(same):,} pairs, {sum(same):,} of one identity")
 
@@ -151,7 +151,8 @@ def to_pairs(options: argparse.Namespace) -> None:
     names = []
     for number, image in enumerate(tracked(found.images, "images")):
         pair, side = divmod(number, 2)
-        name = f"{pair:06d}_{'ab'[side]}.{'jpg' if isinstance(image, bytes) else 'png'}"
+        ending = ending_of(image) if isinstance(image, bytes) else ".png"
+        name = f"{pair:06d}_{'ab'[side]}{ending}"
         if isinstance(image, bytes):
             (options.out / name).write_bytes(image)
         else:
@@ -161,6 +162,11 @@ def to_pairs(options: argparse.Namespace) -> None:
     text = "".join(f"{a}\t{b}\t{int(same)}\n" for a, b, same in lines)
     (options.out / "pairs.txt").write_text(text, encoding="utf-8")
     print(f"{options.out / 'pairs.txt'}: {len(found.same):,} pairs")
+
+
+def ending_of(image: bytes) -> str:
+    """Return how the name of an image's file ends, ``.jpg`` or ``.png``."""
+    return ".png" if is_png(np.frombuffer(image[:8], np.uint8)) else ".jpg"
 
 
 def write_pack(

@@ -78,6 +78,45 @@ def test_sets_of_this_python_are_read(tmp_path, protocol):
         assert pairs.images[8:] == images[8:]
 
 
+PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(256))
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize(
+    "kind", [int, np.bool_, np.uint8, np.int32, np.int64, "an array of int32", "an array of int64"]
+)
+def test_ones_and_zeros_are_yes_and_no(tmp_path, protocol, kind):
+    """Scripts write issame as int(...), or by np.array; images are cv2's columns, or PNG."""
+    same = [True, False, True, True]
+    column = np.frombuffer(JPEG, np.uint8)
+    images = [column[:, None], column[None], JPEG, PNG, column, JPEG, PNG, column[:, None]]
+    array = isinstance(kind, str)
+    issame = np.array(same, kind.split()[-1]) if array else [kind(truth) for truth in same]
+    pairs = read_bytes(tmp_path, pickle.dumps((images, issame), protocol))
+    assert pairs.same.dtype == np.bool_
+    assert pairs.same.tolist() == same
+    assert [*pairs.images] == [JPEG, JPEG, JPEG, PNG, JPEG, JPEG, PNG, JPEG]
+
+
+@pytest.mark.parametrize(
+    ("images", "issame", "message"),
+    [
+        ([JPEG] * 2, [2], r"issame\[0\] is 2, must be a bool, or 0 or 1"),
+        ([JPEG] * 2, [-1], r"issame\[0\] is -1"),
+        ([JPEG] * 2, ["1"], r"issame\[0\] is str"),
+        ([JPEG] * 2, np.array([256]), r"or of integers 0 and 1"),
+        ([JPEG] * 2, np.array([1], ">i8"), r"must be little-endian"),
+        ([JPEG] * 4, np.array([[1, 0], [0, 1]], np.uint8), r"uint8 \[n\] or \[n, 1\]"),
+        ([np.zeros((2, 2), np.uint8), JPEG], [1], r"uint8 \[n\] or \[n, 1\]"),
+        ([np.zeros((2, 2, 3), np.int32), JPEG], [1], r"must be uint8 \[H, W, 3\]"),
+        ([np.zeros(40, np.int32), JPEG], [1], r"image 0 is Array"),
+    ],
+)
+def test_other_truths_and_arrays_are_refused(tmp_path, images, issame, message):
+    with pytest.raises(PairsError, match=message):
+        read_bytes(tmp_path, pickle.dumps((images, issame), 4))
+
+
 def test_written_set_is_read_by_us_and_by_the_standard_library(tmp_path):
     path, images, same = tmp_path / "new.bin", [JPEG, JPEG + b"1", JPEG + b"2", JPEG], [True, False]
     write_pairs(path, images, same)
@@ -238,9 +277,9 @@ def set_of(bins: object, issame: object) -> bytes:
         (set_of([], []), r"0 images for 0 pairs"),
         (set_of([JPEG] * 3, [True]), r"3 images for 1 pairs"),
         (set_of([JPEG] * 2, [True, False]), r"2 images for 2 pairs"),
-        (set_of([JPEG] * 2, [1]), r"issame\[0\] is int"),
-        (set_of([JPEG] * 2, np.array([2], np.uint8)), r"issame must be bool \[n\]"),
-        (set_of([JPEG] * 2, np.array([2], np.uint8).view(np.bool_)), r"of bytes 0 and 1"),
+        (set_of([JPEG] * 2, [3]), r"issame\[0\] is 3"),
+        (set_of([JPEG] * 2, np.array([2], np.uint8)), r"issame must be \[n\] of bools"),
+        (set_of([JPEG] * 2, np.array([2], np.uint8).view(np.bool_)), r"or of integers 0 and 1"),
         (set_of([JPEG, "text"], [True]), r"image 1 is str"),
         (set_of([JPEG, b"\x89PNG"], [True]), r"image 1 is 4 bytes beginning with 89504e47"),
         (set_of([JPEG, np.zeros((2, 2), np.uint8)], [True]), r"must be uint8 \[H, W, 3\]"),

@@ -39,7 +39,7 @@ def check_image(view: NDArray[np.uint8]) -> Frame:
         ValueError: If it is neither, is truncated, is of a kind that is not decoded, or is larger
             than it may be.
     """
-    return _check_png(view) if _is_png(view) else check_jpeg(view)
+    return _check_png(view) if is_png(view) else check_jpeg(view)
 
 
 def decode_image(view: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -50,7 +50,7 @@ def decode_image(view: NDArray[np.uint8]) -> NDArray[np.uint8]:
     Raises:
         ValueError: If the image cannot be decoded.
     """
-    if not _is_png(view):
+    if not is_png(view):
         return jpeg.decode(view)
     try:
         with Image.open(BytesIO(view.tobytes()), formats=["PNG"]) as image:
@@ -61,7 +61,8 @@ def decode_image(view: NDArray[np.uint8]) -> NDArray[np.uint8]:
         raise ValueError(f"{type(error).__name__}: {error}") from None
 
 
-def _is_png(view: NDArray[np.uint8]) -> bool:
+def is_png(view: NDArray[np.uint8]) -> bool:
+    """Whether the bytes of an image are a PNG's, by the first eight."""
     return view[:8].tobytes() == _SIGNATURE
 
 

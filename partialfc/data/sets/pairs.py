@@ -22,7 +22,7 @@ from partialfc.writing import atomic_write
 __all__ = ["Image", "Pairs", "PairsError", "read_pairs", "write_pairs"]
 
 Image = bytes | np.ndarray
-"""A JPEG file, or read-only uint8 [H, W, 3] of any strides, RGB."""
+"""A JPEG or PNG file, or read-only uint8 [H, W, 3] of any strides, RGB."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,15 +64,15 @@ def read_pairs(path: str | Path) -> Pairs:
 
 
 def write_pairs(path: str | Path, images: Sequence[bytes], same: Sequence[bool]) -> None:
-    """Write JPEG images as an LFW-style ``.bin`` (pickle protocol 3); all of it or nothing.
+    """Write JPEG or PNG images as an LFW-style ``.bin`` (pickle protocol 3); all of it or nothing.
 
     Args:
         path: Replaced if it exists.
-        images: 2n JPEG files; pair i is images 2i and 2i + 1.
+        images: 2n JPEG or PNG files; pair i is images 2i and 2i + 1.
         same: Whether both images of pair i show the same identity; n of them.
 
     Raises:
-        PairsError: If the numbers do not match, or an image is no JPEG of less than 4 GiB.
+        PairsError: If the numbers do not match, or an image is no JPEG or PNG of less than 4 GiB.
         OSError: If the file cannot be written.
     """
     target = Path(path)
@@ -80,7 +80,7 @@ def write_pairs(path: str | Path, images: Sequence[bytes], same: Sequence[bool])
     with atomic_write(target) as partial, partial.open("wb") as file:
         file.write(b"\x80\x03](")  # PROTO 3, EMPTY_LIST, MARK
         for index, image in enumerate(images):
-            if not _is_jpeg(image) or len(image) >= 1 << 32:
+            if not _is_image(image) or len(image) >= 1 << 32:
                 raise _not_an_image(image, index, str(path))
             file.write(struct.pack("<cI", b"B", len(image)))  # BINBYTES
             file.write(image)
@@ -102,34 +102,43 @@ def _require_two_images_per_pair(num_images: int, num_pairs: int, name: str) -> 
 def _same(issame: list[object] | tuple[object, ...] | Array, name: str) -> np.ndarray:
     if isinstance(issame, Array):
         values = issame.values
-        if values is None or values.dtype != np.bool_ or values.view(np.uint8).max(initial=0) > 1:
-            raise PairsError(f"{name}: an array of issame must be bool [n], of bytes 0 and 1.")
-        return values.copy()
+        if values is None or values.ndim != 1 or not _are_bits(values):
+            raise PairsError(
+                f"{name}: an array of issame must be [n] of bools, or of integers 0 and 1."
+            )
+        return np.asarray(values == 1)
     for index, item in enumerate(issame):
-        if not isinstance(item, bool):
-            raise PairsError(f"{name}: issame[{index}] is {type(item).__name__}, must be a bool.")
+        if not isinstance(item, int) or item not in (0, 1):
+            seen = item if isinstance(item, int) else type(item).__name__
+            raise PairsError(f"{name}: issame[{index}] is {seen}, must be a bool, or 0 or 1.")
     return np.array(issame, dtype=np.bool_)
 
 
+def _are_bits(values: np.ndarray) -> bool:
+    """Whether all are 0 or 1; a bool of a file may be any byte."""
+    number = values.view(np.uint8) if values.dtype == np.bool_ else values
+    return bool(((number == 0) | (number == 1)).all())
+
+
 def _image(item: object, index: int, name: str) -> Image:
-    """Return the bytes of a JPEG, or the pixels of an array, without a copy."""
+    """Return the bytes of a JPEG or PNG, or the pixels of an array, without a copy."""
     if isinstance(item, Array) and item.values is not None and item.values.dtype == np.uint8:
         if item.values.ndim == 3 and item.values.size:
             return item.values
         item = item.data
-    if _is_jpeg(item):
+    if _is_image(item):
         return item
     raise _not_an_image(item, index, name)
 
 
-def _is_jpeg(item: object) -> TypeGuard[bytes]:
-    return isinstance(item, bytes) and item.startswith(b"\xff\xd8")
+def _is_image(item: object) -> TypeGuard[bytes]:
+    return isinstance(item, bytes) and item.startswith((b"\xff\xd8", b"\x89PNG\r\n\x1a\n"))
 
 
 def _not_an_image(item: object, index: int, name: str) -> PairsError:
     seen = f"{len(item)} bytes" if isinstance(item, bytes) else type(item).__name__
     start = f" beginning with {item[:4].hex()}" if isinstance(item, bytes) else ""
     return PairsError(
-        f"{name}: image {index} is {seen}{start}; it must be a JPEG (beginning with ffd8) or "
-        "uint8 [H, W, 3]; encode the image as JPEG and write the set anew."
+        f"{name}: image {index} is {seen}{start}; it must be a JPEG (beginning with ffd8), a "
+        "PNG (89504e47) or uint8 [H, W, 3]; encode the image so and write the set anew."
     )

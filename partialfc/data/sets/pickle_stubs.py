@@ -23,16 +23,18 @@ class Stub(Enum):
     ENCODE = "_codecs.encode: how Python 3 writes bytes at protocols 0 to 2"
     RECONSTRUCT = "numpy's _reconstruct: an empty array, filled by BUILD"
     FROMBUFFER = "numpy's _frombuffer: an array at protocol 5"
-    SCALAR = "numpy's scalar: one element of a bool array"
+    SCALAR = "numpy's scalar: one element of an array"
     NDARRAY = "numpy.ndarray, an argument of _reconstruct"
     DTYPE = "numpy.dtype"
 
 
 class Dtype(Enum):
-    """What ``numpy.dtype(...)`` returns; one byte per element, so without a byte order."""
+    """What ``numpy.dtype(...)`` returns: of images, and of what says yes or no."""
 
     UINT8 = "u1"
     BOOL = "b1"
+    INT32 = "i4"
+    INT64 = "i8"
 
 
 @dataclass(slots=True)
@@ -40,14 +42,16 @@ class Array:
     """What stands for a numpy array; empty until it is filled, which happens once.
 
     Attributes:
-        values: Read-only view of ``data``: uint8 [n] or [H, W, 3], or bool [n], whose bytes may
-            be other than 0 and 1.
+        values: Read-only view of ``data``: uint8 [n] or [H, W, 3], bool [n], whose bytes may be
+            other than 0 and 1, or little-endian int32 or int64 [n].
         data: The bytes of the array, as they lie in the file.
     """
 
     values: np.ndarray | None = None
     data: bytes = b""
 
+
+_SHAPES = "an array must be uint8 [H, W, 3], uint8 [n] or [n, 1], or bool or integers [n]"
 
 _GLOBALS = {
     ("_codecs", "encode"): Stub.ENCODE,
@@ -75,7 +79,7 @@ def find(module: object, name: object) -> Stub:
     return _GLOBALS[module, name]
 
 
-def call(function: object, arguments: object) -> bytes | bool | Dtype | Array:
+def call(function: object, arguments: object) -> bytes | int | Dtype | Array:
     """Return what the global behind ``function`` would have returned; for REDUCE.
 
     Raises:
@@ -84,10 +88,10 @@ def call(function: object, arguments: object) -> bytes | bool | Dtype | Array:
     match function, arguments:
         case Stub.ENCODE, (str(text), "latin1"):
             return _latin1(text)
-        case Stub.DTYPE, ("u1" | b"u1", 0, 1):
-            return Dtype.UINT8
-        case Stub.DTYPE, ("b1" | b"b1", 0, 1):
-            return Dtype.BOOL
+        case Stub.DTYPE, (("u1" | "b1" | "i4" | "i8") as code, 0, 1):
+            return Dtype(code)
+        case Stub.DTYPE, ((b"u1" | b"b1" | b"i4" | b"i8") as code, 0, 1):
+            return Dtype(code.decode())
         case Stub.RECONSTRUCT, (Stub.NDARRAY, (0,), "b" | b"b"):
             return Array()
         case Stub.FROMBUFFER, (bytes(data), Dtype() as dtype, shape, "C" | "F" as order):
@@ -96,7 +100,12 @@ def call(function: object, arguments: object) -> bytes | bool | Dtype | Array:
             return array
         case Stub.SCALAR, (Dtype.BOOL, b"\0" | b"\1" as data):
             return data == b"\1"
-    raise Refused("this call is not part of an image or of a bool array")
+        case Stub.SCALAR, (
+            (Dtype.UINT8 | Dtype.INT32 | Dtype.INT64) as dtype,
+            bytes(data),
+        ) if len(data) == _numpy(dtype).itemsize:
+            return int(np.frombuffer(data, _numpy(dtype))[0])
+    raise Refused("this call is not part of an image or of an array of yes and no")
 
 
 def set_state(target: object, state: object) -> None:
@@ -106,8 +115,9 @@ def set_state(target: object, state: object) -> None:
         Refused: If the target is anything else, or the state has another form.
     """
     match target, state:
-        case Dtype(), (3, "|" | b"|", None, None, None, -1, -1, 0):
-            return
+        case Dtype() as dtype, (3, order, None, None, None, -1, -1, 0):
+            if order not in (("|", b"|") if _numpy(dtype).itemsize == 1 else ("<", b"<")):
+                raise Refused("the numbers of an array must be little-endian")
         case Array(values=None) as array, (
             1,
             shape,
@@ -117,7 +127,7 @@ def set_state(target: object, state: object) -> None:
         ):
             _fill(array, dtype, shape, "F" if fortran else "C", data)
         case _:
-            raise Refused("this state is not that of an image or of a bool array")
+            raise Refused("this state is not that of an image or of an array of yes and no")
 
 
 def _latin1(text: str) -> bytes:
@@ -129,14 +139,21 @@ def _latin1(text: str) -> bytes:
 
 def _fill(array: Array, dtype: Dtype, shape: object, order: Literal["C", "F"], data: bytes) -> None:
     # The length first: a loop over a long shape that many calls share would take quadratic time.
-    if not (isinstance(shape, tuple) and len(shape) in (1, 3)):
-        raise Refused("an array must be uint8 [H, W, 3], uint8 [n] or bool [n]")
+    if not (isinstance(shape, tuple) and len(shape) in (1, 2, 3)):
+        raise Refused(_SHAPES)
     if not all(type(length) is int and length >= 0 for length in shape):
         raise Refused("the lengths of an array must be integers >= 0")
-    if len(shape) == 3 and (dtype is Dtype.BOOL or shape[2] != 3):
-        raise Refused("an array must be uint8 [H, W, 3], uint8 [n] or bool [n]")
-    if math.prod(shape) != len(data):
+    if len(shape) == 3 and (dtype is not Dtype.UINT8 or shape[2] != 3):
+        raise Refused(_SHAPES)
+    if len(shape) == 2:  # a column or a row, as cv2.imencode returns it
+        if 1 not in shape:
+            raise Refused(_SHAPES)
+        shape = (math.prod(shape),)
+    if math.prod(shape) * _numpy(dtype).itemsize != len(data):
         raise Refused(f"an array of shape {shape} cannot have {len(data)} bytes")
-    values = np.frombuffer(data, np.uint8 if dtype is Dtype.UINT8 else np.bool_)
-    array.values = values.reshape(shape, order=order)
+    array.values = np.frombuffer(data, _numpy(dtype)).reshape(shape, order=order)
     array.data = data
+
+
+def _numpy(dtype: Dtype) -> "np.dtype[np.generic]":
+    return np.dtype(f"<{dtype.value}")
