@@ -8,15 +8,14 @@ from typing import get_args
 
 from torch import nn
 
-from partialfc.backbones import convnet, iresnet, vit
-from partialfc.backbones.mobilefacenet import MobileFaceNet
+from partialfc.backbones import convnet, iresnet, mobilefacenet, vit
 from partialfc.definitions.backbones import Backbone, refused_size
 
 __all__ = ["BACKBONES", "build_backbone"]
 
 _BUILT: Mapping[str, Callable[..., nn.Module]] = {
     **{name: partial(iresnet.IResNet, depths) for name, depths in iresnet.DEPTHS.items()},
-    "mobilefacenet": MobileFaceNet,
+    **{name: partial(mobilefacenet.MobileFaceNet, s) for name, s in mobilefacenet.SHAPES.items()},
     **{name: partial(vit.VisionTransformer, shape) for name, shape in vit.SHAPES.items()},
     **{name: partial(convnet.ConvNet, layers) for name, layers in convnet.LAYERS.items()},
 }

@@ -1,14 +1,37 @@
-"""MobileFaceNet (Chen et al. 2018, https://arxiv.org/abs/1804.07573) at twice its width.
+"""MobileFaceNet (Chen et al. 2018, https://arxiv.org/abs/1804.07573) at twice and at four times its
+width.
 
-The widths, the depths and the names are those of arcface_torch's ``mbf``, so that its state_dicts
-load strictly. Against the paper's Table 1: the stages are twice as wide, inside the bottlenecks
-the widths are the paper's, and the second convolution has 64 groups of two channels. It ends in a
-global depthwise convolution: per channel, a learned average over the grid.
+The widths, the depths and the names are those of arcface_torch's ``mbf`` and ``mbf_large``, so that
+their state_dicts load strictly. Against the paper's Table 1: the stages are wider, inside the
+bottlenecks the widths are the paper's, and the second convolution has 64 groups of two channels;
+the large one has residual bottlenecks in its place. It ends in a global depthwise convolution: per
+channel, a learned average over the grid.
 """
+
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from partialfc.backbones.parts import run_block, run_in_weight_dtype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MobileShape:
+    """What the two sizes differ in.
+
+    Attributes:
+        width: Channels of the first stage; those after it have twice as many.
+        depths: Residual bottlenecks of each stage; a first stage of 1 is the grouped convolution.
+    """
+
+    width: int
+    depths: tuple[int, int, int, int]
+
+
+SHAPES = {
+    "mobilefacenet": MobileShape(width=128, depths=(1, 4, 6, 2)),
+    "mobilefacenet_large": MobileShape(width=256, depths=(2, 8, 12, 4)),
+}
 
 
 class MobileFaceNet(nn.Module):
@@ -18,6 +41,7 @@ class MobileFaceNet(nn.Module):
     dtype.
 
     Args:
+        shape: Width and depths.
         embedding_dim: D, >= 1.
         image_size: S in pixels, a multiple of 16.
         checkpoint_activations: Recompute the bottlenecks' activations in backward.
@@ -25,6 +49,7 @@ class MobileFaceNet(nn.Module):
 
     def __init__(
         self,
+        shape: MobileShape,
         *,
         embedding_dim: int = 512,
         image_size: int = 112,
@@ -32,18 +57,20 @@ class MobileFaceNet(nn.Module):
     ) -> None:
         super().__init__()
         self.checkpoint_activations = checkpoint_activations
-        grid = image_size // 16
+        grid, width, wide, depths = image_size // 16, shape.width, 2 * shape.width, shape.depths
         self.layers = nn.Sequential(
-            _conv(3, 128, 3, stride=2),
-            _conv(128, 128, 3, groups=64),
-            _bottleneck(128, 128, hidden=128),
-            _residuals(4, 128, hidden=128),
-            _bottleneck(128, 256, hidden=256),
-            _residuals(6, 256, hidden=256),
-            _bottleneck(256, 256, hidden=512),
-            _residuals(2, 256, hidden=256),
+            _conv(3, width, 3, stride=2),
+            _conv(width, width, 3, groups=64)
+            if depths[0] == 1
+            else _residuals(depths[0], width, hidden=128),
+            _bottleneck(width, width, hidden=128),
+            _residuals(depths[1], width, hidden=128),
+            _bottleneck(width, wide, hidden=256),
+            _residuals(depths[2], wide, hidden=256),
+            _bottleneck(wide, wide, hidden=512),
+            _residuals(depths[3], wide, hidden=256),
         )
-        self.conv_sep = _conv(256, 512, 1)
+        self.conv_sep = _conv(wide, 512, 1)
         self.features = _Layers(
             _Layers(nn.Conv2d(512, 512, grid, groups=512, bias=False), nn.BatchNorm2d(512)),
             nn.Flatten(),

@@ -27,7 +27,7 @@ HEADS = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ViTShape:
-    """The settings in which the four sizes differ.
+    """The settings in which the sizes differ.
 
     Attributes:
         width: Of a token, divisible by 8 heads.
@@ -48,9 +48,10 @@ SHAPES = {
     "vit_s": ViTShape(width=512, depth=12, masked=0.0, drop_path=0.05),
     "vit_b": ViTShape(width=512, depth=24, masked=0.05, drop_path=0.05),
     "vit_l": ViTShape(width=768, depth=24, masked=0.05, drop_path=0.05),
+    "vit_h": ViTShape(width=1024, depth=48, masked=0.0, drop_path=0.1),
 }
-"""arcface_torch's for WebFace42M: vit_t_dp005_mask0, vit_s_dp005_mask_0, vit_b_dp005_mask_005 and
-vit_l_dp005_mask_005."""
+"""arcface_torch's for WebFace42M: vit_t_dp005_mask0, vit_s_dp005_mask_0, vit_b_dp005_mask_005,
+vit_l_dp005_mask_005 and vit_h."""
 
 
 class VisionTransformer(nn.Module):

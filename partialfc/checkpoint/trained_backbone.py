@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from partialfc.checkpoint import foreign
+from partialfc.checkpoint import foreign, recognition
 from partialfc.checkpoint import loading as checkpoint
-from partialfc.checkpoint.foreign import Known
+from partialfc.checkpoint.recognition import Known
 from partialfc.config import Config, ConfigError, load
 
 
@@ -46,7 +46,7 @@ class TrainedBackbone:
     def backbone(self) -> nn.Module:
         """Return it as a module in evaluation mode that wants no gradients; fp32, on the CPU."""
         with torch.device("meta"):
-            module = foreign.build(self.known)
+            module = recognition.build(self.known)
         module.load_state_dict({k: v.clone() for k, v in self.state.items()}, assign=True)
         return module.eval().requires_grad_(False)
 
@@ -68,8 +68,8 @@ def open_backbone(path: Path, *, image_size: int = 112) -> TrainedBackbone:
     if path.is_dir():
         return _of_run(path)
     state = foreign.read_backbone(path)
-    known = foreign.recognise(state, path, image_size=image_size)
-    order = foreign.shapes(known)
+    known = recognition.recognise(state, path, image_size=image_size)
+    order = recognition.shapes(known)
     return TrainedBackbone(path, known, {name: state[name] for name in order})
 
 
@@ -89,7 +89,7 @@ def _of_run(path: Path) -> TrainedBackbone:
             known = Known(
                 config.backbone.name, config.backbone.embedding_dim, config.data.image_size
             )
-            order = foreign.shapes(known)
+            order = recognition.shapes(known)
             state = load_file(candidate / "backbone.safetensors")
             step = int(candidate.name.removeprefix("step_"))
             return TrainedBackbone(path, known, {name: state[name] for name in order}, config, step)

@@ -20,6 +20,7 @@ from torch import Tensor
 from partialfc.checkpoint import loading as checkpoint
 from partialfc.checkpoint.disk import Disk
 from partialfc.checkpoint.folder import FORMAT, MANIFEST, commit, read_manifest, write_text
+from partialfc.checkpoint.recognition import difference
 from partialfc.checkpoint.tensor_file import write_tensors
 from partialfc.checkpoint.trained_backbone import open_backbone
 from partialfc.config import Config, ConfigError
@@ -48,7 +49,7 @@ def warm_start(
         CheckpointError: If it is corrupt.
     """
     if not is_start(path):
-        _fill(path, model, open_backbone(path, image_size=config.data.image_size).state)
+        _fill(path, model, open_backbone(path, image_size=config.data.image_size).state, config)
         return
     checkpoint.named(path, runtime)
     manifest, head = read_manifest(path), model.head
@@ -77,7 +78,8 @@ def warm_start(
             f"{head.centers_per_identity} of {head.centers.shape[1]}. Choose the head.margin and "
             "backbone.embedding_dim that they were trained with, or the backbone alone."
         )
-    _fill(path, model, checkpoint.read_tensors(path, "backbone", manifest, str(runtime.device)))
+    state = checkpoint.read_tensors(path, "backbone", manifest, str(runtime.device))
+    _fill(path, model, state, config)
     checkpoint.read_centers(path, manifest, head, with_states=False)
 
 
@@ -163,12 +165,16 @@ def write_start(
     commit(temporary, path, manifest, disk)
 
 
-def _fill(path: Path, model: Model, state: Mapping[str, Tensor]) -> None:
-    try:
-        model.backbone.load_state_dict(dict(state))
-    except RuntimeError as error:
-        reason = " ".join(str(error).split()[:60])
+def _fill(path: Path, model: Model, state: Mapping[str, Tensor], config: Config) -> None:
+    wanted, found = (
+        {name: tuple(value.shape) for name, value in one.items()}
+        for one in (model.backbone.state_dict(), state)
+    )
+    if wanted != found:
+        ours = config.backbone
         raise ConfigError(
-            f"run.start_from = {str(path)!r}: it is another backbone than backbone.name, "
-            f"backbone.embedding_dim and data.image_size say: {reason}"
-        ) from error
+            f"run.start_from = {str(path)!r}: it is another backbone than {ours.name} with "
+            f"embeddings of {ours.embedding_dim} for images of {config.data.image_size} pixels, "
+            f"which the settings say: {difference(wanted, found)}."
+        )
+    model.backbone.load_state_dict(dict(state))

@@ -14,6 +14,7 @@ Started by torchrun, every rank reads the part of the centers that it owns.
 import argparse
 import re
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from partialfc.checkpoint import CheckpointError, foreign
+from partialfc.checkpoint import CheckpointError, foreign, recognition
 from partialfc.checkpoint import loading as checkpoint
 from partialfc.checkpoint.trained_backbone import open_backbone
 from partialfc.commands._command import command_parser
 from partialfc.commands._convert_checkpoint import layouts, settings
 from partialfc.commands._convert_checkpoint.fill import fill
 from partialfc.config import Config, ConfigError, load, to_toml
+from partialfc.config.file import with_override
 from partialfc.data.dataset import open_dataset
 from partialfc.definitions.phrases import to_value
 from partialfc.errors import in_words
@@ -37,6 +39,7 @@ from partialfc.runtime.process import Runtime, running
 from partialfc.training.must_match import must_match
 from partialfc.writing import atomic_write, write_text
 
+_IMAGE_SIZE = "data.image_size="
 _OVERRIDE = re.compile(r"[a-z_][a-z_.0-9]*=")
 
 
@@ -53,9 +56,10 @@ def main(arguments: list[str]) -> int:
     if options.what == "out":
         return take_out(options.run, options.model)
     theirs = settings.parse(options.config)
-    text, notes = toml_of(theirs, options.ranks, options.config)
+    text, _ = toml_of(theirs, options.ranks, options.config)
     load_text(text, options.overrides, options.config)
-    print(text, *(f"# {note}" for note in notes), sep="\n")
+    text, notes = toml_of(theirs, options.ranks, options.config, options.overrides)
+    print(*settings.comments(options.config), text, *(f"# {note}" for note in notes), sep="\n")
     return 0
 
 
@@ -63,7 +67,7 @@ def bring_in(options: argparse.Namespace) -> int:
     """Write a run's folder that training goes on from. Collective."""
     layout = layouts.find(options.source)
     config, notes = _settings(options, layout)
-    known = foreign.recognise(layout.backbone, layout.source, image_size=config.data.image_size)
+    known = recognition.recognise(layout.backbone, layout.source, image_size=config.data.image_size)
     ours = config.backbone
     if (known.name, known.embedding_dim) != (ours.name, ours.embedding_dim):
         raise ConfigError(
@@ -108,7 +112,7 @@ def _finish(
     table = Table(show_header=False)
     rows = {
         "found": layout.kind + (f" of {ranks} ranks" if ranks else ""),
-        "backbone": f"{config.backbone.name}, every tensor as it was",
+        "backbone": f"{config.backbone.name}, every tensor as it was, in fp32",
         "its optimizer": "as it was" if layout.backbone_states else "at zero: no state was found",
         "centers": f"{model.head.sharding.num_identities:,}"
         + (", every row as it was" if ranks else ", new: no file of them was found"),
@@ -126,6 +130,11 @@ def _finish(
 
 def take_out(run: Path, model: Path) -> int:
     """Write the backbone of a run as arcface_torch's model.pt."""
+    if model.suffix == ".safetensors":
+        raise ConfigError(
+            f"{model}: arcface_torch reads a .pt; partialfc export writes safetensors, with "
+            "--formats safetensors."
+        )
     trained = open_backbone(run)
     with atomic_write(model) as partial:
         torch.save(trained.state, partial)
@@ -137,9 +146,13 @@ def take_out(run: Path, model: Path) -> int:
     return 0
 
 
-def toml_of(theirs: settings.Settings, ranks: int, path: Path) -> tuple[str, list[str]]:
+def toml_of(
+    theirs: settings.Settings, ranks: int, path: Path, overrides: Sequence[str] = ()
+) -> tuple[str, list[str]]:
     """Return our settings as TOML, and sentences on what has no counterpart."""
     ours, notes = settings.translate(theirs, ranks, path)
+    for override in overrides:
+        ours = with_override(ours, override)
     lines = []
     for section, values in ours.items():
         lines += [f"[{section}]", *(f"{k} = {to_value(v)}" for k, v in values.items()), ""]
@@ -163,7 +176,9 @@ def _settings(options: argparse.Namespace, layout: layouts.Layout) -> tuple[Conf
     if options.settings is not None:
         return load(options.settings, overrides), []
     if options.config is None:
-        known = foreign.recognise(layout.backbone, layout.source)
+        sizes = [word.partition("=")[2] for word in overrides if word.startswith(_IMAGE_SIZE)]
+        size = int(sizes[-1]) if sizes and sizes[-1].isdecimal() else 112
+        known = recognition.recognise(layout.backbone, layout.source, image_size=size)
         text = f'[backbone]\nname = "{known.name}"\nembedding_dim = {known.embedding_dim}\n'
         return load_text(text, overrides, layout.source), []
     ranks = options.ranks or len(layout.shards)
@@ -202,7 +217,7 @@ def _parser() -> argparse.ArgumentParser:
             required=command is words,
             help="GPUs that they trained on (their batch is per GPU)",
         )
-        command.epilog = "Words of the form key.sub=value are settings of ours, on top."
+        command.epilog = "Words of the form key.sub=value are settings of ours, on top of theirs."
     return parser
 
 

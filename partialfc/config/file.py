@@ -50,7 +50,7 @@ def load_settings(schema: type[S], path: str | Path, overrides: Sequence[str] = 
     problems = []
     for override in overrides:
         try:
-            settings = _apply(settings, override)
+            settings = with_override(settings, override)
         except ValueError as error:
             problems.append(f"{override} (command line): {error}")
     settings = _complete(schema, settings)
@@ -132,7 +132,12 @@ _HOW_TO_WRITE = (
 )
 
 
-def _apply(settings: Mapping[str, Any], override: str) -> dict[str, Any]:
+def with_override(settings: Mapping[str, Any], override: str) -> dict[str, Any]:
+    """Return nested settings with one ``key.sub=value`` on top, as in :func:`load_settings`.
+
+    Raises:
+        ValueError: If it is not written so.
+    """
     key, equals, text = override.partition("=")
     keys = [part.strip() for part in key.split(".")]
     if not equals or not all(keys) or not key.isprintable():

@@ -9,10 +9,12 @@ Backbone = Literal[
     "iresnet100",
     "iresnet200",
     "mobilefacenet",
+    "mobilefacenet_large",
     "vit_t",
     "vit_s",
     "vit_b",
     "vit_l",
+    "vit_h",
     "convnet_s",
     "convnet_m",
 ]

@@ -18,7 +18,14 @@ IRESNET_DEPTHS = {
     "iresnet100": [3, 13, 30, 3],
     "iresnet200": [6, 26, 60, 6],
 }
-VIT_SIZES = {"vit_t": (256, 12), "vit_s": (512, 12), "vit_b": (512, 24), "vit_l": (768, 24)}
+VIT_SIZES = {
+    "vit_t": (256, 12),
+    "vit_s": (512, 12),
+    "vit_b": (512, 24),
+    "vit_l": (768, 24),
+    "vit_h": (1024, 48),
+}
+MOBILE_SIZES = {"mobilefacenet": (128, [1, 4, 6, 2]), "mobilefacenet_large": (256, [2, 8, 12, 4])}
 CONVNET_WIDTHS = {"convnet_s": [16, 32, 64, 128], "convnet_m": [32, 64, 128, 128]}
 PARAMETERS = {  # at 512 dimensions and 112 pixels
     "iresnet18": 24_025_600,
@@ -27,10 +34,12 @@ PARAMETERS = {  # at 512 dimensions and 112 pixels
     "iresnet100": 65_156_160,
     "iresnet200": 118_833_920,
     "mobilefacenet": 2_059_520,
+    "mobilefacenet_large": 6_314_880,
     "vit_t": 19_137_792,
     "vit_s": 76_023_296,
     "vit_b": 113_833_472,
     "vit_l": 255_684_352,
+    "vit_h": 756_393_984,
     "convnet_s": 3_309_968,
     "convnet_m": 3_453_472,
 }
@@ -80,16 +89,24 @@ def bottleneck_shapes(name: str, inputs: int, hidden: int, outputs: int) -> Shap
     yield from conv_shapes(f"{name}.layers.2", outputs, hidden, 1, 1, activation=False)
 
 
-def mobilefacenet_shapes(dim: int, grid: int) -> Shapes:
-    yield from conv_shapes("layers.0", 128, 3, 3, 3)
-    yield from conv_shapes("layers.1", 128, 2, 3, 3)
-    stages = [(128, 128, 128, 4, 128), (128, 256, 256, 6, 256), (256, 512, 256, 2, 256)]
+def mobilefacenet_shapes(width: int, depths: list[int], dim: int, grid: int) -> Shapes:
+    yield from conv_shapes("layers.0", width, 3, 3, 3)
+    if depths[0] == 1:
+        yield from conv_shapes("layers.1", width, width // 64, 3, 3)
+    for block in range(depths[0] if depths[0] > 1 else 0):
+        yield from bottleneck_shapes(f"layers.1.layers.{block}", width, 128, width)
+    wide = 2 * width
+    stages = [
+        (width, 128, width, depths[1], 128),
+        (width, 256, wide, depths[2], 256),
+        (wide, 512, wide, depths[3], 256),
+    ]
     for stage, (inputs, hidden, channels, depth, hidden_of_residual) in enumerate(stages):
         yield from bottleneck_shapes(f"layers.{2 + 2 * stage}", inputs, hidden, channels)
         for block in range(depth):
             name = f"layers.{3 + 2 * stage}.layers.{block}"
             yield from bottleneck_shapes(name, channels, hidden_of_residual, channels)
-    yield from conv_shapes("conv_sep", 512, 256, 1, 1)
+    yield from conv_shapes("conv_sep", 512, wide, 1, 1)
     yield from conv_shapes("features.layers.0", 512, 1, grid, grid, activation=False)
     yield "features.layers.2.weight", (dim, 512)
     yield from norm_shapes("features.layers.3", dim)
@@ -130,8 +147,8 @@ def convnet_shapes(widths: list[int], dim: int, grid: int) -> Shapes:
 def specification(name: str, dim: int, image_size: int) -> Shapes:
     if name in IRESNET_DEPTHS:
         return iresnet_shapes(IRESNET_DEPTHS[name], dim, image_size // 16)
-    if name == "mobilefacenet":
-        return mobilefacenet_shapes(dim, image_size // 16)
+    if name in MOBILE_SIZES:
+        return mobilefacenet_shapes(*MOBILE_SIZES[name], dim, image_size // 16)
     if name in CONVNET_WIDTHS:
         return convnet_shapes(CONVNET_WIDTHS[name], dim, image_size // 16)
     tokens, patch = {32: (256, 2), 112: (144, 9), 224: (144, 18)}[image_size]

@@ -12,15 +12,17 @@ from torch import Tensor, nn
 
 from partialfc.backbones import BACKBONES, build_backbone, convnet
 from partialfc.backbones.iresnet import IResNet
-from partialfc.backbones.mobilefacenet import MobileFaceNet
+from partialfc.backbones.mobilefacenet import SHAPES, MobileFaceNet, MobileShape
 from partialfc.backbones.vit import VisionTransformer, ViTShape, _Block
 from tests.support.backbone_truth import TRUTH
 
 SMALL_VIT = ViTShape(width=64, depth=2, masked=0.1, drop_path=0.3)
+LARGE = MobileShape(width=64, depths=(2, 1, 2, 1))
 STRIDED = convnet.Layers((4, 8, 16, 32), pooled=False)
 SMALL: dict[str, Callable[..., nn.Module]] = {
     "iresnet": lambda **settings: IResNet((1, 2, 1, 1), **settings),
-    "mobilefacenet": MobileFaceNet,
+    "mobilefacenet": lambda **settings: MobileFaceNet(SHAPES["mobilefacenet"], **settings),
+    "mobilefacenet_large": lambda **settings: MobileFaceNet(LARGE, **settings),
     "vit": lambda **settings: VisionTransformer(SMALL_VIT, **settings),
     "convnet": lambda **settings: convnet.ConvNet(STRIDED, **settings),
     "pooled": lambda **settings: convnet.ConvNet(STRIDED._replace(pooled=True), **settings),

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from partialfc.__main__ import main
 from partialfc.backbones import build_backbone
 from partialfc.checkpoint import loading as checkpoint
-from partialfc.checkpoint.foreign import read, read_backbone, recognise
+from partialfc.checkpoint.foreign import read, read_backbone
+from partialfc.checkpoint.recognition import recognise
 from partialfc.checkpoint.trained_backbone import open_backbone
 from partialfc.commands import convert_checkpoint, evaluate
 from partialfc.commands._convert_checkpoint import layouts, settings
@@ -317,7 +318,7 @@ def test_a_backbone_is_recognised_by_its_tensors(name, size):
     known = recognise(state, Path("x"), image_size=size)
     assert (known.name, known.embedding_dim) == (name, 256)
     state.pop(next(iter(state)))
-    with pytest.raises(ForeignError, match=rf"nearest is {name}: .* is missing"):
+    with pytest.raises(ForeignError, match=rf"nearest is {name}: 1 tensor is missing"):
         recognise(state, Path("x"), image_size=size)
 
 
@@ -371,7 +372,10 @@ config.val_targets = ["lfw", "cfp_fp", "agedb_30"]
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('config.network = "r2060"', "there is no such backbone here. Known: r18"),
+        ('config.network = "r2060"', "r2060 has 1,030 blocks"),
+        ('config.network = "vit_b"', "for WebFace42M, which are here, it is vit_b_dp005_mask_005"),
+        ('config.network = "r51"', "there is no such backbone here. Known: r18"),
+        ("config.rec = []", r"config.rec = \[\]: must be a folder, or a list of folders"),
         ("config.margin_list = (1.35, 0.0, 0.0)", "where the first is not 1"),
         ("config.lerning_rate = 0.1", r"config\.lerning_rate = 0\.1: not a setting"),
         ("config.dali_aug = True", "that augmentation does not exist"),
@@ -386,6 +390,47 @@ def test_a_setting_that_cannot_be_had_is_refused_by_name(line, message, tmp_path
     text = f'config.rec = "/data"\nconfig.num_epoch = 2\n{line}\n'
     with pytest.raises(ConfigError, match=message):
         translated(text, 8, tmp_path)
+
+
+def test_words_on_top_and_comments_are_in_the_settings_that_are_printed(tmp_path, capsys):
+    """They were checked, and then left out of what was printed."""
+    path = tmp_path / "theirs.py"
+    path.write_text(
+        "# Our third run\n\n# on two machines\nfrom easydict import EasyDict as edict\n"
+        'config = edict()\nconfig.rec = "/data/"\nconfig.num_epoch = 2\n# not on top\n'
+    )
+    words = ["head.sample_rate=0.3", "run.steps=70", "run.epochs="]
+    assert main(["convert-checkpoint", "settings", str(path), "--ranks=8", *words]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("# Our third run\n# on two machines\n[run]\n")
+    assert "not on top" not in text
+    ours = tmp_path / "ours.toml"
+    ours.write_text(text)
+    config = load(ours)
+    assert (config.head.sample_rate, config.run.steps, config.run.epochs) == (0.3, 70, None)
+    assert config.data.train == (Path("/data/train.rec"),)
+    assert main(["convert-checkpoint", "settings", str(path), "--ranks=8", "head.rate=0.3"]) == 2
+    assert "head.rate = 0.3 (command line)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rec", "train", "pairs"),
+    [
+        ('["/a", "/b/"]', ["/a/train.rec", "/b/train.rec"], "/a/lfw.bin"),
+        ('"/a/faces.rec"', ["/a/faces.rec"], "/a/lfw.bin"),
+        ('"FOLDER"', ["FOLDER"], "FOLDER/lfw.bin"),
+    ],
+)
+def test_what_their_rec_may_name(rec, train, pairs, tmp_path):
+    """A list was written into a path, and a folder of images given a train.rec."""
+    (tmp_path / "images" / "anna").mkdir(parents=True)
+    folder = str(tmp_path / "images")
+    text = f'config.rec = {rec}\nconfig.num_epoch = 2\nconfig.val_targets = ["lfw"]\n'
+    config, _ = translated(text.replace("FOLDER", folder), 8, tmp_path)
+    assert [str(path) for path in config.data.train] == [
+        one.replace("FOLDER", folder) for one in train
+    ]
+    assert [str(path) for path in config.verification.pairs] == [pairs.replace("FOLDER", folder)]
 
 
 def test_three_margins_at_once_are_what_they_do_and_the_note_says_so(tmp_path):

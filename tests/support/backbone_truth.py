@@ -71,11 +71,17 @@ def mobilefacenet_truth(x: Tensor, w: Weights, training: bool) -> Tensor:
         x = conv_block(x, f"{name}.layers.1", stride)
         return conv_block(x, f"{name}.layers.2")
 
-    x = conv_block(conv_block(x, "layers.0", stride=2), "layers.1")
-    for stage, depth in ((2, 4), (4, 6), (6, 2)):
-        x = bottleneck(x, f"layers.{stage}", stride=2)
-        for block in range(depth):
-            x = x + bottleneck(x, f"layers.{stage + 1}.layers.{block}", stride=1)
+    def residuals(x: Tensor, name: str) -> Tensor:
+        block = 0
+        while f"{name}.layers.{block}.layers.0.layers.0.weight" in w:
+            x, block = x + bottleneck(x, f"{name}.layers.{block}", stride=1), block + 1
+        return x
+
+    x = conv_block(x, "layers.0", stride=2)
+    large = "layers.1.layers.1.layers.0.layers.0.weight" in w
+    x = residuals(x, "layers.1") if large else conv_block(x, "layers.1")
+    for stage in (2, 4, 6):
+        x = residuals(bottleneck(x, f"layers.{stage}", stride=2), f"layers.{stage + 1}")
     x = conv_block(conv_block(x, "conv_sep"), "features.layers.0", padding=0).flatten(1)
     return norm(x @ w["features.layers.2.weight"].T, w, "features.layers.3", training)
 
@@ -125,6 +131,7 @@ def pooled_truth(x: Tensor, w: Weights, training: bool) -> Tensor:
 TRUTH = {
     "iresnet": iresnet_truth,
     "mobilefacenet": mobilefacenet_truth,
+    "mobilefacenet_large": mobilefacenet_truth,
     "vit": vit_truth,
     "convnet": convnet_truth,
     "pooled": pooled_truth,

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from partialfc.checkpoint.foreign import read, tensors
+from partialfc.checkpoint.foreign import matrix, read, read_backbone, tensors
 from partialfc.errors import ForeignError
 
 States = dict[str, Tensor]
@@ -26,7 +26,7 @@ States = dict[str, Tensor]
 _STATES = {"momentum_buffer", "step", "exp_avg", "exp_avg_sq"}
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 _FULL = "checkpoint_gpu_{}.pt"
-_BACKBONES = ("model.pt", "backbone.pth", "backbone.pt")
+_BACKBONES = ("model.pt", "backbone.pth", "backbone.pt", "model.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +70,10 @@ def find(path: Path) -> Layout:
     """
     if not path.exists():
         raise ForeignError(f"{path}: there is no such file or folder.")
-    if path.is_file():
+    if not path.is_dir():
         if re.fullmatch(r"checkpoint_gpu_\d+\.pt", path.name):
             return _checkpoints(_by_rank(path.parent, _FULL))
-        return Layout("a backbone", path, tensors(read(path), path))
+        return Layout("a backbone", path, read_backbone(path))
     if full := _by_rank(path, _FULL):
         return _checkpoints(full)
     source = next((path / name for name in _BACKBONES if (path / name).is_file()), None)
@@ -82,7 +82,7 @@ def find(path: Path) -> Layout:
             f"{path}: it has no checkpoint_gpu_*.pt, {' or '.join(_BACKBONES)}. Give the output "
             "folder of arcface_torch, or the file of a backbone."
         )
-    backbone = tensors(read(source), source)
+    backbone = read_backbone(source)
     if second := _by_rank(path, "softmax_fc_gpu_{}.pt"):
         shards = [_reader(file, None) for file in second]
         return Layout(f"{source.name} and softmax_fc_gpu_*.pt", source, backbone, shards=shards)
@@ -133,8 +133,8 @@ def _reader(path: Path, moment: Path | None) -> Callable[[], RankCenters]:
         weight = value.get("weight") if isinstance(value, Mapping) else value
         states = {}
         if moment is not None:
-            states["momentum_buffer"] = _matrix(read(moment), moment)
-        return _checked(path, _matrix(weight, path), states)
+            states["momentum_buffer"] = matrix(read(moment), moment)
+        return _checked(path, matrix(weight, path), states)
 
     return shard
 
@@ -161,7 +161,7 @@ def _checkpoints(paths: list[Path]) -> Layout:
             own, count = _optimizer_states(value, path)
             fc = value["state_dict_softmax_fc"]
             weight = fc.get("weight") if isinstance(fc, Mapping) else None
-            return _checked(path, _matrix(weight, path), own.get(count, {}))
+            return _checked(path, matrix(weight, path), own.get(count, {}))
 
         return shard
 
@@ -208,13 +208,6 @@ def _optimizer_states(checkpoint: Mapping[str, Any], path: Path) -> tuple[dict[i
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ForeignError(f"{path}: state_optimizer: {error}.") from error
     return states, len(groups[0])
-
-
-def _matrix(value: Any, path: Path) -> Tensor:
-    if not isinstance(value, Tensor) or value.ndim != 2 or not value.is_floating_point():
-        shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ForeignError(f"{path}: must hold a matrix [identities, embedding], got {shape}.")
-    return value
 
 
 def _checked(path: Path, centers_CD: Tensor, states: States) -> RankCenters:

@@ -5,11 +5,13 @@ arithmetic. Anything else in the file is an error with its line.
 """
 
 import ast
+import itertools
 import operator
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from partialfc.checkpoint.recognition import R2060
 from partialfc.config import ConfigError
 from partialfc.writing import read_text
 
@@ -39,11 +41,24 @@ DEFAULTS: Settings = {
 NETWORKS = {
     **{f"r{depth}": f"iresnet{depth}" for depth in (18, 34, 50, 100, 200)},
     "mbf": "mobilefacenet",
+    "mbf_large": "mobilefacenet_large",
     "vit_t_dp005_mask0": "vit_t",
     "vit_s_dp005_mask_0": "vit_s",
     "vit_b_dp005_mask_005": "vit_b",
     "vit_l_dp005_mask_005": "vit_l",
+    "vit_h": "vit_h",
 }
+_OTHER_MASKS = (
+    "it masks 0.1 of the patches and drops 0.1 of the paths; with the settings for WebFace42M, "
+    "which are here, it is {}"
+)
+NOT_HERE = {
+    "r2060": R2060,
+    "vit_t": _OTHER_MASKS.format("vit_t_dp005_mask0"),
+    "vit_s": _OTHER_MASKS.format("vit_s_dp005_mask_0"),
+    "vit_b": _OTHER_MASKS.format("vit_b_dp005_mask_005"),
+}
+"""Networks of arcface_torch that are refused, each with the reason."""
 
 NO_COUNTERPART = {
     "resume": "a run always goes on from its newest checkpoint; run.resume = false refuses to",
@@ -74,6 +89,13 @@ def parse(path: Path) -> Settings:
         return _assigned(path)
     except (RecursionError, MemoryError):  # the latter is the parser's word for the former
         raise ConfigError(f"{path}: it is nested too deeply to be settings.") from None
+
+
+def comments(path: Path) -> list[str]:
+    """Return the comments at the top of a settings file, as they are."""
+    lines = [line.strip() for line in read_text(path).splitlines()]
+    top = itertools.takewhile(lambda line: not line or line.startswith("#"), lines)
+    return ["".join(c for c in line if c.isprintable()) for line in top if line]
 
 
 def _assigned(path: Path) -> Settings:
@@ -128,17 +150,10 @@ def translate(theirs: Settings, ranks: int, path: Path) -> tuple[Settings, list[
 
 
 def _translated(full: Settings, ranks: int, notes: list[str]) -> Settings:
-    network, folder = str(full["network"]), str(full.get("rec", ""))
+    network, packs = str(full["network"]), _packs(full.get("rec", ""))
     if network not in NETWORKS:
-        raise ValueError(
-            f'config.network = "{network}": there is no such backbone here. Known: '
-            f"{', '.join(NETWORKS)}."
-        )
-    if folder in ("", "synthetic"):
-        raise ValueError(
-            f'config.rec = "{folder}": must be a folder with train.rec and train.idx; '
-            "tools/bench/head.py measures speed without data."
-        )
+        reason = NOT_HERE.get(network, "there is no such backbone here")
+        raise ValueError(f'config.network = "{network}": {reason}. Known: {", ".join(NETWORKS)}.')
     if full.get("dali_aug"):
         raise ValueError("config.dali_aug = True: that augmentation does not exist here.")
     accumulation = int(full["gradient_acc"])
@@ -173,7 +188,7 @@ def _translated(full: Settings, ranks: int, notes: list[str]) -> Settings:
             **({"epochs": float(full["num_epoch"])} if "num_epoch" in full else {}),
         },
         "data": {
-            "train": f"{folder}/train.rec",
+            "train": packs[0] if len(packs) == 1 else packs,
             "global_batch": per_step * accumulation,
             "threads": max(1, int(full["num_workers"])),
         },
@@ -191,11 +206,35 @@ def _translated(full: Settings, ranks: int, notes: list[str]) -> Settings:
         "optimizer": {**common, "lr": float(full["lr"]), "accumulation": accumulation},
         "schedule": {"name": "linear", "warmup_steps": steps},
         "verification": {
-            "pairs": [f"{folder}/{name}.bin" for name in full["val_targets"]],
+            "pairs": [f"{_folder(packs[0])}/{name}.bin" for name in full["val_targets"]],
             **({"every_steps": full["verbose"]} if full["val_targets"] else {}),
         },
         "log": {"every_steps": full["frequent"]},
     }
+
+
+def _packs(rec: Any) -> list[str]:
+    """What ``config.rec`` names: folders with train.rec, packs, or folders of images."""
+    named = [rec] if isinstance(rec, str) else rec
+    if not isinstance(named, list) or not named or not all(isinstance(n, str) for n in named):
+        raise ValueError(f"config.rec = {rec!r}: must be a folder, or a list of folders.")
+    return [_pack(name.rstrip("/") or name) for name in named]
+
+
+def _pack(name: str) -> str:
+    if name in ("", "synthetic"):
+        raise ValueError(
+            f'config.rec = "{name}": must be a folder with train.rec and train.idx, a .rec or a '
+            "folder of images; tools/bench/head.py measures speed without data."
+        )
+    path = Path(name)
+    # Theirs takes a folder without train.rec for one of images, a subfolder for each identity.
+    of_images = path.is_dir() and not (path / "train.rec").exists()
+    return name if path.suffix == ".rec" or of_images else f"{name}/train.rec"
+
+
+def _folder(pack: str) -> str:
+    return str(Path(pack).parent) if pack.endswith(".rec") else pack
 
 
 def _margin(full: Settings, notes: list[str]) -> Settings:
