@@ -2,8 +2,7 @@
 
 Drawn with matplotlib's objects and its Agg canvas: no window, no global state.
 
-Shape suffixes: S = steps with a loss, V = verifications, N = pairs, U = points of the untrained
-ROC.
+Shape suffixes: S = steps with a loss, V = verifications, N = pairs, U = vertices of a ROC.
 """
 
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import MultipleLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from partialfc.protocols.verification import roc
 from partialfc.writing import atomic_write
@@ -25,7 +24,12 @@ _BLUE = "#2563eb"
 _GREEN = "#0d9373"
 _CORAL = "#e0583b"
 
-_WIDTH_INCHES, _HEIGHT_INCHES, _DOTS_PER_INCH = 12.0, 4.1, 200
+_WIDTH_INCHES, _TALL_INCHES, _FLAT_INCHES, _DOTS_PER_INCH = 7.2, 6.4, 3.4, 200
+"""With three panels and with one: narrow, so that a phone shows its text at a readable size."""
+
+_PERCENT = FuncFormatter(lambda share, _: f"{100 * share:.4g} %")
+_EVEN = (1, 2, 2.5, 5, 10)
+"""Steps between ticks whose labels are not rounded."""
 
 Numbers = Sequence[float] | np.ndarray
 
@@ -39,11 +43,11 @@ def training_figure(
     scores: Numbers | None = None,
     same: np.ndarray | None = None,
     title: str = "",
-    untrained_scores: Numbers | None = None,
+    untrained: tuple[Numbers, Numbers] | None = None,
 ) -> None:
-    """Write a PNG of 2400 x 820 pixels, the whole file or none.
+    """Write a PNG of 1440 x 1280 pixels, the whole file or none.
 
-    Three panels, or the first alone where there are no verification pairs.
+    Three panels, or the first alone, 1440 x 680, where there are no verification pairs.
 
     Args:
         path: Replaced if it exists.
@@ -54,7 +58,7 @@ def training_figure(
         scores: Cosine of each verification pair; finite, [N]; or ``None``.
         same: Whether pair i shows one identity; bool [N], with pairs of both kinds; or ``None``.
         title: Above the panels.
-        untrained_scores: Cosines of the same pairs before training, for the ROC; [N].
+        untrained: FAR and TAR of the same pairs before training, both rising, in [0, 1]; [U].
 
     Raises:
         ValueError: If lengths differ, there is no loss, or a number is not finite.
@@ -64,17 +68,18 @@ def training_figure(
     step_V, accuracy_V = _paired(verification_steps, accuracies, "verification_steps", "accuracies")
     if not len(loss_S):
         raise ValueError("losses must hold at least one value; train for a step first.")
-    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08, wspace=0.05)
-    figure = Figure(figsize=(_WIDTH_INCHES, _HEIGHT_INCHES), layout=layout)
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08, wspace=0.04, hspace=0.04)
+    height = _FLAT_INCHES if scores is None or same is None else _TALL_INCHES
+    figure = Figure(figsize=(_WIDTH_INCHES, height), layout=layout)
     if title:
         figure.suptitle(title, color=_INK, fontsize=14, fontweight="bold")
     if scores is None or same is None:
         _draw_training(figure.subplots(), step_S, loss_S, step_V, accuracy_V)
     else:
-        training, histogram, curve = figure.subplots(1, 3, width_ratios=(1.15, 1, 1))
-        _draw_training(training, step_S, loss_S, step_V, accuracy_V)
-        _draw_scores(histogram, np.asarray(scores, dtype=np.float64), np.asarray(same))
-        _draw_roc(curve, scores, same, untrained_scores)
+        panels = figure.subplot_mosaic([["training", "training"], ["scores", "roc"]])
+        _draw_training(panels["training"], step_S, loss_S, step_V, accuracy_V)
+        _draw_scores(panels["scores"], np.asarray(scores, dtype=np.float64), np.asarray(same))
+        _draw_roc(panels["roc"], scores, same, untrained)
     _save(figure, Path(path))
 
 
@@ -112,45 +117,66 @@ def _draw_training(
             step_V, accuracy_V, color=_GREEN, linewidth=2, marker="o", markersize=4, clip_on=False
         )
         right.set_ylabel("verification accuracy", color=_GREEN, fontsize=11)
-        right.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+        right.yaxis.set_major_locator(MaxNLocator(5, steps=_EVEN))
+        right.yaxis.set_major_formatter(_PERCENT)
 
 
 def _draw_scores(axes: Axes, score_N: np.ndarray, same_N: np.ndarray) -> None:
     _frame(axes, "Verification pairs", "cosine")
     edges = np.linspace(min(score_N.min(), -0.2), max(score_N.max(), 0.8), 61).tolist()
     for chosen_N, colour, label in ((same_N, _GREEN, "same"), (~same_N, _CORAL, "different")):
-        axes.hist(score_N[chosen_N], edges, color=colour, alpha=0.35, density=True)
+        share_N = np.full(int(chosen_N.sum()), 1 / chosen_N.sum())
         axes.hist(
             score_N[chosen_N],
             edges,
-            color=colour,
-            density=True,
-            histtype="step",
-            linewidth=1.5,
+            weights=share_N,
+            histtype="stepfilled",
             label=label,
+            edgecolor=colour,
+            facecolor=(colour, 0.35),
+            linewidth=1.3,
         )
     threshold = _best_threshold(score_N, same_N)
-    axes.axvline(threshold, color=_INK, linewidth=1.2, linestyle=(0, (4, 3)))
-    axes.set_yticks([])
-    axes.xaxis.set_major_locator(MultipleLocator(0.5))
-    axes.legend(frameon=False, fontsize=10)
+    words = f"threshold {threshold:.2f}"
+    axes.axvline(threshold, label=words, color=_INK, linewidth=1.2, linestyle=(0, (4, 3)))
+    axes.set_ylabel("share of pairs", color=_INK, fontsize=11)
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=_EVEN))
+    axes.yaxis.set_major_formatter(_PERCENT)
+    axes.xaxis.set_major_locator(MaxNLocator(4, steps=_EVEN))
+    _legend(axes)
 
 
 def _draw_roc(
-    axes: Axes, scores: Numbers, same: np.ndarray, untrained_scores: Numbers | None
+    axes: Axes, scores: Numbers, same: np.ndarray, untrained: tuple[Numbers, Numbers] | None
 ) -> None:
-    _frame(axes, "ROC", "false accept rate")
-    far_V, tar_V, _ = roc(np.asarray(scores), same)
-    axes.step(far_V, tar_V, where="post", color=_BLUE, linewidth=2, label="trained")
-    if untrained_scores is not None:
-        far_U, tar_U, _ = roc(np.asarray(untrained_scores), same)
-        axes.step(far_U, tar_U, where="post", color=_FAINT, linewidth=1.5, label="at step 0")
-        axes.legend(frameon=False, fontsize=10, loc="lower right")
+    _frame(axes, "ROC", "false accept rate (log scale)")
+    far_U, tar_U, _ = roc(np.asarray(scores), same)
+    axes.step(far_U, tar_U, where="post", color=_BLUE, linewidth=2, label="trained")
+    if untrained is not None:
+        axes.step(*untrained, where="post", color=_FAINT, linewidth=1.5, label="at step 0")
     axes.set_xscale("log")
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlim(1 / int((~same).sum()), 1)
     axes.set_ylim(0, 1.02)
     axes.set_ylabel("true accept rate", color=_INK, fontsize=11)
-    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+    axes.yaxis.set_major_formatter(_PERCENT)
+    _legend(axes)
+
+
+def _legend(axes: Axes) -> None:
+    """Beside what is drawn, between it and the title: inside it would hide some of it."""
+    legend = axes.legend(
+        frameon=False,
+        fontsize=9,
+        ncols=3,
+        loc="lower left",
+        bbox_to_anchor=(-0.02, 1),
+        borderaxespad=0,
+        handlelength=1.4,
+        columnspacing=1.0,
+    )
+    legend.set_in_layout(False)  # else the panel is made as narrow as its legend asks for
+    axes.set_title(axes.get_title(loc="left"), loc="left", color=_INK, fontsize=12, pad=24)
 
 
 def _save(figure: Figure, path: Path) -> None:

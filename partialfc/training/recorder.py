@@ -14,10 +14,10 @@ from partialfc.checkpoint.folder import count_invalid
 from partialfc.config import Config
 from partialfc.distributed.agreement import largest
 from partialfc.errors import NonFiniteError
-from partialfc.evaluation.sets import Results, Verified
+from partialfc.evaluation.sets import Results
 from partialfc.model.step import Step
 from partialfc.monitoring.monitor import Monitor
-from partialfc.protocols.curves import curves
+from partialfc.protocols.curves import Curves, curves
 from partialfc.records.console import ProgressBar, from_here, show_table
 from partialfc.records.environment import environment, peak_memory
 from partialfc.records.figures import training_figure
@@ -70,7 +70,6 @@ class Recorder:
         self.bad_images = BadImages(config.run.folder, config.data.bad_share, runtime.ranks)
         self._stragglers = Stragglers(runtime.ranks, device)
         self._invalid = count_invalid(config.run.folder / "checkpoints")
-        self._untrained: Results | None = None
         self._results: Results | None = None
         self._sinks: list[Sink] = []
         self._monitor: Monitor | None = None
@@ -197,9 +196,15 @@ class Recorder:
 
     def validated(self, step: int, results: Results) -> None:
         """Record the numbers of the held-out sets; those at step 0 are the untrained ones."""
-        if step == 0:
-            self._untrained = results
         self._results = results
+        if step == 0 and self._runtime.leads:
+            found = {
+                name: {"untrained": {"far": one.far, "tar": one.tar}}
+                for name, one in _curves_of(results).items()
+            }
+            path = self._config.run.folder / "curves.json"
+            with unessential(path):  # a file, as another process may take the last step
+                write_json(path, found)
         headline = {
             name: value for name, value in results.headline().items() if math.isfinite(value)
         }
@@ -221,15 +226,20 @@ class Recorder:
         summary = self._summary(peak, records)
         with unessential(folder / "summary.json"):
             write_json(folder / "summary.json", summary)
-        verified = self._results.verified if self._results else {}
-        found = {name: asdict(curves(one.cosine, one.same)) for name, one in verified.items()}
+        untrained: dict[str, Any] = {}
+        with unessential(folder / "curves.json"):
+            began = read_run(folder).curves
+            untrained = {name: one.get("untrained") for name, one in began.items()}
+        found = {
+            name: asdict(one) | {"untrained": untrained.get(name)}
+            for name, one in (_curves_of(self._results) if self._results else {}).items()
+        }
         with unessential(folder / "curves.json"):
             write_json(folder / "curves.json", found)
         with unessential(folder / "report.html"):
             write_report(folder / "report.html", [read_run(folder)])
-        first = next(iter(self._results.verified.values()), None) if self._results else None
         with unessential(folder / "training.png"):
-            self._draw(first, records)
+            self._draw(records, untrained)
         self._show(summary)
 
     def _write(self, step: int, values: dict[str, float]) -> None:
@@ -281,8 +291,10 @@ class Recorder:
             }
         return summary
 
-    def _draw(self, first: Verified | None, records: list[dict[str, float]]) -> None:
-        untrained = next(iter(self._untrained.verified.values()), None) if self._untrained else None
+    def _draw(self, records: list[dict[str, float]], untrained: dict[str, Any]) -> None:
+        verified = self._results.verified if self._results else {}
+        name, first = next(iter(verified.items()), ("", None))
+        start = untrained.get(name)
         losses = [record for record in records if "loss" in record]
         accuracies = [record for record in records if "verification_accuracy" in record]
         training_figure(
@@ -293,7 +305,7 @@ class Recorder:
             [record["verification_accuracy"] for record in accuracies],
             first.cosine if first else None,
             first.same if first else None,
-            untrained_scores=untrained.cosine if untrained else None,
+            untrained=(start["far"], start["tar"]) if start else None,
         )
 
     def _show(self, summary: dict[str, Any]) -> None:
@@ -319,3 +331,7 @@ class Recorder:
         rows["report"] = str(folder / "report.html")
         rows["summary"] = str(folder / "summary.json")
         show_table("Done", rows)
+
+
+def _curves_of(results: Results) -> dict[str, Curves]:
+    return {name: curves(one.cosine, one.same) for name, one in results.verified.items()}

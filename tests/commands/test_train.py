@@ -41,6 +41,7 @@ def test_a_run_leaves_all_that_it_promises(packs, tmp_path, ranks):
     assert list((tmp_path / "tensorboard").glob("events*"))
     page = (tmp_path / "report.html").read_text()
     assert "ROC of heldout_pairs" in page
+    assert "at step 0</span>" in page, "the curve of the untrained network"
     assert "commit" in page
     again = python("launch/train.py", tmp_path / "config.toml", "run.steps=5")
     assert again.returncode == 0, again.stderr
@@ -260,8 +261,11 @@ def test_a_finished_run_is_left_as_it_is_and_a_longer_one_goes_on(packs, tmp_pat
     assert run(packs, tmp_path, "run.steps=3").returncode == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["verification"]["accuracy"] == json.loads(before)["verification"]["accuracy"]
+    untrained = json.loads((tmp_path / "curves.json").read_text())["heldout_pairs"]["untrained"]
     assert run(packs, tmp_path, "run.steps=5").returncode == 0
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 5
+    curves = json.loads((tmp_path / "curves.json").read_text())["heldout_pairs"]
+    assert curves["untrained"] == untrained != {"far": curves["far"], "tar": curves["tar"]}
 
 
 def test_ctrl_c_ends_with_two_lines(packs, tmp_path):

@@ -41,9 +41,9 @@ def make_run(folder, *, seed=0, lr=0.1, ended=True):
     same = np.arange(600) % 2 == 0
     scores = np.where(same, 0.7, 0.0) + generator.normal(0, 0.15, 600)
     found = curves(scores, same)
-    (folder / "curves.json").write_text(
-        json.dumps({"lfw": {name: getattr(found, name) for name in found.__slots__}})
-    )
+    kept = {name: getattr(found, name) for name in found.__slots__}
+    kept["untrained"] = {"far": [0.01, 1.0], "tar": [0.02, 1.0]}
+    (folder / "curves.json").write_text(json.dumps({"lfw": kept}))
     numbers = {
         "accuracy": 0.9795, "accuracy_std": 0.01, "eer": 0.02, "auc": 0.998, "num_pairs": 600,
         "tar_at_far": {"0.1": 0.99, "0.01": 0.9, "0.001": None},
@@ -101,6 +101,29 @@ def test_the_page_is_whole_and_loads_nothing(tmp_path):
     assert len(text) < 200_000
 
 
+def figure(text, title):
+    return text.split(f"<figcaption>{title}")[1].split("</figure>")[0]
+
+
+def test_colours_are_named_and_the_untrained_curve_is_there(tmp_path):
+    run = make_run(tmp_path / "run")
+    assert report.main([str(run)]) == 0
+    text = (run / "report.html").read_text()
+    roc, scores = figure(text, "ROC of lfw"), figure(text, "Scores of lfw")
+    for words in ('c0"></i>trained', 'c7"></i>at step 0', "false accept rate (log scale)"):
+        assert words in roc, words
+    assert re.findall(r'<polyline class="line (c\d)"', roc) == ["c0", "c7"]
+    for colour, words in (("c2", "same person"), ("c1", "different people")):
+        assert f'<i class="{colour}"></i>{words}' in scores
+        assert f'<polyline class="line {colour}"' in scores
+    assert "↑ log scale" in figure(text, "DET of lfw")
+    assert "log scale" not in figure(text, "Loss")
+    kept = json.loads((run / "curves.json").read_text())
+    (run / "curves.json").write_text(json.dumps({"lfw": {"untrained": kept["lfw"]["untrained"]}}))
+    assert report.main([str(run)]) == 0
+    assert "ROC of lfw" not in (run / "report.html").read_text(), "only step 0 is measured"
+
+
 def test_two_runs_stand_side_by_side_with_what_differs_first(tmp_path):
     a, b = make_run(tmp_path / "a", seed=1), make_run(tmp_path / "b", seed=2, lr=0.2)
     page = tmp_path / "both.html"
@@ -112,6 +135,9 @@ def test_two_runs_stand_side_by_side_with_what_differs_first(tmp_path):
     assert "backbone.name" not in differing
     loss = text.split("<figcaption>Loss</figcaption>")[1].split("</figure>")[0]
     assert loss.count("<polyline") == 2
+    assert figure(text, "ROC of lfw").count("<polyline") == 2, "of each run one, without step 0"
+    axes = [re.findall("<text.*?</text>", figure(text, f"Scores of lfw ({name})")) for name in "ab"]
+    assert axes[0] == axes[1], "on one scale"
 
 
 def test_a_run_that_goes_on_is_shown_as_far_as_it_is(tmp_path):

@@ -33,7 +33,7 @@ def write(path: Path, found: Found, *, title: str) -> None:
         best={(_best(column, done), number + 1) for number, column in enumerate(COLUMNS)},
         accuracies=[(c.title, _dots(c, done)) for c in COLUMNS if c.title in _DRAWN],
         losses=_losses(done),
-        angles=[(label, _angles(results)) for label, results in done.items()],
+        angles=_angles(done),
     )
     write_text(path, page)
 
@@ -65,15 +65,31 @@ def _losses(found: Found) -> str:
     return line_chart(series, x_label="step", log_y=True)
 
 
-def _angles(results: list[Result]) -> str:
+def _angles(found: Found) -> list[tuple[str, str, list[tuple[int, str]]]]:
+    """A histogram of every setting, all on one scale, with its key."""
+    every = {label: _histograms(results) for label, results in found.items()}
+    scale = [one for series in every.values() for one in series]
+    return [
+        (
+            label,
+            line_chart(series, x_label="degrees", form=_percent, filled=True, scale=scale),
+            [(one.colour, one.name) for one in series],
+        )
+        for label, series in every.items()
+    ]
+
+
+def _histograms(results: list[Result]) -> list[Series]:
     series = []
-    for name, colour in (("own", 0), ("other", 1)):
+    for name, words, colour in (("own", "own center", 0), ("other", "nearest other", 1)):
         counts = np.mean([result[f"{name}_histogram"] for result in results], axis=0)
         edges = np.linspace(0, 180, len(counts) + 1).tolist()
-        series.append(Series(name, *steps_of(edges, counts / counts.sum()), colour))
-    return line_chart(
-        series, x_label="degrees", form=lambda share: f"{100 * share:.3g} %", filled=True
-    )
+        series.append(Series(words, *steps_of(edges, counts / counts.sum()), colour))
+    return series
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
 
 
 def _smoothed(losses: np.ndarray) -> list[float]:

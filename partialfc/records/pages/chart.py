@@ -49,6 +49,7 @@ def line_chart(
     log_x: bool = False,
     log_y: bool = False,
     filled: bool = False,
+    scale: Sequence[Series] = (),
 ) -> Markup:
     """Return an SVG of lines, or "" where no point can be drawn.
 
@@ -59,20 +60,25 @@ def line_chart(
         series: Points that are not finite, or not positive on a logarithmic axis, are left out.
         x_label: Below the chart.
         form: Of the numbers on the vertical axis.
-        log_x: Logarithmic horizontal axis.
-        log_y: Logarithmic vertical axis.
+        log_x: Logarithmic horizontal axis; said behind its label.
+        log_y: Logarithmic vertical axis; said below it.
         filled: Fill the area below the lines.
+        scale: Lines that the axes have room for too, so that charts are on one scale.
     """
     every = [(one, _points(one, log_x, log_y)) for one in series]
     drawn = [(one, points) for one, points in every if points.size]
     if not drawn:
         return Markup("")
     banded = len(drawn) == 1
-    across = _Axis.over([points[0] for _, points in drawn], _LEFT, WIDTH - _RIGHT, log_x)
-    shown = [points[1:] if banded else points[1] for _, points in drawn]
+    others = [points for one in scale if (points := _points(one, log_x, log_y)).size]
+    fitted = [*(points for _, points in drawn), *others]
+    across = _Axis.over([points[0] for points in fitted], _LEFT, WIDTH - _RIGHT, log_x)
+    shown = [points[1:] if banded else points[1] for points in fitted]
     up = _Axis.over(shown, HEIGHT - _BOTTOM, _TOP, log_y, roomy=True)
     parts = [*_rows(up, form or _short), *_columns(across, _short, HEIGHT - _BOTTOM + 15)]
-    parts.append(_text(WIDTH - _RIGHT, HEIGHT - 4, x_label, "end"))
+    parts.append(_text(WIDTH - _RIGHT, HEIGHT - 4, x_label + " (log scale)" * log_x, "end"))
+    if log_y:
+        parts.append(_text(0, HEIGHT - 4, "↑ log scale", "start"))
     for one, points in drawn:
         x_P, (y_P, low_P, high_P), css = across.at(points[0]), up.at(points[1:]), colour(one.colour)
         line = _pairs(x_P, y_P)

@@ -15,8 +15,10 @@ from partialfc.words import duration, size
 from partialfc.writing import write_text
 
 Form = Callable[[float], str]
-Figure = tuple[str, str]
-"""Title and chart."""
+Key = tuple[tuple[int, str], ...]
+"""Colours and what they stand for."""
+Figure = tuple[str, str] | tuple[str, str, Key]
+"""Title and chart, and its key unless its colours are those of the runs."""
 
 
 def _percent(value: float) -> str:
@@ -49,6 +51,8 @@ _HEADLINE: tuple[tuple[str, Form, tuple[str, ...]], ...] = (
     ("peak memory a rank", size, ("peak_memory_bytes",)),
     ("ranks", "{:.0f}".format, ("world_size",)),
 )
+_FAINT = 7
+"""Number of the grey colour."""
 _FARS = {f"{10.0**-power:g}": f"1e-{power}" for power in range(1, 7)}
 """False accept rates as summary.json has them, and as people write them."""
 
@@ -115,34 +119,46 @@ def _training(runs: Sequence[RunFiles]) -> list[Figure]:
 
 
 def _sets(runs: Sequence[RunFiles]) -> list[str]:
-    return list(dict.fromkeys(name for run in runs for name in run.curves))
+    """Of runs that have measured them after step 0."""
+    found = (name for run in runs for name, one in run.curves.items() if "far" in one)
+    return list(dict.fromkeys(found))
 
 
 def _curves(name: str, runs: Sequence[RunFiles]) -> list[Figure]:
     """ROC, DET and scores of a verification set."""
-    having = [(i, run.curves[name]) for i, run in enumerate(runs) if name in run.curves]
-    hits = [Series(name, c["far"], c["tar"], i) for i, c in having]
-    misses = [Series(name, c["far"], [1 - tar for tar in c["tar"]], i) for i, c in having]
+    having = [(i, one) for i, run in enumerate(runs) if "far" in (one := run.curves.get(name, {}))]
+    lines = [(one, i) for i, one in having]
+    key: Key = ()
+    if len(runs) == 1 and (start := having[0][1].get("untrained")):
+        lines.append((start, _FAINT))
+        key = (0, "trained"), (_FAINT, "at step 0")
+    hits = [Series(name, c["far"], c["tar"], colour) for c, colour in lines]
+    misses = [Series(name, one.x, [1 - tar for tar in one.y], one.colour) for one in hits]
     far = "false accept rate"
+    roc = line_chart(hits, x_label=far, form=_percent, log_x=True)
+    det = line_chart(misses, x_label=far, form=_percent, log_x=True, log_y=True)
     figures: list[Figure] = [
-        (
-            f"ROC of {name}: true accept rate",
-            line_chart(hits, x_label=far, form=_percent, log_x=True),
-        ),
-        (
-            f"DET of {name}: false reject rate",
-            line_chart(misses, x_label=far, form=_percent, log_x=True, log_y=True),
-        ),
+        (f"ROC of {name}: true accept rate", roc, key),
+        (f"DET of {name}: false reject rate", det, key),
     ]
-    for number, one in having:
-        kinds = [
-            Series(kind, *steps_of(one["edges"], one[kind]), colour)
-            for kind, colour in (("same", 2), ("different", 1))
-        ]
+    scores = {i: _scores(one) for i, one in having}
+    every = [one for kinds in scores.values() for one in kinds]
+    for number, kinds in scores.items():
         of = f" ({runs[number].name})" if len(runs) > 1 else ""
-        chart = line_chart(kinds, x_label="cosine", form=_percent, filled=True)
-        figures.append((f"Scores of {name}{of}: same and different", chart))
+        chart = line_chart(kinds, x_label="cosine", form=_percent, filled=True, scale=every)
+        colours = tuple((one.colour, one.name) for one in kinds)
+        figures.append((f"Scores of {name}{of}: share of pairs", chart, colours))
     return figures
+
+
+def _scores(curves: dict[str, Any]) -> list[Series]:
+    return [
+        Series(words, *steps_of(curves["edges"], curves[kind]), colour)
+        for kind, words, colour in (
+            ("same", "same person", 2),
+            ("different", "different people", 1),
+        )
+    ]
 
 
 def _verified(runs: Sequence[RunFiles]) -> list[list[str]]:
