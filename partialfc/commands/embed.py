@@ -28,8 +28,8 @@ from partialfc.commands._command import command_parser
 from partialfc.commands._embed.files import Embeddings, write_embeddings
 from partialfc.commands.evaluate import AUTOCAST, embedder, settings_of
 from partialfc.data.images.align import align
+from partialfc.data.images.formats import decode_image
 from partialfc.data.packs.pack import open_pack
-from partialfc.data.sets.benchmarks import read_image
 from partialfc.data.sets.pairs import Image
 from partialfc.evaluation.embedding import embed_images
 from partialfc.runtime.process import running
@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> int:
         import pyarrow  # noqa: F401  # before the images are embedded
     trained = open_backbone(options.model, image_size=options.image_size)
     size = trained.known.image_size
-    images = _images(options.images, options.landmarks)
+    images = _images(options.images, options.landmarks, size)
     flip = trained.config.verification.flip if trained.config else True
     with running(settings_of(options.device)) as runtime:
         share = -(-len(images.names) // runtime.ranks.size)
@@ -79,7 +79,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _images(path: Path, landmarks: Path | None) -> Images:
+def _images(path: Path, landmarks: Path | None, size: int) -> Images:
     if path.suffix == ".rec":
         if landmarks is not None:
             raise ValueError("--landmarks: a pack has aligned images; leave it out.")
@@ -96,8 +96,13 @@ def _images(path: Path, landmarks: Path | None) -> Images:
     points = _points(landmarks, names) if landmarks is not None else None
 
     def read(index: int) -> Image:
-        pixels = read_image(files[index])
-        return pixels if points is None else align(pixels, points[index])
+        view = np.frombuffer(files[index].read_bytes(), np.uint8)
+        try:
+            if points is None:
+                return decode_image(view, size)
+            return align(decode_image(view), points[index])
+        except ValueError as error:
+            raise ValueError(f"{files[index]}: {error}") from error
 
     return Images(names, identities_N, read)
 

@@ -21,7 +21,6 @@ import os
 import signal
 import sys
 import threading
-import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
@@ -35,30 +34,30 @@ from typing import NamedTuple
 
 import numpy as np
 import PIL
-from PIL import Image, ImageOps
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from partialfc.commands._command import command_parser
 from partialfc.commands._pack.sources import (
-    SUFFIXES,
-    Fault,
     Source,
-    Survey,
     file_of,
     open_source,
     read,
 )
+from partialfc.commands._pack.survey import Fault, Survey
 from partialfc.cores import usable_cores
+from partialfc.data.images.formats import SUFFIXES, check_image, decode_image
+from partialfc.data.images.jpeg import START
 from partialfc.data.names import names_path
 from partialfc.data.packs.pack import open_pack
 from partialfc.data.packs.writer import PackWriter, write_insightface_pack
 from partialfc.writing import write_text
 
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")
 CHUNK = 1024
 """Images of one piece of work, and at most so many per worker are done again after a kill."""
-EXIF_ORIENTATION = 0x0112
+RULES = 2
+"""Counts changes of what an image becomes, so that no piece of an older program is kept."""
 
 
 class Task(NamedTuple):
@@ -90,23 +89,18 @@ class Conversion:
         stamps = [
             (folder, path, *_stamp(file_of(self.source, path))) for folder, path in task.images
         ]
-        text = json.dumps([PIL.__version__, self.size, self.quality, stamps])
+        text = json.dumps([RULES, PIL.__version__, self.size, self.quality, stamps])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def jpeg(self, path: str) -> bytes:
         """Return an image as it is stored."""
         data = read(self.source, path)
-        with Image.open(BytesIO(data), formats=FORMATS) as image:
-            image.load()  # to the end: a truncated file fails here
-            if (
-                image.format == "JPEG"
-                and image.size == (self.size, self.size)
-                and image.mode in ("RGB", "L")
-                and image.getexif().get(EXIF_ORIENTATION, 1) == 1
-            ):
-                return data
-            square = ImageOps.exif_transpose(image).convert("RGB")
-            square = square.resize((self.size, self.size), Image.Resampling.LANCZOS)
+        view = np.frombuffer(data, np.uint8)
+        frame, pixels = check_image(view), decode_image(view, self.size)
+        size = (self.size, self.size)
+        if data.startswith(START) and frame.plain and (frame.height, frame.width) == size:
+            return data
+        square = Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS)
         stored = BytesIO()
         square.save(stored, "JPEG", quality=self.quality)
         return stored.getvalue()
@@ -175,7 +169,8 @@ def make_pack(arguments: argparse.Namespace, console: Console) -> None:
         write_insightface_pack(out, bar.track(images, task_id=row), len(folders))
     remove_parts(conversion.parts)
     if survey.ignored:
-        console.print(f"{survey.ignored} files and folders that are not images were ignored")
+        ends = ", ".join(f"{end} {count:,}" for end, count in survey.ignored.most_common(8))
+        console.print(f"{survey.ignored.total():,} that are no images by their names: {ends}")
     console.print(f"{out}: {total} images of {len(folders)} identities, {out.stat().st_size} bytes")
 
 
@@ -229,7 +224,6 @@ def run(
 def start_worker() -> None:
     """Let the parent process answer an interrupt, and end with it even if it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    warnings.simplefilter("error", Image.DecompressionBombWarning)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -25,9 +25,9 @@ from pathlib import Path
 import numpy as np
 
 from partialfc.commands._command import command_parser, tracked
-from partialfc.commands._pack.sources import is_image
 from partialfc.commands._split.pairs import drawn_pairs
 from partialfc.commands.pack import Conversion
+from partialfc.data.files.index import is_hidden, is_image
 from partialfc.data.sets.pairs import write_pairs
 from partialfc.data.sets.published import read_people
 from partialfc.keyed import key, permute
@@ -156,9 +156,7 @@ def images_of(source: Path) -> Images:
         ValueError: If it holds fewer than three identities.
     """
     found: Images = {}
-    for folder in sorted(path for path in source.iterdir() if path.is_dir()):
-        if folder.name.startswith(".") or folder.name == "__MACOSX":
-            continue
+    for folder in sorted(p for p in source.iterdir() if p.is_dir() and not is_hidden(p.name)):
         images = [path for path in folder.iterdir() if is_image(path.name) and path.is_file()]
         if images:
             found[folder.name] = sorted(image.absolute() for image in images)

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from partialfc.data.images.jpeg import check_jpeg, decode
-from partialfc.data.loaders.torch_loader import normalise, resize
+from partialfc.data.images.formats import decode_image, resize
+from partialfc.data.loaders.torch_loader import normalise
 from partialfc.data.sets.pairs import Image
 from partialfc.distributed.ranks import gather_rows
 from partialfc.errors import DataError
@@ -44,7 +44,7 @@ def embed_images(
         embed: Images [32, 3, S, S] in [-1, 1] on the device to embeddings, in evaluation mode.
         name: Of the set, for errors.
         count: N, >= 1.
-        image: Returns image i: RGB uint8 [H, W, 3], or JPEG bytes; called from several threads.
+        image: Returns image i: RGB uint8 [H, W, 3], or the bytes of a file; called from several threads.
         runtime: This rank.
         size: S in pixels; other images are resized.
         flip: Add the embedding of the mirrored image.
@@ -58,13 +58,11 @@ def embed_images(
 
     def prepare(index: int) -> np.ndarray:
         try:
-            pixels = _pixels(image(index))
+            pixels = _pixels(image(index), size)
         except (ValueError, OSError) as error:
             raise DataError(f"{name}: image {index}: {error}") from error
-        if pixels.shape[:2] != (size, size):
-            pixels = resize(pixels, size)
         normal = np.empty((3, size, size), np.float32)
-        normalise(pixels, normal)
+        normalise(resize(pixels, size), normal)
         return normal
 
     ranks = runtime.ranks
@@ -88,10 +86,8 @@ def embed_images(
     return gathered[:count]
 
 
-def _pixels(image: Image) -> np.ndarray:
+def _pixels(image: Image, size: int) -> np.ndarray:
     """RGB uint8 [H, W, 3]."""
     if isinstance(image, np.ndarray):
         return image
-    view = np.frombuffer(image, np.uint8)
-    check_jpeg(view)
-    return decode(view)
+    return decode_image(np.frombuffer(image, np.uint8), size)

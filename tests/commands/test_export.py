@@ -11,8 +11,8 @@ from partialfc.__main__ import main
 from partialfc.backbones import build_backbone
 from partialfc.commands import export
 from partialfc.data.images.align import TEMPLATE, align
+from partialfc.data.images.formats import resize
 from partialfc.data.images.jpeg import decode
-from partialfc.data.loaders.torch_loader import resize
 from partialfc.data.sets.pairs import read_pairs
 from tests.support.places import FIXTURES
 

@@ -92,7 +92,7 @@ def test_parquet_with_anything_wrong_in_it_is_named(source, tmp_path):
     done = partialfc("pack", tmp_path / "a.parquet", tmp_path / "a.rec", "--workers", 1)
     assert done.returncode == 2
     for problem in ("a.parquet:0:1: ValueError: the row has no bytes", "a.parquet:1:0: the row has "
-                    "no identity", "a.parquet:1:1: UnidentifiedImageError"):  # fmt: skip
+                    "no identity", "a.parquet:1:1: ValueError: it is no image"):  # fmt: skip
         assert problem in done.stderr
     done = partialfc("pack", tmp_path / "a.parquet", tmp_path / "a.rec", "--skip-broken")
     assert done.returncode == 0, done.stderr

@@ -26,8 +26,12 @@ from partialfc.data.augment import Augmentation
 from partialfc.data.dataset import open_dataset
 from partialfc.data.files.image_files import open_image_files
 from partialfc.data.files.index import read_list
-from partialfc.data.images.formats import check_image, decode_image
-from partialfc.data.images.jpeg import MAX_BYTES, MAX_PIXELS
+from partialfc.data.images.formats import (
+    MOST_BYTES,
+    MOST_WHOLE_PIXELS,
+    check_image,
+    decode_image,
+)
 from partialfc.data.loaders.loader import open_batches
 from partialfc.data.loaders.stream import Stream
 from partialfc.data.order import Order
@@ -311,7 +315,7 @@ def test_a_read_only_folder_uses_the_users_cache(folder, tmp_path):
 BAD = {
     "link to a file": (lambda p: (p.unlink(), p.symlink_to(p.with_name("1.jpg"))), "symbolic link"),
     "empty": (lambda p: p.write_bytes(b""), "the file has 0 bytes"),
-    "huge": (lambda p: os.truncate(p, MAX_BYTES + 1), f"must be in \\[1, {MAX_BYTES}\\]"),
+    "huge": (lambda p: os.truncate(p, MOST_BYTES + 1), f"must be in \\[1, {MOST_BYTES}\\]"),
     "gone": (lambda p: p.unlink(), "No such file"),
     "folder": (lambda p: (p.unlink(), p.mkdir()), "not a regular file"),
     "pipe": (lambda p: (p.unlink(), os.mkfifo(p)), "not a regular file"),
@@ -419,9 +423,11 @@ def test_folders_that_hold_no_identities_are_refused(folder, tmp_path):
 def test_other_files_are_left_out_with_a_warning(folder):
     """No image is left out silently; hidden files are other programs' notes."""
     (folder / "9" / "notes.txt").write_text("x")
-    (folder / "9" / "old.bmp").write_text("x")
+    (folder / "9" / "photo.heic").write_text("x")
     (folder / "9" / ".thumbs.jpg").write_text("x")
-    with pytest.warns(UserWarning, match=r"2 files and folders .* are no images .*partialfc pack"):
+    for name in (".ipynb_checkpoints", "__MACOSX", "@eaDir"):
+        shutil.copytree(folder / "2", folder / name)
+    with pytest.warns(UserWarning, match=r"2 files and folders .* are no images .*left out"):
         assert len(open_image_files(folder)) == 13
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -438,9 +444,12 @@ def raw_png(width, height, bits=8, colour=2, *, body=b"") -> bytes:
 
 
 PNGS = {
-    "bomb": (raw_png(65500, 65500), f"65500 x 65500 pixels, must be between 1 and {MAX_PIXELS}"),
+    "bomb": (
+        raw_png(65500, 65500),
+        f"65500 x 65500 pixels, must be between 1 and {MOST_WHOLE_PIXELS}",
+    ),
     "no pixels": (raw_png(0, 5), "0 x 5 pixels"),
-    "16 bits": (raw_png(8, 8, bits=16), "16 bits per sample"),
+    "32 bits": (raw_png(8, 8, bits=32), "32 bits per sample"),
     "colour": (raw_png(8, 8, colour=5), "colour type 5"),
     "cut": (raw_png(8, 8)[:-12], "truncated: it has no end marker"),
     "signature": (b"\x89PNG\r\n\x1a\n", "truncated"),

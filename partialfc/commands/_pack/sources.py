@@ -6,34 +6,15 @@ and ``:row group:row`` inside a parquet file. Those of parquet files come in the
 """
 
 import os
-import tarfile
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from dataclasses import dataclass
+from pathlib import Path
 
-from partialfc.commands._command import tracked
 from partialfc.commands._pack import parquet
-from partialfc.data.files.index import in_order, list_lines
-
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
-_LONGEST_LABEL = 256
-
-
-class Fault(NamedTuple):
-    """A file or folder that cannot be used, and why."""
-
-    path: str
-    why: str
-
-
-@dataclass
-class Survey:
-    """What was seen of the source besides its images."""
-
-    ignored: int = 0
-    faults: list[Fault] = field(default_factory=list)
+from partialfc.commands._pack.survey import Fault, Survey
+from partialfc.commands._pack.tars import tar_images
+from partialfc.data.files.index import in_order, is_hidden, is_image, list_lines
 
 
 @dataclass(frozen=True)
@@ -74,7 +55,8 @@ class Source:
         with os.scandir(self.root / name) as entries:
             files = [entry.name for entry in entries]
         chosen = sorted(file for file in files if is_image(file))
-        survey.ignored += len(files) - len(chosen)
+        for file in set(files) - set(chosen):
+            survey.ignore(file)
         if not chosen:
             survey.faults.append(Fault(name, "a folder without images"))
         return [f"{name}/{file}" for file in chosen]
@@ -87,10 +69,10 @@ def open_source(path: Path, survey: Survey) -> Source:
         ValueError: If it is none of them.
     """
     if path.is_dir():
-        tables = sorted(path.glob(f"*{parquet.SUFFIX}"))
+        tables = _shards(path, parquet.SUFFIX)
         if tables:
             return _tables(path, tables)
-        shards = sorted(path.glob("*.tar"))
+        shards = _shards(path, ".tar")
         return _tars(path, shards, survey) if shards else _folders(path, survey)
     if path.suffix == ".tar":
         return _tars(path.parent, [path], survey)
@@ -126,18 +108,18 @@ def file_of(root: Path, where: str) -> Path:
     return root / where
 
 
-def is_image(name: str) -> bool:
-    """Whether a file is taken for an image; hidden ones are notes of other programs."""
-    return Path(name).suffix.lower() in SUFFIXES and not Path(name).name.startswith(".")
+def _shards(path: Path, suffix: str) -> list[Path]:
+    return sorted(file for file in path.glob(f"*{suffix}") if not is_hidden(file.name))
 
 
 def _folders(path: Path, survey: Survey) -> Source:
     with os.scandir(path) as scan:
         entries = list(scan)
-    names = in_order(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+    names = in_order(e.name for e in entries if e.is_dir() and not is_hidden(e.name))
     if not names:
         raise ValueError(f"{path} holds no folders, must hold one per identity.")
-    survey.ignored = len(entries) - len(names)
+    for name in {entry.name for entry in entries} - set(names):
+        survey.ignore(name)
     return Source(path, names)
 
 
@@ -149,35 +131,7 @@ def _list(path: Path) -> Source:
 
 
 def _tars(root: Path, shards: list[Path], survey: Survey) -> Source:
-    """Of every shard the index is read; nothing is extracted.
-
-    An image's identity is in the member of the same name that ends with ``.cls``, as WebDataset has
-    it; without one it is the folder that the image is in.
-    """
-    images: dict[str, list[str]] = defaultdict(list)
-    for shard in tracked(shards, "shards listed"):
-        found: dict[str, str] = {}
-        labels: dict[str, str] = {}
-        with tarfile.open(shard, "r:") as archive:
-            for member in archive:
-                path = PurePosixPath(member.name)
-                stem = str(path.with_suffix(""))
-                if path.suffix == ".cls" and member.isreg() and member.size <= _LONGEST_LABEL:
-                    content = archive.extractfile(member)
-                    assert content is not None, "a regular file"
-                    labels[stem] = content.read().decode(errors="replace").strip()
-                elif member.isreg() and is_image(member.name):
-                    found[stem] = f"{shard.name}:{member.offset_data}:{member.size}"
-                elif not member.isdir():
-                    survey.ignored += 1
-        for stem, where in found.items():
-            identity = labels.get(stem) or str(PurePosixPath(stem).parent).strip(".")
-            if identity:
-                images[identity].append(where)
-            else:
-                name = f"{shard.name}: {stem}"
-                survey.faults.append(Fault(name, "no .cls beside it, and in no folder"))
-    return _listed(root, images, root)
+    return _listed(root, tar_images(shards, survey), root)
 
 
 def _tables(root: Path, shards: list[Path]) -> Source:

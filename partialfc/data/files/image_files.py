@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from partialfc.data.files.index import NO_FILE, FileIndex, open_file_index
-from partialfc.data.images.jpeg import MAX_BYTES
+from partialfc.data.images.formats import MOST_BYTES
 from partialfc.data.packs.recordio import RecordError
 
 _BELOW = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -87,7 +87,7 @@ class ImageFiles:
         return int(self.index.identity_N[self.key(index)]), self.jpeg_view(index)
 
     def jpeg(self, index: int) -> bytes:
-        """Return the bytes of one image, a JPEG's or a PNG's."""
+        """Return the bytes of one image, as they are stored."""
         name = self.index.name(self.key(index))
         try:
             return self._read(name)
@@ -143,12 +143,12 @@ class ImageFiles:
             status = os.fstat(file)
             if not stat.S_ISREG(status.st_mode):
                 raise self._error(name, "it is not a regular file")
-            if not 0 < status.st_size <= MAX_BYTES:
+            if not 0 < status.st_size <= MOST_BYTES:
                 raise self._error(
-                    name, f"the file has {status.st_size} bytes, must be in [1, {MAX_BYTES}]"
+                    name, f"the file has {status.st_size} bytes, must be in [1, {MOST_BYTES}]"
                 )
             data = os.read(file, status.st_size)
-            while len(data) < status.st_size and (more := os.read(file, MAX_BYTES)):
+            while len(data) < status.st_size and (more := os.read(file, MOST_BYTES)):
                 data += more  # some network file systems give less than is asked for
             return data
         finally:

@@ -23,15 +23,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from partialfc.data.images.formats import SUFFIXES
 from partialfc.data.packs import index_cache
 from partialfc.data.packs.index_cache import alone, cache_places, read_kept, write_kept
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
-"""Ends of the names of files that are images, in either case."""
 NO_FILE = -1
 """The size of what is no regular file, or not there."""
 
-_FORMAT = "partialfc files 1"
+_FORMAT = "partialfc files 2"
+_NOTES = frozenset(
+    {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
+)
 _THREADS = 16  # they wait for the file system, not for a core
 _CHUNK = 4096
 _SORTED = 1 << 20  # names that are moved at a time: it takes 16 bytes for each of theirs
@@ -132,6 +134,16 @@ def in_order(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: (int(name), name) if numbers else (0, name))
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is a note of another program by its name, and never a person."""
+    return name.startswith(".") or name in _NOTES
+
+
+def is_image(name: str) -> bool:
+    """Whether a file is taken for an image by its name."""
+    return Path(name).suffix.lower() in SUFFIXES and not is_hidden(name)
+
+
 def list_folder(root: Path) -> tuple[list[str], list[Files]]:
     """Return the names of the folders in a folder, and the image files in each."""
     names = in_order(name for name, _ in _folders(root))
@@ -143,7 +155,7 @@ def list_folder(root: Path) -> tuple[list[str], list[Files]]:
     if ignored:
         warnings.warn(
             f"{root}: {ignored:,} files and folders below the identities are no images (named "
-            f"{', '.join(sorted(SUFFIXES))}) and are left out. partialfc pack reads more formats.",
+            f"{', '.join(sorted(SUFFIXES))}) and are left out.",
             stacklevel=5,
         )
     return names, [files for files, _ in found]
@@ -237,7 +249,7 @@ def _texts(
 def _folders(root: Path) -> list[tuple[str, int]]:
     """Names and times of the folders in a folder; a link is none, and is refused."""
     with os.scandir(root) as scan:
-        entries = [entry for entry in scan if not entry.name.startswith(".")]
+        entries = [entry for entry in scan if not is_hidden(entry.name)]
     for entry in entries:
         if entry.is_symlink():
             raise ValueError(
@@ -254,10 +266,8 @@ def _folders(root: Path) -> list[tuple[str, int]]:
 def _images(root: Path, number: int, folder: str) -> tuple[Files, int]:
     """The image files of one identity by name, and how much else there is."""
     with os.scandir(root / folder) as scan:
-        entries = [entry for entry in scan if not entry.name.startswith(".")]
-    chosen = sorted(
-        (e for e in entries if Path(e.name).suffix.lower() in SUFFIXES), key=lambda e: e.name
-    )
+        entries = [entry for entry in scan if not is_hidden(entry.name)]
+    chosen = sorted((e for e in entries if is_image(e.name)), key=lambda e: e.name)
     names = [os.fsencode(f"{folder}/{entry.name}") for entry in chosen]
     files = Files(
         b"".join(names),

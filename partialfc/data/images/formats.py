@@ -1,12 +1,13 @@
-"""The images that are trained on: JPEG and PNG files, told apart by their first bytes.
+"""Any image file as upright RGB pixels: one rule for training, packing, embedding and measuring.
 
-A PNG of up to 8 bits per sample passes, of any colour type; transparency is not looked at. Like a
-JPEG's, its headers are read before a decoder allocates a byte.
+JPEG, PNG, WebP, BMP, TIFF, PGM and PPM are told apart by their first bytes, whatever a file is
+called, and are turned as their EXIF says. Headers are read, and limits applied, before a decoder
+allocates a byte. Transparency is not looked at; of several pictures in a file the first is taken.
 """
 
-import struct
-import zlib
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 
 import numpy as np
@@ -14,107 +15,142 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from partialfc.data.images import jpeg
-from partialfc.data.images.jpeg import MAX_BYTES, MAX_PIXELS, Frame, check_jpeg
+from partialfc.data.images.exif import UPRIGHT, upright
+from partialfc.data.images.jpeg import MAX_BYTES, MAX_PIXELS, Frame, check_size
+from partialfc.data.images.other import check_other, decode_other
+from partialfc.data.images.png import SIGNATURE, check_png
 
-_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_CHUNK = struct.Struct(">I4s")
-_CRC = struct.Struct(">I")
-_HEADER = struct.Struct(">IIBB")
-_HEADER_BYTES = 13
-_CRITICAL = frozenset({b"IHDR", b"PLTE", b"IDAT", b"IEND"})
-_ANCILLARY = 0x20
-_PALETTE, _COLOUR_AT = 3, 25
-_MAX_CHUNKS = 1 << 14
-_COMPONENTS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}
-_REMEDY = "Encode it again as an RGB PNG of 8 bits or as a JPEG, or leave it out."
+SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".pgm", ".ppm", ".pnm"}
+)
+"""Ends of the names of files that are taken for images, in either case."""
+MOST_PIXELS = 1 << 28
+"""Pixels of the largest JPEG that is read, 268 million: libjpeg decodes it at a smaller scale."""
+MOST_WHOLE_PIXELS = 1 << 27
+"""Pixels of the largest image that must be decoded as a whole: no JPEG, progressive, or CMYK."""
+MOST_BYTES = 1 << 28
+"""Bytes of the largest file that is read."""
+
+_MOST_PASSES = 1 << 31  # pixels times the scans of a progressive image
+_LARGE = 1 << 25  # pixels, whose decoder may need 128 MiB
+_one_large = threading.Lock()
 
 
 def check_image(view: NDArray[np.uint8]) -> Frame:
-    """Return what the headers of a JPEG or a PNG say, or refuse it before it is decoded.
+    """Return what the headers of an image say, or refuse it before it is decoded.
 
     Args:
         view: uint8 [bytes], the whole file.
 
     Raises:
-        ValueError: If it is neither, is truncated, is of a kind that is not decoded, or is larger
-            than it may be.
+        ValueError: If it is of no format that is read, is truncated, or is larger than it may be.
     """
-    return _check_png(view) if is_png(view) else check_jpeg(view)
+    check_size(view, MOST_BYTES)
+    if view[:2].tobytes() == jpeg.START:
+        frame, bits, coding, scans = jpeg.read_headers(view)
+        jpeg.check_kind(bits, coding)
+        plain = frame.components in (1, 3)
+        if not plain and frame.components != 4:
+            raise ValueError(
+                f"the JPEG has {frame.components} components, must be 1, 3 or 4. Encode it again "
+                "as a baseline RGB JPEG, or leave it out."
+            )
+        whole = scans > 1 or not plain
+        jpeg.check_pixels(frame, scans, MOST_WHOLE_PIXELS if whole else MOST_PIXELS)
+        if scans * frame.height * frame.width > _MOST_PASSES:
+            raise ValueError(
+                f"the JPEG asks for {scans} passes over {frame.width} x {frame.height} pixels, "
+                f"at most {_MOST_PASSES} pixels are passed over. Encode it again as a baseline "
+                "JPEG, or leave it out."
+            )
+    elif is_png(view):
+        frame, bits = check_png(view, MOST_WHOLE_PIXELS)
+        plain = bits <= 8
+    else:
+        frame, plain = check_other(view, MOST_WHOLE_PIXELS), False
+    if plain and frame.orientation == UPRIGHT and _is_small(view, frame):
+        return frame
+    return frame._replace(plain=False)
 
 
-def decode_image(view: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return the RGB pixels [height, width, 3] of an image that :func:`check_image` lets pass.
+def decode_image(view: NDArray[np.uint8], side: int = 0) -> NDArray[np.uint8]:
+    """Return the upright RGB pixels [height, width, 3] of an image.
 
-    They are the same as DALI's on the CPU.
+    Those of a JPEG or PNG are the same as DALI's on the CPU.
+
+    Args:
+        view: uint8 [bytes], the whole file.
+        side: Pixels that the shorter side is needed with, 0 for all that there are. A JPEG of more
+            than ``MAX_PIXELS`` pixels is decoded smaller, with twice as many at least.
 
     Raises:
-        ValueError: If the image cannot be decoded.
+        ValueError: As :func:`check_image`, and if the image cannot be decoded.
     """
-    if not is_png(view):
-        return jpeg.decode(view)
-    try:
-        with Image.open(BytesIO(view.tobytes()), formats=["PNG"]) as image:
-            return np.asarray(image.convert("RGB"))
-    except MemoryError:
-        raise
-    except Exception as error:  # Pillow raises anything on a broken chunk
-        raise ValueError(f"{type(error).__name__}: {error}") from None
+    frame = check_image(view)
+    with _alone_if_large(frame):
+        if view[:2].tobytes() != jpeg.START:
+            pixels = decode_other(view, "PNG" if is_png(view) else "")
+        elif frame.components == 4:
+            pixels = decode_other(view, "JPEG")
+        else:
+            pixels = jpeg.decode(view, 0 if _is_small(view, frame) else 2 * side)
+    return pixels if frame.orientation == UPRIGHT else upright(pixels, frame.orientation)
+
+
+def decode_plain(view: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return the RGB pixels of an image of which :func:`check_image` said that it is plain.
+
+    Raises:
+        ValueError: If it cannot be decoded.
+    """
+    is_jpeg = view[:2].tobytes() == jpeg.START
+    return jpeg.decode(view) if is_jpeg else decode_other(view, "PNG")
+
+
+def plain_image(view: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """Return an image that is not plain as a PNG that is: upright, [size, size, 3]; its bytes.
+
+    Raises:
+        ValueError: As :func:`decode_image`.
+    """
+    stored = BytesIO()
+    pixels = resize(decode_image(view, size), size)
+    Image.fromarray(pixels).save(stored, "PNG", compress_level=1)
+    return np.frombuffer(stored.getvalue(), np.uint8)
+
+
+def resize(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """Return an image [H, W, 3] as [size, size, 3]; itself if it is so.
+
+    Bilinear, wider when it shrinks, rounded once at the end, as in DALI.
+
+    Pillow rounds the pixels of an RGB image between its two passes; on planes of floats it does
+    not, which is twenty times closer to DALI.
+    """
+    if pixels.shape[:2] == (size, size):
+        return pixels
+    resized = np.empty((size, size, 3), np.float32)
+    for channel in range(3):
+        plane = Image.fromarray(pixels[:, :, channel].astype(np.float32))
+        resized[:, :, channel] = np.asarray(plane.resize((size, size), Image.Resampling.BILINEAR))
+    return np.rint(resized).astype(np.uint8)
 
 
 def is_png(view: NDArray[np.uint8]) -> bool:
     """Whether the bytes of an image are a PNG's, by the first eight."""
-    return view[:8].tobytes() == _SIGNATURE
+    return view[:8].tobytes() == SIGNATURE
 
 
-def _check_png(view: NDArray[np.uint8]) -> Frame:
-    """One header, which comes first, and an end; nothing that not every decoder takes."""
-    if len(view) > MAX_BYTES:
-        raise _refusal(f"the PNG has {len(view)} bytes, at most {MAX_BYTES} are allowed")
-    frame, seen = None, set()
-    for kind, at, length in _chunks(view):
-        if frame is None:
-            if kind != b"IHDR" or length != _HEADER_BYTES:
-                raise _refusal("the PNG does not begin with its header")
-            frame = _read_header(view, at)
-        elif kind == b"IHDR":  # decoders go by the last one, which is of any size
-            raise _refusal("the PNG has a second header")
-        if (
-            zlib.crc32(view.data[at - 4 : at + length])
-            != _CRC.unpack_from(view.data, at + length)[0]
-        ):
-            raise _refusal(f"the PNG is damaged: the checksum of its {kind!r} is wrong")
-        if kind[0] & _ANCILLARY == 0 and kind not in _CRITICAL:
-            raise _refusal(f"the PNG has a chunk {kind!r} that is not in the standard")
-        if kind == b"IDAT" and view[_COLOUR_AT] == _PALETTE and b"PLTE" not in seen:
-            raise _refusal("the PNG has no palette before its pixels")
-        if kind == b"IEND":
-            return frame
-        seen.add(kind)
-    raise _refusal(f"the PNG has more than {_MAX_CHUNKS} chunks")
+def _is_small(view: NDArray[np.uint8], frame: Frame) -> bool:
+    """Whether loaders decode so many pixels and bytes."""
+    return frame.height * frame.width <= MAX_PIXELS and len(view) <= MAX_BYTES
 
 
-def _chunks(view: NDArray[np.uint8]) -> Iterator[tuple[bytes, int, int]]:
-    """The kind of each chunk, where its bytes begin and how many they are; all are there."""
-    at = len(_SIGNATURE) + _CHUNK.size
-    for _ in range(_MAX_CHUNKS):
-        fits = at + _CRC.size <= len(view)
-        length, kind = _CHUNK.unpack_from(view.data, at - _CHUNK.size) if fits else (0, b"")
-        if not fits or at + length + _CRC.size > len(view):
-            raise _refusal("the PNG is truncated: it has no end marker")
-        yield kind, at, length
-        at += length + _CRC.size + _CHUNK.size
-
-
-def _read_header(view: NDArray[np.uint8], at: int) -> Frame:
-    width, height, bits, colour = _HEADER.unpack_from(view.data, at)
-    if bits > 8 or colour not in _COMPONENTS:
-        raise _refusal(f"the PNG has {bits} bits per sample and colour type {colour}")
-    if not 0 < height * width <= MAX_PIXELS:
-        raise _refusal(
-            f"the PNG claims {width} x {height} pixels, must be between 1 and {MAX_PIXELS}"
-        )
-    return Frame(height, width, _COMPONENTS[colour])
-
-
-def _refusal(problem: str) -> ValueError:
-    return ValueError(f"{problem}. {_REMEDY}")
+@contextmanager
+def _alone_if_large(frame: Frame) -> Iterator[None]:
+    """So that the memory of several threads is bounded by that of one large image."""
+    if frame.height * frame.width <= _LARGE:
+        yield
+    else:
+        with _one_large:
+            yield

@@ -18,7 +18,7 @@ from torch import Tensor
 from partialfc.data.arrangements import Blocks
 from partialfc.data.augment import Augmentation, Draw, draw
 from partialfc.data.dataset import DataSet
-from partialfc.data.images.formats import check_image
+from partialfc.data.images.formats import check_image, plain_image
 from partialfc.data.order import Order
 from partialfc.data.skip_list import BadRecord
 from partialfc.data.source import Source
@@ -59,7 +59,8 @@ class Encoded(NamedTuple):
 
     Attributes:
         sample_id_B: Samples of the data set; of a replaced one that which stands for it.
-        jpegs: B images as they are stored; views of a pack's bytes.
+        jpegs: B images as they are stored, views of a pack's bytes; of one that is not plain, a PNG
+            of the upright image [S, S, 3].
         resize_B: Which images are not S x S yet.
         identity_B: int64, in [0, num_identities).
         draw: What happens to each image.
@@ -168,11 +169,13 @@ class Stream:
             identity, jpeg = record
             try:
                 frame = check_image(jpeg)
+                if not frame.plain:
+                    jpeg = plain_image(jpeg, self.image_size)
             except ValueError as error:
                 found.append(str(error))
             else:
-                resize = (frame.height, frame.width) != (self.image_size, self.image_size)
-                found.append(_Usable(identity, jpeg, resize))
+                is_square = (frame.height, frame.width) == (self.image_size, self.image_size)
+                found.append(_Usable(identity, jpeg, frame.plain and not is_square))
         return found
 
     def _replacement(self, epoch: int, position: int) -> tuple[int, _Usable]:

@@ -14,10 +14,9 @@ from itertools import count
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from partialfc.data.augment import Draw
-from partialfc.data.images.formats import decode_image
+from partialfc.data.images.formats import decode_plain, resize
 from partialfc.data.loaders.stream import Batch, Batches, Stream
 
 
@@ -59,7 +58,7 @@ def decoded_batch(stream: Stream, samples_seen: int) -> Batch:
         batch, complete = stream.batch(samples_seen), True
         for i, jpeg in enumerate(batch.jpegs):
             try:
-                pixels = decode_image(jpeg)
+                pixels = decode_plain(jpeg)
             except ValueError as error:
                 stream.cannot_decode(int(batch.sample_id_B[i]), str(error))
                 complete = False
@@ -70,21 +69,6 @@ def decoded_batch(stream: Stream, samples_seen: int) -> Batch:
         if complete:
             identities = torch.from_numpy(batch.identity_B)
             return Batch(torch.from_numpy(images), identities, batch.replaced)
-
-
-def resize(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """Return an image [H, W, 3] as [size, size, 3].
-
-    Bilinear, wider when it shrinks, rounded once at the end, as in DALI.
-
-    Pillow rounds the pixels of an RGB image between its two passes; on planes of floats it does
-    not, which is twenty times closer to DALI.
-    """
-    resized = np.empty((size, size, 3), np.float32)
-    for channel in range(3):
-        plane = Image.fromarray(pixels[:, :, channel].astype(np.float32))
-        resized[:, :, channel] = np.asarray(plane.resize((size, size), Image.Resampling.BILINEAR))
-    return np.rint(resized).astype(np.uint8)
 
 
 def normalise(pixels: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
