@@ -44,7 +44,7 @@ def embed_images(
         embed: Images [32, 3, S, S] in [-1, 1] on the device to embeddings, in evaluation mode.
         name: Of the set, for errors.
         count: N, >= 1.
-        image: Returns image i: RGB uint8 [H, W, 3], or the bytes of a file; called from several threads.
+        image: Returns image i: RGB uint8 [H, W, 3], or a file's bytes; called from several threads.
         runtime: This rank.
         size: S in pixels; other images are resized.
         flip: Add the embedding of the mirrored image.
