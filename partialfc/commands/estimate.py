@@ -107,7 +107,7 @@ def most_identities(
 def data_parts(config: Config, world_size: int, device: Device) -> list[MemoryItem]:
     """Return the memory of images under way and, on a CPU, of packs."""
     data, sets = config.data, config.verification
-    image, batch = 3 * data.image_size**2, data.global_batch // world_size
+    image, batch = 3 * data.image_size**2, config.shares(world_size).largest
     dali = _uses_dali(config, device)
     if dali:
         ahead, per_image, who = data.prefetch + 2, 6 * image, "DALI: fp32 and decoded bytes"

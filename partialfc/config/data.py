@@ -35,6 +35,11 @@ class Data(Section):
     """Images per optimizer step over all ranks. Must divide by ranks x ``optimizer.accumulation``,
     and decides the result, so keep it when the number of ranks changes."""
 
+    uneven: bool = False
+    """Train on any number of ranks: where the batch does not divide by them, some have one image
+    more than others in every micro-batch. The loss is the mean over all images as before; the
+    ranks with fewer images wait."""
+
     image_size: Annotated[int, Range(ge=32, le=1024), Unit("pixels")] = 112
     """Side of the square images that the backbone receives."""
 

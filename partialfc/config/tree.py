@@ -27,6 +27,7 @@ from partialfc.config.run import Checkpoint, EverySteps, Log, Run
 from partialfc.config.schema import Section, UserPath, nearest_multiples
 from partialfc.definitions import Range, Unit
 from partialfc.definitions.backbones import Backbone as BackboneName
+from partialfc.distributed.shares import Shares
 from partialfc.errors import ConfigError
 
 __all__ = ["Config", "ConfigError", "config_hash", "help_text", "load", "to_toml"]
@@ -156,6 +157,10 @@ class Config(Section):
             raise ValueError("\n".join(problems))
         return self
 
+    def shares(self, world_size: int) -> Shares:
+        """Return how many images of a step each rank has."""
+        return Shares.of(self.data.global_batch, world_size, self.optimizer.accumulation)
+
     def check(self, world_size: int) -> None:
         """Check what depends on the number of ranks.
 
@@ -165,22 +170,25 @@ class Config(Section):
         problems = []
         batch, accumulation = self.data.global_batch, self.optimizer.accumulation
         parts = world_size * accumulation
-        if batch % parts:
+        fewest, uneven = divmod(batch, parts)
+        if uneven and not (self.data.uneven and fewest):
             nearest = nearest_multiples(batch, parts)
             problems.append(
                 f"data.global_batch = {batch}: must divide by ranks x optimizer.accumulation = "
                 f"{world_size} x {accumulation} = {parts}. Nearest: {nearest}."
+                + (" Or set data.uneven = true: ranks may have one image more." if fewest else "")
             )
-        if batch == parts and not (self.backbone.sync_batch_norm and world_size > 1):
+        elif fewest == 1 and not (self.backbone.sync_batch_norm and world_size > 1):
             problems.append(
                 f"data.global_batch = {batch}: one image for each rank and micro-batch, and "
                 f"BatchNorm takes its statistics over at least 2. Use {2 * parts} or more."
             )
         repeated = self.data.images_per_identity or 1
         pairs = self.losses.triplet.weight or self.losses.contrastive.weight
-        if pairs and not batch % parts and batch // parts % repeated:
+        own = self.shares(world_size).of_each(accumulation).sizes
+        if pairs and not problems and any(size % repeated for size in own):
             problems.append(
-                f"data.images_per_identity = {repeated}: must divide the {batch // parts} images "
+                f"data.images_per_identity = {repeated}: must divide the {own[0]} images "
                 f"of a rank's micro-batch ({batch} / {world_size} ranks / optimizer.accumulation "
                 f"{accumulation}), or losses.triplet and losses.contrastive lose pairs."
             )
@@ -205,7 +213,7 @@ _CHANGES_NO_RESULT: dict[str, Any] = {
         "preflight",
     },
     # The data's fingerprint stands for its paths.
-    "data": {"train", "skip", "bad_share", "threads", "prefetch"},
+    "data": {"train", "skip", "bad_share", "threads", "prefetch", "uneven"},
     "verification": True,
     "checkpoint": True,
     "log": True,

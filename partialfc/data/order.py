@@ -5,7 +5,7 @@ is asked for; :mod:`partialfc.data.arrangements` has others. Global batch k of a
 [kB, (k+1)B) of it and a rank takes a contiguous slice, so any number of ranks sees the same global
 batches and a run resumes from one integer.
 
-Shape suffix: B = positions asked for.
+Shape suffixes: B = positions asked for, b = those of a rank's batch.
 """
 
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from partialfc.distributed.shares import Shares
 from partialfc.keyed import key, permute
 
 LastBatch = Literal["drop", "pad"]
@@ -84,6 +85,8 @@ class Order:
             their batch is filled with the first images of the same epoch, several times over if
             the epoch is shorter than a batch.
         arrangement: Of the N images in an epoch; a :class:`Shuffled` if it is left out.
+        uneven_by: Where B does not divide by the ranks, what their shares are multiples of and
+            differ by at most; it divides B. ``None``: such numbers of ranks are refused.
 
     Raises:
         ValueError: If a value is outside its range, or an epoch would have no batch.
@@ -94,6 +97,7 @@ class Order:
     seed: int
     last_batch: LastBatch = "drop"
     arrangement: Arrangement | None = None
+    uneven_by: int | None = None
 
     def __post_init__(self) -> None:
         if self.num_samples < 1:
@@ -134,7 +138,7 @@ class Order:
     def sample_ids(
         self, samples_seen: int, rank: int = 0, world_size: int = 1
     ) -> NDArray[np.int64]:
-        """Return the image indices [B / world_size] of a rank's next batch, each in [0, N).
+        """Return the image indices [b] of a rank's next batch, each in [0, N).
 
         Arguments and errors as of :meth:`positions`.
         """
@@ -146,28 +150,28 @@ class Order:
         return self._arranged.at(self.seed, epoch, position_B % self.epoch_size)
 
     def positions(self, samples_seen: int, rank: int = 0, world_size: int = 1) -> NDArray[np.int64]:
-        """Return the positions [B / world_size] of a rank's next batch in its epoch.
+        """Return the positions [b] of a rank's next batch in its epoch; b = B / world_size.
 
         Args:
             samples_seen: Images that all ranks together have seen; >= 0.
             rank: In [0, world_size).
-            world_size: Ranks that share the global batch; must divide B.
+            world_size: Ranks that share the global batch; divides B, unless ``uneven_by`` is set.
 
         Raises:
             ValueError: If an argument is outside its range.
         """
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be in [0, {world_size}), the world size, got {rank}.")
-        if self.global_batch % world_size:
+        if self.global_batch % world_size and self.uneven_by is None:
             lower = self.global_batch // world_size * world_size
             nearest = f"{lower} or {lower + world_size}" if lower else f"{world_size}"
             raise ValueError(
                 f"data.global_batch must be a multiple of the {world_size} ranks, got "
                 f"{self.global_batch}: the nearest is {nearest}."
             )
-        per_rank = self.global_batch // world_size
-        start = self._batch(samples_seen)[1] * self.global_batch + rank * per_rank
-        return np.arange(start, start + per_rank)
+        own = Shares.of(self.global_batch, world_size, self.uneven_by or 1).rows(rank)
+        start = self._batch(samples_seen)[1] * self.global_batch
+        return np.arange(start + own.start, start + own.stop)
 
     def _batch(self, samples_seen: int) -> tuple[int, int]:
         """Epoch, and batch of that epoch."""

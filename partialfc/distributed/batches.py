@@ -1,13 +1,15 @@
-"""Gathers the batches of all ranks, and refuses those of unequal size.
+"""Gathers the batches of all ranks, and refuses those of another size than was said.
 
 Shape suffixes: b = rows of this rank's batch, B = rows of the gathered batch, D = embedding, K =
 bytes of a row, W = ranks, 1 = one a row.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from partialfc.distributed.ranks import Ranks, gather_rows
+from partialfc.distributed.shares import Shares
 
 
 class Batches:
@@ -15,11 +17,12 @@ class Batches:
 
     Ranks that bring unequal numbers of rows to a collective read garbage or wait for ever. So they
     always bring as many as in the last one, behind a row that says how many they have. If that is
-    the same number everywhere, what is more than in the last one is gathered next.
+    the same number everywhere, or what the shares say, what is more than in the last one is
+    gathered next. Smaller shares are filled up on the way.
 
     Args:
         ranks: Those that gather.
-        what: Of which the size must be equal, for messages.
+        what: What has the size, for messages.
     """
 
     def __init__(self, ranks: Ranks, what: str = "batches") -> None:
@@ -27,12 +30,23 @@ class Batches:
         self._last = 0
 
     def gather(
-        self, queries_bD: Tensor, identities_b: Tensor, norms_b: Tensor | None = None
+        self,
+        queries_bD: Tensor,
+        identities_b: Tensor,
+        norms_b: Tensor | None = None,
+        shares: Shares | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return queries, identities and norms of all ranks, rank by rank, bit for bit.
 
         Collective: one all-gather of [b + 1] rows; one more if b is larger than the last time, and
-        the first time. A row has D * itemsize + 8 bytes, and 4 more for its norm.
+        the first time; b is the largest share's. A row has D * itemsize + 8 bytes, and 4 more for
+        its norm.
+
+        Args:
+            queries_bD: This rank's, any dtype.
+            identities_b: int64.
+            norms_b: fp32.
+            shares: b of every rank; ``None`` where all are equal.
 
         Returns:
             queries_BD: In the dtype of ``queries_bD``; contiguous.
@@ -40,8 +54,8 @@ class Batches:
             norms_B: fp32, or ``None``.
 
         Raises:
-            ValueError: If b is not the same on all ranks, on every rank; on a GPU, a device-side
-                assertion fails instead.
+            ValueError: If b is not the same on all ranks, or not its share, on every rank; on a
+                GPU, a device-side assertion fails instead.
         """
         queries_bD = queries_bD.contiguous()
         if self._ranks.size == 1:
@@ -49,51 +63,64 @@ class Batches:
         # As bytes: gloo knows no 16-bit integers, and no backend mixes two dtypes.
         parts = [queries_bD, identities_b.unsqueeze(1)]
         parts += [] if norms_b is None else [norms_b.unsqueeze(1)]
-        row_WbK = self._of_all(torch.cat([part.view(torch.uint8) for part in parts], dim=1))
-        columns = torch.split(row_WbK, [part.shape[1] * part.itemsize for part in parts], dim=2)
-        queries_BD, *more_B1 = (_joined(*both) for both in zip(columns, parts, strict=True))
+        row_bK = torch.cat([part.view(torch.uint8) for part in parts], dim=1)
+        widths = [part.shape[1] * part.itemsize for part in parts]
+        columns = zip(torch.split(self._of_all(row_bK, shares), widths, dim=2), parts, strict=True)
+        queries_BD, *more_B1 = (_joined(column, part, shares) for column, part in columns)
         identities_B, *norms = (more.squeeze(1) for more in more_B1)
         return queries_BD, identities_B, norms[0] if norms else None
 
-    def gather_identities(self, identities_b: Tensor) -> Tensor:
+    def gather_identities(self, identities_b: Tensor, shares: Shares | None = None) -> Tensor:
         """Return the int64 identities [B] of all ranks; collective as :meth:`gather`."""
         if self._ranks.size == 1:
             return identities_b
         row_b1 = identities_b.long().unsqueeze(1)
-        return _joined(self._of_all(row_b1.view(torch.uint8)), row_b1).squeeze(1)
+        row_WbK = self._of_all(row_b1.view(torch.uint8), shares)
+        return _joined(row_WbK, row_b1, shares).squeeze(1)
 
-    def _of_all(self, row_bK: Tensor) -> Tensor:
-        """Return the rows [W, b, K] of all ranks; K is 8 at least."""
-        count, last, ranks = len(row_bK), self._last, self._ranks
+    def _of_all(self, row_bK: Tensor, shares: Shares | None) -> Tensor:
+        """Return the rows [W, b, K] of all ranks, filled up to the largest share; K >= 8."""
+        own, last, ranks = len(row_bK), self._last, self._ranks
+        count = own if shares is None else shares.largest
         size_1K = row_bK.new_zeros(1, row_bK.shape[1])
-        size_1K[:, :8] = torch.full((1, 1), count, device=row_bK.device).view(torch.uint8)
-        sent = [size_1K, row_bK[:last]]
-        if count < last:
-            sent.append(row_bK.new_zeros(last - count, row_bK.shape[1]))
-        row_WbK = gather_rows(torch.cat(sent), ranks).view(ranks.size, 1 + last, -1)
-        self._refuse_unequal(row_WbK[:, 0, :8].contiguous().view(torch.int64).squeeze(1))
+        size_1K[:, :8] = torch.full((1, 1), own, device=row_bK.device).view(torch.uint8)
+        sent = torch.cat([size_1K, row_bK])
+        if own < max(count, last):
+            sent = F.pad(sent, (0, 0, 0, max(count, last) - own))
+        row_WbK = gather_rows(sent[: 1 + last], ranks).view(ranks.size, 1 + last, -1)
+        self._refuse_other(row_WbK[:, 0, :8].contiguous().view(torch.int64).squeeze(1), shares)
         row_WbK = row_WbK[:, 1 : 1 + count]
         if count > last:
-            more_WbK = gather_rows(row_bK[last:], ranks).view(ranks.size, count - last, -1)
+            more = sent[1 + last : 1 + count]
+            more_WbK = gather_rows(more, ranks).view(ranks.size, count - last, -1)
             row_WbK = torch.cat([row_WbK, more_WbK], dim=1)
         self._last = count
         return row_WbK
 
-    def _refuse_unequal(self, size_W: Tensor) -> None:
-        other_W = size_W != size_W[0]
+    def _refuse_other(self, size_W: Tensor, shares: Shares | None) -> None:
+        expected_W = size_W[0] if shares is None else size_W.new_tensor(shares.sizes)
+        other_W = size_W != expected_W
         if other_W.device.type != "cpu":
-            text = f"{self._what} must have the same size on every rank"
-            torch._assert_async(~other_W.any(), text)
+            must = "the same size on every rank" if shares is None else "the sizes of the shares"
+            torch._assert_async(~other_W.any(), f"{self._what} must have {must}")
         elif other_W.any():
             rank = int(other_W.nonzero()[0])
+            if shares is not None:
+                raise ValueError(
+                    f"{self._what} must have the sizes of the shares, got {int(size_W[rank])} on "
+                    f"rank {rank} instead of {shares.sizes[rank]}."
+                )
             raise ValueError(
                 f"{self._what} must have the same size on every rank, got {int(size_W[rank])} on "
                 f"rank {rank} and {int(size_W[0])} on rank 0; leave out what does not divide by "
                 "the number of ranks, as drop_last=True of a DataLoader and of a "
-                "DistributedSampler do."
+                "DistributedSampler do, or say the shares of all ranks."
             )
 
 
-def _joined(row_WbK: Tensor, like: Tensor) -> Tensor:
+def _joined(row_WbK: Tensor, like: Tensor, shares: Shares | None) -> Tensor:
     """Return bytes of all ranks as the rows [B, ...] of one tensor, in the dtype of another."""
-    return row_WbK.flatten(0, 1).contiguous().view(like.dtype)
+    if shares is None or shares.equal:
+        return row_WbK.flatten(0, 1).contiguous().view(like.dtype)
+    parts = [row_WbK[rank, :size] for rank, size in enumerate(shares.sizes)]
+    return torch.cat(parts).view(like.dtype)

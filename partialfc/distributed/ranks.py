@@ -11,7 +11,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
+
+from partialfc.distributed.shares import Shares
 
 # torch 2.13 gave them new names and warns at the old ones.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -84,10 +87,17 @@ def max_over_ranks(value: Tensor, ranks: Ranks) -> Tensor:
     return value
 
 
-def sum_to_owner(gradient_BD: Tensor, ranks: Ranks) -> Tensor:
-    """Return this rank's rows [b, D] of the sum over ranks: one reduce-scatter."""
+def sum_to_owner(gradient_BD: Tensor, ranks: Ranks, shares: Shares | None = None) -> Tensor:
+    """Return this rank's rows [b, D] of the sum over ranks: one reduce-scatter.
+
+    Every rank takes part in it with as many rows as the largest of the shares has.
+    """
     if ranks.size == 1:
         return gradient_BD
+    if shares is not None and not shares.equal:
+        parts = torch.split(gradient_BD, list(shares.sizes))
+        filled = [F.pad(part, (0, 0, 0, shares.largest - len(part))) for part in parts]
+        return sum_to_owner(torch.cat(filled), ranks)[: shares.sizes[ranks.rank]]
     _enter()
     owned_bD = gradient_BD.new_empty(len(gradient_BD) // ranks.size, gradient_BD.shape[1])
     with _timed("reduce_scatter", gradient_BD):

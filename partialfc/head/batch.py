@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from partialfc.distributed.ranks import Ranks
+from partialfc.distributed.shares import Shares
 from partialfc.head.options import Compute
 from partialfc.head.plan import Path
 from partialfc.head.row_set import RowSet
@@ -71,6 +72,7 @@ class Batch:
         compute: Precision of the matrix products.
         path: Which code computes them.
         ranks: Those that share the centers.
+        shares: b of every rank.
         want_gradient: Whether backward may follow.
         want_pull: Whether it wants the gradient of the embeddings.
         keep_bytes: Most memory of the exponentials kept for pass 2.
@@ -92,6 +94,7 @@ class Batch:
     compute: Compute
     path: Path
     ranks: Ranks
+    shares: Shares
     want_gradient: bool
     want_pull: bool
     keep_bytes: int

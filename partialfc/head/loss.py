@@ -252,12 +252,11 @@ def _gradient(
         if term.by_query_BD is not None:
             pull_BD.add_(term.by_query_BD, alpha=weight)
     unit_bD = queries.unit_bD
-    pull_bD = sum_to_owner(pull_BD, ranks)[:, : unit_bD.shape[1]]
+    pull_bD = sum_to_owner(pull_BD, ranks, batch.shares)[:, : unit_bD.shape[1]]
     if batch.margin.unit_embeddings:
         along_b1 = (pull_bD * unit_bD).sum(1, keepdim=True)
         pull_bD = (pull_bD - unit_bD * along_b1) * queries.reciprocal_b1
         pull_bD = pull_bD if queries.gain is None else pull_bD * queries.gain
     if push.norm_B is not None:
-        mine = slice(ranks.rank * len(unit_bD), (ranks.rank + 1) * len(unit_bD))
-        pull_bD = pull_bD + unit_bD * push.norm_B[mine].unsqueeze(1)
+        pull_bD = pull_bD + unit_bD * push.norm_B[batch.shares.rows(ranks.rank)].unsqueeze(1)
     return pull_bD * ranks.size

@@ -20,6 +20,7 @@ from torch._compile import _disable_dynamo
 
 from partialfc.distributed.batches import Batches
 from partialfc.distributed.ranks import Ranks
+from partialfc.distributed.shares import Shares
 from partialfc.head.batch import Batch, Queries
 from partialfc.head.centers import expand, fill_initial_
 from partialfc.head.checks import refuse_batch, refuse_other_kinds
@@ -186,7 +187,7 @@ class PartialFC(Shard):
         )
 
     @_disable_dynamo
-    def sample_step(self, identities: Tensor) -> None:
+    def sample_step(self, identities: Tensor, shares: Shares | None = None) -> None:
         """Fix the sample of this step from the identities of all its micro-batches.
 
         With gradient accumulation, N micro-batches after this call use the centers that one batch
@@ -196,19 +197,20 @@ class PartialFC(Shard):
 
         Args:
             identities: int64 [any], this rank's, the same number on every rank.
+            shares: The numbers of all ranks where they differ.
 
         Raises:
-            ValueError: If the number is not the same, or there is an unknown one; on a GPU, a
+            ValueError: If the number is another, or there is an unknown one; on a GPU, a
                 device-side assertion fails instead.
         """
-        identities_B = self._steps.gather_identities(identities)
+        identities_B = self._steps.gather_identities(identities, shares)
         refuse_unknown(identities_B, self.sharding.num_identities)
         step = self.optimizer.steps
         rows = expand(self.sampler(step, identities_B), self.centers_per_identity).rows
         self._step_sample = _StepSample(step, identities_B, rows)
 
     @_disable_dynamo
-    def prefetch(self, identities: Tensor) -> None:
+    def prefetch(self, identities: Tensor, shares: Shares | None = None) -> None:
         """Begin to bring the rows of the next step from host memory; a no-op where none are there.
 
         Optional, and changes no result. Call it before the forward pass of the present step, with
@@ -217,15 +219,18 @@ class PartialFC(Shard):
 
         Args:
             identities: int64 [any], this rank's of the next step, the same number on every rank.
+            shares: The numbers of all ranks where they differ.
         """
         if self.memory.uses_host:
-            identities_B = self._steps.gather_identities(identities)
+            identities_B = self._steps.gather_identities(identities, shares)
             sample = self.sampler(self.optimizer.steps + 1, identities_B)
             self.optimizer.prefetch(expand(sample, self.centers_per_identity).rows)
 
     # The sampler is integers on the host, and the optimizer's step is among its keys.
     @_disable_dynamo
-    def forward(self, embeddings: Tensor, identities: Tensor) -> Tensor:
+    def forward(
+        self, embeddings: Tensor, identities: Tensor, shares: Shares | None = None
+    ) -> Tensor:
         """Return the mean loss over the global batch, fp32, the same on all ranks.
 
         Collective: one all-gather, one all-reduce of [2B], and one reduce-scatter where gradients
@@ -244,13 +249,14 @@ class PartialFC(Shard):
         Args:
             embeddings: [b, D] of this rank, any float dtype, any length; b equal on all ranks.
             identities: int64 [b], global, in [0, C).
+            shares: b of every rank where it is not equal. The loss is the mean over all rows still.
 
         It is not compiled: ``torch.compile`` leaves the head as it is.
 
         Raises:
             ValueError: If a shape, a dtype, a device or an identity is wrong, or was not given to
-                :meth:`sample_step`; if b is not equal; if centers are copies of another rank's; if
-                nobody calls ``optimizer.step()``.
+                :meth:`sample_step`; if b is not equal, or not its share; if centers are copies of
+                another rank's; if nobody calls ``optimizer.step()``.
         """
         refuse_batch(embeddings, identities, dim=self.embedding_dim, device=self.device)
         # The anchor makes backward reach the centers where the embeddings want no gradient.
@@ -259,7 +265,9 @@ class PartialFC(Shard):
             self._forgotten.look(embeddings, self.optimizer.micro_batches)
         with torch.autocast(embeddings.device.type, enabled=False):
             with torch.no_grad():
-                batch = self._gather(embeddings, identities, want_gradient=anchor.requires_grad)
+                batch = self._gather(
+                    embeddings, identities, shares, want_gradient=anchor.requires_grad
+                )
                 outcome = margin_loss(batch)
                 self._learn(outcome)
             loss: Tensor = MarginLoss.apply(  # type: ignore[no-untyped-call]
@@ -267,7 +275,14 @@ class PartialFC(Shard):
             )
         return loss
 
-    def _gather(self, embeddings: Tensor, identities: Tensor, *, want_gradient: bool) -> Batch:
+    def _gather(
+        self,
+        embeddings: Tensor,
+        identities: Tensor,
+        shares: Shares | None,
+        *,
+        want_gradient: bool,
+    ) -> Batch:
         """Gather the global batch, refuse what is no identity of it, and sample its centers."""
         margin, optimizer = self.margin, self.optimizer
         if self._first:
@@ -278,7 +293,9 @@ class PartialFC(Shard):
         state = {name: value.clone() for name, value in self.margin_state().items()}
         queries = Queries.of(embeddings, margin, state, self.compute)
         norms_b = queries.norm_b if margin.needs_norms else None
-        query_BD, identities_B, norm_B = self._batches.gather(queries.query_bD, identities, norms_b)
+        query_BD, identities_B, norm_B = self._batches.gather(
+            queries.query_bD, identities, norms_b, shares
+        )
         refuse_unknown(identities_B, self.sharding.num_identities)
         sample = self.sample(identities_B)
         optimizer.catch_up(sample.rows)
@@ -300,6 +317,7 @@ class PartialFC(Shard):
             compute=self.compute,
             path=self.plan.path,
             ranks=self.ranks,
+            shares=shares or Shares((len(embeddings),) * self.ranks.size),
             want_gradient=want_gradient,
             want_pull=want_gradient and embeddings.requires_grad,
             keep_bytes=self.keep_bytes - optimizer.kept_bytes if want_gradient else 0,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from partialfc.distributed.batches import Batches
 from partialfc.distributed.ranks import Ranks, sum_over_ranks, sum_to_owner
+from partialfc.distributed.shares import Shares
 from partialfc.losses import EmbeddingLoss, Pairs
 from partialfc.numerics import unit
 
@@ -64,7 +65,9 @@ class EmbeddingLosses(nn.Module):
         self.batches = Batches(self.ranks)
         self.terms = {}
 
-    def forward(self, embeddings: Tensor, identities: Tensor) -> Tensor:
+    def forward(
+        self, embeddings: Tensor, identities: Tensor, shares: Shares | None = None
+    ) -> Tensor:
         """Return the weighted sum, fp32, the same on all ranks.
 
         Collective: one all-gather, two where the batch is larger than the last one, one all-reduce
@@ -74,14 +77,18 @@ class EmbeddingLosses(nn.Module):
         Args:
             embeddings: [b, D] of this rank, any float dtype, any length; b equal on all ranks.
             identities: int64 [b], global.
+            shares: b of every rank where it is not equal.
 
         Raises:
-            ValueError: If b is not equal; on a GPU, a device-side assertion fails instead.
+            ValueError: If b is not equal, or not its share; on a GPU, a device-side assertion fails
+                instead.
         """
         if not self.losses:
             return torch.zeros((), device=embeddings.device)
         with torch.autocast(embeddings.device.type, enabled=False):
-            loss: Tensor = _OverRanks.apply(embeddings, identities, self)  # type: ignore[no-untyped-call]
+            loss: Tensor = _OverRanks.apply(  # type: ignore[no-untyped-call]
+                embeddings, identities, shares, self
+            )
         return loss
 
 
@@ -101,13 +108,17 @@ class _OverRanks(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, embeddings: Tensor, identities: Tensor, module: EmbeddingLosses
+        ctx: Any,
+        embeddings: Tensor,
+        identities: Tensor,
+        shares: Shares | None,
+        module: EmbeddingLosses,
     ) -> Tensor:
         """Return the loss; arguments and collectives are those of ``EmbeddingLosses.forward``."""
         ranks, weighted = module.ranks, module.losses
         unit_bD, reciprocal_b1 = unit(embeddings.float())
-        unit_BD, identities_B, _ = module.batches.gather(unit_bD, identities)
-        anchors = slice(ranks.rank * len(unit_bD), (ranks.rank + 1) * len(unit_bD))
+        unit_BD, identities_B, _ = module.batches.gather(unit_bD, identities, shares=shares)
+        anchors = (shares or Shares((len(unit_bD),) * ranks.size)).rows(ranks.rank)
         want_gradient = ctx.needs_input_grad[0]
         with torch.set_grad_enabled(want_gradient):
             unit_BD = unit_BD.detach().requires_grad_(want_gradient)
@@ -127,7 +138,7 @@ class _OverRanks(torch.autograd.Function):
         if want_gradient:
             (by_mean_T,) = torch.autograd.grad(loss, mean_T)
             (pull_BD,) = torch.autograd.grad(sum_T, unit_BD, by_mean_T / count_T)
-            pull_bD = sum_to_owner(pull_BD, ranks)
+            pull_bD = sum_to_owner(pull_BD, ranks, shares)
             along_b1 = (pull_bD * unit_bD).sum(1, keepdim=True)
             ctx.save_for_backward((pull_bD - unit_bD * along_b1) * reciprocal_b1 * ranks.size)
             ctx.dtype = embeddings.dtype
@@ -135,7 +146,7 @@ class _OverRanks(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor, None, None, None]:
         """Return the gradient of the embeddings."""
         (gradient_bD,) = ctx.saved_tensors
-        return (gradient_bD * weight).to(ctx.dtype), None, None
+        return (gradient_bD * weight).to(ctx.dtype), None, None, None

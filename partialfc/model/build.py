@@ -97,7 +97,8 @@ def _arrange_buckets(model: Model, config: Config, runtime: Runtime) -> None:
     """
     buffers = [*model.backbone.buffers()]
     before = [buffer.clone() for buffer in buffers]
-    batch = config.data.global_batch // runtime.ranks.size // config.optimizer.accumulation
+    shares = config.shares(runtime.ranks.size).of_each(config.optimizer.accumulation)
+    batch = shares.sizes[runtime.ranks.rank]
     size = config.data.image_size
     images = torch.zeros(batch, 3, size, size, device=runtime.device)
     torch.autograd.backward(0.0 * model.embed(images).float().sum())

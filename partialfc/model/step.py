@@ -63,13 +63,16 @@ def train_step(
     before = [buffer.clone() for buffer in statistics]
     loss = torch.zeros((), device=images.device)
     terms: dict[str, Tensor] = {}
+    shares = config.shares(head.ranks.size) if config.data.uneven else None
     if parts > 1:
-        head.sample_step(identities)
+        head.sample_step(identities, shares)
+        shares = shares and shares.of_each(parts)
     pieces = zip(images.chunk(parts), identities.chunk(parts), strict=True)
     for number, (part, own) in enumerate(pieces, 1):
         with _gradients_stay_local(model, number < parts):
             embeddings = model.embed(part)
-            part_loss = (head(embeddings, own) + model.losses(embeddings, own)) / parts
+            part_loss = head(embeddings, own, shares) + model.losses(embeddings, own, shares)
+            part_loss = part_loss / parts
             scaler.scale(part_loss).backward()
         loss += part_loss.detach()
         for name, value in {**head.terms, **model.losses.terms}.items():

@@ -46,7 +46,7 @@ class Monitor:
     def __init__(self, config: Config, runtime: Runtime, ledger: Ledger, total_steps: int) -> None:
         self._config, self._runtime, self._ledger = config, runtime, ledger
         self._run = config.run.folder.name
-        self._images = config.data.global_batch // runtime.ranks.size
+        self._images = config.shares(runtime.ranks.size).sizes[runtime.ranks.rank]
         self._steps = 0
         self._exporter = self._serve()
         if self._exporter is not None:

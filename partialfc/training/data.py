@@ -53,6 +53,7 @@ def open_training_data(config: Config, runtime: Runtime) -> TrainingData:
                 block=data.block,
                 block_window=data.block_window,
             ),
+            uneven_by=config.optimizer.accumulation if data.uneven else None,
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"data.train: {in_words(error)}") from error

@@ -149,7 +149,7 @@ def _collectives(config: Config, runtime: Runtime) -> Iterator[Finding]:
     ranks = runtime.ranks
     if ranks.size == 1:
         return
-    rows = config.data.global_batch // ranks.size
+    rows = config.shares(ranks.size).largest
     own = torch.zeros(rows, config.backbone.embedding_dim, device=collective_device(ranks))
     whole = own.new_zeros(rows * ranks.size, own.shape[1])
     kinds: tuple[tuple[str, Callable[[], Tensor]], ...] = (

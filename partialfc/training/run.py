@@ -223,7 +223,8 @@ class _Loop:
             )
             self.saver.check()
             if next_identities is not None:
-                head.prefetch(next_identities)
+                shares = config.shares(head.ranks.size) if config.data.uneven else None
+                head.prefetch(next_identities, shares)
             done = train_step(self.model, config, images, identities, rate)
             step += 1
             ledger.at(step)

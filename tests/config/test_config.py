@@ -459,7 +459,7 @@ def test_check_of_the_number_of_ranks() -> None:
         settings.check(8)
     assert str(error.value).splitlines() == [
         "data.global_batch = 99: must divide by ranks x optimizer.accumulation = 8 x 3 = 24. "
-        "Nearest: 96 or 120.",
+        "Nearest: 96 or 120. Or set data.uneven = true: ranks may have one image more.",
         "head.canonical_shards = 4: must be at least the number of ranks, 8. Leave it out, or set "
         "the largest number the run will ever have.",
     ]
@@ -470,6 +470,23 @@ def test_check_of_the_number_of_ranks() -> None:
         loaded(MINIMAL, "data.global_batch=8", "optimizer.accumulation=2").check(4)
     synchronised = "backbone.sync_batch_norm=true"
     loaded(MINIMAL, "data.global_batch=8", "optimizer.accumulation=2", synchronised).check(4)
+
+
+def test_check_of_shares_that_differ() -> None:
+    """Any number of ranks that leaves each an image, or two where BatchNorm is one rank's."""
+    uneven = (MINIMAL, "data.uneven=true", "data.global_batch=99", "optimizer.accumulation=3")
+    assert loaded(*uneven).shares(8).sizes == (15,) + 7 * (12,)
+    loaded(*uneven).check(8)
+    loaded(*uneven).check(16)
+    with pytest.raises(ConfigError, match=r"99: one image for each rank .* Use 102 or more"):
+        loaded(*uneven).check(17)
+    loaded(*uneven, "backbone.sync_batch_norm=true").check(33)
+    with pytest.raises(ConfigError, match=r"34 x 3 = 102\. Nearest: 102\.$"):
+        loaded(*uneven).check(34)
+    pairs = ("losses.triplet.weight=1", "data.images_per_identity=3", "optimizer.accumulation=1")
+    with pytest.raises(ConfigError, match=r"must divide the 50 images of a rank's micro-batch"):
+        loaded(*uneven, *pairs).check(2)
+    loaded(*uneven, *pairs).check(3)
 
 
 # The schema itself

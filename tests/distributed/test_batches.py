@@ -5,7 +5,8 @@ import torch
 
 from partialfc import ArcFace
 from partialfc.distributed.batches import Batches
-from partialfc.distributed.ranks import Ranks
+from partialfc.distributed.ranks import Ranks, sum_to_owner
+from partialfc.distributed.shares import Shares
 from partialfc.losses import LOSSES
 from partialfc.losses.over_ranks import EmbeddingLosses, Weighted
 from tests.support.collectives import Collectives
@@ -43,6 +44,33 @@ def test_batches_may_grow_and_shrink_together(world_size, dtype):
     sizes = [4, 4, 7, 2, 2, 1, 3]
     for counts in run_on_ranks(world_size, gather_on_rank, sizes, dtype):
         assert counts == [2, 1, 2, 1, 1, 1, 2]
+
+
+def shares_on_rank(rank, world_size, every_sizes):
+    batches = Batches(Ranks.of())
+    for sizes in every_sizes:
+        every = [rows_of(one, size, torch.float32) for one, size in enumerate(sizes)]
+        gathered = batches.gather(*every[rank], Shares(sizes))
+        for found, parts in zip(gathered, zip(*every, strict=True), strict=True):
+            assert torch.equal(found, torch.cat(parts))
+        gradient = torch.arange(2.0 * sum(sizes)).view(-1, 2) * (rank + 1)
+        owned = sum_to_owner(gradient, Ranks.of(), Shares(sizes))
+        whole = torch.arange(2.0 * sum(sizes)).view(-1, 2) * 6
+        assert torch.equal(owned, whole[Shares(sizes).rows(rank)])
+    try:
+        batches.gather(*every[rank], Shares((3, 3, 3)))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_shares_may_differ_and_are_what_was_said():
+    """Nothing of what fills a smaller share up on the way is seen."""
+    sizes = [(4, 3, 3), (1, 5, 2), (2, 2, 2), (3, 3, 2)]
+    messages = run_on_ranks(3, shares_on_rank, sizes)
+    assert {*messages} == {
+        "batches must have the sizes of the shares, got 2 on rank 2 instead of 3."
+    }
 
 
 def refused_on_rank(rank, world_size, what, before, sizes):

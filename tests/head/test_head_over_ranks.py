@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from partialfc import ArcFace, CosFace, RowAdagrad, RowSGD
+from partialfc import ArcFace, CosFace, MagFace, RowAdagrad, RowSGD
+from partialfc.distributed.shares import Shares
 from partialfc.head.rows.formats import decode
 from partialfc.head.sampling import NOT_LOCAL, Sample
+from partialfc.losses import LOSSES
+from partialfc.losses.over_ranks import EmbeddingLosses, Weighted
 from tests.support import reference
 from tests.support.collectives import Collectives
 from tests.support.heads import flat_head
@@ -241,6 +244,67 @@ def test_one_seed_trains_the_same_on_1_2_and_4_ranks(rule, settings):
         centers = np.concatenate([result[2] for result in results])
         tolerance = 1e-4 if fp32 else 1e-2
         assert np.linalg.norm(centers - alone[2]) < tolerance * np.linalg.norm(alone[2])
+
+
+def uneven_on_rank(rank, world_size, rate, order):
+    """Ten steps of two micro-batches of 11 rows: everything that a head can add to its loss."""
+    torch.manual_seed(0)
+    backbone = torch.nn.Linear(24, 16)
+    if world_size > 1:
+        backbone = torch.nn.parallel.DistributedDataParallel(backbone)
+    head = flat_head(
+        200,
+        16,
+        MagFace(scale=16),
+        sample_rate=rate,
+        optimizer=RowSGD(lr=0.5),
+        center_weight=0.5,
+        inter_class_weight=0.5,
+    )
+    pairs = EmbeddingLosses({name: Weighted(loss(), 0.3) for name, loss in LOSSES.items()})
+    shares = Shares.of(22, world_size, 2)
+    mine, part = shares.rows(rank), shares.of_each(2)
+    seen = []
+    for step in range(10):
+        generator = torch.Generator().manual_seed(step)
+        inputs = 9 * torch.randn(22, 24, generator=generator)[order][mine]
+        labels = torch.randint(0, 40, (22,), generator=generator)[order][mine]
+        head.sample_step(labels, shares)
+        backbone.zero_grad()
+        for x, y in zip(inputs.chunk(2), labels.chunk(2), strict=True):
+            embeddings = backbone(x)
+            loss = head(embeddings, y, part) + (pairs(embeddings, y, part) if rate == 1 else 0)
+            (loss / 2).backward()
+            seen.append(loss.item())
+        with torch.no_grad():
+            for parameter in backbone.parameters():
+                parameter -= 0.05 * parameter.grad
+        head.optimizer.step()
+    return seen, head.centers.detach().numpy()
+
+
+def by_micro_batch(world_size):
+    """Rows of one rank in the order that makes its micro-batches those of several ranks."""
+    shares = Shares.of(22, world_size, 2)
+    halves = [[], []]
+    for rank in range(world_size):
+        rows = torch.arange(22)[shares.rows(rank)]
+        for half, part in zip(halves, rows.chunk(2), strict=True):
+            half += part.tolist()
+    return halves[0] + halves[1]
+
+
+@pytest.mark.parametrize("rate", [1, 0.3])
+def test_shares_that_differ_train_as_one_rank_does(rate):
+    """A batch that its ranks do not divide: no row is lost, doubled or weighed otherwise."""
+    for world_size in (2, 3):
+        results = run_on_ranks(world_size, uneven_on_rank, rate, [*range(22)])
+        order = by_micro_batch(world_size)
+        ((losses, centers),) = run_on_ranks(1, uneven_on_rank, rate, order)
+        for result in results:
+            np.testing.assert_allclose(result[0], losses, rtol=1e-5)
+        together = np.concatenate([result[1] for result in results])
+        assert np.linalg.norm(together - centers) < 1e-5 * np.linalg.norm(centers)
 
 
 def count_on_rank(rank, world_size, scale, compute):

@@ -10,7 +10,7 @@ from partialfc.model.build import _head
 from partialfc.runtime.process import Runtime
 from tests.support.models import settings
 from tests.support.ranks import run_on_ranks
-from tests.support.runs import UNVERIFIED, run, words
+from tests.support.runs import UNVERIFIED, losses, run, words
 from tools.bench._faults.elastic import again, joined, leg
 from tools.bench._faults.model import BATCH, IMAGES, ORDER
 from tools.bench._faults.runs import tensors
@@ -26,7 +26,7 @@ def again_on_rank(rank, world_size, folder):
     again(folder)
 
 
-def test_an_epoch_on_4_then_2_then_3_ranks_is_that_of_4(tmp_path):
+def test_an_epoch_on_4_then_2_then_5_ranks_is_that_of_4(tmp_path):
     """Sample ids and sampled identities as integers; each image once; losses to rounding.
 
     What is loaded and saved again on another number of ranks is equal byte for byte.
@@ -34,7 +34,7 @@ def test_an_epoch_on_4_then_2_then_3_ranks_is_that_of_4(tmp_path):
     steps = ORDER.steps_per_epoch
     straight = joined(run_on_ranks(4, leg_on_rank, tmp_path / "straight" / "checkpoints", steps))
     folder, legs = tmp_path / "legs" / "checkpoints", []
-    for ranks, last in ((4, 12), (2, 25), (3, steps)):
+    for ranks, last in ((4, 12), (2, 25), (5, steps)):  # 48 images on 5 ranks: 10, 10, 10, 9, 9
         legs += joined(run_on_ranks(ranks, leg_on_rank, folder, last))
     for name in ("ids", "sampled"):
         assert [step[name] for step in legs] == [step[name] for step in straight]
@@ -71,3 +71,19 @@ def test_a_first_start_leaves_room_to_grow():
         many = Runtime(Ranks(0, ranks), torch.device("cpu"))
         assert _head(settings(), many, 93_431, 0).sharding.canonical_shards == expected
         assert _head(settings(), many, 93_431, 91).sharding.canonical_shards == 91
+
+
+def test_a_run_goes_on_where_its_batch_does_not_divide(packs, tmp_path):
+    """26 images in two micro-batches: 7 + 6 on two ranks, 5 + 4 + 4 on three."""
+    folder = tmp_path / "run"
+    batch = ("data.global_batch=26", "optimizer.accumulation=2", *UNVERIFIED)
+    done = run(packs, folder, "run.steps=3", *batch, ranks=2)
+    assert done.returncode == 2
+    assert "Nearest: 24 or 28. Or set data.uneven = true" in done.stderr
+    uneven = (*batch, "data.uneven=true", "head.states_in=host", "head.sample_rate=0.5")
+    for ranks, steps in ((2, 3), (3, 5)):
+        done = run(packs, folder, f"run.steps={steps}", *uneven, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+    assert "going on from" in done.stdout
+    assert [*losses(folder)] == [1, 2, 3, 4, 5]
+    assert read_manifest(folder / "checkpoints" / "step_00000005")["step"] == 5

@@ -222,7 +222,7 @@ def count_backbone(config: Config, world_size: int) -> NetworkCost:
         raise ConfigError(f"backbone.name = {settings.name!r}: {error}") from error
     if settings.channels_last:
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    batch = config.data.global_batch // world_size // config.optimizer.accumulation
+    batch = config.shares(world_size).of_each(config.optimizer.accumulation).largest
     return count(
         network,
         (batch, 3, size, size),
@@ -241,7 +241,7 @@ def backbone_parts(config: Config, counted: NetworkCost, world_size: int) -> lis
     """Return the memory of the backbone, its optimizer and its activations."""
     settings, saved, buffers = config.optimizer, counted.saved, counted.buffers
     states = 2 if settings.name == "adamw" else int(settings.momentum > 0)
-    batch = config.data.global_batch // world_size // settings.accumulation
+    batch = config.shares(world_size).of_each(settings.accumulation).largest
     images = f"forward of {batch} images, counted; of {config.verification.batch} in validation"
     recomputed = ", blocks computed again" * config.backbone.checkpoint_activations
     if _keeps_gradients(config, world_size):

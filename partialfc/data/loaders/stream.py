@@ -116,7 +116,7 @@ class Stream:
     @property
     def batch_per_rank(self) -> int:
         """B, images."""
-        return self.order.global_batch // self.world_size
+        return len(self.order.positions(0, self.rank, self.world_size))
 
     def batch(self, samples_seen: int) -> Encoded:
         """Return the batch that follows ``samples_seen`` images of all ranks.

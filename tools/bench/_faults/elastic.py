@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist
 
 from partialfc.checkpoint import loading as checkpoint
-from partialfc.distributed.ranks import Ranks, gather_rows
+from partialfc.distributed.batches import Batches
+from partialfc.distributed.ranks import Ranks
 from partialfc.runtime.process import Runtime
-from tools.bench._faults.model import FACTS, batch_of, small_model, take_step
+from tools.bench._faults.model import FACTS, batch_of, settings, small_model, take_step
 
 Step = dict[str, Any]
 
@@ -34,10 +35,11 @@ def leg(folder: Path, last: int) -> list[Step]:
     model = small_model(runtime)
     found = checkpoint.newest(folder, runtime)
     first = checkpoint.load(found, model, FACTS, runtime) if found else 0
-    record = []
+    batches, record = Batches(ranks), []
     for step in range(first, last):
         _, identities, ids = batch_of(step, ranks.rank, ranks.size)
-        sample = model.head.sampler(step, gather_rows(identities, ranks))
+        every = batches.gather_identities(identities, settings().shares(ranks.size))
+        sample = model.head.sampler(step, every)
         assert sample.rows is not None
         sampled = (sample.rows + model.head.owned.start).sort().values.tolist()
         loss = take_step(model, step, runtime)

@@ -13,12 +13,13 @@ from partialfc.runtime.process import Runtime
 IDENTITIES, IMAGES, BATCH, SIZE, DIM = 96, 2000, 48, 8, 16
 SEED = 2048
 FACTS = {"pack": "synthetic", "run.seed": SEED}
-ORDER = Order(IMAGES, BATCH, SEED)
+ORDER = Order(IMAGES, BATCH, SEED, uneven_by=1)
 
 
 def settings() -> Config:
     """fp32, momentum in the backbone and in the centers."""
-    return Config.model_validate({"data": {"train": "none.rec"}, "precision": {"compute": "fp32"}})
+    data = {"train": "none.rec", "global_batch": BATCH, "uneven": True}
+    return Config.model_validate({"data": data, "precision": {"compute": "fp32"}})
 
 
 def small_model(runtime: Runtime, *, sample_rate: float = 0.3) -> Model:
