@@ -78,6 +78,23 @@ def opened(path: Path, flags: int) -> int:
     return descriptor
 
 
+def read_bytes(path: Path, *, most: int) -> bytes:
+    """Return the bytes of a file.
+
+    Args:
+        path: A file.
+        most: Bytes that it may have.
+
+    Raises:
+        OSError: If it cannot be read, is no file, or has more bytes.
+    """
+    with os.fdopen(opened(path, os.O_RDONLY), "rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", str(path))
+    return content
+
+
 def read_text(path: Path, *, most: int = 1 << 24) -> str:
     """Return a file of UTF-8 that a person wrote.
 
@@ -89,11 +106,7 @@ def read_text(path: Path, *, most: int = 1 << 24) -> str:
         OSError: If it cannot be read, is no file, or has more bytes.
         UnicodeDecodeError: If it is not UTF-8.
     """
-    with os.fdopen(opened(path, os.O_RDONLY), "rb") as file:
-        content = file.read(most + 1)
-    if len(content) > most:
-        raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", str(path))
-    return content.decode()
+    return read_bytes(path, most=most).decode()
 
 
 def write_text(path: Path, text: str) -> None:

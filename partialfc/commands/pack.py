@@ -7,8 +7,11 @@ images and one of labels, as Hugging Face's datasets. The identities are 0, 1, .
 their names, or of their numbers if all are numbers; OUT.identities.json lists them in that order. A
 JPEG image that is SIZE x SIZE and upright is stored byte for byte; any other is turned as its EXIF
 says, made RGB, resized to a square and stored as JPEG. The same images give the same bytes with any
-number of workers. OpenRun work is kept in OUT.parts until the pack is complete: start a stopped
-run again with the same words and it goes on from there.
+number of workers.
+
+A file that cannot be used is left out, told, and listed by --bad. Exit status: 0 all images are in
+the pack, 1 all but those, 2 there is no pack. Finished work is kept in OUT.parts until the pack is
+complete: start a stopped run again with the same words and it goes on from there.
 """
 
 # Shape suffix: N = images.
@@ -38,6 +41,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from partialfc.commands._bad_files import HELP, Fault, ends_in_words, reason_of, tell_faults
 from partialfc.commands._command import command_parser
 from partialfc.commands._pack.sources import (
     Source,
@@ -45,7 +49,7 @@ from partialfc.commands._pack.sources import (
     open_source,
     read,
 )
-from partialfc.commands._pack.survey import Fault, Survey
+from partialfc.commands._pack.survey import Survey
 from partialfc.cores import usable_cores
 from partialfc.data.images.formats import SUFFIXES, check_image, decode_image
 from partialfc.data.images.jpeg import START
@@ -114,27 +118,28 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--size", type=int, default=112, help="width and height in pixels")
     parser.add_argument("--quality", type=int, default=95, help="of JPEG images made here, 1...100")
     parser.add_argument("--workers", type=int, default=usable_cores(), help="processes")
+    parser.add_argument("--bad", type=Path, help=HELP)
     parser.add_argument(
-        "--skip-broken", action="store_true", help="leave broken images out instead of refusing"
+        "--skip-broken", action="store_true", help="exit with 0 though files were left out"
     )
     options = parser.parse_args(arguments)
     console = Console(stderr=True, markup=False)
     try:
-        make_pack(options, console)
+        faults = make_pack(options, console)
     except KeyboardInterrupt:
         print("pack: stopped; the same command goes on from here.", file=sys.stderr)
         return 130
     except BrokenExecutor:
         print("pack: a worker was killed (memory?); the same command goes on.", file=sys.stderr)
         return 1
-    return 0
+    return 1 if faults and not options.skip_broken else 0
 
 
-def make_pack(arguments: argparse.Namespace, console: Console) -> None:
-    """Make the pack that the arguments ask for.
+def make_pack(arguments: argparse.Namespace, console: Console) -> list[Fault]:
+    """Make the pack that the arguments ask for; return what had to be left out.
 
     Raises:
-        ValueError: If an argument is out of range, or the source has faults and may not skip them.
+        ValueError: If an argument is out of range, or no image is left.
     """
     out, source = arguments.out, arguments.source
     check_arguments(arguments)
@@ -155,7 +160,7 @@ def make_pack(arguments: argparse.Namespace, console: Console) -> None:
             bar.update(row, completed=task.images[-1][0] + 1)
 
         faults = survey.faults + [fault for piece in pieces for fault in piece.faults]
-        report_faults(faults, arguments.skip_broken)
+        tell_faults(faults, arguments.bad)
         folders = sorted({folder for piece in pieces for folder in piece.folders})
         total = sum(piece.images for piece in pieces)
         if not total:
@@ -169,9 +174,12 @@ def make_pack(arguments: argparse.Namespace, console: Console) -> None:
         write_insightface_pack(out, bar.track(images, task_id=row), len(folders))
     remove_parts(conversion.parts)
     if survey.ignored:
-        ends = ", ".join(f"{end} {count:,}" for end, count in survey.ignored.most_common(8))
-        console.print(f"{survey.ignored.total():,} that are no images by their names: {ends}")
-    console.print(f"{out}: {total} images of {len(folders)} identities, {out.stat().st_size} bytes")
+        console.print(ends_in_words(survey.ignored))
+    left_out = f", {len(faults):,} files left out" if faults else ""
+    console.print(
+        f"{out}: {total} images of {len(folders)} identities, {out.stat().st_size} bytes{left_out}"
+    )
+    return faults
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
@@ -240,7 +248,7 @@ def make_piece(conversion: Conversion, task: Task) -> Piece:
             try:
                 jpeg = conversion.jpeg(path)
             except Exception as error:  # decoders raise anything on broken files
-                faults.append(Fault(path, f"{type(error).__name__}: {error}"))
+                faults.append(Fault(path, reason_of(error)))
             else:
                 writer.write(kept, folder, jpeg)
                 folders.add(folder)
@@ -281,17 +289,6 @@ def stored_images(
     first_N = np.repeat(np.cumsum(counts) - counts, counts)
     for image in np.argsort(identity_N, kind="stable").tolist():
         yield int(identity_N[image]), part(int(piece_N[image])).jpeg(image - int(first_N[image]))
-
-
-def report_faults(faults: list[Fault], skip: bool) -> None:
-    """List what is broken; raise ValueError unless it may be skipped."""
-    for fault in faults:
-        print(f"{'skipped' if skip else 'broken'}: {fault.path}: {fault.why}", file=sys.stderr)
-    if faults and not skip:
-        raise ValueError(
-            f"{len(faults)} files or folders are broken, listed above: mend them, or leave them "
-            f"out with --skip-broken. The finished work is kept."
-        )
 
 
 def remove_parts(parts: Path) -> None:

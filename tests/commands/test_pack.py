@@ -1,10 +1,12 @@
 """partialfc pack, show and augment as a user runs them."""
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 
 import numpy as np
@@ -13,6 +15,9 @@ from PIL import Image
 
 from partialfc.__main__ import main
 from partialfc.commands import augment
+from partialfc.commands._pack.sources import read
+from partialfc.commands._pack.survey import Survey
+from partialfc.commands._pack.tars import tar_images
 from partialfc.data.images.jpeg import decode, encode
 from partialfc.data.packs.pack import open_pack
 from tests.support.places import FIXTURES, ROOT
@@ -90,12 +95,10 @@ def test_parquet_with_anything_wrong_in_it_is_named(source, tmp_path):
         tmp_path / "a.parquet", [(jpeg, "x"), (None, "x"), (jpeg, None), (b"no", "y")], True
     )
     done = partialfc("pack", tmp_path / "a.parquet", tmp_path / "a.rec", "--workers", 1)
-    assert done.returncode == 2
-    for problem in ("a.parquet:0:1: ValueError: the row has no bytes", "a.parquet:1:0: the row has "
-                    "no identity", "a.parquet:1:1: ValueError: it is no image"):  # fmt: skip
+    assert done.returncode == 1
+    for problem in ("a.parquet:0:1: the row has no bytes", "a.parquet:1:0: the row has no identity",
+                    "a.parquet:1:1: it is no image"):  # fmt: skip
         assert problem in done.stderr
-    done = partialfc("pack", tmp_path / "a.parquet", tmp_path / "a.rec", "--skip-broken")
-    assert done.returncode == 0, done.stderr
     assert len(open_pack(tmp_path / "a.rec")) == 1
     (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
     write_table(tmp_path / "c.parquet", [("text", "x")], False)
@@ -117,7 +120,7 @@ def test_workers_do_not_change_a_byte(source, tmp_path):
         assert one == two
 
 
-def test_broken_images_are_named_and_refused_or_skipped(source, tmp_path):
+def test_broken_images_are_listed_and_the_rest_is_packed(source, tmp_path):
     broken = tmp_path / "broken"
     for path in source.glob("*/*"):
         (broken / path.parent.name).mkdir(parents=True, exist_ok=True)
@@ -125,16 +128,22 @@ def test_broken_images_are_named_and_refused_or_skipped(source, tmp_path):
     whole = (broken / "ann" / "1.jpg").read_bytes()
     (broken / "ann" / "1.jpg").write_bytes(whole[: len(whole) // 2])
     (broken / "zoe" / "0.jpg").write_bytes(b"no image at all")
-    done = partialfc("pack", broken, tmp_path / "a.rec")
-    assert done.returncode == 2
-    assert "ann/1.jpg" in done.stderr
-    assert "zoe/0.jpg" in done.stderr
+    os.mkfifo(broken / "bob" / "pipe.jpg")
+    (broken / "bob" / "a.heic").write_bytes(b"")
+    words = ["pack", broken, tmp_path / "a.rec", "--workers", 1, "--bad", tmp_path / "bad.jsonl"]
+    done = partialfc(*words)
+    assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert not (tmp_path / "a.rec").exists()
-    done = partialfc("pack", broken, tmp_path / "a.rec", "--skip-broken")
-    assert done.returncode == 0, done.stderr
+    assert "1 that are no images by their names were left out: .heic 1" in done.stderr
     pack = open_pack(tmp_path / "a.rec")
     assert (len(pack), pack.num_identities) == (7, 2)
+    bad = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert [line["file"] for line in bad] == ["ann/1.jpg", "bob/pipe.jpg", "zoe/0.jpg"]
+    for line, why in zip(bad, ("truncated", "it is no file", "it is no image"), strict=True):
+        assert why in line["problem"]
+        assert f"{line['file']}: " in done.stderr
+    (tmp_path / "a.rec").unlink()
+    assert partialfc(*words, "--skip-broken").returncode == 0
 
 
 def test_kill_9_and_the_same_command_give_the_same_bytes(tmp_path):
@@ -169,6 +178,62 @@ def test_kill_9_and_the_same_command_give_the_same_bytes(tmp_path):
     assert first.name == "000000.json"
     straight, killed = ((tmp_path / f"{n}.rec").read_bytes() for n in ("straight", "killed"))
     assert straight == killed
+
+
+def shard(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def listed(tmp_path, *shards):
+    """What is found in the shards: images of each identity as bytes, and the survey."""
+    survey = Survey()
+    found = tar_images([tmp_path / name for name in shards], survey)
+    return {
+        who: [read(tmp_path, place) for place in places] for who, places in found.items()
+    }, survey
+
+
+def test_no_image_of_a_tar_is_lost_and_nobody_is_somebody_else(tmp_path):
+    """Two images of one stem, dots in the names of samples and people, notes of other programs."""
+    shard(tmp_path / "a.tar", [
+        ("ann/1.jpg", b"1"), ("ann/1.png", b"2"), ("ann/one.two.jpg", b"3"), ("ann/one.jpg", b"4"),
+        ("J.R./0.jpg", b"5"), ("J.R/0.jpg", b"6"), ("./J.R./1.jpg", b"7"),
+        ("0001.face.jpg", b"8"), ("0001.cls", b"zoe\n"), ("a.b.png", b"9"), ("a.b.cls", b"zoe"),
+        ("ann/._1.jpg", b"x"), ("__MACOSX/ann/1.jpg", b"x"), (".cache/1.jpg", b"x"),
+        ("ann/1.txt", b"x"), ("lost.jpg", b"x"),
+    ])  # fmt: skip
+    found, survey = listed(tmp_path, "a.tar")
+    assert found == {
+        "ann": [b"1", b"2", b"3", b"4"], "J.R.": [b"5", b"7"], "J.R": [b"6"], "zoe": [b"8", b"9"],
+    }  # fmt: skip
+    assert survey.ignored == {".jpg": 3, ".txt": 1}
+    assert survey.faults == [("a.tar: lost.jpg", "no .cls beside it, and in no folder")]
+
+
+def test_a_tar_that_is_cut_is_named_with_its_byte(tmp_path):
+    """In a file, in a header or between them; tarfile ends at most of these without a word."""
+    shard(tmp_path / "a.tar", [(f"ann/{number}.jpg", b"x" * 3000) for number in range(4)])
+    whole = (tmp_path / "a.tar").read_bytes()
+    damaged = bytearray(whole)
+    damaged[3584 + 20] ^= 1
+    cases = {
+        "file": (whole[:5000], 1, "byte 5000 of 5000: unexpected end of data"),
+        "header": (whole[: 2 * 3584 + 100], 2, "byte 7168 of 7268: neither a file nor an end mark"),
+        "between": (whole[: 2 * 3584], 2, "byte 7168 of 7168: neither"),
+        "damaged": (bytes(damaged), 1, "byte 3584 of 20480: neither"),
+        "two": (whole + whole, 4, "byte 14336 of 40960: more follows the end mark"),
+        "none": (b"no tar at all" * 99, 0, "It must be a tar that is not compressed"),
+        "whole": (whole, 4, ""),
+    }
+    for name, (data, images, why) in cases.items():
+        (tmp_path / f"{name}.tar").write_bytes(data)
+        found, survey = listed(tmp_path, f"{name}.tar")
+        assert len(found.get("ann", [])) == images, name
+        assert [why in fault.why for fault in survey.faults] == [True] * bool(why), (name, survey)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,9 @@
 """From photos to names: embed, write, read, search, compare, calibrate."""
 
 import csv
+import json
+import os
+import shutil
 import sys
 
 import numpy as np
@@ -81,6 +84,44 @@ def test_landmarks_align_a_photo(model, photos, tmp_path):
 
     assert cosine(aligned, cut) > 0.999
     assert cosine(aligned, cut) > cosine(resized, cut)
+
+
+def test_a_photo_that_cannot_be_used_is_listed_and_the_rest_is_embedded(
+    model, photos, tmp_path, capsys
+):
+    """Also what is called otherwise than it is, lies sideways or is too large for a loader."""
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    upright = Image.open(folder / "p0" / "0.PNG")
+    sideways, block = upright.rotate(90), Image.Exif()
+    block[0x0112] = 6
+    sideways.save(folder / "p0" / "sideways.png", exif=block)
+    upright.save(folder / "p0" / "really_webp.jpg", "WEBP", lossless=True)
+    upright.resize((2400, 1800)).save(folder / "p0" / "large.jpg")
+    (folder / "p1" / "empty.jpg").write_bytes(b"")
+    (folder / "p1" / "cut.jpg").write_bytes((folder / "p1" / "1.jpg").read_bytes()[:-700])
+    os.mkfifo(folder / "p1" / "pipe.jpg")
+    for hidden in (".ipynb_checkpoints", "__MACOSX"):
+        shutil.copytree(folder / "p2", folder / hidden)
+    (folder / "p2" / "._1.jpg").write_bytes(b"\0\5\x16\7")
+    out, bad = tmp_path / "a.npy", tmp_path / "bad.jsonl"
+    assert run(model, folder, out, "--bad", str(bad)) == 1
+    found = read_embeddings(out)
+    row = dict(zip(found.names, found.rows_ND, strict=True))
+    assert sorted(row) == [
+        "p0/0.PNG", "p0/1.jpg", "p0/large.jpg", "p0/really_webp.jpg", "p0/sideways.png",
+        "p1/0.PNG", "p1/1.jpg", "p2/0.PNG", "p2/1.jpg",
+    ]  # fmt: skip
+    assert found.identities == [name[:2] for name in found.names]
+    for name in ("sideways.png", "really_webp.jpg"):
+        assert np.array_equal(row[f"p0/{name}"], row["p0/0.PNG"])
+    lines = [json.loads(line) for line in bad.read_text().splitlines()]
+    assert [line["file"] for line in lines] == ["p1/cut.jpg", "p1/empty.jpg", "p1/pipe.jpg"]
+    said = capsys.readouterr().err
+    assert "left out: p1/cut.jpg: the JPEG is truncated" in said
+    assert "1 that are no images by their names were left out: .txt 1" in said
+    good = run(model, photos, tmp_path / "good.npy", "--bad", str(bad))
+    assert (good, bad.read_text()) == (0, "")
 
 
 @pytest.mark.parametrize(

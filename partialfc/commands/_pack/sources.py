@@ -11,10 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from partialfc.commands._bad_files import Fault
 from partialfc.commands._pack import parquet
-from partialfc.commands._pack.survey import Fault, Survey
+from partialfc.commands._pack.survey import Survey
 from partialfc.commands._pack.tars import tar_images
 from partialfc.data.files.index import in_order, is_hidden, is_image, list_lines
+from partialfc.data.images.formats import MOST_BYTES
+from partialfc.writing import read_bytes
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def read(root: Path, where: str) -> bytes:
         return parquet.read_row(root, where)
     path, _, place = where.partition(".tar:")
     if not place:
-        return (root / where).read_bytes()
+        return read_bytes(root / where, most=MOST_BYTES)
     offset, size = map(int, place.split(":"))
     with (root / f"{path}.tar").open("rb") as file:
         file.seek(offset)

@@ -1,16 +1,9 @@
-"""What is seen of a source besides its good images: what cannot be used, and what is no image."""
+"""What is seen of a source besides its good images."""
 
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import NamedTuple
 
-
-class Fault(NamedTuple):
-    """A file or folder that cannot be used, and why."""
-
-    path: str
-    why: str
+from partialfc.commands._bad_files import Fault, end_of
 
 
 @dataclass
@@ -27,4 +20,4 @@ class Survey:
 
     def ignore(self, name: str) -> None:
         """Take note of a file or folder that is no image by its name."""
-        self.ignored[Path(name).suffix.lower() or Path(name).name] += 1
+        self.ignored[end_of(name)] += 1

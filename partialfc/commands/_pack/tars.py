@@ -10,8 +10,9 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from partialfc.commands._bad_files import Fault
 from partialfc.commands._command import tracked
-from partialfc.commands._pack.survey import Fault, Survey
+from partialfc.commands._pack.survey import Survey
 from partialfc.data.files.index import is_hidden, is_image
 
 _LONGEST_LABEL = 256
