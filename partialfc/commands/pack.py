@@ -25,15 +25,15 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from io import BytesIO
 from itertools import count, islice
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import PIL
@@ -62,6 +62,9 @@ CHUNK = 1024
 """Images of one piece of work, and at most so many per worker are done again after a kill."""
 RULES = 2
 """Counts changes of what an image becomes, so that no piece of an older program is kept."""
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Task(NamedTuple):
@@ -152,10 +155,11 @@ def make_pack(arguments: argparse.Namespace, console: Console) -> list[Fault]:
     conversion.parts.mkdir(parents=True, exist_ok=True)
 
     pieces: list[Piece] = []
+    work = partial(make_piece, conversion)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
         row = bar.add_task("identities read", total=None if opened.rows else len(names))
-        for task, piece in run(conversion, tasks(opened, survey), arguments.workers):
+        for task, piece in run(work, tasks(opened, survey), arguments.workers):
             pieces.append(piece)
             bar.update(row, completed=task.images[-1][0] + 1)
 
@@ -210,15 +214,15 @@ def tasks(source: Source, survey: Survey) -> Iterator[Task]:
 
 
 def run(
-    conversion: Conversion, tasks: Iterable[Task], workers: int
-) -> Iterator[tuple[Task, Piece]]:
+    work: Callable[[Item], Result], tasks: Iterable[Item], workers: int
+) -> Iterator[tuple[Item, Result]]:
     """Do the tasks in processes; yield them with their results, in order."""
-    waiting: deque[tuple[Task, Future[Piece]]] = deque()
+    waiting: deque[tuple[Item, Future[Result]]] = deque()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=start_worker) as pool:
         try:
             for task in tasks:
-                waiting.append((task, pool.submit(make_piece, conversion, task)))
+                waiting.append((task, pool.submit(work, task)))
                 if len(waiting) > 4 * workers:
                     task, future = waiting.popleft()
                     yield task, future.result()

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from partialfc.__main__ import main
+from partialfc.alignment.crop import TEMPLATE, align, similarity
 from partialfc.backbones import build_backbone
 from partialfc.commands import evaluate
-from partialfc.data.images.align import TEMPLATE, align, similarity
 from partialfc.data.sets.benchmarks import read_ijb, read_image, read_megaface
 from tests.support.images import face
 from tests.support.places import FIXTURES

@@ -8,9 +8,9 @@ import torch
 from safetensors import safe_open
 
 from partialfc.__main__ import main
+from partialfc.alignment.crop import TEMPLATE, align
 from partialfc.backbones import build_backbone
 from partialfc.commands import export
-from partialfc.data.images.align import TEMPLATE, align
 from partialfc.data.images.formats import resize
 from partialfc.data.images.jpeg import decode
 from partialfc.data.sets.pairs import read_pairs

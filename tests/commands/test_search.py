@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from partialfc.__main__ import main
+from partialfc.alignment.crop import TEMPLATE
 from partialfc.backbones import build_backbone
 from partialfc.commands import embed, search
 from partialfc.commands._embed.files import Embeddings, read_embeddings, write_embeddings
-from partialfc.data.images.align import TEMPLATE
 from tests.support.images import face
 
 pytest.importorskip("faiss")

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from partialfc.alignment.crop import align
 from partialfc.config import ConfigError
-from partialfc.data.images.align import align
 from partialfc.data.packs.pack import open_pack
 from partialfc.data.sets.benchmarks import read_ijb, read_image, read_megaface
 from partialfc.data.sets.pairs import Image, read_pairs
@@ -223,7 +223,7 @@ def _ijb(path: Path, ways: Ways) -> Set:
     same = ijb.pairs[:, 2] == 1
 
     def image(index: int) -> Image:
-        return align(read_image(ijb.images[index]), ijb.landmarks[index])
+        return align(read_image(ijb.images[index]), ijb.landmarks[index], smooth=False)
 
     def measure(embed: Embed, runtime: Runtime, bar: Bar) -> Measured:
         found = templates(

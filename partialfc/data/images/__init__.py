@@ -1,1 +1,1 @@
-"""One image: what its header says, whether it may be decoded, how it is aligned."""
+"""One image: what its header says, whether it may be decoded."""

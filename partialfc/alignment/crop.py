@@ -1,4 +1,4 @@
-"""A face cut to 112 x 112 pixels by five landmarks, as arcface's images are.
+"""A face cut out by five landmarks, as arcface's images of 112 x 112 pixels are.
 
 Two eyes, nose and two corners of the mouth go to fixed places by a similarity transform (rotation,
 one scale, shift) in the least-squares sense: S. Umeyama, "Least-squares estimation of
@@ -50,11 +50,25 @@ def similarity(points: NDArray[np.floating]) -> NDArray[np.float64]:
     return np.hstack([matrix, (to_mean - matrix @ from_mean)[:, None]])
 
 
-def align(pixels: NDArray[np.uint8], points: NDArray[np.floating]) -> NDArray[np.uint8]:
-    """Return the aligned face [112, 112, 3] of an image [H, W, 3]; outside it is black.
+def align(
+    pixels: NDArray[np.uint8],
+    points: NDArray[np.floating],
+    *,
+    size: int = SIZE,
+    smooth: bool = True,
+) -> NDArray[np.uint8]:
+    """Return the aligned face [size, size, 3] of an image [H, W, 3]; outside it is black.
 
     Bilinear, as OpenCV's warpAffine; single values differ by one or two, for that rounds
     coordinates to 1/32 pixel.
+
+    Args:
+        pixels: RGB.
+        points: As :func:`similarity`.
+        size: Side in pixels; the face fills as much of it as at 112.
+        smooth: Average whole blocks of a face that is more than twice as large first; a bilinear
+            look at some of its pixels alone would show patterns that are not there. arcface_torch
+            does not.
 
     Raises:
         ValueError: As :func:`similarity`.
@@ -63,12 +77,27 @@ def align(pixels: NDArray[np.uint8], points: NDArray[np.floating]) -> NDArray[np
     back = np.linalg.inv(matrix)[:2]
     # Pillow counts from the corner of a pixel, landmarks from its centre.
     back[:, 2] += 0.5 - back[:, :2] @ [0.5, 0.5]
+    back[:, :2] *= SIZE / size
+    photo = Image.fromarray(pixels)
+    block = min(int(crop_side(points) / size), *photo.size)
+    if smooth and block > 1:
+        photo = photo.reduce(block)
+        back /= block
     coefficients = tuple(back.ravel().tolist())
-    aligned = np.empty((SIZE, SIZE, 3), np.float32)
+    aligned = np.empty((size, size, 3), np.float32)
     for channel in range(3):  # as floats: on bytes Pillow cuts off instead of rounding
-        plane = Image.fromarray(pixels[:, :, channel].astype(np.float32))
+        plane = Image.fromarray(np.asarray(photo)[:, :, channel].astype(np.float32))
         moved = plane.transform(
-            (SIZE, SIZE), Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR
+            (size, size), Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR
         )
         aligned[:, :, channel] = np.asarray(moved)
     return np.rint(aligned).clip(0, 255).astype(np.uint8)
+
+
+def crop_side(points: NDArray[np.floating]) -> float:
+    """Return the side, in pixels of the image, of the square that an aligned face is cut from.
+
+    Raises:
+        ValueError: As :func:`similarity`.
+    """
+    return float(SIZE / np.hypot(*similarity(points)[:, 0]))
