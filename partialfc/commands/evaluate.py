@@ -6,7 +6,8 @@
 
 MODEL is a run's folder, a checkpoint of it, or a model.pt, backbone.pth or .safetensors. A SET is a
 .bin of pairs, a .rec pack (closed-set identification), a folder of IJB-B, IJB-C or MegaFace in
-insightface's layout, all:PACK.rec (all-to-all 1:1), or open:KNOWN.rec,STRANGERS.rec. Under torchrun
+insightface's layout, all:PACK.rec (all-to-all 1:1), or open:KNOWN.rec,STRANGERS.rec. One that
+cannot be measured is named first; the others are measured, and the exit status is 2. Under torchrun
 all ranks share the images; neither their number nor --batch changes a digit on machines alike.
 """
 
@@ -50,15 +51,31 @@ def main(arguments: list[str]) -> int:
     modes = Modes(keep_norms=options.norms, detector=options.detector)
     targets = tuple(float(word) for word in options.far.split(","))
     ways = Ways(flip, modes, options.compat, targets)
-    sets = [open_set_of(word, ways) for word in options.sets]
+    sets, refused = _open(options.sets, ways)
     names = [one.name for one in sets]
     if len(set(names)) < len(names):
         raise ConfigError(f"sets: {', '.join(names)}: results go by name, so rename one.")
     with running(settings_of(options.device)) as runtime:
+        if runtime.leads:
+            for error in refused:
+                print(f"not measured: {error}", file=sys.stderr, flush=True)
         found = measure(trained, sets, runtime, flip, options)
         if runtime.leads:
             _write(options, trained, flip, found)
-    return 0
+    return 2 if refused else 0
+
+
+def _open(words: list[str], ways: Ways) -> tuple[list[Set], list[ConfigError]]:
+    """Open the sets, and say which cannot be; raise if none can."""
+    sets, refused = [], []
+    for word in words:
+        try:
+            sets.append(open_set_of(word, ways))
+        except ConfigError as error:
+            refused.append(error)
+    if not sets:
+        raise refused[0]
+    return sets, refused
 
 
 def measure(

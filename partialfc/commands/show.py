@@ -184,7 +184,7 @@ def _histogram(axes: Axes, values: NDArray[np.number], bins: int | list[float], 
 
 def _show(axes: Axes, jpeg: bytes) -> None:
     try:
-        with Image.open(BytesIO(jpeg), formats=("JPEG",)) as image:
+        with Image.open(BytesIO(jpeg), formats=("JPEG", "PNG")) as image:
             axes.imshow(image.convert("RGB"))
     except Exception:
         axes.text(

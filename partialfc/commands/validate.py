@@ -1,9 +1,9 @@
 """Check a pack, in levels: index, headers, labels, images, hash. Each includes those before it.
 
-index: keys and offsets are unique, aligned and grow, the last record ends with the file. headers:
-magic, parts, length and label of every record. labels: how many images the identities have. images:
-30,000 at random are decoded (none bad: fewer than 0.01 % are, with 95 % confidence), and their
-statistics hint at swapped channels and wrong crops. hash: SHA-256 of the file, kept for next time.
+index: keys and offsets are unique and aligned; records, in any order, fill the file. headers: the
+magic, parts, length and label of each. labels: how many images the identities have. images: 30,000
+at random are decoded (none bad: fewer than 0.01 % are, with 95 % confidence), and their statistics
+hint at swapped channels and wrong crops. hash: SHA-256 of the file, kept for next time.
 
 Exit status: 0 the pack is sound, 1 it is not, 2 it cannot be checked. --bad writes the bad records
 as a list that training leaves out: data.skip=LIST.

@@ -6,6 +6,7 @@ Shape suffixes: N = samples of the data set, B = images asked for, P = packs, S 
 """
 
 import hashlib
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -175,7 +176,17 @@ class DataSet:
     def _identities_of(self, number: int) -> int:
         """Of one pack; a plain one has those of its samples, as skipped images may be damaged."""
         declared = self.packs[number].declared_identities
-        return declared or int(self._labels_of(number).max(initial=-1)) + 1
+        if declared:
+            return declared
+        images_C = np.bincount(self._labels_of(number))
+        if not images_C.all():
+            warnings.warn(
+                f"{self.packs[number].path}: {(images_C == 0).sum():,} of its labels "
+                f"0...{len(images_C) - 1} have no image, and count as identities. partialfc "
+                f"convert pack numbers the others without gaps.",
+                stacklevel=2,
+            )
+        return len(images_C)
 
     def _labels_of(self, number: int) -> NDArray[np.int32]:
         """Identities of the samples of one pack, numbered as there."""

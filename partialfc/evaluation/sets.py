@@ -72,7 +72,7 @@ class Evaluation:
     def __init__(self, config: Config, runtime: Runtime) -> None:
         self._config, self._runtime = config, runtime
         sets = config.verification
-        self._pairs = _open("verification.pairs", sets.pairs, _enough_pairs)
+        self._pairs = _open("verification.pairs", sets.pairs, open_pairs)
         self._packs = _open("verification.identification", sets.identification, _with_probes)
 
     def measure(self, model: Model) -> Results:
@@ -112,7 +112,7 @@ class Evaluation:
             model: Its backbone is in training mode afterwards.
             name: Of the set, for errors.
             count: Images.
-            image: Returns image i: RGB uint8 [H, W, 3], or JPEG bytes.
+            image: Returns image i: RGB uint8 [H, W, 3], or a JPEG's or PNG's bytes.
 
         Raises:
             DataError: If an image cannot be decoded.
@@ -133,7 +133,13 @@ class Evaluation:
         return embeddings_ND
 
 
-def _enough_pairs(path: Path) -> Pairs:
+def open_pairs(path: Path) -> Pairs:
+    """Return a set that ten-fold verification can measure.
+
+    Raises:
+        ValueError: If it is none: it has fewer than ten pairs, or all are of one kind.
+        OSError: If it cannot be read.
+    """
     pairs = read_pairs(path)
     if len(pairs.same) < _FOLDS or pairs.same.all() or not pairs.same.any():
         raise ValueError(

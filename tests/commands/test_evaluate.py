@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -13,7 +14,10 @@ from partialfc.__main__ import main
 from partialfc.alignment.crop import TEMPLATE, align, similarity
 from partialfc.backbones import build_backbone
 from partialfc.commands import evaluate
+from partialfc.data.images.jpeg import decode
+from partialfc.data.packs.writer import write_insightface_pack
 from partialfc.data.sets.benchmarks import read_ijb, read_image, read_megaface
+from partialfc.data.sets.pairs import read_pairs, write_pairs
 from tests.support.images import face
 from tests.support.places import FIXTURES
 from tests.support.processes import python
@@ -150,6 +154,36 @@ def test_a_missing_set_is_an_error_that_names_it(model, word, message, capsys):
     assert main(["evaluate", str(model), word, "--image-size", str(SIZE)]) == 2
     error = capsys.readouterr().err
     assert re.search(message, error), error
+
+
+def test_png_is_measured_and_a_set_of_one_kind_is_named_while_the_others_are(
+    model, tmp_path, capsys
+):
+    """PNG of the pixels of a JPEG: a pack and a .bin of them give the same digits."""
+    pairs = read_pairs(SETS[0])
+    pixels = [decode(np.frombuffer(image, np.uint8)) for image in pairs.images]
+    png = [png_of(image) for image in pixels]
+    write_pairs(tmp_path / "png.bin", png, pairs.same)
+    write_pairs(tmp_path / "one_kind.bin", [png[0]] * 24, [True] * 12)
+    for name, images in (("jpeg", pairs.images), ("png", png)):
+        samples = [(i // 4, image) for i, image in enumerate(images[:24])]
+        write_insightface_pack(tmp_path / f"{name}_pack.rec", samples, 6)
+    names = ("one_kind.bin", "png.bin", "png_pack.rec", "jpeg_pack.rec")
+    words = [model, *(tmp_path / name for name in names), SETS[0], "--image-size", SIZE]
+    assert main(["evaluate", *map(str, words), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "not measured: " in said
+    assert "one_kind.bin: 12 pairs, 12 of them of one identity: ten-fold verification needs" in said
+    sets = json.loads((tmp_path / "out" / "results.json").read_text())["sets"]
+    assert list(sets) == ["png", "png_pack", "jpeg_pack", "pairs_proto4"]
+    assert sets["png"]["numbers"] == sets["pairs_proto4"]["numbers"]
+    assert sets["png_pack"]["numbers"] == sets["jpeg_pack"]["numbers"]
+
+
+def png_of(pixels):
+    stored = BytesIO()
+    Image.fromarray(pixels).save(stored, "PNG")
+    return stored.getvalue()
 
 
 def rewrite(path, line, text):

@@ -15,7 +15,7 @@ from PIL import Image
 
 from partialfc.__main__ import main
 from partialfc.commands import augment
-from partialfc.commands._pack.sources import read
+from partialfc.commands._pack.sources import open_source, read
 from partialfc.commands._pack.survey import Survey
 from partialfc.commands._pack.tars import tar_images
 from partialfc.data.images.jpeg import decode, encode
@@ -275,3 +275,10 @@ def test_what_training_sees_is_drawn(words, tmp_path, capsys):
         assert np.asarray(picture.convert("L")).std() > 5
     assert main(["augment", *start, "data.train=none.rec"]) == 2
     assert "none.rec" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "../a.jpg", "photos/../../a.jpg"])
+def test_a_list_that_leads_out_of_its_folder_is_refused_as_in_training(path, tmp_path):
+    (tmp_path / "list.txt").write_text(f"{path}\t1\n")
+    with pytest.raises(ValueError, match=r"line 1: path .* must lead to a file below"):
+        open_source(tmp_path / "list.txt", Survey())

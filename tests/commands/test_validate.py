@@ -142,10 +142,7 @@ def test_damage_of_the_index_or_the_end_of_the_file(tmp_path, capsys):
     assert "inside the .rec of" in json.loads((tmp_path / "r").read_text())["problem"]
     path = damaged(tmp_path, lambda data, pack: None, "plain")
     lines = (tmp_path / "a.idx").read_text().splitlines()
-    offsets = [line.split("\t")[1] for line in lines]
-    swapped = [offsets[1], offsets[0], *offsets[2:]]
-    text = "".join(f"{key}\t{offset}\n" for key, offset in enumerate(swapped))
-    (tmp_path / "a.idx").write_text(text)
+    (tmp_path / "a.idx").write_text("".join(f"{line}\n" for line in lines[1:]))
     assert run(path, "--level", "index") == 1
     assert "the first record must be at offset 0" in capsys.readouterr().out
 

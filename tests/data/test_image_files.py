@@ -388,6 +388,10 @@ LISTS = {
     "long label": ("a.jpg\t" + "9" * 300 + "\n", "line 1: .*must be the path"),
     "no end of line": ("x" * 100_000, "line 1: .*must be the path"),
     "nothing": ("", "holds no images"),
+    "mixed": ("0\t1.0\ta.jpg\na.jpg\t1\n", "line 2: .*must be number, label and path"),
+    "half a label": ("1\ta.jpg\t1\n1\tb.jpg\t1.5\n", "line 2: .* as insightface's lists are"),
+    "mxnet up": ("0\t1.0\t../a.jpg\n", "line 1: path .*it may not begin with / or have .. in it"),
+    "twice names": ("path identity\npath identity\n", "none is a regular file"),
     "not there": (
         "a.jpg\t1\nb.jpg\t2\n",
         "of 2 images the first is 'a.jpg', and none is a regular",
@@ -402,6 +406,38 @@ def test_a_list_that_breaks_a_rule_is_one_message_with_its_line(folder, kind):
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         open_image_files(path)
+
+
+WRITTEN = {
+    "bom": "\ufeff{}",
+    "names of columns": "path\tidentity\n{}",
+    "bom and names": "\ufeffimage label\n\n{}",
+    "windows": "{}\n   \n",
+    "mxnet": None,
+    "insightface": None,
+}
+
+
+@pytest.mark.parametrize("kind", WRITTEN)
+def test_lists_as_other_programs_write_them_are_read(folder, kind):
+    path = listed(folder)
+    own = path.read_text()
+    expected = [images_of(path), open_image_files(path).index.identity_N.tolist()]
+    lines = [line.rpartition("\t") for line in own.splitlines()]
+    number = [(name, int(label)) for name, _, label in lines]
+    if kind == "mxnet":
+        text = "".join(f"{i}\t{n}.000000\t{name}\n" for i, (name, n) in enumerate(number))
+    elif kind == "insightface":
+        text = "".join(f"1\t{name}\t{n}\t3\t4\n" for name, n in number)
+    else:
+        text = WRITTEN[kind].format(own)
+    path.write_bytes(text.replace("\n", "\r\n" if kind == "windows" else "\n").encode())
+    assert [images_of(path), open_image_files(path).index.identity_N.tolist()] == expected
+
+
+def images_of(path):
+    files = open_image_files(path)
+    return [files.jpeg(i) for i in range(len(files))]
 
 
 def test_folders_that_hold_no_identities_are_refused(folder, tmp_path):

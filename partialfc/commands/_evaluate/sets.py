@@ -15,10 +15,11 @@ from partialfc.alignment.crop import align
 from partialfc.config import ConfigError
 from partialfc.data.packs.pack import open_pack
 from partialfc.data.sets.benchmarks import read_ijb, read_image, read_megaface
-from partialfc.data.sets.pairs import Image, read_pairs
+from partialfc.data.sets.pairs import Image
 from partialfc.distributed.agreement import largest
 from partialfc.distributed.ranks import gather_rows
 from partialfc.errors import in_words
+from partialfc.evaluation.sets import open_pairs
 from partialfc.protocols import all_to_all, unit_rows
 from partialfc.protocols.curves import Curves, curves
 from partialfc.protocols.distractors import with_distractors
@@ -117,7 +118,7 @@ def _kind_of(path: Path) -> str:
 
 
 def _pairs(path: Path, ways: Ways) -> Set:
-    pairs = read_pairs(path)
+    pairs = open_pairs(path)
 
     def measure(embed: Embed, runtime: Runtime, bar: Bar) -> Measured:
         embeddings_ND = embed(path.stem, len(pairs.images), pairs.images.__getitem__)

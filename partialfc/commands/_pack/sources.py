@@ -15,7 +15,8 @@ from partialfc.commands._bad_files import Fault
 from partialfc.commands._pack import parquet
 from partialfc.commands._pack.survey import Survey
 from partialfc.commands._pack.tars import tar_images
-from partialfc.data.files.index import in_order, is_hidden, is_image, list_lines
+from partialfc.data.files.index import in_order, is_hidden, is_image
+from partialfc.data.files.lists import list_lines
 from partialfc.data.images.formats import MOST_BYTES
 from partialfc.writing import read_bytes
 

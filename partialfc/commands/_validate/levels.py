@@ -69,15 +69,13 @@ def headers(pack: Pack, report: Report, workers: int, console: Console) -> None:
     """Every header, and the labels together."""
     count = len(pack.index)
     _announce_headers(pack, workers, console)
-    starts = range(0, count, _CHUNK)
+    order_M = pack.index.by_offset()
+    places = (np.asarray(order_M[start : start + _CHUNK]) for start in range(0, count, _CHUNK))
     bad = 0
     images_C = np.zeros(pack.declared_identities or 0, np.int64)
     with ThreadPoolExecutor(workers) as pool, _progress(console) as progress:
         task = progress.add_task("headers", total=count)
-        chunks = _in_order(
-            pool, lambda start: check_headers(pack, start, min(start + _CHUNK, count)), starts
-        )
-        for checked in chunks:
+        for checked in _in_order(pool, lambda at_N: check_headers(pack, at_N), places):
             bad += report.add(checked.bad)
             found_C = np.bincount(checked.identity_N, minlength=len(images_C))
             found_C[: len(images_C)] += images_C
@@ -176,7 +174,7 @@ def _announce_headers(pack: Pack, workers: int, console: Console) -> None:
     step = max(1, count // _PROBES)
     started = time.monotonic()
     with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(lambda at: check_headers(pack, at, at + 1), range(0, count, step)))
+        list(pool.map(lambda at: check_headers(pack, np.array([at])), range(0, count, step)))
     seconds = (time.monotonic() - started) / len(range(0, count, step)) * count
     console.print(
         f"headers: {count:,} records, {size(min(count * PAGE, pack.file.size))} in reads of "

@@ -12,7 +12,7 @@ import os
 import stat
 import warnings
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from partialfc.data.files.lists import list_lines
 from partialfc.data.images.formats import SUFFIXES
 from partialfc.data.packs import index_cache
 from partialfc.data.packs.index_cache import alone, cache_places, read_kept, write_kept
@@ -37,8 +38,6 @@ _NOTES = frozenset(
 _THREADS = 16  # they wait for the file system, not for a core
 _CHUNK = 4096
 _SORTED = 1 << 20  # names that are moved at a time: it takes 16 bytes for each of theirs
-_LONGEST_LINE = 1 << 16
-_LONGEST_LABEL = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,12 +165,7 @@ def read_list(path: Path) -> tuple[list[str], list[Files]]:
     number_of: dict[str, int] = {}
     identities = array("i")
     names, lengths = bytearray(), array("q")
-    for line, name, label in list_lines(path):
-        if name.startswith("/") or ".." in name.split("/") or "\0" in name:
-            raise ValueError(
-                f"{path}: line {line}: path {name[:60]!r} must lead to a file below {path.parent}: "
-                f"it may not begin with / or have .. in it. Put the list above its images."
-            )
+    for _, name, label in list_lines(path):
         encoded = os.fsencode(name)
         names += encoded
         lengths.append(len(encoded))
@@ -190,28 +184,6 @@ def read_list(path: Path) -> tuple[list[str], list[Files]]:
         for chunk in pool.map(sizes, range(0, len(lengths), _CHUNK)):
             found.extend(chunk)
     return list(number_of), [Files(bytes(names), lengths, found, identities)]
-
-
-def list_lines(path: Path) -> Iterator[tuple[int, str, str]]:
-    """Yield line number, path and identity of every line ``path<TAB>identity`` of a list.
-
-    Raises:
-        ValueError: If a line is not so, or the list is no regular file.
-    """
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise ValueError(f"{path}: must be a .rec, a folder of folders or a list, a regular file.")
-    with path.open("rb") as lines:
-        for number, line in enumerate(iter(lambda: lines.readline(_LONGEST_LINE), b""), 1):
-            text = os.fsdecode(line.rstrip(b"\r\n"))
-            name, tab, label = text.rpartition("\t") if "\t" in text else text.rpartition(" ")
-            name, label = name.strip(), label.strip()
-            whole = len(line) < _LONGEST_LINE
-            if not (whole and tab and name and 0 < len(label) <= _LONGEST_LABEL):
-                raise ValueError(
-                    f"{path}: line {number}: {text[:60]!r} must be the path of an image, a tab and "
-                    f"its identity."
-                )
-            yield number, name, label
 
 
 def _sorted(names: list[str], found: list[Files]) -> FileIndex:

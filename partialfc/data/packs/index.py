@@ -1,7 +1,9 @@
 """Where the records of a pack are: read from its ``.idx``, or found in the ``.rec``.
 
 An ``.idx`` has lines of ``key<TAB>offset``, one per record, in any order. Without one the ``.rec``
-itself tells: a writer leaves no magic at an aligned place but where a part begins.
+itself tells: a writer leaves no magic at an aligned place but where a part begins, and every record
+carries its key. Keys say in which order images are numbered, offsets where they lie; packs of mxnet
+whose list was shuffled, or whose header was written last, have them in different orders.
 
 Shape suffixes: M = records of the pack, images and others; P = parts of records.
 """
@@ -34,13 +36,34 @@ class RecordIndex:
     Attributes:
         key_M: Their keys; a ``range`` where they are consecutive, which costs nothing.
         offset_M: int64, where each begins in the ``.rec``; may be mapped from a file.
+        sorted_M: The offsets in the order of the file; ``None`` where that is the order of the
+            keys, which may begin anywhere in the file and go on at its start.
     """
 
     key_M: Sequence[int] | NDArray[np.int64]
     offset_M: NDArray[np.int64]
+    sorted_M: NDArray[np.int64] | None
 
     def __len__(self) -> int:
         return len(self.offset_M)
+
+    def stops(self, at_N: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+        """Return where records [N], places in [M], stop: where the next in the file begins.
+
+        Args:
+            at_N: int64, in [0, M).
+            size: Bytes of the ``.rec``, where its last record stops.
+        """
+        if self.sorted_M is None:
+            next_N = self.offset_M[(at_N + 1) % len(self)]
+            return np.where(next_N > self.offset_M[at_N], next_N, size)
+        after_N = np.searchsorted(self.sorted_M, self.offset_M[at_N], side="right")
+        next_N = self.sorted_M[np.minimum(after_N, len(self) - 1)]
+        return np.where(after_N < len(self), next_N, size)
+
+    def by_offset(self) -> Sequence[int] | NDArray[np.int64]:
+        """Return all places in [M] in the order of the file, for reads that go through it once."""
+        return range(len(self)) if self.sorted_M is None else np.argsort(self.offset_M)
 
     def fingerprint(self, size: int) -> str:
         """Return 16 hexadecimal digits, a function of the offsets and the size of the file."""
@@ -52,8 +75,9 @@ class RecordIndex:
 def read_index(file: RecordFile) -> RecordIndex:
     """Return the records of a pack, from the ``.idx`` beside the ``.rec``.
 
-    Without one, the whole ``.rec`` is read by all cores and the keys are 0...M-1 in the order of
-    the file, with a warning because a large pack takes long.
+    Without one, the whole ``.rec`` is read by all cores, with a warning because a large pack takes
+    long; the keys are those that the records carry, or 0...M-1 in the order of the file where some
+    carry none or two the same.
 
     Raises:
         RecordError: If a line is not two integers, an offset is not a multiple of 4 or lies outside
@@ -67,7 +91,12 @@ def read_index(file: RecordFile) -> RecordIndex:
             stacklevel=4,
         )
         offset_M = scan(file)
-        return RecordIndex(range(len(offset_M)), offset_M)
+        key_M = file.keys(offset_M)
+        if key_M is None or not (_grows(key_M) or len(np.unique(key_M)) == len(key_M)):
+            return RecordIndex(range(len(offset_M)), offset_M, None)
+        return _by_key(key_M, offset_M)
+    if not path.is_file():  # a pipe would wait for somebody to write
+        raise RecordError(f"{path}: it is no regular file, must be one. {_REMEDY}")
     keys, offsets = [], []
     line = 1
     for block in _blocks(path):
@@ -84,13 +113,28 @@ def read_index(file: RecordFile) -> RecordIndex:
     offset_M = np.concatenate(offsets)
     del offsets
     _check_unique(offset_M, "offset", path)
-    if not (key_M[1:] > key_M[:-1]).all():
-        _check_unique(key_M, "key", path)
+    _check_unique(key_M, "key", path)
+    return _by_key(key_M, offset_M)
+
+
+def _by_key(key_M: NDArray[np.int64], offset_M: NDArray[np.int64]) -> RecordIndex:
+    """The index of records in any order, none of them twice."""
+    if not _grows(key_M):
         order_M = np.argsort(key_M)
         key_M, offset_M = key_M[order_M], offset_M[order_M]
     first, last = int(key_M[0]), int(key_M[-1])
     consecutive = last - first + 1 == len(key_M)
-    return RecordIndex(range(first, last + 1) if consecutive else key_M, offset_M)
+    falls = np.count_nonzero(offset_M[1:] < offset_M[:-1])
+    goes_round = falls == 0 or (falls == 1 and offset_M[-1] < offset_M[0])
+    return RecordIndex(
+        range(first, last + 1) if consecutive else key_M,
+        offset_M,
+        None if goes_round else np.sort(offset_M),
+    )
+
+
+def _grows(value_M: NDArray[np.int64]) -> bool:
+    return bool((value_M[1:] > value_M[:-1]).all())
 
 
 def scan(file: RecordFile) -> NDArray[np.int64]:
@@ -171,7 +215,7 @@ def _check_offsets(offset: NDArray[np.int64], size: int, path: Path, line: int) 
 
 
 def _check_unique(value_M: NDArray[np.int64], name: str, path: Path) -> None:
-    if (value_M[1:] > value_M[:-1]).all():
+    if _grows(value_M):
         return
     order_M = np.argsort(value_M, kind="stable")
     same = np.flatnonzero(np.diff(value_M[order_M]) == 0)

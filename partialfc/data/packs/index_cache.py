@@ -3,7 +3,8 @@
 Reading the ``.idx`` of 42 million records takes a while and 340 MB of memory in every process; the
 kept one is mapped. It is beside the pack (``train.rec.index``), or in the user's cache folder where
 that place is read-only, and is made again when the pack changes. Its first 4096 bytes are JSON; the
-offsets follow as int64, then the keys unless they are consecutive.
+offsets follow as int64, then the keys unless they are consecutive, then the offsets in the order of
+the file unless that is the order of the keys.
 
 Shape suffix: M = records of the pack.
 """
@@ -30,6 +31,8 @@ KEPT_FROM = 1 << 17
 """Records of the smallest pack whose index is kept; smaller ones are read in a moment."""
 
 _FORMAT = "partialfc index 1"
+_SCANNED = "partialfc index 2"
+"""Of a pack without an ``.idx``; in 1 its records had the order of the file, whatever their keys."""
 _HEADER = 4096
 _SECONDS_TO_WAIT, _SECONDS_OF_SILENCE = 60.0, 3.0
 """For a lock that somebody else holds, and before that is said."""
@@ -90,18 +93,19 @@ def keep_column(file: RecordFile, name: str, values: NDArray[np.int32]) -> None:
     write_kept(cache_places(file.path, name), header, [np.ascontiguousarray(values, "<i4")])
 
 
-def _digest(values: NDArray[np.int32]) -> str:
-    return hashlib.blake2b(np.ascontiguousarray(values, "<i4").data, digest_size=8).hexdigest()
+def _digest(values: NDArray[np.integer]) -> str:
+    little = np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
+    return hashlib.blake2b(little.data, digest_size=8).hexdigest()
 
 
 def _stamp(file: RecordFile) -> dict[str, Any]:
     """What a kept index must be of: sizes and times of both files."""
-    stamp: dict[str, Any] = {"format": _FORMAT}
+    stamp: dict[str, Any] = {}
     for path in (file.path, file.path.with_suffix(".idx")):
         with suppress(FileNotFoundError):
             status = path.stat()
             stamp[path.suffix] = [status.st_size, status.st_mtime_ns]
-    return stamp
+    return {"format": _FORMAT if ".idx" in stamp else _SCANNED, **stamp}
 
 
 def _kept(file: RecordFile, stamp: dict[str, Any]) -> RecordIndex | None:
@@ -119,16 +123,19 @@ def _load(path: Path, file: RecordFile, stamp: dict[str, Any]) -> RecordIndex:
     header, content = read_kept(path)
     if {name: header[name] for name in stamp} != stamp:
         raise ValueError("of another pack")
-    count, first = header["records"], header["first_key"]
-    columns = 1 if first is not None else 2
+    count, first, of_sorted = header["records"], header["first_key"], header["sorted"]
+    columns = 1 + (first is None) + (of_sorted is not None)
     if not isinstance(count, int) or count < 1 or len(content) != 8 * columns * count:
         raise ValueError("not whole")
     values: NDArray[np.int64] = content.view("<i8")
     if first is not None and not (isinstance(first, int) and 0 <= first < 1 << 62):
         raise ValueError("no key")
-    keys = range(first, first + count) if first is not None else values[count:]
-    index = RecordIndex(keys, values[:count])
-    if index.fingerprint(file.size) != header["fingerprint"]:
+    keys = range(first, first + count) if first is not None else values[count : 2 * count]
+    sorted_M = values[-count:] if of_sorted is not None else None
+    index = RecordIndex(keys, values[:count], sorted_M)
+    if index.fingerprint(file.size) != header["fingerprint"] or (
+        sorted_M is not None and _digest(sorted_M) != of_sorted
+    ):
         raise ValueError("damaged")
     return index
 
@@ -140,8 +147,11 @@ def _keep(file: RecordFile, stamp: dict[str, Any], index: RecordIndex) -> bool:
         "records": len(index),
         "first_key": index.key_M[0] if consecutive else None,
         "fingerprint": index.fingerprint(file.size),
+        "sorted": None if index.sorted_M is None else _digest(index.sorted_M),
     }
-    columns = [index.offset_M] if consecutive else [index.offset_M, np.asarray(index.key_M)]
+    columns = [index.offset_M]
+    columns += [] if consecutive else [np.asarray(index.key_M)]
+    columns += [] if index.sorted_M is None else [index.sorted_M]
     columns = [np.ascontiguousarray(column, "<i8") for column in columns]
     return write_kept(cache_places(file.path, "index"), header, columns)
 

@@ -37,16 +37,19 @@ def labels(pack: Pack) -> NDArray[np.int32]:
             f"{len(pack) * 4096 / 2**30:.0f} GiB.",
             stacklevel=2,
         )
-    starts = range(0, len(pack), _CHUNK)
+    at_N = np.asarray(pack.index.by_offset())  # not a seek for each image
+    at_N = at_N[(at_N >= pack.images.start) & (at_N < pack.images.stop)] - pack.images.start
+    chunks = [at_N[start : start + _CHUNK] for start in range(0, len(pack), _CHUNK)]
+    found = np.empty(len(pack), np.int32)
     with ThreadPoolExecutor(usable_cores()) as pool:
-        found = np.concatenate(list(pool.map(lambda start: _labels(pack, start), starts)))
+        for chunk, label in zip(chunks, pool.map(lambda c: _labels(pack, c), chunks), strict=True):
+            found[chunk] = label
     if len(pack) >= KEPT_FROM:
         keep_column(pack.file, "labels", found)
     return found
 
 
-def _labels(pack: Pack, start: int) -> NDArray[np.int32]:
-    chunk = np.arange(start, min(start + _CHUNK, len(pack)))
+def _labels(pack: Pack, chunk: NDArray[np.int64]) -> NDArray[np.int32]:
     try:
         return pack.identities(chunk).astype(np.int32)
     except RecordError:

@@ -1,16 +1,19 @@
 """Packs of face images: one mapped file of JPEG images, each with the identity it shows.
 
-Two layouts are read. An InsightFace pack begins with a header, the record of key 0 whose flag is
-not 0 and whose labels are N + 1 and N + 1 + C; images 1...N and one record per identity without an
-image follow. In a plain pack every record is an image. The header's numbers are float32 and so
-inexact above 2^24: the records themselves say where the images end.
+Two layouts are read. An InsightFace pack has a header, the record of key 0 whose flag is not 0 and
+which has no image; its labels are N + 1 and N + 1 + C. Images 1...N and one record per identity
+without an image have the keys that follow. In a plain pack every record is an image. The header's
+numbers are float32 and so inexact above 2^24: the records themselves say where the images end.
+Records may lie in the file in any order; their keys count.
 
 Shape suffixes: M = records of the pack, N = its images, B = images asked for, L = labels of one
 record, R = runs of images of one identity.
 """
 
+import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -22,6 +25,7 @@ from partialfc.data.packs.index import RecordIndex
 from partialfc.data.packs.recordio import LABEL_LIMIT, Headers, Record, RecordError, RecordFile
 
 _CHUNK = 1 << 20
+_LOOKED_AT = 16
 
 
 def open_pack(path: str | Path) -> "Pack":
@@ -35,9 +39,9 @@ def open_pack(path: str | Path) -> "Pack":
     index = open_index(file)
     if index.key_M[0] == 0:
         header = file.read(int(index.offset_M[0]))
-        if header.flag > 0:
+        if header.flag > 0 and not len(header.image):
             end = _check_layout(file, header, index)
-            identities = _declared_identities(header, len(index) - end)
+            identities = _declared_identities(file, header, index, end)
             return Pack(file, index, range(1, end), identities)
     return Pack(file, index, range(len(index)), None)
 
@@ -56,7 +60,8 @@ class Pack:
         file: The ``.rec``.
         index: All its records.
         images: Which of them are images.
-        declared_identities: C as the pack says, or ``None`` of a plain pack.
+        declared_identities: C as the pack says, or ``None`` of a plain pack and of one whose
+            identity records are no people.
     """
 
     def __init__(
@@ -85,7 +90,7 @@ class Pack:
     def num_identities(self) -> int:
         """Number of identities C; labels are in [0, C).
 
-        What the pack declares. A plain pack declares none: C is then its largest label + 1, and the
+        What the pack declares. Where it declares none, C is its largest label + 1, and the
         first use reads the header of every image.
         """
         if self.declared_identities is not None:
@@ -145,10 +150,12 @@ class Pack:
     def will_need(self, indices: NDArray[np.int64], stretch: int = 1) -> None:
         """Begin to read images [B], or the whole stretches of neighbours that they are in."""
         first_R = np.unique(indices // stretch) * stretch
-        end_R = self.images.start + np.minimum(first_R + stretch, len(self))
-        last = len(self.index) - 1
-        following_R = self.index.offset_M[np.minimum(end_R, last)]
-        stop_R = np.where(end_R <= last, following_R, self.file.size)
+        if self.index.sorted_M is None:
+            last_R = np.minimum(first_R + stretch, len(self)) - 1
+        else:  # neighbours by key are none in the file
+            first_R = (first_R[:, None] + np.arange(stretch)).ravel()
+            first_R = last_R = first_R[first_R < len(self)]
+        stop_R = self.index.stops(self.images.start + last_R, self.file.size)
         self.file.will_need(self._offset_N[first_R], stop_R)
 
     def offset(self, index: int) -> int:
@@ -187,10 +194,6 @@ def _check_layout(file: RecordFile, header: Record, index: RecordIndex) -> int:
     """Return where the images of an InsightFace pack end in [M]; the header must agree."""
     key_M, offset_M = index.key_M, index.offset_M
     start = int(offset_M[0])
-    if len(header.image):
-        raise file.error(
-            start, f"key 0 has flag {header.flag}, so it is a header: no image allowed"
-        )
     # Identity records come last, so the first of them is found in log2(M) steps.
     end = bisect_left(
         range(len(index)), True, lo=1, key=lambda i: not _has_image(file, offset_M[i : i + 1])[0]
@@ -220,12 +223,46 @@ def _has_image(file: RecordFile, offset_N: NDArray[np.int64]) -> NDArray[np.bool
     return np.asarray((headers.flag_N == 0) | (headers.image_bytes_N > 0))
 
 
-def _declared_identities(header: Record, num_identity_records: int) -> int | None:
+def _declared_identities(
+    file: RecordFile, header: Record, index: RecordIndex, end: int
+) -> int | None:
     """The number of identity records; without any, the header's, if float32 holds it exactly."""
-    if num_identity_records:
-        return num_identity_records
+    num_records = len(index) - end
+    if num_records:
+        last = _last_label(file, index, end)
+        if last is None or last == num_records - 1:
+            return num_records
+        warnings.warn(
+            f"{file.path}: it has {num_records:,} identity records, and the label of the last one "
+            f"is {last}, must be {num_records - 1}: it was made of a list that is not sorted by "
+            f"identity or leaves numbers out. The labels of its images count instead, and the "
+            f"header of each is read. partialfc convert pack {file.path.name} NEW.rec writes it "
+            f"sorted and numbered without gaps.",
+            stacklevel=3,
+        )
+        return None
     if header.flag >= 2:
-        first, end = header.label_L[:2].tolist()
-        if first < end < LABEL_LIMIT and end == int(end):
-            return int(end - first)
+        first, after = header.label_L[:2].tolist()
+        if first < after < LABEL_LIMIT and after == int(after):
+            return int(after - first)
+    return None
+
+
+def _last_label(file: RecordFile, index: RecordIndex, end: int) -> int | None:
+    """The label of the last run of images, ``None`` where it cannot be told.
+
+    face2rec2 writes a record for each run of one label; runs are people where the i-th has label i,
+    and only then has the last one that of its number. It may be damaged in some of its images: the
+    label of most of a few counts.
+    """
+    with suppress(RecordError):
+        run = file.read(int(index.offset_M[-1])).label_L
+        if len(run) < 2 or not 0 < run[1] - run[0] < LABEL_LIMIT:
+            return None
+        some = min(int(run[1] - run[0]), end - 1, _LOOKED_AT)
+        label_N = file.headers(index.offset_M[end - some : end]).label_N
+        right_N = (label_N >= 0) & (label_N < LABEL_LIMIT) & (label_N == np.floor(label_N))
+        values, count = np.unique(label_N[right_N], return_counts=True)
+        if len(values):
+            return int(values[count.argmax()])
     return None

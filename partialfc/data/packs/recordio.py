@@ -110,6 +110,31 @@ class RecordFile:
         ] or [self._headers(offset_N)]
         return Headers(*(np.concatenate(column) for column in zip(*chunks, strict=True)))
 
+    def keys(self, offset_N: NDArray[np.int64]) -> NDArray[np.int64] | None:
+        """Return the numbers that records [N] carry, or ``None`` if one is damaged or has none.
+
+        A writer gives each record its key as its number, whatever the order in which it writes.
+        """
+        number_N = np.empty(len(offset_N), np.uint64)
+        for start in range(0, len(offset_N), _CHUNK):
+            chunk = slice(start, start + _CHUNK)
+            word_N = offset_N[chunk] // 4
+            near_N = word_N < self.num_words - 5
+            word_N = np.where(near_N, word_N, 0)
+            head_N = self._words[word_N + 1]
+            plain_N = near_N & (head_N >> 29 == _WHOLE) & (head_N & MAX_LENGTH >= RECORD_HEADER.size)
+            low_N, high_N = self._words[word_N + 4], self._words[word_N + 5].astype(np.uint64)
+            number_N[chunk] = low_N | high_N << np.uint64(32)
+            for at in (start + np.flatnonzero(~plain_N)).tolist():
+                try:
+                    content = self._content(int(offset_N[at]))
+                except RecordError:
+                    return None
+                if len(content) < RECORD_HEADER.size:
+                    return None
+                number_N[at] = int(content[8:16].view("<u8")[0])
+        return number_N.astype(np.int64) if number_N.max(initial=0) < 1 << 63 else None
+
     def will_need(self, start_R: NDArray[np.int64], stop_R: NDArray[np.int64]) -> None:
         """Ask the system to read ranges [R] of the file now, all at once and nothing around them.
 
