@@ -2,7 +2,8 @@
 
 Packs stands for all three.
 
-Shape suffixes: N = samples of the data set, B = images asked for, P = packs, S = skipped images.
+Shape suffixes: N = samples of the data set, B = images asked for, P = packs, S = skipped images,
+C = identities of a pack.
 """
 
 import hashlib

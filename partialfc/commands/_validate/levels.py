@@ -1,6 +1,6 @@
 """Each level over a whole pack: in parallel, with its cost announced and its progress shown."""
 
-# Shape suffixes: N = records of a range, C = identities.
+# Shape suffixes: M = records of the pack, N = some of them, C = identities.
 
 import hashlib
 import json

@@ -5,7 +5,7 @@ itself tells: a writer leaves no magic at an aligned place but where a part begi
 carries its key. Keys say in which order images are numbered, offsets where they lie; packs of mxnet
 whose list was shuffled, or whose header was written last, have them in different orders.
 
-Shape suffixes: M = records of the pack, images and others; P = parts of records.
+Shape suffixes: M = records of the pack, images and others; N = some of them; P = parts of records.
 """
 
 import hashlib
