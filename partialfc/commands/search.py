@@ -1,12 +1,14 @@
 """Find faces in a gallery, or compare them one by one, in files of partialfc embed.
 
-    partialfc search people.parquet photos.parquet --top 5 --threshold 0.35
+    partialfc search people.parquet photos.parquet --top 5               # nearest neighbours
+    partialfc search people.parquet photos.parquet --threshold 0.35
     partialfc search people.npy photos.npy --calibrate labelled.npy --far 1e-4 --out found.csv
     partialfc search left.npy right.npy --pairs --threshold 0.35     # row i against row i
 
-Scores are cosines, exact, by faiss. Below the threshold a query is nobody's. --calibrate takes the
-threshold from embeddings with identities: the one that at most the part --far of all pairs of
-different identities exceeds. That holds for images like those; measure it on your own.
+Scores are cosines, exact, by faiss. With a threshold, a cosine too, a query that does not exceed it
+is nobody's. --calibrate takes the threshold from embeddings with identities: the one that at most
+the part --far of all pairs of different identities exceeds. That holds for images like those;
+measure it on your own.
 """
 
 # Shape suffixes: G = gallery, Q = queries, N = rows of a file, K = places that are found,
@@ -31,15 +33,21 @@ from partialfc.writing import atomic_write
 
 SHOWN = 20
 CHUNK = 4096
-Rows = list[tuple[str, int, str, str, float, bool]]
+FAR = 1e-4
+Rows = list[tuple[str, int, str, str, float]]
+"""Query, rank, what is found, its identity, cosine."""
 
 
 def main(arguments: list[str]) -> int:
     """Run the command; return its exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    if (options.calibrate is None) == (options.threshold is None):
-        parser.error("give --threshold, or --calibrate with embeddings of known identities.")
+    if options.calibrate is not None and options.threshold is not None:
+        parser.error("--threshold and --calibrate: give one of them.")
+    if options.far is not None and options.calibrate is None:
+        parser.error("--far: needs --calibrate with embeddings of known identities.")
+    if options.pairs and options.top is not None:
+        parser.error("--top: not with --pairs, where each row has one other.")
     gallery, queries = read_embeddings(options.gallery), read_embeddings(options.queries)
     if gallery.rows_ND.shape[1] != queries.rows_ND.shape[1]:
         raise ValueError(
@@ -48,21 +56,22 @@ def main(arguments: list[str]) -> int:
         )
     threshold = options.threshold
     if options.calibrate is not None:
-        threshold = calibrated(read_embeddings(options.calibrate), options.far)
-        print(f"threshold {threshold:.6f}: at most {options.far:g} of different pairs exceed it")
-    if options.pairs:
-        rows = compare(gallery, queries, threshold)
-    else:
-        rows = find(gallery, queries, options.top, threshold)
+        far = FAR if options.far is None else options.far
+        threshold = calibrated(read_embeddings(options.calibrate), far)
+        print(f"threshold {threshold:.6f}: at most {far:g} of different pairs exceed it")
+    rows = compare(gallery, queries) if options.pairs else find(gallery, queries, options.top or 1)
     if options.out is not None:
-        _write(options.out, rows)
-    _show(rows)
-    accepted = sum(row[5] for row in rows if row[1] == 1)
-    print(f"{accepted:,} of {len(queries.names):,} queries have a score above {threshold:.4f}")
+        _write(options.out, rows, threshold)
+    _show(rows, threshold)
+    if threshold is not None:
+        accepted = sum(row[4] > threshold for row in rows if row[1] == 1)
+        print(f"{accepted:,} of {len(queries.names):,} queries have a score above {threshold:.4f}")
+    else:
+        print("Nearest neighbours; --threshold or --calibrate says which are the same person.")
     return 0
 
 
-def find(gallery: Embeddings, queries: Embeddings, top: int, threshold: float) -> Rows:
+def find(gallery: Embeddings, queries: Embeddings, top: int) -> Rows:
     """Return the ``top`` nearest of the gallery for every query, the nearest first."""
     import faiss
 
@@ -76,11 +85,11 @@ def find(gallery: Embeddings, queries: Embeddings, top: int, threshold: float) -
         scores, places = index.search(unit_QD[start : start + CHUNK], top)
         for query, (score_K, place_K) in enumerate(zip(scores, places, strict=True), start):
             for rank, (score, place) in enumerate(zip(score_K, place_K, strict=True), 1):
-                rows.append(_row(queries.names[query], rank, gallery, int(place), score, threshold))
+                rows.append(_row(queries.names[query], rank, gallery, int(place), score))
     return rows
 
 
-def compare(left: Embeddings, right: Embeddings, threshold: float) -> Rows:
+def compare(left: Embeddings, right: Embeddings) -> Rows:
     """Return the score of row i of one with row i of the other.
 
     Raises:
@@ -92,7 +101,7 @@ def compare(left: Embeddings, right: Embeddings, threshold: float) -> Rows:
         "nd,nd->n", unit_rows(left.rows_ND, "left"), unit_rows(right.rows_ND, "right")
     )
     return [
-        _row(name, 1, left, place, score, threshold)
+        _row(name, 1, left, place, score)
         for place, (name, score) in enumerate(zip(right.names, scores, strict=True))
     ]
 
@@ -118,27 +127,27 @@ def calibrated(known: Embeddings, far: float) -> float:
 
 
 def _row(
-    query: str, rank: int, gallery: Embeddings, place: int, score: Any, threshold: float
-) -> tuple[str, int, str, str, float, bool]:
-    value = float(score)
-    identity = gallery.identities[place]
-    return query, rank, gallery.names[place], identity, value, value > threshold
+    query: str, rank: int, gallery: Embeddings, place: int, score: Any
+) -> tuple[str, int, str, str, float]:
+    return query, rank, gallery.names[place], gallery.identities[place], float(score)
 
 
-def _write(path: Path, rows: Rows) -> None:
+def _write(path: Path, rows: Rows, threshold: float | None) -> None:
     with atomic_write(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["query", "rank", "found", "identity", "cosine", "accepted"])
-        for query, rank, name, identity, score, accepted in rows:
-            writer.writerow([query, rank, name, identity, f"{score:.6f}", int(accepted)])
+        more = [] if threshold is None else ["accepted"]
+        writer.writerow(["query", "rank", "found", "identity", "cosine", *more])
+        for *words, score in rows:
+            accepted = [] if threshold is None else [int(score > threshold)]
+            writer.writerow([*words, f"{score:.6f}", *accepted])
 
 
-def _show(rows: Rows) -> None:
+def _show(rows: Rows, threshold: float | None) -> None:
     table = Table(box=None, header_style="bold")
     for column in ("query", "rank", "found", "identity", "cosine", ""):
         table.add_column(column, overflow="fold")
-    for query, rank, name, identity, score, accepted in rows[:SHOWN]:
-        mark = "yes" if accepted else "no"
+    for query, rank, name, identity, score in rows[:SHOWN]:
+        mark = "" if threshold is None else "yes" if score > threshold else "no"
         table.add_row(query, str(rank), name, identity, f"{score:.4f}", mark)
     Console(markup=False).print(table)
     if len(rows) > SHOWN:
@@ -149,13 +158,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = command_parser("search", __doc__)
     parser.add_argument("gallery", type=Path, help="embeddings to search in")
     parser.add_argument("queries", type=Path, help="embeddings to search for")
-    parser.add_argument("--top", type=_positive, default=1, help="nearest of each query (1)")
+    parser.add_argument("--top", type=_positive, help="nearest of each query (1)")
     parser.add_argument("--pairs", action="store_true", help="row i against row i instead")
     parser.add_argument(
-        "--threshold", type=float, help="cosine that is exceeded by the same person"
+        "--threshold", type=_cosine, help="cosine that is exceeded by the same person"
     )
     parser.add_argument("--calibrate", type=Path, help="embeddings that give the threshold")
-    parser.add_argument("--far", type=_rate, default=1e-4, help="false accept rate (1e-4)")
+    parser.add_argument("--far", type=_rate, help=f"false accept rate of --calibrate ({FAR:g})")
     parser.add_argument("--out", type=Path, help="a .csv file for all results")
     return parser
 
@@ -164,6 +173,18 @@ def _positive(word: str) -> int:
     if not word.isdecimal() or int(word) < 1:
         raise argparse.ArgumentTypeError(f"{word}: must be an integer >= 1")
     return int(word)
+
+
+def _cosine(word: str) -> float:
+    try:
+        value = float(word)
+    except ValueError:
+        value = math.nan
+    if not -1 <= value <= 1:
+        raise argparse.ArgumentTypeError(
+            f"{word}: must be a cosine, in [-1, 1]; a squared distance d has the cosine 1 - d / 2"
+        )
+    return value
 
 
 def _rate(word: str) -> float:

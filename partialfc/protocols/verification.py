@@ -33,11 +33,13 @@ class Verification:
         accuracy_std: Its population standard deviation over the folds, which the field reports.
         accuracy_stderr: Standard error of the mean, as LFW asks for: the sample standard deviation
             over the root of the folds.
-        threshold: Squared L2 distance, in [0, 4): the first that is best over all pairs. The
-            folds choose their own. The cosine there is ``1 - threshold / 2``.
+        threshold: Cosine that a pair of one identity exceeds, in (-1, 1]: of the protocol's, the
+            highest that is best over all pairs. The folds choose their own. The squared L2 distance
+            there is ``2 - 2 * threshold``.
         tar_at_far: TAR by target FAR, 1e-1 to 1e-6: the largest TAR of any threshold whose FAR is
             at most the target; NaN where one false accept among the impostor pairs already exceeds
             it.
+        threshold_at_far: The cosine that must be exceeded for that TAR; NaN likewise.
         eer: Equal error rate, in [0, 1]: where FAR = 1 - TAR on the ROC, linear between vertices.
         auc: Area under the ROC: the chance that a genuine pair scores above an impostor pair, a
             tie counting one half.
@@ -49,6 +51,7 @@ class Verification:
     accuracy_stderr: float
     threshold: float
     tar_at_far: Mapping[float, float]
+    threshold_at_far: Mapping[float, float]
     eer: float
     auc: float
     num_pairs: int
@@ -89,17 +92,29 @@ def verify(embeddings: np.ndarray, same: np.ndarray, folds: int = 10) -> Verific
     best_F = (correct_T - correct_FT).argmax(axis=1)  # over the other folds, the first best
     accuracy_F = correct_FT[np.arange(folds), best_F] / size_F
 
-    far_V, tar_V, _ = roc(-distance_N, same_N)
+    far_V, tar_V, falling_V = roc(-distance_N, same_N)
     return Verification(
         accuracy=float(accuracy_F.mean()),
         accuracy_std=float(accuracy_F.std()),
         accuracy_stderr=float(accuracy_F.std(ddof=1) / math.sqrt(folds)),
-        threshold=float(_THRESHOLD_T[correct_T.argmax()]),
+        threshold=float(1 - _THRESHOLD_T[correct_T.argmax()] / 2),
         tar_at_far=_exact(far_V, tar_V, int((~same_N).sum()), FAR_TARGETS),
+        threshold_at_far=_exceeded(far_V, 1 + falling_V / 2, int((~same_N).sum()), FAR_TARGETS),
         eer=_equal_error_rate(far_V, tar_V),
         auc=float((np.diff(far_V) * (tar_V[1:] + tar_V[:-1]) / 2).sum()),
         num_pairs=len(same_N),
     )
+
+
+def best_threshold(cosine: np.ndarray, same: np.ndarray) -> float:
+    """Return the ``threshold`` of :func:`verify` from the cosines of pairs.
+
+    Args:
+        cosine: In [-1, 1], [N].
+        same: Whether pair i shows one identity; bool [N], with pairs of both kinds.
+    """
+    correct_FT, _ = _correct_by_fold(2 - 2 * np.asarray(cosine), _both_kinds(same), folds=1)
+    return float(1 - _THRESHOLD_T[correct_FT[0].argmax()] / 2)
 
 
 def validate(
@@ -254,6 +269,17 @@ def _exact(
     far_V: np.ndarray, tar_V: np.ndarray, num_impostors: int, targets: Sequence[float]
 ) -> dict[float, float]:
     return {target: _tar_at(far_V, tar_V, target, num_impostors) for target in targets}
+
+
+def _exceeded(
+    far_V: np.ndarray, cosine_V: np.ndarray, num_impostors: int, targets: Sequence[float]
+) -> dict[float, float]:
+    """The score below the last that may be accepted, by target FAR below 1."""
+    last = {target: np.searchsorted(far_V, target, side="right") - 1 for target in targets}
+    return {
+        target: math.nan if 1 / num_impostors > target else float(cosine_V[place + 1])
+        for target, place in last.items()
+    }
 
 
 def _tar_at(far_V: np.ndarray, tar_V: np.ndarray, target: float, num_impostors: int) -> float:

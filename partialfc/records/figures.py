@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from partialfc.protocols.verification import roc
+from partialfc.protocols.verification import best_threshold, roc
 from partialfc.writing import atomic_write
 
 _INK = "#1f2933"
@@ -136,7 +136,7 @@ def _draw_scores(axes: Axes, score_N: np.ndarray, same_N: np.ndarray) -> None:
             facecolor=(colour, 0.35),
             linewidth=1.3,
         )
-    threshold = _best_threshold(score_N, same_N)
+    threshold = best_threshold(score_N, same_N)
     words = f"threshold {threshold:.2f}"
     axes.axvline(threshold, label=words, color=_INK, linewidth=1.2, linestyle=(0, (4, 3)))
     axes.set_ylabel("share of pairs", color=_INK, fontsize=11)
@@ -201,11 +201,3 @@ def _smooth(value_S: np.ndarray) -> np.ndarray:
     index = np.arange(len(value_S))
     start, end = np.maximum(index - half, 0), np.minimum(index + half + 1, len(value_S))
     return np.asarray((total[end] - total[start]) / (end - start))
-
-
-def _best_threshold(score_N: np.ndarray, same_N: np.ndarray) -> float:
-    """The middle of the first gap between scores that gives the best accuracy."""
-    far_V, tar_V, threshold_V = roc(score_N, same_N)
-    right_V = tar_V * same_N.sum() - far_V * (~same_N).sum()
-    best = int(right_V[:-1].argmax())
-    return float(min((threshold_V[best] + threshold_V[best + 1]) / 2, 1.0))

@@ -127,6 +127,9 @@ def test_ranks_and_batch_do_not_change_a_digit(model, ijb, megaface, tmp_path):
     assert sets["megaface"]["numbers"]["cleaned"]["num_distractors"] == 19
     assert sets["all:labels2"]["numbers"]["num_genuine"] > 0
     assert len(sets["insightface"]["cmc"]) == 50
+    pairs = sets["pairs_proto4"]["numbers"]
+    assert -1 <= pairs["threshold"] <= 1, "a cosine"
+    assert "threshold_squared_distance" not in pairs
 
 
 def test_every_mode_is_printed_beside_its_numbers(model, ijb, capsys):
@@ -137,6 +140,11 @@ def test_every_mode_is_printed_beside_its_numbers(model, ijb, capsys):
     assert "F0 N0 D0" in shown
     assert "ten-fold verification, thresholds as insightface" in shown
     assert "val_at_far_0.001 val: " in shown
+    cosine, squared = (
+        float(re.search(rf"\b{name} ([0-9.]+)", shown)[1])
+        for name in ("threshold", "threshold_squared_distance")
+    )
+    assert squared == pytest.approx(2 - 2 * cosine, abs=2e-4)
     assert "G1+G2" in shown
 
 

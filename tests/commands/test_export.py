@@ -1,19 +1,24 @@
 """Exported files next to the original, on real handwriting, and as insightface would open them."""
 
+import re
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 
 from partialfc.__main__ import main
 from partialfc.alignment.crop import TEMPLATE, align
 from partialfc.backbones import build_backbone
 from partialfc.commands import export
+from partialfc.commands._export import check
 from partialfc.data.images.formats import resize
 from partialfc.data.images.jpeg import decode
 from partialfc.data.sets.pairs import read_pairs
+from partialfc.protocols import unit_rows
 from tests.support.places import FIXTURES
 
 onnx = pytest.importorskip("onnx")
@@ -159,12 +164,80 @@ def test_every_format_is_written_and_the_card_says_what_is_known(exported):
     assert (out / "model_int8.onnx").stat().st_size < 0.6 * (out / "model.onnx").stat().st_size
 
 
-def test_a_file_that_is_not_the_original_is_told(model, tmp_path, monkeypatch, capsys):
-    """A check that cannot fail is none: the bound is moved out of reach."""
-    monkeypatch.setitem(export.ALLOWED, "safetensors", (1.1, 0.0))
+def test_the_cards_lines_run_the_file_and_give_the_originals_cosine(exported, model):
+    """Wrong pixels, no mirror image or another file's name would show in the cosine."""
+    _, out = exported
+    card = (out / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(code.splitlines()) - code.count("\n\n") <= 10
+    images = [decode(np.frombuffer(i, np.uint8)) for i in read_pairs(PAIRS).images[:2]]
+    images = [resize(pixels, SIZE) for pixels in images]
+    for pixels, name in zip(images, ("one.png", "other.png"), strict=True):
+        Image.fromarray(pixels).save(out / name)
+    code = code.replace(".jpg", ".png")
+    done = subprocess.run([sys.executable, "-c", code], cwd=out, capture_output=True, text=True)
+    for name in ("one.png", "other.png"):
+        (out / name).unlink()
+    assert done.returncode == 0, done.stderr
+    both = embedded(model, images) + embedded(model, [pixels[:, ::-1] for pixels in images])
+    unit = both / np.linalg.norm(both, axis=1, keepdims=True)
+    assert float(done.stdout) == pytest.approx(float(unit[0] @ unit[1]), abs=1e-4)
+
+
+def test_the_card_says_the_threshold_at_stated_rates_and_the_rule(exported, model):
+    """The cosine of the table is exceeded by as many pairs of different people as its rate allows.
+
+    Counted again on the original, whose embeddings the file's are.
+    """
+    _, out = exported
+    card, pairs = (out / "README.md").read_text(), read_pairs(PAIRS)
+    rows = dict(re.findall(r"^\| (0\.\d+|1e-\d+) \| (-?\d\.\d+) \|$", card, re.MULTILINE))
+    backbone = build_backbone("convnet_s", embedding_dim=DIM, image_size=SIZE).eval()
+    backbone.load_state_dict(torch.load(model, weights_only=True))
+    unit = unit_rows(check.original(backbone, pairs, SIZE, True).embeddings_ND, "original")
+    cosine = (unit[0::2] * unit[1::2]).sum(1)[~pairs.same]
+    assert "0.1" in rows
+    for far, threshold in rows.items():
+        assert (cosine > float(threshold) + 1e-3).mean() <= float(far)
+        assert (cosine > float(threshold) - 1e-3).mean() > float(far)
+    assert "| the original |" in card
+    assert "0 lies in the interval" in card
+
+
+def test_pairs_that_fell_the_other_way_are_a_change_only_beyond_chance():
+    """One of 1,000 was called NOT THE ORIGINAL at cosines of 1.000000."""
+
+    def told(lost, won, total):
+        change, width = check.paired(lost, won, total)
+        return abs(change) > width
+
+    assert not told(0, 0, 1000)
+    assert not told(1, 0, 1000)
+    assert not told(0, 3, 1000)
+    assert not told(30, 20, 6000)
+    assert told(8, 0, 1000), "a fair coin falls so once in 128 times"
+    assert told(40, 5, 6000)
+    assert check.paired(40, 5, 6000)[0] == -35 / 6000
+
+
+def shifted(model, by):
+    """The same backbone, its embeddings off by a constant."""
+    state = torch.load(model, weights_only=True)
+    return {**state, "features.bias": state["features.bias"] + by}
+
+
+def test_a_file_that_is_not_the_original_is_told_and_the_card_says_so(
+    model, tmp_path, monkeypatch, capsys
+):
+    """A check that cannot fail is none: what is read back is another network's."""
+    monkeypatch.setattr(export, "read_backbone", lambda path: shifted(model, 0.3))
     words = [str(model), str(tmp_path), "--check", str(PAIRS), "--formats", "safetensors", *SIZED]
     assert export.main(words) == 1
     assert "NOT THE ORIGINAL" in capsys.readouterr().out
+    assert "**NOT THE ORIGINAL**" in (tmp_path / "README.md").read_text()
+    monkeypatch.setattr(export, "read_backbone", lambda path: shifted(model, 1e-7))
+    assert export.main(words) == 0
+    assert "NOT THE ORIGINAL" not in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,37 @@ def test_pairs_are_compared_row_by_row(tmp_path, capsys):
     assert "2 rows and 1; must be equal" in capsys.readouterr().err
 
 
+def test_without_a_threshold_search_gives_nearest_neighbours(tmp_path, capsys):
+    """It was refused, and whoever wanted neighbours had to invent a threshold."""
+    gallery = stored(tmp_path / "g.npy", [[5, 0], [0, 0.1]], ["ann", "bob"])
+    queries = stored(tmp_path / "q.npy", [[2, 1.9]])
+    assert search.main([gallery, queries, "--top", "2", "--out", str(tmp_path / "o.csv")]) == 0
+    rows = results(tmp_path / "o.csv")
+    assert [row["identity"] for row in rows] == ["ann", "bob"]
+    assert "accepted" not in rows[0], "nothing said which are the same person"
+    said = capsys.readouterr().out
+    assert "Nearest neighbours" in said
+    assert "yes" not in said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--threshold", "1.57"], "1.57: must be a cosine, in [-1, 1]; a squared distance d has"),
+        (["--threshold", "nan"], "nan: must be a cosine"),
+        (["--threshold", "0.3", "--calibrate", "x.npy"], "give one of them"),
+        (["--far", "1e-3"], "--far: needs --calibrate"),
+        (["--pairs", "--top", "3"], "--top: not with --pairs"),
+    ],
+)
+def test_what_is_no_cosine_or_would_be_ignored_is_refused(tmp_path, words, message, capsys):
+    gallery = stored(tmp_path / "g.npy", [[5, 0], [0, 0.1]])
+    with pytest.raises(SystemExit) as end:
+        search.main([gallery, gallery, *words])
+    assert end.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
 def test_the_threshold_of_a_false_accept_rate(tmp_path, capsys):
     """Counted again over the matrix: as many impostor pairs as the rate allows, no more."""
     generator = np.random.default_rng(0)

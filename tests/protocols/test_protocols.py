@@ -5,7 +5,7 @@ import pytest
 
 from partialfc.protocols.curves import curves
 from partialfc.protocols.identification import first_of_each, rank_k
-from partialfc.protocols.verification import roc, tar_at_far, validate, verify
+from partialfc.protocols.verification import best_threshold, roc, tar_at_far, validate, verify
 
 
 def pairs_at(cosines):
@@ -52,7 +52,8 @@ def test_separable_pairs_are_perfect_and_the_first_best_threshold_counts():
     same = np.array([True, False] * 10)
     result = verify(pairs_at(np.where(same, 0.893, 0.1)), same)
     assert (result.accuracy, result.accuracy_std) == (1.0, 0.0)
-    assert result.threshold == pytest.approx(0.22)  # distance 0.214 must be below it
+    # Squared distance 0.214 must be below one of the grid, 0.22.
+    assert result.threshold == pytest.approx(1 - 0.22 / 2)
     assert (result.eer, result.auc) == (0.0, 1.0)
     assert result.num_pairs == 20
 
@@ -80,8 +81,28 @@ def test_tar_is_the_largest_whose_far_does_not_exceed_the_target():
     assert twice.tar_at_far[0.1] == pytest.approx(1.0)
     tied = verify(pairs_at([*genuine, *([0.94] * 2), *([0.1] * 18)]), more)
     assert tied.tar_at_far[0.1] == pytest.approx(1.0)
+    assert tied.threshold_at_far[0.1] == pytest.approx(0.1), "the score below the last accepted"
     above = verify(pairs_at([*genuine, *([0.94] * 3), *([0.1] * 17)]), more)
     assert above.tar_at_far[0.1] == pytest.approx(0.2), "the tie at 0.94 is FAR 0.15"
+    assert above.threshold_at_far[0.1] == pytest.approx(0.94)
+    assert math.isnan(above.threshold_at_far[0.01])
+
+
+def test_the_threshold_is_one_cosine_wherever_it_is_said():
+    """Accepted are the pairs that exceed it, as many as the accuracy and the rates count."""
+    generator = np.random.default_rng(0)
+    rows, same = generator.normal(size=(800, 8)), generator.random(400) < 0.5
+    rows[1::2][same] += rows[::2][same]
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    cosine = (unit[::2] * unit[1::2]).sum(1)
+    result = verify(rows, same)
+    assert result.threshold == best_threshold(cosine, same)
+    best = max(((cosine > 1 - step / 200) == same).mean() for step in range(400))
+    assert ((cosine > result.threshold) == same).mean() == best
+    for target in (0.1, 0.01):
+        accepted = cosine > result.threshold_at_far[target] + 1e-12
+        assert accepted[~same].mean() <= target
+        assert accepted[same].mean() == result.tar_at_far[target]
 
 
 def test_eer_and_auc_by_hand():

@@ -47,6 +47,7 @@ def make_run(folder, *, seed=0, lr=0.1, ended=True):
     numbers = {
         "accuracy": 0.9795, "accuracy_std": 0.01, "eer": 0.02, "auc": 0.998, "num_pairs": 600,
         "tar_at_far": {"0.1": 0.99, "0.01": 0.9, "0.001": None},
+        "threshold": 0.275, "threshold_at_far": {"0.1": 0.2, "0.01": 0.31, "0.001": None},
     }  # fmt: skip
     (folder / "summary.json").write_text(
         json.dumps(
@@ -96,7 +97,7 @@ def test_the_page_is_whole_and_loads_nothing(tmp_path):
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text, "a setting is text, never a tag"
     for words in ("97.95", "Loss", "ROC of lfw", "DET of lfw", "Scores of lfw", "0123456789ab"):
         assert words in text, words
-    for words in ("waiting for data 40 s", "3 MiB", "optimizer.lr", "99.00", "–"):
+    for words in ("waiting for data 40 s", "3 MiB", "optimizer.lr", "99.00", "–", "0.275"):
         assert words in text, words
     assert len(text) < 200_000
 

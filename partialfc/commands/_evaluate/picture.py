@@ -45,7 +45,8 @@ def draw(path: Path, found: dict[str, Measured], *, title: str) -> None:
             for label, one in scored.items():
                 _line(panel, one, label, misses=name == "DET")
         else:
-            _histogram(panel, scored[name.removeprefix("scores of ")])
+            shown = name.removeprefix("scores of ")
+            _histogram(panel, scored[shown], found[shown].numbers.get("threshold"))
         panel.legend(frameon=False, fontsize=8)
     _scales(dict(zip(panels, axes.flat, strict=False)))
     for panel in list(axes.flat)[len(panels) :]:
@@ -74,10 +75,13 @@ def _line(panel: Axes, curves: Curves, label: str, *, misses: bool) -> None:
         panel.step(far, tar, where="post", label=label)
 
 
-def _histogram(panel: Axes, curves: Curves) -> None:
+def _histogram(panel: Axes, curves: Curves, threshold: float | None) -> None:
     for label, colour, counts in (
         ("same", GREEN, curves.same),
         ("different", CORAL, curves.different),
     ):
         panel.stairs(counts, curves.edges, fill=True, color=colour, alpha=0.45, label=label)
+    if threshold is not None:
+        words = f"threshold {threshold:.2f}"
+        panel.axvline(threshold, label=words, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
     panel.set(xlabel="cosine", ylabel="share of pairs")

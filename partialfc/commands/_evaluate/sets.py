@@ -126,6 +126,8 @@ def _pairs(path: Path, ways: Ways) -> Set:
         cosine = (unit_ND[0::2] * unit_ND[1::2]).sum(1)
         numbers = asdict(verify(embeddings_ND, pairs.same))
         if ways.compat:
+            del numbers["threshold_at_far"]  # those of the exact rates
+            numbers["threshold_squared_distance"] = 2 - 2 * numbers["threshold"]
             numbers["tar_at_far"] = tar_at_far(cosine, pairs.same, compat=ways.compat)
             numbers["val_at_far_0.001"] = asdict(validate(embeddings_ND, pairs.same))
         return Measured(

@@ -1,16 +1,20 @@
 """The model card: what a file of weights is, in words, from what its run left behind."""
 
 import json
+import math
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+from partialfc.checkpoint.recognition import Known
 from partialfc.checkpoint.trained_backbone import TrainedBackbone
 from partialfc.config import to_toml
 from partialfc.writing import write_text
 
 Row = dict[str, Any]
 
+_ONNX = ("onnx", "fp16", "int8")
 _LIMITS = """\
 * It compares aligned faces of the size above and does nothing else: no detection, no liveness, no
   age or gender. Align by five landmarks (`partialfc embed --landmarks`, insightface).
@@ -30,6 +34,7 @@ def write_card(
     inside: bool,
     licence: str,
     checked_on: str,
+    flip: bool,
 ) -> None:
     """Write the card in markdown, the whole file or none.
 
@@ -40,6 +45,7 @@ def write_card(
         inside: Whether the ONNX files normalise pixels themselves.
         licence: Of the training data, or "unknown".
         checked_on: The set that the files were compared on.
+        flip: Whether the embedding of the mirrored image was added there.
     """
     known = trained.known
     pixels = "0 to 255" if inside else "(pixel - 127.5) / 127.5"
@@ -53,6 +59,8 @@ def write_card(
         f"ONNX input `input.1` [batch, 3, {known.image_size}, {known.image_size}], RGB, "
         f"{pixels}; output `embedding` [batch, {known.embedding_dim}], not normalised. "
         "insightface's ArcFaceONNX takes the files as they are.",
+        "## Use",
+        *_use(known, rows, inside, flip, checked_on),
         "## Training",
         *_training(trained, licence),
         "## Numbers",
@@ -67,15 +75,58 @@ def write_card(
 def _files(rows: list[Row], checked_on: str) -> str:
     lines = [
         f"| file | MiB | smallest cosine to the original | accuracy on {checked_on} | of the "
-        "original |",
-        "|---|---|---|---|---|",
+        "original | change, 99 % interval | |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         numbers = [f"{row['bytes'] / 2**20:.1f}"]
         for name, form in (("cosine", ".6f"), ("accuracy", ".4f"), ("original", ".4f")):
             numbers.append(f"{row[name]:{form}}" if row.get(name) is not None else "–")
-        lines.append(f"| {row['file']} | {' | '.join(numbers)} |")
-    return "\n".join(lines)
+        numbers.append(f"{row['change']:+.4f} ± {row['width']:.4f}")
+        mark = row["mark"] if row["fine"] else f"**{row['mark']}**"
+        lines.append(f"| {row['file']} | {' | '.join(numbers)} | {mark} |")
+    rule = (
+        "The accuracy is ten-fold. The change counts pairs that the original and the file answer "
+        "differently at the original's threshold; a file is the original if its smallest cosine is "
+        "at least 0.9999 and 0 lies in the interval, in fp16 if it is 0.999 and a change of at "
+        "most 0.001 does. INT8 is measured only."
+    )
+    return "\n".join(lines) + f"\n\n{rule}"
+
+
+def _use(known: Known, rows: list[Row], inside: bool, flip: bool, checked_on: str) -> Iterator[str]:
+    """The cosine above which two faces are one person's, and code that computes it."""
+    row = next((row for row in rows if row["format"] in _ONNX), rows[0])
+    thresholds = {far: t for far, t in row["threshold_at_far"].items() if not math.isnan(t)}
+    lines = "\n".join(f"| {far:g} | {cosine:.4f} |" for far, cosine in thresholds.items())
+    yield (
+        f"Two faces are taken for one person's if their cosine exceeds a threshold. Those of "
+        f"{row['file']} on {checked_on}, each the lowest whose part of wrongly accepted pairs is "
+        f"at most the false accept rate:\n\n| FAR | cosine |\n|---|---|\n{lines}"
+        if thresholds
+        else f"{checked_on} has too few pairs of different people for a threshold at a FAR."
+    )
+    if row["format"] not in _ONNX:
+        yield "`partialfc embed` takes the safetensors; `torch.export.load` the .pt2."
+        return
+    x = "pixels.transpose(2, 0, 1)"
+    x, size = x if inside else f"({x} - 127.5) / 127.5", known.image_size
+    mirrored = "  # and mirrored, as measured" if flip else ""
+    batch = "np.stack([x, x[:, :, ::-1]])" if flip else "x[None]"
+    yield f"""```python
+import numpy as np, onnxruntime
+from PIL import Image
+
+session = onnxruntime.InferenceSession("{row["file"]}", providers=["CPUExecutionProvider"])
+
+def embed(path):  # of an aligned face
+    pixels = np.asarray(Image.open(path).convert("RGB").resize(({size}, {size})), np.float32)
+    x = {x}
+    row = session.run(None, {{"input.1": {batch}}})[0].sum(0){mirrored}
+    return row / np.linalg.norm(row)
+
+print(embed("one.jpg") @ embed("other.jpg"))  # the cosine
+```"""
 
 
 def _training(trained: TrainedBackbone, licence: str) -> list[str]:

@@ -82,6 +82,7 @@ def write_report(path: Path, runs: Sequence[RunFiles]) -> None:
             *(f"TAR@{far}" for far in _FARS.values()),
             "EER",
             "AUC",
+            "cosine threshold",
             "pairs",
         ],
         times=[
@@ -173,6 +174,8 @@ def _verified(runs: Sequence[RunFiles]) -> list[list[str]]:
                     *("–" if tar is None else f"{100 * tar:.2f} %" for tar in tars),
                     f"{100 * numbers['eer']:.2f} %",
                     f"{numbers['auc']:.5f}",
+                    # Before threshold_at_far was written, the threshold was a squared distance.
+                    f"{numbers['threshold']:.3f}" if "threshold_at_far" in numbers else "–",
                     f"{numbers['num_pairs']:,}",
                 ]
             )
