@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from partialfc.data.files.index import is_hidden
 from partialfc.writing import write_text
 
 HELP = "write the files that were left out here, with the reasons (JSON Lines)"
@@ -64,5 +65,5 @@ def ends_in_words(ends: Counter[str]) -> str:
 
 
 def end_of(name: str) -> str:
-    """Return the end of a name, or all of one that has none, in small letters."""
-    return Path(name).suffix.lower() or Path(name).name
+    """Return the end of a name, or all of one that has none, in small letters; or "hidden"."""
+    return "hidden" if is_hidden(name) else Path(name).suffix.lower() or Path(name).name

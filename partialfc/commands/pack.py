@@ -179,7 +179,7 @@ def make_pack(arguments: argparse.Namespace, console: Console) -> list[Fault]:
     remove_parts(conversion.parts)
     if survey.ignored:
         console.print(ends_in_words(survey.ignored))
-    left_out = f", {len(faults):,} files left out" if faults else ""
+    left_out = f", {len(faults):,} left out" if faults else ""
     console.print(
         f"{out}: {total} images of {len(folders)} identities, {out.stat().st_size} bytes{left_out}"
     )

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -210,7 +211,7 @@ def test_no_image_of_a_tar_is_lost_and_nobody_is_somebody_else(tmp_path):
     assert found == {
         "ann": [b"1", b"2", b"3", b"4"], "J.R.": [b"5", b"7"], "J.R": [b"6"], "zoe": [b"8", b"9"],
     }  # fmt: skip
-    assert survey.ignored == {".jpg": 3, ".txt": 1}
+    assert survey.ignored == {"hidden": 3, ".txt": 1}
     assert survey.faults == [("a.tar: lost.jpg", "no .cls beside it, and in no folder")]
 
 
@@ -234,6 +235,18 @@ def test_a_tar_that_is_cut_is_named_with_its_byte(tmp_path):
         found, survey = listed(tmp_path, f"{name}.tar")
         assert len(found.get("ann", [])) == images, name
         assert [why in fault.why for fault in survey.faults] == [True] * bool(why), (name, survey)
+
+
+def test_a_list_of_pack_leads_nowhere_outside(tmp_path):
+    """As that of training: whoever packs a list that he has downloaded packs nothing else."""
+    (tmp_path / "out.jpg").write_bytes(encode(np.zeros((8, 8, 3), np.uint8)))
+    for path in ("../out.jpg", str(tmp_path / "out.jpg")):
+        (tmp_path / "below").mkdir(exist_ok=True)
+        (tmp_path / "below" / "list.txt").write_text(f"{path}\t0\n")
+        with pytest.raises(ValueError, match=r"line 1: .* must lead to a file below"):
+            open_source(tmp_path / "below" / "list.txt", Survey())
+    with pytest.raises(ValueError, match=r"is not a folder, a .tar"):
+        open_source(Path("/dev/zero"), Survey())
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,16 @@
 import contextlib
 import io
 import itertools
+import struct
 import tarfile
+import tracemalloc
+import warnings
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from partialfc.data.augment import Augmentation
@@ -153,3 +158,142 @@ def test_a_folder_and_the_pack_of_it_are_the_same_samples(photos, made, loader):
             # A pack stores what it turns as JPEG, and makes it smaller by another filter.
             allowed = 0 if name == "list" else 12 if file.name == "g.jpg" else 4
             assert far(theirs[number], images[number]) <= allowed, (name, file.name)
+
+
+# Depth
+
+
+def deep(values: np.ndarray, kind: str) -> np.ndarray:
+    file = io.BytesIO()
+    Image.fromarray(values).save(file, kind)
+    return view(file.getvalue())
+
+
+def test_grey_of_more_than_8_bits_is_scaled_by_the_depth_that_it_uses():
+    """An infrared camera's 12 bits in a file of 16 are neither black nor white."""
+    grey = np.tile(np.arange(256), (8, 1))
+    for bits in (8, 10, 12, 14, 16):
+        values = np.rint(grey * ((1 << bits) - 1) / 255).astype(np.uint16)
+        for kind in ("PNG", "TIFF"):
+            pixels = decode_image(deep(values, kind))
+            assert pixels.shape == (8, 256, 3)
+            assert (pixels == grey[:, :, None]).all(), (bits, kind)
+    dark = deep((grey * 16).astype(np.int32), "PPM")  # a PGM says itself what white is: 65535
+    assert decode_image(dark).max() == round(255 * 16 / 257)
+    assert (decode_image(deep(grey.astype(np.float32) / 255, "TIFF"))[:, :, 1] == grey).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.full((4, 4), 70_000, np.int32), r"grey values are 70000 to 70000, must be in \[0, 655"),
+        (np.full((4, 4), 255, np.float32), r"floats from 255 to 255, must be in \[0, 1\]"),
+        (np.full((4, 4), np.nan, np.float32), "floats from nan to nan"),
+    ],
+)
+def test_values_of_no_known_range_are_refused_by_name(values, message):
+    with pytest.raises(ValueError, match=message):
+        decode_image(deep(values, "TIFF"))
+
+
+# Size
+
+
+def test_a_photo_of_a_hundred_megapixels_is_read_at_a_smaller_scale():
+    """As phones make them. With twice the pixels that are needed, and no smaller image changes."""
+    up = Image.fromarray(lopsided(72, 96, 3)[:, :, 0])
+    file = io.BytesIO()
+    up.resize((12000, 9000), Image.Resampling.BILINEAR).save(file, "JPEG", exif=exif(6))
+    data = view(file.getvalue())
+    frame = check_image(data)
+    assert (frame.height, frame.width, frame.plain) == (9000, 12000, False)
+    pixels = decode_image(data, 112)
+    assert pixels.shape == (1500, 1125, 3)
+    seen = np.asarray(Image.fromarray(pixels[:, :, 0]).resize((72, 96), Image.Resampling.BOX))
+    assert far(seen, np.rot90(np.asarray(up), -1)) < 6
+    small = view(encoded(lopsided(1024, 1024, 3)))
+    assert decode_image(small, 112).shape == (1024, 1024, 3)
+
+
+def claims(data: bytes, at: int, form: str, *size: int) -> bytes:
+    """An image that says that it is of another size."""
+    return data[:at] + struct.pack(form, *size) + data[at + struct.calcsize(form) :]
+
+
+def bombs() -> dict[str, bytes]:
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    jpeg, scans = encoded(pixels), encoded(pixels, progressive=True)
+    scan = scans[scans.rindex(b"\xff\xda") : -2]
+    at = scans.index(b"\xff\xc2") + 5
+    wide = claims(scans[:-2] + scan * 40 + b"\xff\xd9", at, ">HH", 11_000, 11_000)
+    webp, exact = encoded(pixels, "WEBP", lossless=False), encoded(pixels, "WEBP", exif=exif(6))
+    tiff = encoded(pixels, "TIFF")
+    width = tiff.index(struct.pack("<HHII", 256, 4, 1, 16))
+    tall = claims(tiff, width, "<HHII", 256, 4, 1, 12_000)
+    height = tall.index(struct.pack("<HHII", 257, 4, 1, 16))
+    return {
+        "JPEG": claims(jpeg, jpeg.index(b"\xff\xc0") + 5, ">HH", 65_500, 65_500),
+        "progressive JPEG": claims(scans, at, ">HH", 12_000, 12_000),
+        "passes": wide,
+        "WEBP": claims(webp, 26, "<HH", 16_000, 16_000),
+        "WEBP with EXIF": claims(exact, 24, "<IH", 0xFF003FFF, 0x3F),
+        "BMP": claims(encoded(pixels, "BMP"), 18, "<ii", 12_000, 12_000),
+        "TIFF": claims(tall, height, "<HHII", 257, 4, 1, 12_000),
+        "PPM": b"P6 12000 12000 255\n" + bytes(99),
+    }
+
+
+@pytest.mark.parametrize("kind", bombs())
+def test_a_small_file_that_claims_many_pixels_is_refused_before_memory(kind):
+    """In words that are true of it: a baseline JPEG is not told to become one."""
+    data = view(bombs()[kind])
+    assert len(data) < 30_000
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"(claims \d+ x \d+ pixels|passes over)") as caught:
+        decode_image(data, 112)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
+    assert ("Make it smaller" in str(caught.value)) == (kind != "passes")
+
+
+# Hostile
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_a_mutated_image_of_any_format_is_an_image_or_a_value_error(data):
+    """Nothing else comes out of the reader, whatever the bytes."""
+    kind = data.draw(st.sampled_from(["WEBP", "BMP", "TIFF", "PPM", "JPEG"]))
+    good = bytearray(turned(lopsided(16, 24, 1), 6, kind))
+    for _ in range(data.draw(st.integers(1, 6))):
+        at = data.draw(st.integers(0, len(good) - 1))
+        good[at : at + data.draw(st.integers(0, 4))] = data.draw(st.binary(max_size=4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's of odd tags
+        with contextlib.suppress(ValueError):
+            assert decode_image(view(bytes(good)), 16).shape[2] == 3
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "the file is empty"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC images are not read. Convert it to JPEG"),
+        (b"GIF89a\x01\0\x01\0", "GIF images are not read"),
+        (b"\0\5\x16\7", "it is no image: .* these with '00 05'"),
+    ],
+)
+def test_what_is_no_image_is_named(data, message):
+    with pytest.raises(ValueError, match=message):
+        check_image(view(data))
+
+
+def test_ink_is_read_as_colour():
+    """A JPEG of CMYK, as printers want it."""
+    up = lopsided(32, 48, 2)
+    file = io.BytesIO()
+    Image.fromarray(up).convert("CMYK").save(file, "JPEG", quality=95)
+    data = view(file.getvalue())
+    assert check_image(data).components == 4
+    assert far(decode_image(data), up) < 4

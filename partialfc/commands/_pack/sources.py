@@ -135,7 +135,10 @@ def _list(path: Path) -> Source:
 
 
 def _tars(root: Path, shards: list[Path], survey: Survey) -> Source:
-    return _listed(root, tar_images(shards, survey), root)
+    images = tar_images(shards, survey)
+    if not images and survey.faults:
+        raise ValueError(f"{root} holds no images: {': '.join(survey.faults[0])}")
+    return _listed(root, images, root)
 
 
 def _tables(root: Path, shards: list[Path]) -> Source:

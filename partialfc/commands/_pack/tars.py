@@ -31,8 +31,9 @@ def tar_images(shards: list[Path], survey: Survey) -> dict[str, list[str]]:
         labels: dict[str, str] = {}
         for member, archive in _members(shard, survey):
             path = PurePosixPath(member.name)
-            if any(is_hidden(part) for part in path.parts if part != "/"):
-                survey.ignore(member.name)
+            hidden = [part for part in path.parts if is_hidden(part)]
+            if hidden:
+                survey.ignore(hidden[0])
             elif path.suffix == _LABEL and member.size <= _LONGEST_LABEL:
                 content = archive.extractfile(member)
                 assert content is not None, "a regular file"
@@ -44,7 +45,7 @@ def tar_images(shards: list[Path], survey: Survey) -> dict[str, list[str]]:
                     survey.faults.append(Fault(f"{shard.name}: {path}", why))
                 places[path] = f"{shard.name}:{member.offset_data}:{member.size}"
             else:
-                survey.ignore(member.name)
+                survey.ignore(path.name)
         for path, place in places.items():
             identity = _label_of(path, labels)
             if identity:

@@ -45,6 +45,8 @@ def check_image(view: NDArray[np.uint8]) -> Frame:
     Raises:
         ValueError: If it is of no format that is read, is truncated, or is larger than it may be.
     """
+    if not len(view):
+        raise ValueError("the file is empty. Copy it again from where it came, or leave it out.")
     check_size(view, MOST_BYTES)
     if view[:2].tobytes() == jpeg.START:
         frame, bits, coding, scans = jpeg.read_headers(view)
