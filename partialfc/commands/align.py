@@ -31,20 +31,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from partialfc.alignment.aligner import BLURRED, CHOICES, SMALLEST, Aligner, open_detector
 from partialfc.alignment.landmarks import Points, points_of, read_landmarks, write_landmarks
 from partialfc.commands._align.journal import FORMAT, Entry, append, begin, face_file, read_journal
+from partialfc.commands._bad_files import reason_of
 from partialfc.commands._command import command_parser
 from partialfc.commands.pack import run
 from partialfc.cores import usable_cores
 from partialfc.data.files.index import is_hidden, is_image
 from partialfc.data.images.formats import MOST_BYTES, decode_image
 from partialfc.data.images.jpeg import encode
-from partialfc.writing import atomic_write, opened
+from partialfc.writing import atomic_write, read_bytes
 
 CHUNK = 8
 """Photos of one piece of work, and at most so many per worker are done again after a kill."""
@@ -129,11 +129,10 @@ def align_photos(folders: Folders, photos: list[Photo]) -> list[Entry]:
 
 def _align_photo(folders: Folders, photo: Photo) -> Entry:
     try:
-        pixels = _pixels(folders.photos / photo.name)
-    except OSError as error:
-        return Entry(photo.name, photo.stamp, [], [f"cannot be read: {error.strerror}"])
-    except ValueError as error:
-        return Entry(photo.name, photo.stamp, [], [f"cannot be read: {error}"])
+        data = read_bytes(folders.photos / photo.name, most=MOST_BYTES)
+        pixels = decode_image(np.frombuffer(data, np.uint8))
+    except (OSError, ValueError) as error:
+        return Entry(photo.name, photo.stamp, [], [f"cannot be read: {reason_of(error)}"])
     taken, reasons = folders.aligner(pixels, photo.points)
     for number, face in enumerate(taken):
         path = folders.out / face_file(photo.name, number)
@@ -142,13 +141,6 @@ def _align_photo(folders: Folders, photo: Photo) -> Entry:
         partial_file.write_bytes(encode(face.pixels))
         partial_file.replace(path)
     return Entry(photo.name, photo.stamp, [f.points.ravel().tolist() for f in taken], reasons)
-
-
-def _pixels(path: Path) -> NDArray[np.uint8]:
-    """An upright RGB photo [H, W, 3]."""
-    with os.fdopen(opened(path, os.O_RDONLY), "rb") as file:
-        data = file.read(MOST_BYTES + 1)
-    return decode_image(np.frombuffer(data, np.uint8))
 
 
 def photos_of(root: Path, landmarks: Mapping[str, Points] | None) -> list[Photo]:

@@ -1,14 +1,16 @@
 """Images to embeddings, in a .npy or .parquet file.
 
     partialfc embed runs/mine photos --out photos.parquet
+    partialfc embed runs/mine photos --align --out photos.parquet
     partialfc embed model.pt photos --landmarks points.txt --out photos.npy
     torchrun --nproc-per-node=8 -m partialfc embed runs/mine faces.rec --out faces.npy
 
 IMAGES is a folder (its images at any depth; the folder of an image is its identity) or a .rec pack.
-Images are turned as their EXIF says, taken as aligned faces, and resized, unless --landmarks has a
-line for each: the image's path below the folder, then x y of left eye, right eye, nose, left and
-right corner of the mouth, in pixels of the turned image; they are then aligned by arcface's
-template. A detector such as insightface's or MTCNN gives these points.
+Images are turned as their EXIF says, taken as aligned faces, and resized. With --align the largest
+face of each is found and cut out first, as partialfc align does, which has other rules and other
+detectors. With --landmarks, faces are cut out by the points of a file: a line for each image, its
+path below the folder, then x y of left eye, right eye, nose, left and right corner of the mouth, in
+pixels of the turned image.
 
 An image that cannot be used is left out, told, and listed by --bad. Exit status: 0 all images are
 embedded, 1 all but those, 2 nothing is.
@@ -28,8 +30,11 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
+from torch import Tensor
 
-from partialfc.alignment.crop import align
+from partialfc.alignment.aligner import Aligner, open_detector
+from partialfc.alignment.landmarks import Points, read_landmarks
+from partialfc.alignment.mean_face import unaligned
 from partialfc.checkpoint.trained_backbone import open_backbone
 from partialfc.commands._bad_files import HELP, Fault, end_of, ends_in_words, reason_of, tell_faults
 from partialfc.commands._command import command_parser
@@ -46,6 +51,9 @@ from partialfc.runtime.process import Runtime, running
 from partialfc.writing import read_bytes
 
 Pixels = NDArray[np.uint8]
+
+_LOOKED_AT = 256
+"""Images whose mean is looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,15 +82,16 @@ def main(arguments: list[str]) -> int:
         import pyarrow  # noqa: F401  # before the images are embedded
     trained = open_backbone(options.model, image_size=options.image_size)
     size = trained.known.image_size
-    images = _images(options.images, options.landmarks, size)
+    images = _images(options, size)
     flip = trained.config.verification.flip if trained.config else True
     reading = _Reading(images.read, size)
     with running(settings_of(options.device)) as runtime:
         share = -(-len(images.names) // runtime.ranks.size)
         with Progress(console=Console(stderr=True), disable=not runtime.leads) as bar:
             task = bar.add_task("embedding", total=share)
+            watched = _Watched(embedder(trained, runtime, options.precision))
             rows_ND = embed_images(
-                embedder(trained, runtime, options.precision),
+                watched,
                 str(options.images),
                 len(images.names),
                 reading,
@@ -104,6 +113,8 @@ def main(arguments: list[str]) -> int:
             names, identities = ([of[i] for i in good] for of in (images.names, images.identities))
             found = Embeddings(names, identities, rows_ND[good].astype(np.float32))
             write_embeddings(options.out, found)
+            if hint := watched.hint(len(good)):
+                print(f"hint: {hint}", file=sys.stderr)
             if images.others:
                 print(ends_in_words(images.others), file=sys.stderr)
             print(f"{options.out}: {len(good):,} embeddings of {rows_ND.shape[1]}")
@@ -131,6 +142,28 @@ class _Reading:
         return self.reasons.get(index, "another rank could not read it")
 
 
+class _Watched:
+    """Embeds, and keeps the mean of the first images: do they look like aligned faces?"""
+
+    def __init__(self, embed: Callable[[Tensor], Tensor]) -> None:
+        self._embed = embed
+        self._sum: Tensor | None = None
+        self._images = 0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if self._images < _LOOKED_AT:
+            grey = images.float().mean(1).sum(0)
+            self._sum = grey if self._sum is None else self._sum + grey
+            self._images += len(images)
+        return self._embed(images)
+
+    def hint(self, good: int) -> str | None:
+        """Return what is to be said of ``good`` images that are plainly not aligned."""
+        if self._sum is None:
+            return None
+        return unaligned(self._sum.cpu().numpy(), min(good, self._images))
+
+
 def _bad_on_any(reading: _Reading, count: int, runtime: Runtime) -> NDArray[np.bool_]:
     """Which images some rank could not use, [N]. Collective: one all-reduce."""
     bad_N = torch.zeros(count, dtype=torch.int32, device=runtime.device)
@@ -138,10 +171,14 @@ def _bad_on_any(reading: _Reading, count: int, runtime: Runtime) -> NDArray[np.b
     return sum_over_ranks(bad_N, runtime.ranks).cpu().numpy() > 0
 
 
-def _images(path: Path, landmarks: Path | None, size: int) -> Images:
+def _images(options: argparse.Namespace, size: int) -> Images:
+    path, landmarks = options.images, options.landmarks
+    if options.align and landmarks is not None:
+        raise ValueError("--landmarks has the points of the faces; leave --align out.")
     if path.suffix == ".rec":
-        if landmarks is not None:
-            raise ValueError("--landmarks: a pack has aligned images; leave it out.")
+        if options.align or landmarks is not None:
+            word = "--align" if options.align else "--landmarks"
+            raise ValueError(f"{word}: a pack has aligned images; leave it out.")
         pack = open_pack(path)
         return Images(
             [str(i) for i in range(len(pack))],
@@ -158,12 +195,14 @@ def _images(path: Path, landmarks: Path | None, size: int) -> Images:
     names = [file.relative_to(path).as_posix() for file in files]
     identities_N = [file.parent.name if file.parent != path else "" for file in files]
     points = _points(landmarks, names) if landmarks is not None else None
+    if options.align:
+        open_detector(None)  # what is wrong with it is said before anything is done
 
     def read(index: int) -> Pixels:
         view = np.frombuffer(read_bytes(files[index], most=MOST_BYTES), np.uint8)
-        if points is None:
-            return decode_image(view, size)
-        return align(decode_image(view), points[index])
+        if points is not None:  # whoever gave them has chosen
+            return Aligner(smallest=0, blurred=0).one(decode_image(view), points[index])
+        return Aligner().one(decode_image(view)) if options.align else decode_image(view, size)
 
     return Images(names, identities_N, read, others)
 
@@ -178,17 +217,9 @@ def _files(path: Path, others: Counter[str]) -> Iterator[Path]:
                 others[end_of(file.name)] += 1
 
 
-def _points(path: Path, names: list[str]) -> list[NDArray[np.float64]]:
-    """Five points of each image, in the order of the names."""
-    found: dict[str, NDArray[np.float64]] = {}
-    for line, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        words = text.rsplit(maxsplit=10)
-        if not words:
-            continue
-        try:
-            found[words[0]] = np.array(words[1:], dtype=np.float64).reshape(5, 2)
-        except ValueError:
-            raise ValueError(f"{path}, line {line}: must be a name and ten numbers.") from None
+def _points(path: Path, names: list[str]) -> list[Points]:
+    """The points of the faces of each image, in the order of the names."""
+    found = read_landmarks(path)
     missing = [name for name in names if name not in found]
     if missing:
         raise ValueError(
@@ -204,6 +235,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("images", type=Path, help="folder of images, or a .rec pack")
     parser.add_argument("--out", type=Path, required=True, help="a .npy or .parquet file")
     parser.add_argument("--bad", type=Path, help=HELP)
+    parser.add_argument("--align", action="store_true", help="cut out the largest face of each")
     parser.add_argument("--landmarks", type=Path, help="five points of each image, to align it")
     parser.add_argument("--image-size", type=int, default=112, help="of a file's model (112)")
     parser.add_argument("--precision", choices=AUTOCAST, default="fp32", help="(fp32)")

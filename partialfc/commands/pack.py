@@ -7,7 +7,8 @@ images and one of labels, as Hugging Face's datasets. The identities are 0, 1, .
 their names, or of their numbers if all are numbers; OUT.identities.json lists them in that order. A
 JPEG image that is SIZE x SIZE and upright is stored byte for byte; any other is turned as its EXIF
 says, made RGB, resized to a square and stored as JPEG. The same images give the same bytes with any
-number of workers.
+number of workers. With --align the largest face of each is found and cut out instead, as partialfc
+align does, which has other rules and other detectors; with --landmarks by the points of a file.
 
 A file that cannot be used is left out, told, and listed by --bad. Exit status: 0 all images are in
 the pack, 1 all but those, 2 there is no pack. Finished work is kept in OUT.parts until the pack is
@@ -41,6 +42,8 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from partialfc.alignment.aligner import Aligner, open_detector
+from partialfc.alignment.landmarks import Points, points_of, read_landmarks
 from partialfc.commands._bad_files import HELP, Fault, ends_in_words, reason_of, tell_faults
 from partialfc.commands._command import command_parser
 from partialfc.commands._pack.sources import (
@@ -90,24 +93,33 @@ class Conversion:
     parts: Path
     size: int
     quality: int
+    aligner: Aligner | None = None
+    landmarks: Path | None = None
 
     def digest(self, task: Task) -> str:
         """Return what a piece depends on, hashed; a file that changed changes it."""
         stamps = [
             (folder, path, *_stamp(file_of(self.source, path))) for folder, path in task.images
         ]
-        text = json.dumps([RULES, PIL.__version__, self.size, self.quality, stamps])
+        rules = [RULES, PIL.__version__, self.size, self.quality, stamps]
+        if self.aligner is not None:
+            rules += [repr(self.aligner), _stamp(self.landmarks) if self.landmarks else 0]
+        text = json.dumps(rules)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def jpeg(self, path: str) -> bytes:
         """Return an image as it is stored."""
         data = read(self.source, path)
         view = np.frombuffer(data, np.uint8)
-        frame, pixels = check_image(view), decode_image(view, self.size)
-        size = (self.size, self.size)
-        if data.startswith(START) and frame.plain and (frame.height, frame.width) == size:
-            return data
-        square = Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS)
+        if self.aligner is not None:
+            points = points_of(_landmarks(self.landmarks), path) if self.landmarks else None
+            square = Image.fromarray(self.aligner.one(decode_image(view), points))
+        else:
+            frame, pixels = check_image(view), decode_image(view, self.size)
+            size = (self.size, self.size)
+            if data.startswith(START) and frame.plain and (frame.height, frame.width) == size:
+                return data
+            square = Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS)
         stored = BytesIO()
         square.save(stored, "JPEG", quality=self.quality)
         return stored.getvalue()
@@ -121,6 +133,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--size", type=int, default=112, help="width and height in pixels")
     parser.add_argument("--quality", type=int, default=95, help="of JPEG images made here, 1...100")
     parser.add_argument("--workers", type=int, default=usable_cores(), help="processes")
+    parser.add_argument("--align", action="store_true", help="cut out the largest face of each")
+    parser.add_argument("--landmarks", type=Path, help="cut out faces by their five points")
     parser.add_argument("--bad", type=Path, help=HELP)
     parser.add_argument(
         "--skip-broken", action="store_true", help="exit with 0 though files were left out"
@@ -150,7 +164,12 @@ def make_pack(arguments: argparse.Namespace, console: Console) -> list[Fault]:
     opened = open_source(source, survey)
     names = opened.names
     conversion = Conversion(
-        opened.root, out.with_suffix(".parts"), arguments.size, arguments.quality
+        opened.root,
+        out.with_suffix(".parts"),
+        arguments.size,
+        arguments.quality,
+        _aligner(arguments),
+        arguments.landmarks,
     )
     conversion.parts.mkdir(parents=True, exist_ok=True)
 
@@ -201,6 +220,19 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if not low <= value <= high:
             raise ValueError(f"--{name} must be in [{low}, {high}], got {value}.")
+
+
+def _aligner(arguments: argparse.Namespace) -> Aligner | None:
+    """What cuts faces out, if that is asked for; what is wrong with it is said at once."""
+    if arguments.landmarks:
+        if arguments.align:
+            raise ValueError("--landmarks has the points of the faces; leave --align out.")
+        _landmarks(arguments.landmarks)
+        return Aligner(size=arguments.size, smallest=0, blurred=0)  # whoever gave them has chosen
+    if not arguments.align:
+        return None
+    open_detector(None)
+    return Aligner(size=arguments.size)
 
 
 def tasks(source: Source, survey: Survey) -> Iterator[Task]:
@@ -309,6 +341,12 @@ def _stamp(path: Path) -> tuple[int, int]:
     except OSError:
         return -1, -1
     return status.st_size, status.st_mtime_ns
+
+
+@lru_cache(maxsize=1)
+def _landmarks(path: Path) -> dict[str, Points]:
+    """The points of a file, read once in a process."""
+    return read_landmarks(path)
 
 
 def _hash(path: Path) -> str:

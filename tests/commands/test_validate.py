@@ -194,6 +194,10 @@ LOOKS = {
     "unaligned": (lambda i, s: np.roll(i, (37 * s, 53 * s), (0, 1)), "not aligned to each other"),
     "off center": (lambda image, seed: np.roll(image, 30, 1), "not centered on the face"),
     "beyond": (lambda image, seed: np.pad(image[30:], ((30, 0), (0, 0), (0, 0))), "beyond the"),
+    "as taken": (
+        lambda image, seed: np.pad(image[::2, ::2], ((10, 46), (28, 28), (0, 0)), "edge"),
+        "partialfc align",
+    ),
     "size": (lambda image, seed: image[::2, ::2], "100.0% of the images are not 112 x 112"),
 }
 

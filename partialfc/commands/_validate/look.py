@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from partialfc.alignment.mean_face import unaligned
+
 _SWAPPED = 2.0
 _FLAT = 6.0
 _LOPSIDED = 0.8
@@ -80,6 +82,8 @@ class Look:
                 f"the mean image is not like its mirror image (correlation "
                 f"{numbers['mean_image_symmetry']}): the crops are not centered on the face"
             )
+        elif hint := unaligned(self.mean().mean(2), max(self._sizes.values())):
+            hints.append(hint)
         if numbers["black_border"] > _BORDERED:
             hints.append(
                 f"{numbers['black_border']:.1%} of the images are black at their border over more "
