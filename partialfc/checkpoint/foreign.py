@@ -116,9 +116,18 @@ def matrix(value: Any, path: Path) -> Tensor:
     if not isinstance(value, Tensor) or value.ndim != 2 or not value.is_floating_point():
         shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ForeignError(f"{path}: must hold a matrix [identities, embedding], got {shape}.")
-    usable = _usable(value, f"{path}: its matrix")
+    return finite(value, f"{path}: its matrix")
+
+
+def finite(tensor: Tensor, what: str) -> Tensor:
+    """Return floating numbers as fp32, and integers as they are.
+
+    Raises:
+        ForeignError: If it has not all its values, or one is not finite; ``what`` it is.
+    """
+    usable = _usable(tensor, what)
     if not _finite(usable):
-        raise ForeignError(f"{path}: its matrix holds values that are not finite.")
+        raise ForeignError(f"{what} holds values that are not finite.")
     return usable
 
 

@@ -53,7 +53,8 @@ def recognise(state: Mapping[str, Tensor], path: Path, *, image_size: int = 112)
         ForeignError: If none has; the message names the nearest and where it differs.
     """
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    ends = [found.get(f"{norm}.running_var", ()) for norm in _LAST_NORMS]
+    entries = ("running_var", "weight")  # which of them is missing is said below
+    ends = [found.get(f"{norm}.{entry}", ()) for norm in _LAST_NORMS for entry in entries]
     dim = next((end[0] for end in ends if len(end) == 1 and 1 <= end[0] <= _LARGEST_DIM), 0)
     for name in BACKBONES if dim else ():
         known = Known(name, dim, image_size)

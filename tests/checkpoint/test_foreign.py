@@ -15,6 +15,7 @@ from partialfc.checkpoint import foreign
 from partialfc.checkpoint.recognition import Known, recognise
 from partialfc.checkpoint.trained_backbone import open_backbone
 from partialfc.checkpoint.warm_start import warm_start
+from partialfc.commands._convert_checkpoint import layouts
 from partialfc.config import ConfigError
 from partialfc.errors import ForeignError
 from tests.support.models import flat_model, runtime, settings
@@ -65,6 +66,7 @@ def test_safetensors_are_read_wherever_a_file_of_weights_is(state, tmp_path, cap
     trained = opened(tmp_path / "model.safetensors")
     assert trained.known == Known(NETWORK, DIM, SIZE)
     assert same(trained.state, state)
+    assert layouts.find(tmp_path).source == tmp_path / "model.safetensors"
     out = tmp_path / "out"
     words = ["convert-checkpoint", "in", str(tmp_path / "model.safetensors"), str(out)]
     words += ["data.train=none.rec", "data.global_batch=8", "run.epochs=1"]
@@ -192,6 +194,8 @@ def test_the_nearest_network_is_named_with_what_differs():
         recognise(state, Path("x"), image_size=96)
     with pytest.raises(ForeignError, match="r2060 has 1,030 blocks"):
         recognise({**state, "layer3.895.conv1.weight": torch.empty(1)}, Path("x"))
+    with pytest.raises(ForeignError, match=r"1 tensor is missing \(features.running_var\)"):
+        recognise({k: v for k, v in state.items() if k != "features.running_var"}, Path("x"))
     stranger = {"input_layer.0.weight": torch.empty(64, 3, 3, 3), "bias": torch.empty(512)}
     with pytest.raises(ForeignError, match=r"its 2 tensors \(input_layer.0.weight, bias\) are of"):
         recognise(stranger, Path("x"))

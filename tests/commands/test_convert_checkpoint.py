@@ -267,17 +267,34 @@ def damaged(kind, folder):
             content["state_optimizer"]["param_groups"] = []
         case "no centers":
             content["state_dict_softmax_fc"] = {}
+        case "nan centers":
+            content["state_dict_softmax_fc"]["weight"][3, 4] = torch.nan
+        case "nan momentum":
+            states = content["state_optimizer"]["state"]
+            states[max(states)]["momentum_buffer"][3, 4] = torch.nan
     torch.save(content, path)
     return {
         "step": "is of step 9",
         "centers": r"momentum_buffer is \[13, 64\], its centers \[5, 64\]",
         "optimizer": "state_optimizer: its groups",
         "no centers": "must hold a matrix",
+        "nan centers": "its matrix holds values that are not finite",
+        "nan momentum": "momentum_buffer of its parameter .* holds values that are not finite",
     }[kind]
 
 
 @pytest.mark.parametrize(
-    "kind", ["missing", "truncated", "step", "centers", "optimizer", "no centers"]
+    "kind",
+    [
+        "missing",
+        "truncated",
+        "step",
+        "centers",
+        "optimizer",
+        "no centers",
+        "nan centers",
+        "nan momentum",
+    ],
 )
 def test_a_folder_that_does_not_fit_together_is_refused_by_file(
     kind, our_settings, tmp_path, capsys

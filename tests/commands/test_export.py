@@ -13,6 +13,8 @@ from safetensors import safe_open
 from partialfc.__main__ import main
 from partialfc.alignment.crop import TEMPLATE, align
 from partialfc.backbones import build_backbone
+from partialfc.checkpoint.recognition import Known
+from partialfc.checkpoint.trained_backbone import open_backbone
 from partialfc.commands import export
 from partialfc.commands._export import check
 from partialfc.data.images.formats import resize
@@ -153,6 +155,8 @@ def test_every_format_is_written_and_the_card_says_what_is_known(exported):
     assert str(out.parent) not in card, "no path of this machine"
     with safe_open(out / "model.safetensors", "pt") as file:
         assert file.metadata()["backbone"] == "convnet_s"
+    again = open_backbone(out / "model.safetensors", image_size=SIZE)
+    assert again.known == Known("convnet_s", DIM, SIZE), "it was refused as of no backbone"
     fp32, int8 = onnx.load(out / "model.onnx"), onnx.load(out / "model_int8.onnx")
     (opset,) = (entry.version for entry in fp32.opset_import if entry.domain == "")
     assert opset == 18, "the README says so"

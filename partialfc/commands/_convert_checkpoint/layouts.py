@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from partialfc.checkpoint.foreign import matrix, read, read_backbone, tensors
+from partialfc.checkpoint.foreign import finite, matrix, read, read_backbone, tensors
 from partialfc.errors import ForeignError
 
 States = dict[str, Tensor]
@@ -204,7 +204,10 @@ def _optimizer_states(checkpoint: Mapping[str, Any], path: Path) -> tuple[dict[i
             if kept.keys() - _STATES or not all(isinstance(v, Tensor) for v in kept.values()):
                 raise ValueError(f"its states are {', '.join(map(str, state))}, must be of SGD or "
                                  "AdamW")  # fmt: skip
-            states[int(number)] = kept
+            states[int(number)] = {
+                name: finite(value, f"{name} of its parameter {number}")
+                for name, value in kept.items()
+            }
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ForeignError(f"{path}: state_optimizer: {error}.") from error
     return states, len(groups[0])
