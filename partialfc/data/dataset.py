@@ -21,6 +21,8 @@ from partialfc.data.packs.recordio import RecordError
 from partialfc.data.skip_list import BadRecord, read_skip_lists
 from partialfc.data.source import Source, labels_of, open_source
 
+_CHUNK = 1 << 20
+
 
 def open_dataset(packs: Sequence[Path], skip: Sequence[Path] = ()) -> "DataSet":
     """Open packs as one data set.
@@ -179,15 +181,18 @@ class DataSet:
         declared = self.packs[number].declared_identities
         if declared:
             return declared
-        images_C = np.bincount(self._labels_of(number))
-        if not images_C.all():
+        label_N = self._labels_of(number)
+        has_images_C = np.zeros(int(label_N.max(initial=-1)) + 1, np.bool_)
+        for start in range(0, len(label_N), _CHUNK):
+            has_images_C[label_N[start : start + _CHUNK]] = True
+        if not has_images_C.all():
             warnings.warn(
-                f"{self.packs[number].path}: {(images_C == 0).sum():,} of its labels "
-                f"0...{len(images_C) - 1} have no image, and count as identities. partialfc "
+                f"{self.packs[number].path}: {(~has_images_C).sum():,} of its labels "
+                f"0...{len(has_images_C) - 1} have no image, and count as identities. partialfc "
                 f"convert pack numbers the others without gaps.",
                 stacklevel=2,
             )
-        return len(images_C)
+        return len(has_images_C)
 
     def _labels_of(self, number: int) -> NDArray[np.int32]:
         """Identities of the samples of one pack, numbered as there."""

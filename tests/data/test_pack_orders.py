@@ -73,12 +73,14 @@ def pack(request, tmp_path):
     return face2rec(folder, [i // 4 for i in range(24)])
 
 
-def test_a_pack_in_any_order_is_sound_and_in_the_order_of_its_keys(pack):
+def test_a_pack_in_any_order_is_sound_and_in_the_order_of_its_keys(pack, capsys):
     opened = open_pack(pack)
     assert contents(opened) == TRUE
     assert opened.num_identities == 6
     assert labels(opened).tolist() == [identity for identity, _ in TRUE]
     assert main(["validate", str(pack)]) == 0
+    shuffled = opened.index.sorted_M is not None
+    assert ("data.block reads no neighbours" in capsys.readouterr().out) == shuffled
 
 
 def test_without_an_idx_records_have_the_keys_that_they_carry(pack):

@@ -63,19 +63,24 @@ def index(pack: Pack, report: Report) -> None:
     """Keys and offsets, and where the file ends."""
     bad = report.add(check_index(pack))
     report.levels["index"] = {"records": len(pack.index), "images": len(pack), "bad": bad}
+    if pack.index.sorted_M is not None:
+        report.hints.append(
+            "records lie in another order than their keys, so data.block reads no neighbours; "
+            "partialfc convert pack writes them in order"
+        )
 
 
 def headers(pack: Pack, report: Report, workers: int, console: Console) -> None:
     """Every header, and the labels together."""
     count = len(pack.index)
     _announce_headers(pack, workers, console)
-    order_M = pack.index.by_offset()
-    places = (np.asarray(order_M[start : start + _CHUNK]) for start in range(0, count, _CHUNK))
+    places = pack.index.by_offset()
+    chunks = (places(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK))
     bad = 0
     images_C = np.zeros(pack.declared_identities or 0, np.int64)
     with ThreadPoolExecutor(workers) as pool, _progress(console) as progress:
         task = progress.add_task("headers", total=count)
-        for checked in _in_order(pool, lambda at_N: check_headers(pack, at_N), places):
+        for checked in _in_order(pool, lambda at_N: check_headers(pack, at_N), chunks):
             bad += report.add(checked.bad)
             found_C = np.bincount(checked.identity_N, minlength=len(images_C))
             found_C[: len(images_C)] += images_C

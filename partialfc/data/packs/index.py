@@ -13,7 +13,7 @@ import os
 import re
 import warnings
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,9 +61,15 @@ class RecordIndex:
         next_N = self.sorted_M[np.minimum(after_N, len(self) - 1)]
         return np.where(after_N < len(self), next_N, size)
 
-    def by_offset(self) -> Sequence[int] | NDArray[np.int64]:
-        """Return all places in [M] in the order of the file, for reads that go through it once."""
-        return range(len(self)) if self.sorted_M is None else np.argsort(self.offset_M)
+    def by_offset(self) -> Callable[[int, int], NDArray[np.int64]]:
+        """Return what gives places start...stop - 1 in the order of the file, for one look at all.
+
+        Where that is not the order of the keys, they are sorted here: 8 bytes for each.
+        """
+        if self.sorted_M is None:
+            return np.arange
+        order_M = np.argsort(self.offset_M)
+        return lambda start, stop: order_M[start:stop]
 
     def fingerprint(self, size: int) -> str:
         """Return 16 hexadecimal digits, a function of the offsets and the size of the file."""

@@ -37,23 +37,28 @@ def labels(pack: Pack) -> NDArray[np.int32]:
             f"{len(pack) * 4096 / 2**30:.0f} GiB.",
             stacklevel=2,
         )
-    at_N = np.asarray(pack.index.by_offset())  # not a seek for each image
-    at_N = at_N[(at_N >= pack.images.start) & (at_N < pack.images.stop)] - pack.images.start
-    chunks = [at_N[start : start + _CHUNK] for start in range(0, len(pack), _CHUNK)]
+    places, count = pack.index.by_offset(), len(pack.index)
     found = np.empty(len(pack), np.int32)
+
+    def read(start: int) -> None:
+        at_N = places(start, min(start + _CHUNK, count))
+        image_N = at_N[(at_N >= pack.images.start) & (at_N < pack.images.stop)]
+        image_N -= pack.images.start
+        found[image_N] = _labels(pack, image_N)
+
     with ThreadPoolExecutor(usable_cores()) as pool:
-        for chunk, label in zip(chunks, pool.map(lambda c: _labels(pack, c), chunks), strict=True):
-            found[chunk] = label
+        for _ in pool.map(read, range(0, count, _CHUNK)):
+            pass
     if len(pack) >= KEPT_FROM:
         keep_column(pack.file, "labels", found)
     return found
 
 
-def _labels(pack: Pack, chunk: NDArray[np.int64]) -> NDArray[np.int32]:
+def _labels(pack: Pack, image_N: NDArray[np.int64]) -> NDArray[np.int32]:
     try:
-        return pack.identities(chunk).astype(np.int32)
+        return pack.identities(image_N).astype(np.int32)
     except RecordError:
-        return np.array([_label(pack, int(image)) for image in chunk], np.int32)
+        return np.array([_label(pack, int(image)) for image in image_N], np.int32)
 
 
 def _label(pack: Pack, image: int) -> int:

@@ -49,9 +49,9 @@ def open_pack(path: str | Path) -> "Pack":
 class Pack:
     """The images of a pack by image index, 0...N-1 in the order of the keys; see :func:`open_pack`.
 
-    It holds 8 bytes per record, 16 if the keys are not consecutive; those of a large pack are
-    mapped from a file and shared with other processes. A copy for another process is opened again
-    by path.
+    It holds 8 bytes per record, 8 more if the keys are not consecutive, and 8 if the records lie in
+    another order; those of a large pack are mapped from a file and shared with other processes. A
+    copy for another process is opened again by path.
 
     Every method that takes an image index raises IndexError if it is not in [0, N) and RecordError
     if the record at that image breaks a rule.
@@ -229,12 +229,12 @@ def _declared_identities(
     """The number of identity records; without any, the header's, if float32 holds it exactly."""
     num_records = len(index) - end
     if num_records:
-        last = _last_label(file, index, end)
-        if last is None or last == num_records - 1:
+        label_B = _last_labels(file, index, end)
+        if not len(label_B) or (label_B == num_records - 1).any():
             return num_records
         warnings.warn(
             f"{file.path}: it has {num_records:,} identity records, and the label of the last one "
-            f"is {last}, must be {num_records - 1}: it was made of a list that is not sorted by "
+            f"is {label_B[-1]:.0f}, must be {num_records - 1}: it was made of a list that is not sorted by "
             f"identity or leaves numbers out. The labels of its images count instead, and the "
             f"header of each is read. partialfc convert pack {file.path.name} NEW.rec writes it "
             f"sorted and numbered without gaps.",
@@ -248,21 +248,19 @@ def _declared_identities(
     return None
 
 
-def _last_label(file: RecordFile, index: RecordIndex, end: int) -> int | None:
-    """The label of the last run of images, ``None`` where it cannot be told.
+def _last_labels(
+    file: RecordFile, index: RecordIndex, end: int
+) -> NDArray[np.float32]:
+    """Labels [B] of a few images of the last run, none where they cannot be told.
 
-    face2rec2 writes a record for each run of one label; runs are people where the i-th has label i,
-    and only then has the last one that of its number. It may be damaged in some of its images: the
-    label of most of a few counts.
+    face2rec2 writes a record for each run of one label. Runs are people where the i-th is of label
+    i, and only then is the last one of its number. Some of its images may be damaged.
     """
     with suppress(RecordError):
         run = file.read(int(index.offset_M[-1])).label_L
-        if len(run) < 2 or not 0 < run[1] - run[0] < LABEL_LIMIT:
-            return None
-        some = min(int(run[1] - run[0]), end - 1, _LOOKED_AT)
-        label_N = file.headers(index.offset_M[end - some : end]).label_N
-        right_N = (label_N >= 0) & (label_N < LABEL_LIMIT) & (label_N == np.floor(label_N))
-        values, count = np.unique(label_N[right_N], return_counts=True)
-        if len(values):
-            return int(values[count.argmax()])
-    return None
+        if len(run) >= 2 and 0 < run[1] - run[0] < LABEL_LIMIT:
+            some = min(int(run[1] - run[0]), end - 1, _LOOKED_AT)
+            label_B = file.headers(index.offset_M[end - some : end]).label_N
+            right_B = (label_B >= 0) & (label_B < LABEL_LIMIT) & (label_B == np.floor(label_B))
+            return np.asarray(label_B[right_B])
+    return np.empty(0, np.float32)
