@@ -4,6 +4,7 @@ import os
 import zlib
 
 import torch
+from torch.distributed import Store
 from torch.distributed.rendezvous import rendezvous
 
 from partialfc import cores
@@ -57,12 +58,18 @@ def device_of(wanted: str, place: Place) -> torch.device:
     )
 
 
+_met: list[Store] = []
+"""Kept, as rank 0 may serve it: it would end while others still ask. The process group that comes
+after joins it, as torch has one server a port in a process."""
+
+
 def _has_its_own(place: Place) -> bool:
     """Whether the one GPU that each rank of this host sees is another one: ``--gpus-per-task=1``.
 
     The ranks tell each other its UUID by the store through which they meet.
     """
     store, _, _ = next(rendezvous("env://", rank=place.rank, world_size=place.size))
+    _met.append(store)
     store.set(f"gpu of rank {place.rank}", str(torch.cuda.get_device_properties(0).uuid))
     first = place.rank - place.local_rank
     ranks = range(first, first + place.local_size)

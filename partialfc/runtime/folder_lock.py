@@ -1,9 +1,9 @@
 """One start at a time in a run's folder: ``.lock`` in it says who holds it.
 
 The kernel keeps the lock, on NFS the server does, and lets go of it when the process dies, however
-it dies. Some mounts keep locks on their own host only, or none. So the holder also touches the file
-every two seconds: a lock of another host that is not touched while one waits is that of a process
-that is gone. No clocks are compared.
+it dies; that of a machine that is lost a while later. Some mounts keep locks on their own machine
+only, or none. So the holder also touches the file every two seconds: a lock of another machine that
+is not touched while one waits is that of a process that is gone. No clocks are compared.
 """
 
 import errno
@@ -25,6 +25,8 @@ from partialfc.writing import opened
 
 _SECONDS_BETWEEN_TOUCHES = 2.0
 _SECONDS_OF_A_LOOK = 10.0
+_SECONDS_OF_A_LEASE = 120.0
+"""In which a server finds that a machine is lost, and lets go of its locks; NFS takes 90."""
 _SECONDS_TO_SIGN = 0.3
 """In which who took a lock at the same moment writes its name."""
 _JOBS = {"SLURM_JOB_ID": "Slurm", "PBS_JOBID": "PBS", "LSB_JOBID": "LSF", "JOB_ID": "SGE"}
@@ -68,8 +70,7 @@ def _take(folder: Path) -> tuple[int, str]:
         alone = _lock(descriptor)
         if alone is False:
             time.sleep(_SECONDS_TO_SIGN)
-            problem = f"{_holder(path)} trains in it. {_remedy()}"
-        elif holder := _alive(path, certain=alone is True):
+        if holder := _alive(path, descriptor, alone):
             problem = f"{holder} trains in it. {_remedy()}"
         else:
             text = json.dumps(_self()).encode()
@@ -101,24 +102,27 @@ def _lock(descriptor: int) -> bool | None:
     return True
 
 
-def _alive(path: Path, *, certain: bool) -> str:
-    """Who still touches a lock that we may have; "" if nobody does, or the kernel is certain."""
+def _alive(path: Path, descriptor: int, alone: bool | None) -> str:
+    """Who trains there, or may; "" if nobody does. ``alone`` is what :func:`_lock` said."""
     held = _read(path)
-    if not held or (certain and held.get("host") == socket.gethostname()):
-        return ""
+    if not held or (alone is not None and _is_here(held)):  # what the kernel says is certain
+        return _holder(path) if alone is False else ""
+    patience = _SECONDS_OF_A_LEASE if alone is False else _SECONDS_OF_A_LOOK
     print(
-        f"{path}: {_holder(path)} did not let go of it. Looking {_SECONDS_OF_A_LOOK:.0f} s whether "
+        f"{path}: {_holder(path)} did not let go of it. Looking at most {patience:.0f} s whether "
         "it lives.",
         file=sys.stderr,
         flush=True,
     )
-    before, until = path.stat().st_mtime_ns, time.monotonic() + _SECONDS_OF_A_LOOK
+    before, until = path.stat().st_mtime_ns, time.monotonic() + patience
     while time.monotonic() < until:
         time.sleep(_SECONDS_BETWEEN_TOUCHES / 4)
+        if alone is False and _lock(descriptor):
+            return ""
         os.close(os.open(path, os.O_RDONLY))  # NFS looks again at what is opened
-        if path.stat().st_mtime_ns != before:
+        if path.stat().st_mtime_ns != before and _read(path):
             return _holder(path)
-    return ""
+    return _holder(path) if alone is False else ""
 
 
 def _touch(descriptor: int, ended: threading.Event) -> None:
@@ -129,7 +133,20 @@ def _touch(descriptor: int, ended: threading.Event) -> None:
 
 def _self() -> dict[str, str | int]:
     jobs = [f"{of} job {os.environ[name]}" for name, of in _JOBS.items() if name in os.environ]
-    return {"host": socket.gethostname(), "process": os.getpid(), "job": "".join(jobs[:1])}
+    job = "".join(jobs[:1])
+    return {"host": socket.gethostname(), "process": os.getpid(), "job": job, "boot": _boot()}
+
+
+def _is_here(held: Mapping[str, object]) -> bool:
+    """Whether a holder is of this machine: containers of several may have one name."""
+    return held.get("host") == socket.gethostname() and held.get("boot") == _boot()
+
+
+def _boot() -> str:
+    """Of which start of which machine this is, where the system says it."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+    return ""
 
 
 def _read(path: Path) -> Mapping[str, object]:

@@ -225,7 +225,7 @@ def _answer(target: Target, *, way: OpenerDirector, secure: bool) -> RankAnswer 
     try:
         with way.open(url, timeout=_SECONDS_TO_ANSWER) as reply:
             text = _text(reply)
-    except (OSError, HTTPException) as error:
+    except (OSError, HTTPException, ValueError) as error:  # ValueError: an address that is none
         reason = getattr(error, "reason", None)
         cause = reason if isinstance(reason, OSError) else error
         refused = isinstance(cause, ssl.SSLError | ConnectionResetError | BrokenPipeError)

@@ -1,5 +1,6 @@
 """R17: one start at a time in a run's folder; a lock of the dead holds up nobody."""
 
+import fcntl
 import json
 import os
 import signal
@@ -82,6 +83,37 @@ def test_a_lock_of_another_host_counts_while_somebody_touches_it(tmp_path, monke
     else:
         with locked(tmp_path, runtime()):
             assert json.loads(lock.read_text())["process"] == os.getpid()
+
+
+@pytest.mark.parametrize("dies", [True, False])
+def test_a_lock_of_a_lost_machine_is_waited_for(tmp_path, monkeypatch, dies):
+    """A server keeps it for a minute or two: an elastic run burned all its restarts meanwhile."""
+    monkeypatch.setattr(folder_lock, "_SECONDS_OF_A_LEASE", 5 if dies else 0.5)
+    monkeypatch.setattr(folder_lock, "_SECONDS_BETWEEN_TOUCHES", 0.1)
+    lock = tmp_path / ".lock"
+    lock.write_text(json.dumps({"host": "elsewhere", "process": 7}))
+    with lock.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        if dies:
+            threading.Timer(0.6, fcntl.flock, (held, fcntl.LOCK_UN)).start()
+            with locked(tmp_path, runtime()):
+                assert json.loads(lock.read_text())["process"] == os.getpid()
+        else:  # a machine that lives keeps it, and its process may be stopped
+            with pytest.raises(ConfigError, match="process 7 on elsewhere trains in it"):
+                locked(tmp_path, runtime()).__enter__()
+
+
+def test_a_container_of_the_same_name_on_another_machine_is_another_host(tmp_path, monkeypatch):
+    """Where locks do not reach other machines, both trained in the folder."""
+    monkeypatch.setattr(folder_lock, "_SECONDS_BETWEEN_TOUCHES", 0.1)
+    lock, ended = tmp_path / ".lock", threading.Event()
+    lock.write_text(json.dumps({"host": socket.gethostname(), "process": 1, "boot": "another"}))
+    touching = threading.Thread(target=touch, args=(lock, ended))
+    touching.start()
+    with pytest.raises(ConfigError, match="process 1 on"):
+        locked(tmp_path, runtime()).__enter__()
+    ended.set()
+    touching.join()
 
 
 def touch(lock, ended):

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 import types
 from contextlib import nullcontext
 
@@ -15,7 +16,7 @@ from partialfc import cores
 from partialfc.__main__ import main
 from partialfc.config import ConfigError
 from partialfc.distributed.ranks import Ranks
-from partialfc.runtime import place
+from partialfc.runtime import device, place
 from partialfc.runtime.device import device_of, threads_of
 from partialfc.runtime.place import Place, elastic_warning, refuse_unusable
 from tests.support.models import settings
@@ -174,6 +175,39 @@ def test_one_gpu_a_task_is_its_own_and_one_for_two_ranks_is_refused():
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         found = run_on_ranks(2, device_on_rank, store.port, names)
         assert all(expected in one for one in found), found
+
+
+def late_on_rank(rank, world_size, port):
+    """Rank 0 serves the store, as in a Slurm job, and is done while rank 1 has yet to ask."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    right, right_gpu = device.rendezvous, torch.cuda.get_device_properties
+    torch.cuda.get_device_properties = lambda number: types.SimpleNamespace(uuid=f"GPU-{rank}")
+
+    def late(*arguments, **named):
+        store, *place = next(right(*arguments, **named))
+        known = store.set
+
+        def set_and_wait(*words):
+            known(*words)
+            time.sleep(0.7 * rank)
+
+        yield types.SimpleNamespace(set=set_and_wait, get=store.get, store=store), *place
+
+    device.rendezvous = late
+    try:
+        return device._has_its_own(Place(rank, world_size, rank, world_size))
+    finally:
+        device.rendezvous, torch.cuda.get_device_properties = right, right_gpu
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            del os.environ[name]
+
+
+@pytest.mark.distributed
+def test_a_late_rank_still_finds_the_store_that_rank_0_serves():
+    """--gpus-per-task=1 in a Slurm job: it ended in a DistNetworkError, by chance."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    assert run_on_ranks(2, late_on_rank, port) == [True, True]
 
 
 @pytest.mark.parametrize(

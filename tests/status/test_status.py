@@ -46,6 +46,9 @@ DAMAGED = [
     '{"step": "11", "time": 1.0}',
     '{"step": 11, "time": 1e300, "epoch": 1e-300, "step_seconds": 1e300}',
     '{"step": 11, "time": 1.0, "loss": -1e308, "throughput": 1e308}',
+    '{"step": 11, "time": 1.0, "loss": 5e-324, "throughput": -1e308, "gradient_norm": 1.7e308}',
+    '{"step": 11, "time": 1.0, "epoch": 5e-324}',
+    '{"step": 11, "time": 1.0, "epoch": 1, "step_seconds": 1' + "0" * 308 + "}",
     "[" * 100_000,
     "\0" * 1000,
     '{"event": "end", "time": 1.0, "step": 11, "seconds": {}, "code": "<script>", "cause": "x"}',
@@ -91,6 +94,12 @@ def test_a_damaged_file_of_targets_names_no_rank(folder, text):
     path = targets_path(folder.parent / "targets", folder)
     path.write_text(text)
     assert RunFolder(folder).look().ranks == []
+
+
+@pytest.mark.parametrize("address", ["a..b:80", "[zz]:80", "[::1:80", f"{'x' * 300}:80"])
+def test_an_address_that_is_none_is_a_rank_without_an_answer(folder, address):
+    announce(folder, [address])
+    assert [rank.step for rank in RunFolder(folder).look().ranks] == [None]
 
 
 def test_targets_are_read_as_they_are_written(tmp_path):
