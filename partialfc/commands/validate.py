@@ -1,9 +1,12 @@
-"""Check a pack, in levels: index, headers, labels, images, hash. Each includes those before it.
+"""Check a pack, or a folder or list of images, in levels that each include those before it.
 
 index: keys and offsets are unique and aligned; records, in any order, fill the file. headers: the
 magic, parts, length and label of each. labels: how many images the identities have. images: 30,000
 at random are decoded (none bad: fewer than 0.01 % are, with 95 % confidence), and their statistics
 hint at swapped channels and wrong crops. hash: SHA-256 of the file, kept for next time.
+
+A folder of folders, or a list, has the levels labels and images: all of them are decoded, and what
+is no image by its name is counted.
 
 Exit status: 0 the pack is sound, 1 it is not, 2 it cannot be checked. --bad writes the bad records
 as a list that training leaves out: data.skip=LIST.
@@ -14,15 +17,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from partialfc.commands._command import command_parser
 from partialfc.commands._validate import levels
 from partialfc.cores import usable_cores
-from partialfc.data.packs.pack import Pack, open_pack
+from partialfc.data.packs.pack import Pack
 from partialfc.data.packs.recordio import RecordError
 from partialfc.data.skip_list import write_skip_list
+from partialfc.data.source import Source, open_source
 from partialfc.writing import write_json
 
 LEVELS = ("index", "headers", "labels", "images", "hash")
@@ -33,9 +38,9 @@ SHOWN = 20
 def main(arguments: list[str]) -> int:
     """Run the command; return its exit status."""
     parser = command_parser("validate", __doc__)
-    parser.add_argument("pack", type=Path, help="a .rec file with its .idx beside it")
+    parser.add_argument("pack", type=Path, help="a .rec file, a folder of folders or a list")
     parser.add_argument("--level", choices=LEVELS, default="images", help="the last one to check")
-    parser.add_argument("--images", default="30000", help="how many to decode, or all")
+    parser.add_argument("--images", help="how many to decode, or all (30000; of files: all)")
     parser.add_argument("--seed", type=int, default=0, help="which of them")
     parser.add_argument("--size", type=int, default=112, help="pixels that crops should have")
     parser.add_argument("--workers", type=int, default=usable_cores(), help="threads")
@@ -53,28 +58,34 @@ def validate(arguments: argparse.Namespace, console: Console) -> int:
         ValueError: If an argument is out of range.
         OSError: If a file cannot be read or written.
     """
-    count = sys.maxsize if arguments.images == "all" else _whole("--images", arguments.images)
     workers = _whole("--workers", arguments.workers)
     try:
-        pack = open_pack(arguments.pack)
+        pack = open_source(arguments.pack)
     except RecordError as error:  # no record can be told from another
         print(f"bad: {error}")
         facts = {"pack": arguments.pack.name, "sound": False, "problem": str(error)}
         _write_report(arguments.json, facts)
         return 1
+    wanted = arguments.images or ("30000" if isinstance(pack, Pack) else "all")
+    count = sys.maxsize if wanted == "all" else _whole("--images", wanted)
     report = levels.Report()
     depth = LEVELS.index(arguments.level)
-    levels.index(pack, report)
-    if depth >= LEVELS.index("headers"):
-        levels.headers(pack, report, workers, console)
-        if arguments.level == "headers":
-            del report.levels["labels"]
+    if isinstance(pack, Pack):
+        levels.index(pack, report)
+        if depth >= LEVELS.index("headers"):
+            levels.headers(pack, report, workers, console)
+            if arguments.level == "headers":
+                del report.levels["labels"]
+    elif arguments.level in ("labels", "images"):
+        levels.labels(np.bincount(pack.index.identity_N), report)
+    else:
+        raise ValueError(f"--level {arguments.level}: a folder or list has labels and images only.")
     if depth >= LEVELS.index("images"):
         look = levels.images(pack, report, workers, console, count, arguments.seed)
         report.hints += look.hints(arguments.size) if look.images else []
         if arguments.mean and look.images:
             look.save_mean(arguments.mean)
-    if depth >= LEVELS.index("hash"):
+    if depth >= LEVELS.index("hash") and isinstance(pack, Pack):
         levels.file_hash(pack, report, console)
     show(pack, report)
     bad = [record._asdict() for record in report.bad.values()]
@@ -92,7 +103,7 @@ def validate(arguments: argparse.Namespace, console: Console) -> int:
     return 1 if bad else 0
 
 
-def show(pack: Pack, report: levels.Report) -> None:
+def show(pack: Source, report: levels.Report) -> None:
     """Print the report."""
     table = Table("level", f"{pack.path} ({pack.fingerprint})", box=None, header_style="bold")
     for level, numbers in report.levels.items():

@@ -15,6 +15,9 @@ from partialfc.data.images.formats import decode_image
 from partialfc.data.packs.pack import Pack
 from partialfc.data.packs.recordio import LABEL_LIMIT, RecordError
 from partialfc.data.skip_list import BadRecord
+from partialfc.data.source import Source
+
+_SIDE = 112
 
 
 class HeadersChecked(NamedTuple):
@@ -97,11 +100,12 @@ def check_labels(images_C: NDArray[np.int64]) -> list[str]:
     return hints
 
 
-def check_image(pack: Pack, image: int) -> ImageChecked:
-    """Decode one image."""
-    pack.will_need(np.array([image]))
+def check_image(source: Source, image: int) -> ImageChecked:
+    """Decode one image; a photo that is larger than loaders take, at a smaller scale."""
+    if isinstance(source, Pack):
+        source.will_need(np.array([image]))
     try:
-        return ImageChecked("", decode_image(pack.jpeg_view(image)))
+        return ImageChecked("", decode_image(source.jpeg_view(image), _SIDE))
     except RecordError as error:
         return ImageChecked(error.problem)
     except ValueError as error:

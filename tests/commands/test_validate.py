@@ -230,3 +230,29 @@ def test_the_hash_is_kept_and_made_again_for_a_changed_file(tmp_path):
     again = json.loads((tmp_path / "r").read_text())["levels"]["hash"]
     assert not again["cached"]
     assert again["sha256"] != found[0]["sha256"]
+
+
+def test_a_folder_of_photos_is_checked_as_it_is_trained_on(tmp_path, capsys):
+    """Every bad file is named and listed, so that a run leaves it out; the rest is counted."""
+    folder = tmp_path / "photos"
+    for person in ("ann", "bob"):
+        (folder / person).mkdir(parents=True)
+        for number in range(2):
+            pixels = np.full((112, 112, 3), 40 * number, np.uint8)
+            Image.fromarray(pixels).save(folder / person / f"{number}.jpg")
+    (folder / "ann" / "empty.jpg").write_bytes(b"")
+    (folder / "bob" / "really.png").write_bytes(b"GIF89a")
+    (folder / "bob" / "a.heic").write_bytes(b"")
+    with pytest.warns(UserWarning, match="1 files and folders below the identities are no images"):
+        assert run(folder, "--bad", tmp_path / "bad", "--json", tmp_path / "r") == 1
+    report = json.loads((tmp_path / "r").read_text())
+    assert list(report["levels"]) == ["labels", "images"]
+    assert report["levels"]["images"]["decoded"] == 6
+    lines = [json.loads(line) for line in (tmp_path / "bad").read_text().splitlines()]
+    assert [line["file"] for line in lines] == ["ann/empty.jpg", "bob/really.png"]
+    assert "GIF images are not read" in capsys.readouterr().out
+    with pytest.warns(UserWarning, match="no images"):
+        assert len(open_dataset([folder], [tmp_path / "bad"])) == 4
+    with pytest.warns(UserWarning, match="no images"):
+        assert main(["validate", str(folder), "--level", "hash"]) == 2
+    assert "has labels and images only" in capsys.readouterr().err

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -23,6 +24,7 @@ from partialfc.data.checks import check_headers, check_image, check_index, check
 from partialfc.data.packs.index_cache import cache_places
 from partialfc.data.packs.pack import Pack
 from partialfc.data.skip_list import BadRecord
+from partialfc.data.source import Source
 from partialfc.words import duration, size
 from partialfc.writing import write_text
 
@@ -86,9 +88,13 @@ def headers(pack: Pack, report: Report, workers: int, console: Console) -> None:
             found_C[: len(images_C)] += images_C
             images_C = found_C
             progress.advance(task, _CHUNK)
-    hints = check_labels(images_C)
-    report.hints += hints
     report.levels["headers"] = {"records": count, "bad": bad}
+    labels(images_C, report)
+
+
+def labels(images_C: NDArray[np.int64], report: Report) -> None:
+    """How many images the identities have."""
+    report.hints += check_labels(images_C)
     report.levels["labels"] = {
         "identities": len(images_C),
         "images_per_identity": {
@@ -102,7 +108,7 @@ def headers(pack: Pack, report: Report, workers: int, console: Console) -> None:
 
 
 def images(
-    pack: Pack, report: Report, workers: int, console: Console, wanted: int, seed: int
+    pack: Source, report: Report, workers: int, console: Console, wanted: int, seed: int
 ) -> Look:
     """Some images, drawn at random, or all of them, decoded."""
     count = min(wanted, len(pack))
@@ -110,7 +116,10 @@ def images(
     if count < len(pack):
         chosen = np.random.default_rng(seed).choice(len(pack), count, replace=False)
         drawn = np.sort(chosen).tolist()
-    mean = pack.file.size / len(pack.index)
+    if isinstance(pack, Pack):
+        mean = pack.file.size / len(pack.index)
+    else:
+        mean = float(np.maximum(pack.index.size_N, 0).mean())
     console.print(f"images: {count:,} to decode, about {size(count * mean)} to read")
     look, bad = Look(), 0
     with ThreadPoolExecutor(workers) as pool, _progress(console) as progress:
