@@ -8,7 +8,6 @@ image is read; a pack of many millions takes a while.
 # Shape suffixes: N = images, C = identities.
 
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from partialfc.data.images.formats import decode_image
 from partialfc.data.packs.pack import Pack, open_pack
 
 CHUNK = 1 << 18
@@ -184,9 +183,8 @@ def _histogram(axes: Axes, values: NDArray[np.number], bins: int | list[float], 
 
 def _show(axes: Axes, jpeg: bytes) -> None:
     try:
-        with Image.open(BytesIO(jpeg), formats=("JPEG", "PNG")) as image:
-            axes.imshow(image.convert("RGB"))
-    except Exception:
+        axes.imshow(decode_image(np.frombuffer(jpeg, np.uint8)))
+    except ValueError:
         axes.text(
             0.5, 0.5, "broken", ha="center", va="center", color=ORANGE, transform=axes.transAxes
         )

@@ -27,7 +27,7 @@ from partialfc.cores import usable_cores
 from partialfc.data.packs.pack import Pack
 from partialfc.data.packs.recordio import RecordError
 from partialfc.data.skip_list import write_skip_list
-from partialfc.data.source import Source, open_source
+from partialfc.data.source import Source, labels_of, open_source
 from partialfc.writing import write_json
 
 LEVELS = ("index", "headers", "labels", "images", "hash")
@@ -77,7 +77,7 @@ def validate(arguments: argparse.Namespace, console: Console) -> int:
             if arguments.level == "headers":
                 del report.levels["labels"]
     elif arguments.level in ("labels", "images"):
-        levels.labels(np.bincount(pack.index.identity_N), report)
+        levels.labels(np.bincount(labels_of(pack)), report)
     else:
         raise ValueError(f"--level {arguments.level}: a folder or list has labels and images only.")
     if depth >= LEVELS.index("images"):

@@ -7,14 +7,13 @@ Shape suffixes: N = images, P = pairs.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 
-from partialfc.data.images.jpeg import MAX_BYTES, MAX_PIXELS, check_jpeg, decode
+from partialfc.data.images.formats import MOST_BYTES, decode_image
+from partialfc.writing import read_bytes
 
 Ids = NDArray[np.int64]
 
@@ -148,26 +147,16 @@ def read_megaface(folder: Path) -> MegaFace:
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:
-    """Return the RGB pixels [H, W, 3] of a JPEG or PNG; its headers are checked first.
+    """Return the upright RGB pixels [H, W, 3] of an image; its headers are checked first.
 
     Raises:
-        ValueError: If it is neither, is too large, or cannot be decoded; the message names it.
+        ValueError: If it is no image that is read, or cannot be decoded; the message names it.
+        OSError: If the file cannot be read, or is too large.
     """
+    data = read_bytes(path, most=MOST_BYTES)
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ValueError(f"it has more than {MAX_BYTES} bytes")
-        data = path.read_bytes()
-        if data[:2] == b"\xff\xd8":
-            view = np.frombuffer(data, np.uint8)
-            check_jpeg(view)
-            return decode(view)
-        with Image.open(BytesIO(data), formats=["PNG"]) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"it has more than {MAX_PIXELS} pixels")
-            return np.asarray(image.convert("RGB"))
-    except UnidentifiedImageError:
-        raise ValueError(f"{path}: neither a JPEG nor a PNG.") from None
-    except (OSError, ValueError, SyntaxError) as error:
+        return decode_image(np.frombuffer(data, np.uint8))
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
