@@ -25,7 +25,7 @@ from partialfc.writing import opened
 _HOLDERS = ("state_dict_backbone", "backbone", "state_dict", "model_state_dict", "model", "net")
 """Entries of a larger checkpoint that may hold the backbone's state_dict."""
 
-_WRAPPERS = re.compile(r"(?:(?:module|backbone|model)\.)+")
+_WRAPPERS = re.compile(r"^(?:(?:module|backbone|model)\.)+")
 """What DistributedDataParallel and programs with a larger model put before a name; torch.compile's
 ``_orig_mod.`` may stand anywhere in it."""
 
@@ -70,9 +70,10 @@ def read_backbone(path: Path) -> dict[str, Tensor]:
         return tensors(read(path), path)
     _regular(path)
     try:
-        return tensors(load_file(path), path)
-    except (OSError, SafetensorError) as error:
+        value = load_file(path)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ForeignError(f"{path}: not a file of safetensors: {error}.") from error
+    return tensors(value, path)
 
 
 def tensors(value: Any, path: Path) -> dict[str, Tensor]:
@@ -132,7 +133,7 @@ def finite(tensor: Tensor, what: str) -> Tensor:
 
 
 def _bare(name: str) -> str:
-    return _WRAPPERS.sub("", name.replace("_orig_mod.", ""), count=1)
+    return _WRAPPERS.sub("", name.replace("_orig_mod.", ""))
 
 
 def _usable(tensor: Tensor, what: str) -> Tensor:

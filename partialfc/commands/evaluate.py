@@ -223,7 +223,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--detector", action=argparse.BooleanOptionalAction, default=True, help="IJB: D1 or D0"
     )
-    parser.add_argument("--compat", choices=("insightface",), help="its thresholds, not exact ones")
+    parser.add_argument(
+        "--compat",
+        choices=("insightface",),
+        help="its thresholds, not exact ones, and squared distances beside cosines",
+    )
     parser.add_argument("--far", default="1e-6", help="targets of all:, with commas (1e-6)")
     return parser
 

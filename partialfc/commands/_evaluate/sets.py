@@ -127,7 +127,8 @@ def _pairs(path: Path, ways: Ways) -> Set:
         numbers = asdict(verify(embeddings_ND, pairs.same))
         if ways.compat:
             del numbers["threshold_at_far"]  # those of the exact rates
-            numbers["threshold_squared_distance"] = 2 - 2 * numbers["threshold"]
+            numbers["threshold"] = best = numbers.pop("threshold")
+            numbers["threshold_squared_distance"] = 2 - 2 * best
             numbers["tar_at_far"] = tar_at_far(cosine, pairs.same, compat=ways.compat)
             numbers["val_at_far_0.001"] = asdict(validate(embeddings_ND, pairs.same))
         return Measured(
