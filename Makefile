@@ -10,10 +10,15 @@ QUICK := tests/test_layering.py tests/test_keyed.py tests/config tests/definitio
 	tests/head/test_head.py tests/head/test_margins_on_head.py tests/head/test_sharding.py
 GPU_TESTS := tests/gpu tests/head/test_kernels.py tests/head/test_fused_kernels.py -k "cuda or gpu"
 
-.PHONY: demo quick test test-all test-gpu test-cluster monitor omniglot lint clean
+.PHONY: demo faces quick test test-all test-gpu test-cluster monitor omniglot lint clean
 
 demo: .venv/installed
 	$(BIN)/python tools/demo.py
+
+# Real faces, with copies of LFW and CFP that you have: make faces LFW=folder CFP=folder.
+faces: .venv/installed
+	@test -n "$(LFW)" || { echo "make faces LFW=folder, with LFW's lists and photos (and CFP=folder)"; exit 2; }
+	$(BIN)/python tools/faces.py "$(LFW)" $(if $(CFP),--cfp "$(CFP)")
 
 # The core, while one works on it.
 quick: lint
