@@ -106,19 +106,21 @@ def main(arguments: list[str]) -> int:
             faults = [
                 Fault(images.names[i], reading.reason(i)) for i in np.flatnonzero(bad_N).tolist()
             ]
-            tell_faults(faults, options.bad)
-            if bad_N.all():
-                raise ValueError(f"{options.images}: none of its images can be used.")
             good = np.flatnonzero(~bad_N).tolist()
             names, identities = ([of[i] for i in good] for of in (images.names, images.identities))
-            found = Embeddings(names, identities, rows_ND[good].astype(np.float32))
-            write_embeddings(options.out, found)
+            if good:
+                found = Embeddings(names, identities, rows_ND[good].astype(np.float32))
+                write_embeddings(options.out, found)
+            tell_faults(faults, options.bad)
+            if not good:
+                raise ValueError(f"{options.images}: none of its images can be used.")
             if hint := watched.hint(len(good)):
                 print(f"hint: {hint}", file=sys.stderr)
             if images.others:
                 print(ends_in_words(images.others), file=sys.stderr)
             print(f"{options.out}: {len(good):,} embeddings of {rows_ND.shape[1]}")
-    return 1 if bad_N.any() else 0
+    # A rank that ends with 1 has the others ended, and this one may still be writing.
+    return 1 if runtime.leads and bad_N.any() else 0
 
 
 class _Reading:

@@ -17,6 +17,7 @@ from partialfc.backbones import build_backbone
 from partialfc.commands import embed, search
 from partialfc.commands._embed.files import Embeddings, read_embeddings, write_embeddings
 from tests.support.images import face
+from tests.support.processes import python
 
 pytest.importorskip("faiss")
 pytest.importorskip("pyarrow")
@@ -120,6 +121,10 @@ def test_a_photo_that_cannot_be_used_is_listed_and_the_rest_is_embedded(
     said = capsys.readouterr().err
     assert "left out: p1/cut.jpg: the JPEG is truncated" in said
     assert "1 that are no images by their names were left out: .txt 1" in said
+    words = ["embed", model, folder, "--out", tmp_path / "two.npy", f"--image-size={SIZE}"]
+    done = python("-m", "partialfc", *words, "--device", "cpu", ranks=2)
+    assert done.returncode == 1, done.stderr
+    assert np.array_equal(read_embeddings(tmp_path / "two.npy").rows_ND, found.rows_ND)
     good = run(model, photos, tmp_path / "good.npy", "--bad", str(bad))
     assert (good, bad.read_text()) == (0, "")
 

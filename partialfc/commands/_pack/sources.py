@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from partialfc.commands._bad_files import Fault
+from partialfc.commands._bad_files import Fault, reason_of
 from partialfc.commands._pack import parquet
 from partialfc.commands._pack.survey import Survey
 from partialfc.commands._pack.tars import tar_images
@@ -56,8 +56,12 @@ class Source:
                 survey.faults.append(Fault(where, "the row has no identity"))
 
     def _folder(self, name: str, survey: Survey) -> list[str]:
-        with os.scandir(self.root / name) as entries:
-            files = [entry.name for entry in entries]
+        try:
+            with os.scandir(self.root / name) as entries:
+                files = [entry.name for entry in entries]
+        except OSError as error:
+            survey.faults.append(Fault(name, reason_of(error)))
+            return []
         chosen = sorted(file for file in files if is_image(file))
         for file in set(files) - set(chosen):
             survey.ignore(file)

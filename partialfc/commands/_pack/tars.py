@@ -27,7 +27,7 @@ def tar_images(shards: list[Path], survey: Survey) -> dict[str, list[str]]:
     """
     images: dict[str, list[str]] = defaultdict(list)
     for shard in tracked(shards, "shards listed"):
-        places: dict[PurePosixPath, str] = {}
+        places: dict[str, str] = {}
         labels: dict[str, str] = {}
         for member, archive in _members(shard, survey):
             path = PurePosixPath(member.name)
@@ -40,19 +40,19 @@ def tar_images(shards: list[Path], survey: Survey) -> dict[str, list[str]]:
                 label = content.read().decode(errors="replace").strip()
                 labels[str(path.with_suffix(""))] = label
             elif is_image(path.name):
-                if path in places:
+                if str(path) in places:
                     why = "it comes twice in the shard; the last one is taken"
                     survey.faults.append(Fault(f"{shard.name}: {path}", why))
-                places[path] = f"{shard.name}:{member.offset_data}:{member.size}"
+                places[str(path)] = f"{shard.name}:{member.offset_data}:{member.size}"
             else:
                 survey.ignore(path.name)
-        for path, place in places.items():
-            identity = _label_of(path, labels)
+        for name, place in places.items():
+            identity = _label_of(PurePosixPath(name), labels)
             if identity:
                 images[identity].append(place)
             else:
                 why = f"no {_LABEL} beside it, and in no folder"
-                survey.faults.append(Fault(f"{shard.name}: {path}", why))
+                survey.faults.append(Fault(f"{shard.name}: {name}", why))
     return images
 
 
