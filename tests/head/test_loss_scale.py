@@ -90,6 +90,28 @@ def test_unscale_reaches_the_kept_micro_batches(recipe, world_size):
         assert reference.relative_error(change, weight - backbone().weight.detach()) < 1e-5
 
 
+@pytest.mark.parametrize("how", ["None", "zero_"])
+def test_a_loop_that_clears_gradients_by_hand_loses_no_loss_scale(how):
+    """What hears of it was taken away, and centers moved so many times too far."""
+    moved = []
+    for scale in (1.0, 1000.0):
+        rule = RowSGD(lr=0.5, momentum=0.0, weight_decay=0.0)
+        head = flat_head(IDENTITIES, DIM, MARGIN, optimizer=rule)
+        start = head.centers.detach().clone()
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        for parameter in head.optimizer.param_groups[0]["params"]:
+            if how == "None":
+                parameter.grad = None
+            elif parameter.grad is not None:
+                parameter.grad.detach_()
+                parameter.grad.zero_()
+        scaler.scale(head(*batch_of(0))).backward()
+        scaler.unscale_(head.optimizer)
+        scaler.step(head.optimizer)
+        moved.append(head.centers.detach() - start)
+    assert reference.relative_error(moved[1], moved[0].double()) < 1e-5
+
+
 def test_the_state_of_the_optimizer_has_the_centers_alone():
     """What hears of the scale is in no checkpoint, and states of before load."""
     head = flat_head(IDENTITIES, DIM, MARGIN)

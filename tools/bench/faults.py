@@ -36,7 +36,7 @@ from tools.bench._faults.crash import corruptions, crash_points
 from tools.bench._faults.elastic import joined
 from tools.bench._faults.model import BATCH, IMAGES, ORDER
 from tools.bench._faults.operations import one_rank, operations
-from tools.bench._faults.runs import Run, command, in_save, losses, steps_in, tensors
+from tools.bench._faults.runs import Run, command, in_save, losses, steps_in, tensors, torchrun
 from tools.bench.conditions import ROOT, conditions
 
 EVERY = 8
@@ -236,11 +236,10 @@ def legs_of(folder: Path, path: tuple[int, ...], steps: int) -> list[dict[str, A
 
 def run_leg(ranks: int, folder: Path, last: int, out: Path, *more: str) -> None:
     """One leg under torchrun."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     leg = ["tools/bench/_faults/elastic.py", str(folder), str(last), str(out), *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     subprocess.run(
-        [sys.executable, *launcher, *leg],
+        torchrun(ranks, *leg),
         cwd=ROOT,
         check=True,
         capture_output=True,
@@ -299,7 +298,7 @@ def stopped(scratch: Path, seconds: float) -> dict[str, Any]:
 
 
 def operated(scratch: Path, chance: random.Random) -> dict[str, Any]:
-    """Full disk, closed pipe, damaged records, two starts, signals."""
+    """Full disk, closed pipe, damaged records, two starts, signals, centers in others' hands."""
     words = one_rank("configs/omniglot.toml", [f"data.train={scratch / 'train.rec'}"], COMMON)
     return {
         name: {"tried": len(held), "held": sum(held)}

@@ -23,7 +23,8 @@ class LossScale:
 
     def __init__(self, device: torch.device) -> None:
         self.parameter = nn.Parameter(torch.zeros(1, device=device), requires_grad=False)
-        self._gradient = torch.zeros(1, device=device).as_subclass(_Listener)
+        zero = torch.zeros(1, device=device)
+        self._gradient: _Listener = torch.Tensor._make_subclass(_Listener, zero)  # type: ignore[assignment]
         self.reset()
 
     @property
@@ -34,7 +35,11 @@ class LossScale:
     def reset(self) -> None:
         """Forget the factor."""
         self._gradient.factor = None
-        self.parameter.grad = self._gradient  # zero_grad takes it away
+        self.listen()
+
+    def listen(self) -> None:
+        """Have the zero gradient in its place, whoever took it away."""
+        self.parameter.grad = self._gradient
 
 
 class _Listener(Tensor):

@@ -130,6 +130,7 @@ class RowOptimizer(torch.optim.Optimizer):
             weight: Scalar gradient of the loss that backward was given.
             finite: Scalar bool; false makes the next step change nothing.
         """
+        self._loss_scale.listen()
         self._kept.append(_times(kept, weight))
         self._skip.append(~finite)
         if self._stream is not None:

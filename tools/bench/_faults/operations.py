@@ -1,5 +1,6 @@
 """What happens to a run that nobody kills: full disks, closed pipes, damaged records, signals."""
 
+import json
 import os
 import random
 import signal
@@ -8,7 +9,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tools.bench._faults.runs import Run, losses, steps_in
+from partialfc.data.dataset import open_dataset
+from partialfc.data.names import names_path
+from partialfc.writing import write_json
+from tools.bench._faults.runs import Run, losses, steps_in, torchrun
 
 Words = Callable[..., list[str]]
 """A command line of one rank, from the folder of its run and overrides."""
@@ -25,6 +29,7 @@ def operations(scratch: Path, words: Words, chance: random.Random) -> dict[str, 
         "damaged lines": damaged_lines(scratch, words, chance),
         "two starts": two_starts(scratch, words),
         "signals": [signalled(scratch, words, *one) for one in _SIGNALS],
+        "centers in others' hands": [*modules(scratch), renumbered(scratch, words)],
     }
 
 
@@ -88,6 +93,35 @@ def signalled(scratch: Path, words: Words, number: int, code: int) -> bool:
     ended = run.wait(60)
     saved = folder / "checkpoints" / f"step_{steps_in(folder):08d}"
     return ended == code and saved.exists() and str(saved) in run.text()
+
+
+def modules(scratch: Path) -> list[bool]:
+    """R22: DDP around the head changes no bit, unscale_ is exact, a copy is refused; on 2 ranks."""
+    out = scratch / "hands"
+    out.mkdir()
+    run = Run(torchrun(2, "tools/bench/_faults/hands.py", str(out)), scratch / "hands.log")
+    if run.wait():
+        return [False] * 3
+    ranks = [json.loads(path.read_text(encoding="utf-8")) for path in out.glob("rank_*.json")]
+    return [all(held) for held in zip(*ranks, strict=True)]
+
+
+def renumbered(scratch: Path, words: Words) -> bool:
+    """R22: a start whose people have other numbers than the data's is refused by name."""
+    before, start, pack = scratch / "people", scratch / "start", scratch / "train.rec"
+    names = [f"person {number}" for number in range(open_dataset([pack]).num_identities)]
+    write_json(names_path(pack), names)
+    try:
+        first = Run(words(before, "run.steps=3"), scratch / "people.log").wait()
+        identities = [sys.executable, "-m", "partialfc", "identities", str(before), str(start)]
+        made = Run(identities, scratch / "people.log").wait()
+        write_json(names_path(pack), names[::-1])
+        begin = f"run.start_from={start}"
+        other = Run(words(scratch / "others", "run.steps=3", begin), scratch / "others.log")
+        named = f"identity 0 is 'person 0' there, and {names[-1]!r} in data.train"
+        return first == made == 0 and other.wait() == 2 and named in other.text()
+    finally:
+        names_path(pack).unlink()
 
 
 def one_rank(config: str, where: Sequence[str], common: Sequence[str]) -> Words:

@@ -17,9 +17,13 @@ ROOT = Path(__file__).resolve().parents[3]
 
 def command(config: str, overrides: Sequence[str], ranks: int, *launcher: str) -> list[str]:
     """Return the command line of a run on this machine."""
+    return torchrun(ranks, "launch/train.py", config, *overrides, launcher=launcher)
+
+
+def torchrun(ranks: int, *words: str, launcher: Sequence[str] = ()) -> list[str]:
+    """Return the command line of a script on so many ranks of this machine."""
     start = launcher or ("--standalone", f"--nproc-per-node={ranks}")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", *start]
-    return [*torchrun, "launch/train.py", config, *overrides]
+    return [sys.executable, "-m", "torch.distributed.run", *start, *words]
 
 
 class Run:
