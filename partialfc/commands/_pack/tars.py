@@ -72,6 +72,8 @@ def _members(shard: Path, survey: Survey) -> Iterator[tuple[tarfile.TarInfo, tar
                 for member in archive:
                     if member.isreg() and member.offset_data + member.size <= end:
                         yield member, archive
+                    elif not (member.isreg() or member.isdir()):
+                        survey.ignore("link")
             finally:
                 at = archive.offset
         _require_end(shard, at)
