@@ -25,7 +25,7 @@ from rich.table import Table
 
 from partialfc.config import load
 from partialfc.cores import usable_cores
-from partialfc.data.sets.published import read_people
+from partialfc.data.sets.people import read_people
 from partialfc.writing import write_json
 from tools._lfw.baselines import baselines
 

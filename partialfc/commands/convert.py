@@ -135,8 +135,7 @@ def to_folder(options: argparse.Namespace) -> None:
 
 def to_bin(options: argparse.Namespace) -> None:
     """Write the images of a list of pairs, paths relative to the list or to ``--images``."""
-    folder = options.images or options.list.parent
-    pairs = read_pair_list(options.list, folder)
+    folder, pairs = read_pair_list(options.list, options.images)
     files = [folder / file for pair in pairs for file in (pair.first, pair.second)]
     images = [file.read_bytes() for file in tracked(files, "images")]
     same = [pair.same for pair in pairs]

@@ -42,6 +42,7 @@ from partialfc.commands._embed.files import Embeddings, write_embeddings
 from partialfc.commands.evaluate import AUTOCAST, embedder, settings_of
 from partialfc.data.files.index import is_hidden, is_image
 from partialfc.data.images.formats import MOST_BYTES, SUFFIXES, decode_image
+from partialfc.data.names import Names, own_names
 from partialfc.data.packs.labels import BAD
 from partialfc.data.packs.pack import open_pack
 from partialfc.data.source import labels_of
@@ -182,9 +183,10 @@ def _images(options: argparse.Namespace, size: int) -> Images:
             word = "--align" if options.align else "--landmarks"
             raise ValueError(f"{word}: a pack has aligned images; leave it out.")
         pack = open_pack(path)
+        people = own_names(pack)
         return Images(
             [str(i) for i in range(len(pack))],
-            ["" if i == BAD else str(i) for i in labels_of(pack).tolist()],
+            [_identity(i, people) for i in labels_of(pack).tolist()],
             lambda index: decode_image(pack.record(index)[1], size),
         )
     others: Counter[str] = Counter()
@@ -217,6 +219,14 @@ def _files(path: Path, others: Counter[str]) -> Iterator[Path]:
                 yield file
             else:
                 others[end_of(file.name)] += 1
+
+
+def _identity(number: int, names: Names | None) -> str:
+    """Of an image of a pack: the name, or the number of who has none, or "" if it is not known."""
+    if number == BAD:
+        return ""
+    name = names[number] if names is not None else None
+    return str(number) if name is None else name
 
 
 def _points(path: Path, names: list[str]) -> list[Points]:

@@ -6,15 +6,21 @@
 
 MODEL is a run's folder, a checkpoint of it, or a model.pt, backbone.pth or .safetensors. A SET is a
 .bin of pairs, a .rec pack (closed-set identification), a folder of IJB-B, IJB-C or MegaFace in
-insightface's layout, all:PACK.rec (all-to-all 1:1), or open:KNOWN.rec,STRANGERS.rec. One that
-cannot be measured is named first; the others are measured, and the exit status is 2. Under torchrun
-all ranks share the images; neither their number nor --batch changes a digit on machines alike.
+insightface's layout, all:PACK.rec (all-to-all 1:1), open:KNOWN.rec,STRANGERS.rec, or a list of
+pairs and the folder of its images: pairs:pairsDevTest.txt,aligned for LFW,
+pairs:cfp/Protocol/Split/FP,aligned for CFP. One that cannot be measured is named first; the others
+are measured, and the exit status is 2. Under torchrun all ranks share the images; neither their
+number nor --batch changes a digit on machines alike.
+
+--out gets results.json and results.png, people.csv with how each person of a pack was found, and
+pairs.csv with each pair of a list; people have the names that partialfc pack keeps.
 """
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +35,7 @@ from rich.table import Table
 from partialfc.checkpoint.trained_backbone import TrainedBackbone, open_backbone
 from partialfc.commands._command import command_parser
 from partialfc.commands._evaluate import picture
+from partialfc.commands._evaluate.people import write_pairs, write_people
 from partialfc.commands._evaluate.sets import KINDS, Measured, Set, Ways, open_set_of
 from partialfc.config import Config, ConfigError
 from partialfc.data.sets.pairs import Image
@@ -52,9 +59,6 @@ def main(arguments: list[str]) -> int:
     targets = tuple(float(word) for word in options.far.split(","))
     ways = Ways(flip, modes, options.compat, targets)
     sets, refused = _open(options.sets, ways)
-    names = [one.name for one in sets]
-    if len(set(names)) < len(names):
-        raise ConfigError(f"sets: {', '.join(names)}: results go by name, so rename one.")
     with running(settings_of(options.device)) as runtime:
         if runtime.leads:
             for error in refused:
@@ -67,15 +71,29 @@ def main(arguments: list[str]) -> int:
 
 def _open(words: list[str], ways: Ways) -> tuple[list[Set], list[ConfigError]]:
     """Open the sets, and say which cannot be; raise if none can."""
-    sets, refused = [], []
+    sets: dict[str, Set] = {}
+    refused = []
     for word in words:
+        if word in sets:
+            raise ConfigError(f"sets: {word} is there twice; name it once.")
         try:
-            sets.append(open_set_of(word, ways))
+            sets[word] = open_set_of(word, ways)
         except ConfigError as error:
             refused.append(error)
     if not sets:
         raise refused[0]
-    return sets, refused
+    return apart(list(sets.values()), list(sets)), refused
+
+
+def apart(sets: list[Set], words: list[str]) -> list[Set]:
+    """Return the sets by names that differ: where several have one, by file name, or by word."""
+    for names in ([Path(word.split(",")[0]).name for word in words], words):
+        times = Counter(one.name for one in sets)
+        sets = [
+            replace(one, name=name) if times[one.name] > 1 else one
+            for one, name in zip(sets, names, strict=True)
+        ]
+    return sets
 
 
 def measure(
@@ -132,7 +150,10 @@ def show(found: dict[str, Measured], console: Console) -> None:
     table.add_column("protocol, mode and numbers", overflow="fold")
     for name, one in found.items():
         table.add_row(
-            escape(name), "\n".join([f"[bold]{one.protocol}", *lines_of(one.numbers), ""])
+            escape(name),
+            "\n".join(
+                [f"[bold]{one.protocol}", *lines_of(one.numbers), *map(escape, one.lines), ""]
+            ),
         )
     console.print(table)
 
@@ -182,7 +203,13 @@ def _write(
         "block": BLOCK,
         "compat": options.compat,
     }
-    sets = {name: finite(asdict(one)) for name, one in found.items()}
+    sets = {name: finite(asdict(replace(one, pairs=[]))) for name, one in found.items()}
+    people = {name: one.people for name, one in found.items() if one.people}
+    pairs = {name: one.pairs for name, one in found.items() if one.pairs}
+    if people:
+        write_people(options.out / "people.csv", people)
+    if pairs:
+        write_pairs(options.out / "pairs.csv", pairs)
     write_json(options.out / "results.json", {"model": model, "sets": sets})
     picture.draw(options.out / "results.png", found, title=trained.name)
     drawn = ", " + str(options.out / "results.png") if any(
@@ -206,7 +233,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = command_parser("evaluate", __doc__)
     parser.add_argument("model", type=Path, help="run, checkpoint or file of weights")
     parser.add_argument("sets", nargs="+", help=f"paths, or KIND:path with {', '.join(KINDS)}")
-    parser.add_argument("--out", type=Path, help="folder for results.json and results.png")
+    parser.add_argument("--out", type=Path, help="folder for the results")
     parser.add_argument("--batch", type=_positive, default=256, help="images decoded ahead (256)")
     parser.add_argument("--threads", type=_positive, default=4, help="that decode, a rank (4)")
     parser.add_argument("--precision", choices=AUTOCAST, default="fp32", help="(fp32)")

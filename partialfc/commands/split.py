@@ -26,10 +26,8 @@ import numpy as np
 
 from partialfc.commands._command import command_parser, tracked
 from partialfc.commands._split.pairs import drawn_pairs
-from partialfc.commands.pack import Conversion
-from partialfc.data.files.index import is_hidden, is_image
 from partialfc.data.sets.pairs import write_pairs
-from partialfc.data.sets.published import read_people
+from partialfc.data.sets.people import read_people
 from partialfc.keyed import key, permute
 
 Images = dict[str, list[Path]]
@@ -134,6 +132,8 @@ def write_pairs_of(out: Path, part: str, images: Images, count: int, seed: int) 
     Raises:
         ValueError: If there are fewer pairs.
     """
+    from partialfc.commands.pack import Conversion  # Pillow and rich; --help needs none
+
     encode = Conversion(Path("/"), Path("/"), _SIZE, _QUALITY).jpeg
     pairs, jpegs = drawn_pairs(images, count, seed, lambda path: encode(str(path)))
     same = [left.parent == right.parent for left, right in pairs]
@@ -155,6 +155,8 @@ def images_of(source: Path) -> Images:
         OSError: If the folder cannot be read.
         ValueError: If it holds fewer than three identities.
     """
+    from partialfc.data.files.index import is_hidden, is_image  # Pillow; --help needs none
+
     found: Images = {}
     for folder in sorted(p for p in source.iterdir() if p.is_dir() and not is_hidden(p.name)):
         images = [path for path in folder.iterdir() if is_image(path.name) and path.is_file()]

@@ -58,14 +58,15 @@ def names_of(dataset: DataSet) -> Names | None:
     """
     names: Names = []
     for source in dataset.packs:
-        own = _names_of(source)
+        own = own_names(source)
         if own is None:
             return None
         names += own
     return names
 
 
-def _names_of(source: Source) -> Names | None:
+def own_names(source: Source) -> Names | None:
+    """Return the names [C] of the identities of one source, as :func:`names_of`."""
     if isinstance(source, Pack):
         path = names_path(source.path)
         if not path.exists():

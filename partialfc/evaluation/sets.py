@@ -141,12 +141,17 @@ def open_pairs(path: Path) -> Pairs:
         OSError: If it cannot be read.
     """
     pairs = read_pairs(path)
-    if len(pairs.same) < _FOLDS or pairs.same.all() or not pairs.same.any():
+    require_folds(pairs.same)
+    return pairs
+
+
+def require_folds(same: np.ndarray) -> None:
+    """Raise ValueError for pairs, bool [n], that ten-fold verification cannot measure."""
+    if len(same) < _FOLDS or same.all() or not same.any():
         raise ValueError(
-            f"{len(pairs.same)} pairs, {int(pairs.same.sum())} of them of one identity: ten-fold "
+            f"{len(same)} pairs, {int(same.sum())} of them of one identity: ten-fold "
             f"verification needs at least {_FOLDS}, and both kinds"
         )
-    return pairs
 
 
 def _with_probes(path: Path) -> Pack:

@@ -56,22 +56,37 @@ def rank_k(
         ValueError: If shapes do not match, a probe's identity is not in the gallery, there is no
             probe, an embedding's norm is zero or not finite, or a k is below 1.
     """
+    if not all(k >= 1 for k in ks):
+        raise ValueError(f"ks must be >= 1, got {tuple(ks)}.")
+    rank_P, _ = ranks(gallery_embeddings, gallery_identities, probe_embeddings, probe_identities)
+    return rates(rank_P, len(gallery_embeddings), ks)
+
+
+def rates(rank_P: np.ndarray, num_gallery: int, ks: Sequence[int]) -> Identification:
+    """Return the part of the probes whose rank is at most k."""
+    rate = {k: float((rank_P <= k).mean()) for k in ks}
+    return Identification(rate=rate, num_probes=len(rank_P), num_gallery=num_gallery)
+
+
+def ranks(
+    gallery_embeddings: np.ndarray,
+    gallery_identities: np.ndarray,
+    probe_embeddings: np.ndarray,
+    probe_identities: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rank of every probe, int64 [P], and the gallery entry next to it, [P].
+
+    Arguments, rule and errors are those of :func:`rank_k`.
+    """
     identity_G, identity_P = np.asarray(gallery_identities), np.asarray(probe_identities)
     unit_GD = unit_rows(gallery_embeddings, "gallery_embeddings")
     unit_PD = unit_rows(probe_embeddings, "probe_embeddings")
     check_sets(unit_GD, identity_G, unit_PD, identity_P)
-    if not all(k >= 1 for k in ks):
-        raise ValueError(f"ks must be >= 1, got {tuple(ks)}.")
     tile = max(1, TILE_COSINES // len(unit_GD))
     tiles = [slice(start, start + tile) for start in range(0, len(unit_PD), tile)]
-    rank_P = np.concatenate(
-        [_ranks(unit_GD, identity_G, unit_PD[rows], identity_P[rows]) for rows in tiles]
-    )
-    return Identification(
-        rate={k: float((rank_P <= k).mean()) for k in ks},
-        num_probes=len(unit_PD),
-        num_gallery=len(unit_GD),
-    )
+    found = [_ranks(unit_GD, identity_G, unit_PD[rows], identity_P[rows]) for rows in tiles]
+    rank_P, nearest_P = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return rank_P, nearest_P
 
 
 def first_of_each(identities: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -88,11 +103,12 @@ def first_of_each(identities: Sequence[int] | np.ndarray) -> tuple[np.ndarray, n
 
 def _ranks(
     unit_GD: np.ndarray, identity_G: np.ndarray, unit_PD: np.ndarray, identity_P: np.ndarray
-) -> np.ndarray:
+) -> tuple[np.ndarray, np.ndarray]:
     cosine_PG = unit_PD @ unit_GD.T
     own_PG = identity_P[:, None] == identity_G
     best_P1 = np.max(cosine_PG, axis=1, keepdims=True, where=own_PG, initial=-np.inf)
-    return np.asarray(1 + ((cosine_PG >= best_P1 - TIE) & ~own_PG).sum(axis=1))
+    rank_P = 1 + ((cosine_PG >= best_P1 - TIE) & ~own_PG).sum(axis=1)
+    return np.asarray(rank_P), cosine_PG.argmax(axis=1)
 
 
 def check_sets(

@@ -14,6 +14,7 @@ from partialfc.__main__ import main
 from partialfc.alignment.crop import TEMPLATE, align, similarity
 from partialfc.backbones import build_backbone
 from partialfc.commands import evaluate
+from partialfc.commands._evaluate.people import people_of
 from partialfc.data.images.jpeg import decode
 from partialfc.data.packs.writer import write_insightface_pack
 from partialfc.data.sets.benchmarks import read_ijb, read_image, read_megaface
@@ -192,6 +193,76 @@ def png_of(pixels):
     stored = BytesIO()
     Image.fromarray(pixels).save(stored, "PNG")
     return stored.getvalue()
+
+
+NAMES = ["Ada", "Bea, the second", "Cleo", "[red]Dora", "Eva", "Fay"]
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory):
+    """Six people, three images each, as a folder, a pack with names, and lists of pairs."""
+    folder = tmp_path_factory.mktemp("people")
+    for person, name in enumerate(NAMES):
+        (folder / "photos" / name).mkdir(parents=True)
+        for image in range(3):
+            pixels = face(person, image, SIZE)
+            Image.fromarray(pixels).save(folder / "photos" / name / f"{name}_000{image + 1}.jpg")
+    words = ["pack", folder / "photos", folder / "people.rec", "--size", SIZE, "--workers", "1"]
+    assert main([str(word) for word in words]) == 0
+    same = [f"{name}\t{a}\t{b}\n" for name in NAMES for a, b in ((1, 2), (1, 3), (2, 3))]
+    other = [f"{NAMES[i]}\t{j}\t{NAMES[i - 1]}\t{j}\n" for i in range(6) for j in (1, 2, 3)]
+    (folder / "people.txt").write_text("18\n" + "".join(same + other))
+    return folder
+
+
+def test_results_are_of_people_by_name_and_a_list_stands_beside_a_pack_of_its_name(
+    model, people, tmp_path, capsys
+):
+    """How everybody was found, and the pairs that look least like what they are."""
+    listed = f"pairs:{people / 'people.txt'},{people / 'photos'}"
+    assert main(["convert", "bin", str(people / "people.txt"), str(tmp_path / "people.bin"),
+                 "--images", str(people / "photos")]) == 0  # fmt: skip
+    words = [str(people / "people.rec"), listed, str(tmp_path / "people.bin"), "--device", "cpu"]
+    out = tmp_path / "out"
+    assert main(["evaluate", str(model), *words, "--image-size", str(SIZE), "--out", str(out)]) == 0
+    sets = json.loads((out / "results.json").read_text())["sets"]
+    assert list(sets) == ["people.rec", "people.txt", "people.bin"]
+    assert sets["people.txt"]["numbers"] == sets["people.bin"]["numbers"]
+    rows = list(csv.DictReader((out / "people.csv").open(encoding="utf-8")))
+    assert sorted(row["name"] for row in rows) == sorted(NAMES)
+    assert all(sorted(NAMES)[int(row["identity"])] == row["name"] for row in rows)
+    assert {row["probes"] for row in rows} == {"2"}
+    found = sum(int(row["found"]) for row in rows)
+    assert found / 12 == sets["people.rec"]["numbers"]["rate"]["1"]
+    shares = [int(row["found"]) for row in rows]
+    assert shares == sorted(shares), "who is found least comes first"
+    assert [one["name"] for one in sets["people.rec"]["people"]] == [row["name"] for row in rows]
+    pairs = list(csv.DictReader((out / "pairs.csv").open(encoding="utf-8")))
+    assert len(pairs) == 36
+    assert all((people / "photos" / pair["first"]).is_file() for pair in pairs)
+    least = min((pair for pair in pairs if pair["same"] == "1"), key=lambda p: float(p["cosine"]))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "least alike of one person" in shown
+    assert least["first"].split("/")[0].split(",")[0] in shown
+    if found < 12:
+        assert f"{rows[0]['name']} ({rows[0]['identity']}) {rows[0]['found']} of 2" in shown
+
+
+def test_who_was_taken_for_whom_is_counted():
+    identity, rank = np.array([4, 4, 4, 7, 7]), np.array([1, 2, 3, 1, 1])
+    people = people_of(identity, rank, np.array([4, 7, 7, 7, 7]), [f"p{i}" for i in range(8)])
+    assert [(one.name, one.found, one.probes, one.taken_for_name) for one in people] == [
+        ("p4", 1, 3, "p7"),
+        ("p7", 2, 2, None),
+    ]
+    assert people[0].words == "p4 (4) 1 of 3, taken for p7 (7)"
+    assert people_of(identity, rank, identity, None)[0].words == "4 1 of 3"
+
+
+def test_a_set_that_is_named_twice_is_refused(model, people, capsys):
+    word = str(people / "people.rec")
+    assert main(["evaluate", str(model), word, word, "--image-size", str(SIZE)]) == 2
+    assert "people.rec is there twice" in capsys.readouterr().err
 
 
 def rewrite(path, line, text):

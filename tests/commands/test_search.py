@@ -16,6 +16,7 @@ from partialfc.alignment.crop import TEMPLATE
 from partialfc.backbones import build_backbone
 from partialfc.commands import embed, search
 from partialfc.commands._embed.files import Embeddings, read_embeddings, write_embeddings
+from partialfc.data.names import names_path
 from tests.support.images import face
 from tests.support.processes import python
 
@@ -60,6 +61,16 @@ def test_photos_become_embeddings_by_name(model, photos, tmp_path):
     assert np.array_equal(one.rows_ND, other.rows_ND)
     assert one.rows_ND.shape == (6, 32)
     assert len(np.unique(one.rows_ND, axis=0)) == 6
+
+
+def test_images_of_a_pack_are_of_people_by_name(model, photos, tmp_path):
+    """So that search says who somebody is; the pack of somebody else has numbers alone."""
+    pack = tmp_path / "people.rec"
+    assert main(["pack", str(photos), str(pack), "--workers", "1"]) == 0
+    for expected in ([f"p{p}" for p in range(3)], ["0", "1", "2"]):
+        assert run(model, pack, tmp_path / "a.npy") == 0
+        assert read_embeddings(tmp_path / "a.npy").identities[::2] == expected
+        names_path(pack).unlink(missing_ok=True)
 
 
 def test_landmarks_align_a_photo(model, photos, tmp_path):

@@ -13,7 +13,7 @@ from partialfc.commands import split
 from partialfc.data.dataset import open_dataset
 from partialfc.data.names import names_of
 from partialfc.data.sets.pairs import read_pairs
-from partialfc.data.sets.published import read_people
+from partialfc.data.sets.people import read_people
 from tests.support.images import face
 
 

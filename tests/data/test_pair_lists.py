@@ -29,7 +29,11 @@ def test_lfws_lists_are_read(head, lfw, tmp_path):
     """pairs.txt has folds and pairs on its first line, pairsDevTest.txt pairs alone."""
     path = tmp_path / "pairs.txt"
     path.write_text(LFW.replace("1\t2\n", head, 1), encoding="utf-8")
-    pairs = read_pair_list(path, lfw)
+    folder, pairs = read_pair_list(path, lfw)
+    assert folder == lfw
+    with_folds = "\t" in head
+    order = (0, 1, 2, 3) if with_folds else (0, 2, 1, 3)  # else no fold would have both kinds
+    pairs = [pairs[i] for i in order]
     assert [(pair.first.name, pair.second.name, pair.same) for pair in pairs] == [
         ("Anna B_0001.jpg", "Anna B_0002.jpg", True),
         ("Bert_0001.jpg", "Bert_0002.jpg", True),
@@ -39,7 +43,7 @@ def test_lfws_lists_are_read(head, lfw, tmp_path):
     words = ["convert", "bin", str(path), str(tmp_path / "a.bin"), "--images", str(lfw)]
     assert main(words) == 0
     found = read_pairs(tmp_path / "a.bin")
-    assert found.same.tolist() == [True, True, False, False]
+    assert found.same.tolist() == [(True, True, False, False)[i] for i in order]
     assert found.images[7] == (lfw / "Cleo" / "Cleo_0001.jpeg").read_bytes()
 
 
@@ -47,7 +51,7 @@ def test_a_list_of_other_length_than_it_promises_is_read_and_said(lfw, tmp_path)
     path = tmp_path / "pairs.txt"
     path.write_text(LFW.replace("1\t2", "10\t300", 1))
     with pytest.warns(UserWarning, match="promises 6,000 pairs, and it has 4"):
-        assert len(read_pair_list(path, lfw)) == 4
+        assert len(read_pair_list(path, lfw)[1]) == 4
 
 
 @pytest.mark.parametrize(
@@ -65,6 +69,74 @@ def test_a_line_of_lfws_that_cannot_be_used_is_refused(line, message, lfw, tmp_p
     (tmp_path / "pairs.txt").write_text(f"1\n{line}\n", encoding="utf-8")
     with pytest.raises(PairsError, match=message):
         read_pair_list(tmp_path / "pairs.txt", lfw)
+
+
+def test_a_pair_without_its_image_is_left_out_and_counted(lfw, tmp_path):
+    """A photo in which no face was found, say: the other pairs are measured."""
+    path = tmp_path / "pairs.txt"
+    path.write_text(LFW)
+    (lfw / "Bert" / "Bert_0002.jpg").unlink()
+    with pytest.warns(UserWarning, match=r"2 of 4 pairs .* left out. The first: .*line 3: 'Bert 1"):
+        _, pairs = read_pair_list(path, lfw)
+    assert [pair.second.name for pair in pairs] == ["Anna B_0002.jpg", "Bert_0001.jpg"]
+
+
+@pytest.fixture
+def cfp(tmp_path):
+    """CFP in small: three people with two frontal images and one of the side."""
+    lists = {"F": [], "P": []}
+    for person in range(1, 4):
+        for kind, folder, count in (("F", "frontal", 2), ("P", "profile", 1)):
+            for image in range(1, count + 1):
+                name = f"Data/Images/{person:03d}/{folder}/{image:02d}.jpg"
+                (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+                (tmp_path / name).write_bytes(encode(np.full((8, 8, 3), 50 * person, np.uint8)))
+                lists[kind].append(f"{len(lists[kind]) + 1} ../{name}\n")
+    for kind, lines in lists.items():
+        path = tmp_path / "Protocol" / f"Pair_list_{kind}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(lines))
+    for kind, same, diff in (("FF", "1,2\n", "1,3\n"), ("FP", "3,2\n4,2\n", "6,1")):
+        for fold in ("01", "02"):
+            folder = tmp_path / "Protocol" / "Split" / kind / fold
+            folder.mkdir(parents=True)
+            (folder / "same.txt").write_text(same)
+            (folder / "diff.txt").write_text(diff)
+    return tmp_path
+
+
+def test_cfps_folders_are_read_fold_by_fold_with_its_images_or_aligned_ones(cfp, tmp_path):
+    split = cfp / "Protocol" / "Split"
+    folder, pairs = read_pair_list(split / "FP")
+    assert folder == cfp / "Data" / "Images"
+    fold = [
+        ("002/frontal/01.jpg", "002/profile/01.jpg", True),
+        ("002/frontal/02.jpg", "002/profile/01.jpg", True),
+        ("003/frontal/02.jpg", "001/profile/01.jpg", False),
+    ]
+    assert [(str(one), str(other), same) for one, other, same in pairs] == fold * 2
+    aligned = tmp_path / "aligned"
+    folder.rename(aligned)
+    pairs = read_pair_list(split / "FF", aligned)[1]
+    assert [str(pair.second) for pair in pairs[:2]] == ["001/frontal/02.jpg", "002/frontal/01.jpg"]
+    words = ["convert", "bin", str(split / "FF"), str(tmp_path / "ff.bin")]
+    assert main([*words, "--images", str(aligned)]) == 0
+    assert read_pairs(tmp_path / "ff.bin").same.tolist() == [True, False] * 2
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("Split/FP/01/diff.txt", "7,1\n", "line 1: '7,1': must be two numbers of images"),
+        ("Split/FP/02/same.txt", "1\n", "must be two numbers of images"),
+        ("Pair_list_P.txt", "1 ../../etc/passwd\n", "must be a number and"),
+        ("Pair_list_P.txt", "1 a/../b.jpg\n", "must be a number and"),
+    ],
+)
+def test_a_line_of_cfps_that_cannot_be_used_is_refused(cfp, file, text, message):
+    (cfp / "Protocol" / file).write_text(text)
+    with pytest.raises(PairsError, match=message):
+        read_pair_list(cfp / "Protocol" / "Split" / "FP")
 
 
 def test_what_is_no_list_is_refused(lfw, tmp_path):

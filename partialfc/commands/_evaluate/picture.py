@@ -26,10 +26,10 @@ def draw(path: Path, found: dict[str, Measured], *, title: str) -> None:
     panels += [f"scores of {name}" for name in list(scored)[:_MOST_HISTOGRAMS]]
     if not panels:
         return
-    columns = min(3, len(panels))
+    columns = min(2, len(panels))  # so that a phone shows the text at a readable size
     rows = -(-len(panels) // columns)
     figure, axes = pyplot.subplots(
-        rows, columns, figsize=(4.4 * columns, 3.6 * rows + 0.3), layout="constrained",
+        rows, columns, figsize=(3.6 * columns, 3.2 * rows + 0.3), layout="constrained",
         squeeze=False,
     )  # fmt: skip
     figure.suptitle(title, x=0.01, ha="left", color=INK, fontsize=13, fontweight="bold")
@@ -37,7 +37,7 @@ def draw(path: Path, found: dict[str, Measured], *, title: str) -> None:
         panel.set_title(name, loc="left", fontsize=11, color=INK)
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(color="#e9ecef")
-        panel.tick_params(labelsize=8, colors=FAINT)
+        panel.tick_params(labelsize=9, colors=FAINT)
         if name == "CMC":
             for label, rates in searched.items():
                 panel.plot(range(1, len(rates) + 1), rates, label=label)
@@ -47,7 +47,7 @@ def draw(path: Path, found: dict[str, Measured], *, title: str) -> None:
         else:
             shown = name.removeprefix("scores of ")
             _histogram(panel, scored[shown], found[shown].numbers.get("threshold"))
-        panel.legend(frameon=False, fontsize=8)
+        panel.legend(frameon=False, fontsize=9)
     _scales(dict(zip(panels, axes.flat, strict=False)))
     for panel in list(axes.flat)[len(panels) :]:
         panel.set_visible(False)
@@ -58,12 +58,15 @@ def draw(path: Path, found: dict[str, Measured], *, title: str) -> None:
 
 def _scales(panels: dict[str, Axes]) -> None:
     if "ROC" in panels:
-        panels["ROC"].set(xscale="log", xlabel="false accept rate", ylabel="true accept rate")
-        panels["DET"].set(
-            xscale="log", yscale="log", xlabel="false accept rate", ylabel="false reject rate"
-        )
+        false_accepts = "false accept rate (log scale)"
+        panels["ROC"].set(xscale="log", xlabel=false_accepts, ylabel="true accept rate")
+        panels["DET"].set(xscale="log", xlabel=false_accepts, ylabel="false reject rate")
+        if any(np.size(line.get_xdata()) for line in panels["DET"].lines):  # else all are perfect
+            panels["DET"].set(yscale="log", ylabel="false reject rate (log scale)")
     if "CMC" in panels:
-        panels["CMC"].set(xscale="log", xlabel="rank k", ylabel="found at rank k or better")
+        panels["CMC"].set(
+            xscale="log", xlabel="rank k (log scale)", ylabel="found at rank k or better"
+        )
 
 
 def _line(panel: Axes, curves: Curves, label: str, *, misses: bool) -> None:

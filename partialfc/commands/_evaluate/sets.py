@@ -1,8 +1,8 @@
 """The sets that partialfc evaluate measures: what a word on the command line names, opened."""
 
-# Shape suffixes: N = images, T = templates, K = pairs, D = embedding.
+# Shape suffixes: N = images, P = probes, T = templates, K = pairs, D = embedding.
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,27 @@ import torch
 from numpy.typing import NDArray
 
 from partialfc.alignment.crop import align
+from partialfc.commands._evaluate.people import (
+    Person,
+    ScoredPair,
+    lines_of_pairs,
+    lines_of_people,
+    people_of,
+)
 from partialfc.config import ConfigError
+from partialfc.data.names import own_names
 from partialfc.data.packs.pack import open_pack
 from partialfc.data.sets.benchmarks import read_ijb, read_image, read_megaface
+from partialfc.data.sets.pair_lists import read_pair_list
 from partialfc.data.sets.pairs import Image
 from partialfc.distributed.agreement import largest
 from partialfc.distributed.ranks import gather_rows
 from partialfc.errors import in_words
-from partialfc.evaluation.sets import open_pairs
+from partialfc.evaluation.sets import open_pairs, require_folds
 from partialfc.protocols import all_to_all, unit_rows
 from partialfc.protocols.curves import Curves, curves
 from partialfc.protocols.distractors import with_distractors
-from partialfc.protocols.identification import first_of_each, rank_k
+from partialfc.protocols.identification import first_of_each, ranks, rates
 from partialfc.protocols.open_set import open_set
 from partialfc.protocols.templates import (
     Modes,
@@ -52,12 +61,21 @@ class Measured:
         numbers: By name; nested ones by target or k.
         curves: ROC and histogram, where pairs were scored.
         cmc: Rank-k rates for k = 1, 2, ..., where identities were searched.
+        people: How each identity of a pack was found, the least found first.
+        pairs: Of a list, whose images have names.
     """
 
     protocol: str
     numbers: Numbers
     curves: Curves | None = None
     cmc: list[float] = field(default_factory=list)
+    people: list[Person] = field(default_factory=list)
+    pairs: list[ScoredPair] = field(default_factory=list)
+
+    @property
+    def lines(self) -> list[str]:
+        """For the table: who is recognised worst."""
+        return [*lines_of_people(self.people), *lines_of_pairs(self.pairs)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +120,7 @@ def open_set_of(word: str, ways: Ways) -> Set:
 
 
 def _kind_of(path: Path) -> str:
-    if path.suffix == ".bin":
+    if path.suffix == ".bin" or (path.suffix == ".txt" and path.is_file()):
         return "pairs"
     if path.suffix == ".rec":
         return "identification"
@@ -112,30 +130,55 @@ def _kind_of(path: Path) -> str:
         return "ijb"
     there = "" if path.exists() else " There is nothing of that name."
     raise ConfigError(
-        f"{path}: not a set: must be a .bin of pairs, a .rec pack, a folder of IJB (with meta/) or "
-        f"of MegaFace (with megaface_lst), or KIND:path with one of {', '.join(_KINDS)}.{there}"
+        f"{path}: not a set: must be a .bin or a list of pairs, a .rec pack, a folder of IJB (with "
+        f"meta/) or of MegaFace (with megaface_lst), or KIND:path with one of {', '.join(_KINDS)}."
+        f"{there}"
     )
 
 
 def _pairs(path: Path, ways: Ways) -> Set:
-    pairs = open_pairs(path)
+    """Of a ``.bin``; or of a list and its folder of images, ``LIST`` or ``LIST,FOLDER``."""
+    if path.suffix == ".bin":
+        pairs = open_pairs(path)
+        return _verification(path.stem, pairs.same, pairs.images.__getitem__, [], ways)
+    words = [str(path)] if path.exists() else str(path).rsplit(",", 1)
+    folder, listed = read_pair_list(*(Path(word).expanduser() for word in words))
+    files = [str(file) for pair in listed for file in (pair.first, pair.second)]
+    same = np.array([pair.same for pair in listed])
+    require_folds(same)
+
+    def image(index: int) -> Image:
+        return (folder / files[index]).read_bytes()
+
+    return _verification(Path(words[0]).stem, same, image, files, ways)
+
+
+def _verification(
+    name: str,
+    same: NDArray[np.bool_],
+    image: Callable[[int], Image],
+    files: Sequence[str],
+    ways: Ways,
+) -> Set:
+    """Of 2n images; ``files`` are their names, where they have some."""
 
     def measure(embed: Embed, runtime: Runtime, bar: Bar) -> Measured:
-        embeddings_ND = embed(path.stem, len(pairs.images), pairs.images.__getitem__)
-        unit_ND = unit_rows(embeddings_ND, path.stem)
+        embeddings_ND = embed(name, 2 * len(same), image)
+        unit_ND = unit_rows(embeddings_ND, name)
         cosine = (unit_ND[0::2] * unit_ND[1::2]).sum(1)
-        numbers = asdict(verify(embeddings_ND, pairs.same))
+        numbers = asdict(verify(embeddings_ND, same))
         if ways.compat:
             del numbers["threshold_at_far"]  # those of the exact rates
             numbers["threshold"] = best = numbers.pop("threshold")
             numbers["threshold_squared_distance"] = 2 - 2 * best
-            numbers["tar_at_far"] = tar_at_far(cosine, pairs.same, compat=ways.compat)
-            numbers["val_at_far_0.001"] = asdict(validate(embeddings_ND, pairs.same))
-        return Measured(
-            f"ten-fold verification, {_threshold(ways)}", numbers, curves(cosine, pairs.same)
-        )
+            numbers["tar_at_far"] = tar_at_far(cosine, same, compat=ways.compat)
+            numbers["val_at_far_0.001"] = asdict(validate(embeddings_ND, same))
+        protocol = f"ten-fold verification, {_threshold(ways)}"
+        found = zip(files[0::2], files[1::2], same.tolist(), cosine.tolist(), strict=False)
+        listed = [ScoredPair(*pair) for pair in found]
+        return Measured(protocol, numbers, curves(cosine, same), pairs=listed)
 
-    return Set(path.stem, measure)
+    return Set(name, measure)
 
 
 def _identification(path: Path, ways: Ways) -> Set:
@@ -144,21 +187,23 @@ def _identification(path: Path, ways: Ways) -> Set:
     gallery, probes = first_of_each(identity_N)
     if not len(probes):
         raise ValueError("no identity has a second image, so nothing can be searched for")
+    names = own_names(pack)
 
     def measure(embed: Embed, runtime: Runtime, bar: Bar) -> Measured:
         embeddings_ND = embed(path.stem, len(pack), pack.jpeg)
-        found = rank_k(
+        rank_P, place_P = ranks(
             embeddings_ND[gallery],
             identity_N[gallery],
             embeddings_ND[probes],
             identity_N[probes],
-            CMC,
         )
+        found = rates(rank_P, len(gallery), CMC)
         numbers = {**asdict(found), "rate": {k: found.rate[k] for k in (1, 5, 10)}}
         return Measured(
             "closed-set identification, first image of each identity as gallery",
             numbers,
             cmc=[found.rate[k] for k in CMC],
+            people=people_of(identity_N[probes], rank_P, identity_N[gallery][place_P], names),
         )
 
     return Set(path.stem, measure)
