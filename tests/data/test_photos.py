@@ -243,6 +243,7 @@ def bombs() -> dict[str, bytes]:
     }
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("kind", bombs())
 def test_a_small_file_that_claims_many_pixels_is_refused_before_memory(kind):
     """In words that are true of it: a baseline JPEG is not told to become one."""
