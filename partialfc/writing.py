@@ -28,7 +28,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         yield path
         return
     path = led_to(path)
-    partial = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.partial")
+    partial = path.with_name(f".{path.name[:50]}.{secrets.token_hex(8)}.partial")
     os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
         yield partial

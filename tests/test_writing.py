@@ -37,6 +37,13 @@ def test_a_block_that_fails_changes_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_long_name_in_another_script_is_written(tmp_path):
+    """Names are limited in bytes, and the one beside it was longer."""
+    path = tmp_path / f"{'脸' * 80}.json"
+    write_text(path, "new")
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_folder_that_is_not_there_is_named(tmp_path):
     with pytest.raises(OSError, match="missing"):
         write_text(tmp_path / "missing" / "note.txt", "x")

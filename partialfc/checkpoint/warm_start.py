@@ -91,8 +91,14 @@ def _others(path: Path, manifest: Mapping[str, Any], dataset: DataSet) -> str:
         found, mine = _named(path, manifest), names_of(dataset)
     except (OSError, ValueError) as error:
         return f"run.start_from = {str(path)!r}: {error}"
-    number = None if mine is None else first_difference(found, mine)
-    if mine is None or number is None:
+    if mine is None:
+        print(
+            f"warning: run.start_from = {str(path)!r}: data.train does not say who its identities "
+            "are, so nobody can look whether each gets its own class center.",
+            flush=True,
+        )
+        return ""
+    if (number := first_difference(found, mine)) is None:
         return ""
     return (
         f"run.start_from = {str(path)!r}: identity {number} is {found[number]!r} there, and "

@@ -5,6 +5,7 @@ import json
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ class Lines:
 
     def __init__(self, path: Path) -> None:
         self._path, self._file = path, -1
-        self._cut = self._closed = False
+        self._closed = False
         self._writing = threading.Lock()
 
     def append(self, line: str) -> None:
@@ -39,24 +40,33 @@ class Lines:
                 self._writing.release()
 
     def _write(self, line: str) -> None:
-        if self._file < 0:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = opened(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
-            size = os.fstat(self._file).st_size
-            self._cut = size > 0 and os.pread(self._file, 1, size - 1) != b"\n"
-        data = (b"\n" if self._cut else b"") + line.encode() + b"\n"
-        self._cut = True
-        if os.write(self._file, data) < len(data):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self._cut = False
+        data = line.encode() + b"\n"
+        try:
+            if self._file < 0:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = opened(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+                size = os.fstat(self._file).st_size
+                if size and os.pread(self._file, 1, size - 1) != b"\n":
+                    data = b"\n" + data
+            if os.write(self._file, data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except (
+            OSError
+        ):  # the next line opens the file anew: a server that came back knows no old one
+            with suppress(OSError):
+                self._let_go()
+            raise
+
+    def _let_go(self) -> None:
+        file, self._file = self._file, -1
+        if file >= 0:
+            os.close(file)
 
     def close(self) -> None:
         """Write nothing from now on."""
         with unessential(self._path):
             self._closed = True
-            file, self._file = self._file, -1
-            if file >= 0:
-                os.close(file)
+            self._let_go()
 
 
 def read_lines(

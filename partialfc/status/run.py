@@ -4,6 +4,7 @@ metrics.jsonl and ledger.jsonl grow; they are read on from where the last look e
 """
 
 import json
+import os
 import shutil
 import ssl
 import time
@@ -24,6 +25,7 @@ from partialfc.config.monitor import Monitor
 from partialfc.monitoring.targets import Target, read_targets, targets_path
 from partialfc.records import ledger, metrics
 from partialfc.records.lines import is_number
+from partialfc.writing import opened
 
 _THREADS = 64
 _SECONDS_TO_ANSWER = 2.0
@@ -52,7 +54,7 @@ class Growing:
             status = self._path.stat()
             if status.st_ino != self._file or status.st_size < self._position:
                 self._position, self._file, self.entries = 0, status.st_ino, []
-            with self._path.open("rb") as file:
+            with os.fdopen(opened(self._path, os.O_RDONLY), "rb") as file:
                 file.seek(self._position)
                 text = file.read()
         except OSError:

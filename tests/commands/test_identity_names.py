@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from partialfc.__main__ import main
+from partialfc.checkpoint.folder import read_manifest
+from partialfc.checkpoint.warm_start import _others
 from partialfc.data.dataset import open_dataset
 from partialfc.data.names import names_of, names_path, read_names
 from tests.commands.test_identities import centers_of, rows_of
@@ -88,6 +91,15 @@ def test_a_map_moves_names_too(photos, trained, tmp_path):
     words = [str(trained), str(tmp_path / "start"), "--map", str(tmp_path / "map.csv")]
     assert main(["identities", *words, "--identities", "5"]) == 0
     assert read_names(tmp_path / "start" / "identities.json") == [None, None, "bea", None, None]
+
+
+def test_data_that_names_nobody_is_warned_of(photos, trained, tmp_path, capsys):
+    """Nobody could look whether the centers are those of its people, and nobody said so."""
+    start, pack = tmp_path / "start", shutil.copy(photos / "first.rec", tmp_path)
+    shutil.copy(photos / "first.idx", tmp_path)
+    assert main(["identities", str(trained), str(start)]) == 0
+    assert _others(start, read_manifest(start), open_dataset([Path(pack)])) == ""
+    assert "data.train does not say who its identities are" in capsys.readouterr().out
 
 
 def test_damaged_names_of_a_start_are_refused(photos, trained, tmp_path):

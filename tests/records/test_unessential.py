@@ -1,5 +1,6 @@
 """R16: a record that cannot be written never ends training; R19: a damaged one costs itself."""
 
+import errno
 import json
 import os
 import shutil
@@ -113,6 +114,26 @@ def test_records_come_again_when_there_is_room(tmp_path, small_disk):
     lines.append('{"step": 7001}')
     lines.close()
     assert [record["step"] for record in read_metrics(path)][-2:] == [7000, 7001]
+
+
+def test_lines_come_again_after_a_server_that_forgot_the_file(tmp_path, monkeypatch):
+    """Each line after the first that failed was lost, until the end of the process."""
+    lines = Lines(tmp_path / "metrics.jsonl")
+    lines.append("1")
+    write = os.write
+
+    def stale(descriptor, data):
+        monkeypatch.setattr(os, "write", write)
+        write(descriptor, data[:1])  # half a line came through
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(os, "write", stale)
+    lines.append("2")
+    (tmp_path / "metrics.jsonl").rename(tmp_path / "before")
+    lines.append("3")
+    lines.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == "3\n"
+    assert (tmp_path / "before").read_text() == "1\n2"
 
 
 def written(folder):

@@ -1,6 +1,7 @@
 """The status page of a damaged folder, of ranks that do not answer, and to those who ask badly."""
 
 import json
+import os
 import socket
 import threading
 import time
@@ -94,6 +95,16 @@ def test_a_damaged_file_of_targets_names_no_rank(folder, text):
     path = targets_path(folder.parent / "targets", folder)
     path.write_text(text)
     assert RunFolder(folder).look().ranks == []
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", "ledger.jsonl"])
+def test_a_pipe_in_place_of_records_is_not_waited_for(folder, file):
+    (folder / file).unlink()
+    os.mkfifo(folder / file)
+    looked = threading.Thread(target=RunFolder(folder).look, daemon=True)
+    looked.start()
+    looked.join(10)
+    assert not looked.is_alive()
 
 
 @pytest.mark.parametrize("address", ["a..b:80", "[zz]:80", "[::1:80", f"{'x' * 300}:80"])

@@ -24,7 +24,7 @@ class LossScale:
     def __init__(self, device: torch.device) -> None:
         self.parameter = nn.Parameter(torch.zeros(1, device=device), requires_grad=False)
         zero = torch.zeros(1, device=device)
-        self._gradient: _Listener = torch.Tensor._make_subclass(_Listener, zero)  # type: ignore[assignment]
+        self._gradient: _Listener = torch.Tensor._make_subclass(_Listener, zero)
         self.reset()
 
     @property
