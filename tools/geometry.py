@@ -223,7 +223,9 @@ def spheres(found: dict[str, Trained]) -> Figure:
 
 def angles(found: dict[str, Trained]) -> Figure:
     """Histograms of the angles of pairs."""
-    figure, axes = pyplot.subplots(3, 3, figsize=(11, 7), sharex=True, layout="constrained")
+    figure, axes = pyplot.subplots(
+        3, 3, figsize=(11, 7), sharex=True, sharey=True, layout="constrained"
+    )
     edges = np.arange(0, 182, 2)
     for panel, (label, trained) in zip(axes.flat, found.items(), strict=True):
         for degrees, colour in zip(

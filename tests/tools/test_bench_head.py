@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from partialfc import ArcFace, CosFace
 from partialfc.head.tiles import passes
@@ -402,3 +403,21 @@ def test_one_command_measures_the_grid_on_a_gpu_in_nine_minutes(tmp_path, capsys
     for rate in (1, 0.1, 0.01):
         for name in ("textbook", "textbook_tf32"):
             assert (10**6, 4096, rate, name) in measured
+
+
+def test_markers_of_the_picture_tell_dimensions_and_ranks_apart(monkeypatch):
+    """D = 128 and D = 512 had the same marker and colour."""
+    kept = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: kept.append(figure))
+    head = {"step_seconds": {"median": 0.1}, "extra_peak_bytes": 1 << 20}
+    rows = [
+        {"rate": 0.1, "dim": dim, "batch": 8, "world": world, "dtype": "fp32",
+         "classes": 1000, "heads": {"ours": head}}
+        for dim in (128, 512) for world in (1, 2)
+    ]  # fmt: skip
+    plot([{"rows": rows}], "out.png")
+    for axes in kept[0].axes:
+        looks = {(line.get_marker(), line.get_fillstyle()) for line in axes.lines}
+        assert len(looks) == 4
+        assert "log scale" in axes.get_xlabel()
+        assert "log scale" in axes.get_title(loc="left")
