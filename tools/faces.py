@@ -103,7 +103,13 @@ def prepare(lfw: Path, cfp: Path | None) -> list[Path]:
         sets.append(PACKS / f"{name}.bin")
         _partialfc("convert", "bin", lfw / file, sets[-1], "--images", PACKS / "lfw")
     if cfp is not None:
-        _partialfc("align", cfp / "Data" / "Images", PACKS / "cfp", "--face", "largest")
+        images = cfp / "Data" / "Images"
+        parts = [images]
+        if not (images / "001").is_dir():  # copies that have the people in train/ and test/
+            parts = sorted(folder for folder in images.iterdir() if folder.is_dir())
+        for part in parts:
+            rejects = PACKS / f"cfp.{part.name}.rejects.csv"
+            _partialfc("align", part, PACKS / "cfp", "--rejects", rejects)
         for name in ("FF", "FP"):
             sets.append(PACKS / f"cfp_{name.lower()}.bin")
             folds = cfp / "Protocol" / "Split" / name
