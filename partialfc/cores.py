@@ -32,7 +32,7 @@ def quota(proc: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/
         mounted: Where their folders are: of version 2, and of version 1 one for each controller.
     """
     found: list[float] = []
-    with suppress(OSError):
+    with suppress(OSError, ValueError):
         for line in proc.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
             _, controllers, path = line.split(":", 2)
             if controllers and "cpu" not in controllers.split(","):
@@ -51,7 +51,7 @@ def quota(proc: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/
 def _quota_of(folder: Path) -> list[float]:
     """The CPUs that one control group allows, if it limits them."""
     for files in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):  # versions 2 and 1
-        with suppress(OSError):
+        with suppress(OSError, ValueError):
             text = " ".join((folder / file).read_text(encoding="utf-8") for file in files)
             if limit := re.fullmatch(r"\s*(\d+)\s+([1-9]\d*)\s*", text):  # not "max", not -1
                 return [int(limit[1]) / int(limit[2])]

@@ -129,6 +129,10 @@ def set_own_threads() -> bool:
     return bool(value)
 
 
+_HOSTS_LOOKED_AT = 500
+"""Some give a maximum that means "any number"."""
+
+
 def elastic_warning(config: Config, place: Place) -> str | None:
     """Return which numbers of hosts that ``torchrun --nnodes=MIN:MAX`` allows cannot train this."""
     words = " ".join(of_torchrun("cmdline"))
@@ -138,9 +142,10 @@ def elastic_warning(config: Config, place: Place) -> str | None:
     if asked is None:
         return None
     low, high = int(asked[1]), int(asked[2])
+    looked_at = range(max(1, low), min(high, low + _HOSTS_LOOKED_AT) + 1)
     can: list[str] = []
     cannot: dict[str, str] = {}
-    for hosts in range(max(1, low), high + 1):
+    for hosts in looked_at:
         try:
             config.check(hosts * place.local_size)
             can.append(str(hosts))
@@ -149,7 +154,7 @@ def elastic_warning(config: Config, place: Place) -> str | None:
     if not cannot:
         return None
     batch = config.data.global_batch
-    parts = math.lcm(*range(max(1, low), high + 1))
+    parts = math.lcm(*looked_at)
     parts *= place.local_size * config.optimizer.accumulation
     return (
         f"torchrun --nnodes={low}:{high} with {place.local_size} ranks a host: this run can go on "

@@ -306,3 +306,17 @@ def test_large_pages_are_asked_for_before_torch_is_there(own, expected, tmp_path
     command = [sys.executable, "-c", LARGE_PAGES, *tail]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.stdout.splitlines()[0] == f"False {expected}", done.stderr
+
+
+def test_an_elastic_start_with_no_end_of_hosts_starts(monkeypatch):
+    """A maximum of 100,000, for any number, took hours before the first step."""
+    monkeypatch.setenv("PET_NNODES", f"1:{10**9}")
+    config = settings(data={"train": "x.rec", "global_batch": 96})
+    assert "can go on with 1, 2, 3, 4, 6, 8, 12, 16 and" in elastic_warning(config, Place(0, 4))
+
+
+@pytest.mark.parametrize("text", [b"garbage", b"0::/\xff\n\xff", b"4:cpu:/" + b"x" * 5000])
+def test_a_damaged_list_of_control_groups_limits_nothing(tmp_path, text):
+    (tmp_path / "cgroup").write_bytes(text)
+    (tmp_path / "cpu.max").write_bytes(b"\xff 1" + b"0" * 5000)
+    assert cores.quota(tmp_path / "cgroup", tmp_path) == 0
