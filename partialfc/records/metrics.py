@@ -168,8 +168,7 @@ class TensorBoard:
     def write(self, step: int, values: Values) -> None:
         """Add one event with a scalar per metric."""
         scalars = [
-            self._summary.Value(tag=_tag(name), simple_value=value)
-            for name, value in values.items()
+            self._summary.Value(tag=tag(name), simple_value=value) for name, value in values.items()
         ]
         summary = self._summary(value=scalars)
         with unessential(self._folder):
@@ -181,8 +180,8 @@ class TensorBoard:
             self._writer.close()
 
 
-def _tag(name: str) -> str:
-    """TensorBoard groups by what stands before the slash."""
+def tag(name: str) -> str:
+    """Return the name that groups a metric, by what stands before the slash."""
     group, _, rest = name.partition("_")
     return f"{group}/{rest}" if group in ("verification", "identification") else f"train/{name}"
 

@@ -25,15 +25,17 @@ def lost_records() -> int:
 
 
 @contextmanager
-def unessential(what: str | Path) -> Iterator[None]:
+def unessential(what: str | Path, *also: type[Exception]) -> Iterator[None]:
     """Write something inside that training can do without; an error of the system ends there.
 
     Args:
         what: For the warning: a file, or the name of a stream.
+        also: Errors of other programs that end there as well.
     """
+    ends: tuple[type[Exception], ...] = (OSError, ValueError, *also)  # ValueError: a closed file
     try:
         yield
-    except (OSError, ValueError) as error:  # ValueError: a closed file
+    except ends as error:
         with _counting:
             _lost[str(what)] += 1
             first = _lost[str(what)] == 1

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from partialfc.checkpoint.folder import count_invalid
+from partialfc.checkpoint.folder import count_invalid, path_of
 from partialfc.config import Config
 from partialfc.distributed.agreement import largest
 from partialfc.errors import NonFiniteError
@@ -24,6 +24,8 @@ from partialfc.records.figures import training_figure
 from partialfc.records.ledger import Ledger
 from partialfc.records.metrics import JsonLines, Sink, TensorBoard, finite, read_metrics
 from partialfc.records.report import read_run, write_report
+from partialfc.records.sinks.beside import Beside, beside
+from partialfc.records.sinks.run_sink import Opening
 from partialfc.records.unessential import lost_records, unessential
 from partialfc.runtime.process import Runtime
 from partialfc.runtime.stragglers import Stragglers
@@ -72,6 +74,7 @@ class Recorder:
         self._invalid = count_invalid(config.run.folder / "checkpoints")
         self._results: Results | None = None
         self._sinks: list[Sink] = []
+        self._beside: list[Beside] = []
         self._monitor: Monitor | None = None
 
     def __enter__(self) -> "Recorder":
@@ -86,6 +89,14 @@ class Recorder:
                     self._sinks.append(TensorBoard(folder / "tensorboard", self._step))
             if log.progress:
                 self._sinks.append(ProgressBar(self._step, self._total))
+            opening = Opening(
+                folder=folder,
+                settings=self._config.model_dump(mode="json", exclude_none=True),
+                project=log.project,
+                name=log.name,
+                tracking_uri=log.tracking_uri,
+            )
+            self._beside = beside(log.sinks, opening, self._step)
         self._clock = time.monotonic()
         return self
 
@@ -95,7 +106,7 @@ class Recorder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for sink in self._sinks:
+        for sink in (*self._sinks, *self._beside):
             sink.close()
 
     @contextmanager
@@ -240,10 +251,15 @@ class Recorder:
             write_report(folder / "report.html", [read_run(folder)])
         with unessential(folder / "training.png"):
             self._draw(records, untrained)
+        artifacts = [folder / "report.html"]
+        if self._config.log.upload_checkpoint:
+            artifacts.append(path_of(folder / "checkpoints", self._step))
+        for sink in self._beside:
+            sink.finish(self._step, folder / "training.png", artifacts)
         self._show(summary)
 
     def _write(self, step: int, values: dict[str, float]) -> None:
-        for sink in self._sinks:
+        for sink in (*self._sinks, *self._beside):
             sink.write(step, values)
 
     def _summary(self, peak: int, records: list[dict[str, float]]) -> dict[str, Any]:

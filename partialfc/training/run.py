@@ -27,6 +27,7 @@ from partialfc.model.build import Model, build
 from partialfc.model.step import train_step
 from partialfc.records.console import from_here
 from partialfc.records.ledger import fruitless, keeping
+from partialfc.records.sinks.run_sink import find
 from partialfc.records.unessential import unessential
 from partialfc.runtime import preemption
 from partialfc.runtime.folder_lock import locked
@@ -54,6 +55,7 @@ def train(config: Config, runtime: Runtime) -> None:
         Preempted: On every rank, after a checkpoint, if a signal asked any of them to stop.
     """
     if runtime.leads:
+        find(config.log.sinks)  # what is not installed is said before anything takes time
         _announce(config, runtime)
     with locked(config.run.folder, runtime):
         _train(config, runtime)
