@@ -176,10 +176,11 @@ def test_a_step_that_comes_again_is_not_recorded_again(tmp_path):
     for step in (4, 5, 6):
         again.write(step, {"loss": 2.0})
     again.write(5, {"verification_accuracy": 0.5})
-    again.finish(6, tmp_path / "none.png", [tmp_path])
+    again.finish(6, tmp_path / "a.png", [tmp_path])
     assert made[0].given == [
         (6, {"train/loss": 2.0}),
         (5, {"verification/accuracy": 0.5}),
+        ("picture", tmp_path / "a.png"),
         ("artifact", tmp_path),
     ]
     assert made[0].done is True

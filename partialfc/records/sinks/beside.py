@@ -64,12 +64,10 @@ class Beside:
         self._give(lambda sink: self._record(sink, step, values))
 
     def finish(self, step: int, picture: Path, artifacts: Sequence[Path]) -> None:
-        """Hand over what a run that is done leaves, where it is there, and close."""
-        if picture.exists():
-            self._give(methodcaller("picture", step, picture))
+        """Hand over what a run that is done leaves, and close; what is not there costs itself."""
+        self._give(methodcaller("picture", step, picture))
         for path in artifacts:
-            if path.exists():
-                self._give(methodcaller("artifact", path))
+            self._give(methodcaller("artifact", path))
         self._done = True
         self._end(_SECONDS_TO_UPLOAD)
 
