@@ -10,6 +10,7 @@ import ssl
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from http.client import HTTPException, HTTPResponse
@@ -155,13 +156,12 @@ class RunFolder:
         self._metrics = Growing(folder / "metrics.jsonl", metrics.is_sound)
         self._ledger = Growing(folder / "ledger.jsonl", ledger.is_sound)
         self._ranks: tuple[float, list[RankAnswer] | None] = (0.0, [])
+        self._config: Config | None = None
+        self._config_stamp: tuple[int, int] | None = None
 
     def look(self) -> Snapshot:
         """Return what is to be seen now."""
-        try:
-            config = load(self.folder / "config.toml")
-        except ConfigError:
-            config = None
+        config = self._settings()
         entries = self._ledger.read()
         run = Snapshot(
             name=self.folder.name,
@@ -180,6 +180,18 @@ class RunFolder:
             ranks = self._ask(path, config.monitor)
             run.ranks, run.closed = ranks or [], ranks is None
         return run
+
+    def _settings(self) -> Config | None:
+        """The settings, read when they are new: what a moved run's say of it is said once."""
+        path, stamp = self.folder / "config.toml", None
+        with suppress(OSError):
+            status = path.stat()
+            stamp = status.st_mtime_ns, status.st_size
+        if stamp is None or stamp != self._config_stamp:
+            self._config, self._config_stamp = None, stamp
+            with suppress(ConfigError):
+                self._config = load(path)
+        return self._config
 
     def _ask(self, path: Path, monitor: Monitor) -> list[RankAnswer] | None:
         """Ask every rank of a targets file, at most every few seconds.

@@ -97,6 +97,17 @@ def test_a_damaged_file_of_targets_names_no_rank(folder, text):
     assert RunFolder(folder).look().ranks == []
 
 
+def test_a_run_that_was_moved_says_so_once(folder, capsys):
+    """A page that reloads every five seconds said it at each."""
+    moved = RunFolder(folder.rename(folder.with_name("moved")))
+    first, second = moved.look().config, moved.look().config
+    assert first == second
+    assert second.run.folder == moved.folder
+    assert capsys.readouterr().err.count("run.folder is the folder that it lies in") == 1
+    (moved.folder / "config.toml").write_text("nonsense")
+    assert moved.look().config is None
+
+
 @pytest.mark.parametrize("file", ["metrics.jsonl", "ledger.jsonl"])
 def test_a_pipe_in_place_of_records_is_not_waited_for(folder, file):
     (folder / file).unlink()
