@@ -102,6 +102,18 @@ def test_the_page_is_whole_and_loads_nothing(tmp_path):
     assert len(text) < 200_000
 
 
+def test_people_who_were_trained_on_are_listed_by_name(tmp_path):
+    run = make_run(tmp_path / "run")
+    names = [f"Person {number}" for number in range(1200)]
+    (run / "identities.json").write_text(json.dumps(["<b>Ann", None, *names]))
+    assert report.main([str(run)]) == 0
+    text = (run / "report.html").read_text()
+    parsed(run / "report.html")
+    assert "1,202 identities, by name" in text
+    assert "0 &lt;b&gt;Ann, 1 –, 2 Person 0," in text
+    assert "999 Person 997, and 202 more" in text
+
+
 def figure(text, title):
     return text.split(f"<figcaption>{title}")[1].split("</figure>")[0]
 

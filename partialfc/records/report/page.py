@@ -51,6 +51,8 @@ _HEADLINE: tuple[tuple[str, Form, tuple[str, ...]], ...] = (
     ("peak memory a rank", size, ("peak_memory_bytes",)),
     ("ranks", "{:.0f}".format, ("world_size",)),
 )
+_PEOPLE = 1000
+"""Names that a page shows; identities.json has all."""
 _FAINT = 7
 """Number of the grey colour."""
 _FARS = {f"{10.0**-power:g}": f"1e-{power}" for power in range(1, 7)}
@@ -91,6 +93,7 @@ def write_report(path: Path, runs: Sequence[RunFiles]) -> None:
         checkpoints=[
             (run.name, f"{step:,}", size(count)) for run in runs for step, count in run.checkpoints
         ],
+        people=[_people(run) for run in runs if run.people],
         settings=settings,
         differing=[row for row in settings if len(set(row[1:])) > 1 and row[0] != "run.folder"],
         environment=_by_key([run.summary.get("environment", {}) for run in runs]),
@@ -180,6 +183,14 @@ def _verified(runs: Sequence[RunFiles]) -> list[list[str]]:
                 ]
             )
     return rows
+
+
+def _people(run: RunFiles) -> tuple[str, str, str]:
+    """Name of the run, how many people it was trained on, and who, by number."""
+    shown = enumerate(run.people[:_PEOPLE])
+    words = ", ".join(f"{number} {'–' if name is None else name}" for number, name in shown)
+    more = len(run.people) - _PEOPLE
+    return run.name, f"{len(run.people):,}", words + (f", and {more:,} more" if more > 0 else "")
 
 
 def _by_key(values: Sequence[dict[str, Any]]) -> list[list[str]]:

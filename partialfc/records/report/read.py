@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from partialfc.data.names import NAMES, Names, read_names
 from partialfc.records.metrics import read_metrics
 from partialfc.writing import read_text
 
@@ -23,6 +24,7 @@ class RunFiles:
         summary: summary.json, or nothing while it runs.
         curves: curves.json: ROC and histogram of each verification set.
         checkpoints: Step and bytes of each, oldest first.
+        people: Names of the identities that it was trained on, if its data has names.
     """
 
     name: str
@@ -31,6 +33,7 @@ class RunFiles:
     summary: Json
     curves: Json
     checkpoints: list[tuple[int, int]]
+    people: Names
 
     def values(self, name: str) -> tuple[list[float], list[float]]:
         """Return steps and values of a metric."""
@@ -59,6 +62,7 @@ def read_run(folder: Path) -> RunFiles:
         summary=_json(folder / "summary.json"),
         curves=_json(folder / "curves.json"),
         checkpoints=_checkpoints(folder / "checkpoints"),
+        people=read_names(folder / NAMES) if (folder / NAMES).is_file() else [],
     )
 
 
