@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-WORKERS ?= 2
+WORKERS ?= 3
 BESIDE := --numprocesses=$(WORKERS) --dist=loadgroup
 QUICK := tests/test_layering.py tests/test_keyed.py tests/config tests/definitions tests/margins \
 	tests/losses tests/protocols tests/model tests/data/test_records.py tests/data/test_order.py \

@@ -40,8 +40,8 @@ from partialfc.commands._bad_files import HELP, Fault, end_of, ends_in_words, re
 from partialfc.commands._command import command_parser
 from partialfc.commands._embed.files import Embeddings, write_embeddings
 from partialfc.commands.evaluate import AUTOCAST, embedder, settings_of
-from partialfc.data.files.index import is_hidden, is_image
-from partialfc.data.images.formats import MOST_BYTES, SUFFIXES, decode_image
+from partialfc.data.files.index import SUFFIXES, is_hidden, is_image
+from partialfc.data.images.formats import MOST_BYTES, decode_image
 from partialfc.data.names import Names, own_names
 from partialfc.data.packs.labels import BAD
 from partialfc.data.packs.pack import open_pack

@@ -54,7 +54,8 @@ from partialfc.commands._pack.sources import (
 )
 from partialfc.commands._pack.survey import Survey
 from partialfc.cores import usable_cores
-from partialfc.data.images.formats import SUFFIXES, check_image, decode_image
+from partialfc.data.files.index import SUFFIXES
+from partialfc.data.images.formats import check_image, decode_image
 from partialfc.data.images.jpeg import START
 from partialfc.data.names import names_path
 from partialfc.data.packs.pack import open_pack

@@ -26,6 +26,7 @@ import numpy as np
 
 from partialfc.commands._command import command_parser, tracked
 from partialfc.commands._split.pairs import drawn_pairs
+from partialfc.data.files.index import is_hidden, is_image
 from partialfc.data.sets.pairs import write_pairs
 from partialfc.data.sets.people import read_people
 from partialfc.keyed import key, permute
@@ -155,8 +156,6 @@ def images_of(source: Path) -> Images:
         OSError: If the folder cannot be read.
         ValueError: If it holds fewer than three identities.
     """
-    from partialfc.data.files.index import is_hidden, is_image  # Pillow; --help needs none
-
     found: Images = {}
     for folder in sorted(p for p in source.iterdir() if p.is_dir() and not is_hidden(p.name)):
         images = [path for path in folder.iterdir() if is_image(path.name) and path.is_file()]

@@ -24,10 +24,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from partialfc.data.files.lists import list_lines
-from partialfc.data.images.formats import SUFFIXES
 from partialfc.data.packs import index_cache
 from partialfc.data.packs.index_cache import alone, cache_places, read_kept, write_kept
 
+SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".pgm", ".ppm", ".pnm"}
+)
+"""Ends of the names of files that are taken for images, in either case."""
 NO_FILE = -1
 """The size of what is no regular file, or not there."""
 

@@ -20,10 +20,6 @@ from partialfc.data.images.jpeg import MAX_BYTES, MAX_PIXELS, Frame, check_size
 from partialfc.data.images.other import check_other, decode_other
 from partialfc.data.images.png import SIGNATURE, check_png
 
-SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".pgm", ".ppm", ".pnm"}
-)
-"""Ends of the names of files that are taken for images, in either case."""
 MOST_PIXELS = 1 << 28
 """Pixels of the largest JPEG that is read, 268 million: libjpeg decodes it at a smaller scale."""
 MOST_WHOLE_PIXELS = 1 << 27
