@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from partialfc.distributed.shares import Shares
     from partialfc.head.options import Kernels, Memory, Precision
     from partialfc.head.partial_fc import PartialFC
     from partialfc.head.rows.rules import RowAdagrad, RowAdamW, RowSGD
@@ -54,6 +55,7 @@ __all__ = [
     "RowAdagrad",
     "RowAdamW",
     "RowSGD",
+    "Shares",
     "Softmax",
     "SphereFace",
     "SubCenterArcFace",
@@ -69,6 +71,7 @@ _HOME = {
     "RowAdagrad": "head.rows.rules",
     "RowAdamW": "head.rows.rules",
     "RowSGD": "head.rows.rules",
+    "Shares": "distributed.shares",
     "EmbeddingLosses": "losses.over_ranks",
 }
 

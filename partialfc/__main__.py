@@ -4,9 +4,11 @@ import difflib
 import io
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
+from pathlib import Path
 from typing import NoReturn
 
 import partialfc
@@ -47,6 +49,8 @@ partialfc COMMAND --help says more of one. Several GPUs train, evaluate and embe
 
     torchrun --nproc-per-node=N -m partialfc train CONFIG.toml"""
 
+_of_strangers = warnings.formatwarning
+
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command that the first word names, and return its exit status.
@@ -72,6 +76,7 @@ def command_line(*first: str) -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):  # a letter that a locale lacks ends no training
             with suppress(OSError):  # of a pipe that nobody reads
                 stream.reconfigure(errors="backslashreplace")
+    warnings.formatwarning = _in_words
     status = main([*first, *sys.argv[1:]])
     try:
         if sys.stdout is not None:  # as after ``>&-``
@@ -84,6 +89,19 @@ def command_line(*first: str) -> NoReturn:
     with suppress(OSError, AttributeError):
         sys.stderr.flush()
     os._exit(status)
+
+
+def _in_words(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    """A warning of ours as a user reads it; a stranger's says where it comes from, as ever."""
+    if Path(filename).is_relative_to(Path(__file__).parent):
+        return f"warning: {message}\n"
+    return _of_strangers(message, category, filename, lineno, line)
 
 
 def _command(name: str = "", *words: str) -> int:

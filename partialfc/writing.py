@@ -19,7 +19,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     to. Nobody can guess the name beside it, and the file there is new.
 
     Args:
-        path: Replaced if it exists; its folder does.
+        path: Replaced if it exists; its folder is made.
 
     Raises:
         OSError: If the file cannot take its place, or somebody else made ``path`` a link.
@@ -28,6 +28,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         yield path
         return
     path = led_to(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name[:50]}.{secrets.token_hex(8)}.partial")
     os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:

@@ -37,6 +37,12 @@ def test_a_block_that_fails_changes_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_the_folder_of_what_is_written_is_made(tmp_path):
+    """embed did an hour's work and then missed the folder of its --out."""
+    write_text(tmp_path / "new" / "deep" / "x.csv", "1")
+    assert (tmp_path / "new" / "deep" / "x.csv").read_text() == "1"
+
+
 def test_a_long_name_in_another_script_is_written(tmp_path):
     """Names are limited in bytes, and the one beside it was longer."""
     path = tmp_path / f"{'脸' * 80}.json"

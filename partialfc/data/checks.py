@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from partialfc.data.images.formats import check_image as frame_of
 from partialfc.data.images.formats import decode_image
 from partialfc.data.packs.pack import Pack
 from partialfc.data.packs.recordio import LABEL_LIMIT, RecordError
@@ -28,10 +29,14 @@ class HeadersChecked(NamedTuple):
 
 
 class ImageChecked(NamedTuple):
-    """What one image is: its problem or "", and its RGB pixels if it could be decoded."""
+    """What one image is: its problem or "", and if it could be decoded its RGB pixels and its size.
+
+    The pixels of a photo that is larger than loaders take are fewer than its size (height, width).
+    """
 
     problem: str
     pixels: NDArray[np.uint8] | None = None
+    size: tuple[int, int] | None = None
 
 
 def check_index(pack: Pack) -> list[BadRecord]:
@@ -105,7 +110,11 @@ def check_image(source: Source, image: int) -> ImageChecked:
     if isinstance(source, Pack):
         source.will_need(np.array([image]))
     try:
-        return ImageChecked("", decode_image(source.jpeg_view(image), _SIDE))
+        view = source.jpeg_view(image)
+        frame = frame_of(view)
+        stored = (frame.height, frame.width)
+        size = stored[::-1] if frame.orientation >= 5 else stored  # it is turned a quarter
+        return ImageChecked("", decode_image(view, _SIDE), size)
     except RecordError as error:
         return ImageChecked(error.problem)
     except ValueError as error:

@@ -50,9 +50,8 @@ class Lines:
                     data = b"\n" + data
             if os.write(self._file, data) < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except (
-            OSError
-        ):  # the next line opens the file anew: a server that came back knows no old one
+        except OSError:
+            # The next line opens the file anew: a server that came back knows no old descriptor.
             with suppress(OSError):
                 self._let_go()
             raise

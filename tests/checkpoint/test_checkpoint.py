@@ -133,7 +133,13 @@ def test_an_edited_manifest_is_found(tmp_path):
     assert "manifest.json is corrupt" in checkpoint.verify(path)
 
 
-@pytest.mark.parametrize("power", [False, True], ids=["the process dies", "the machine dies"])
+@pytest.mark.parametrize(
+    "power",
+    [
+        pytest.param(False, id="the process dies"),
+        pytest.param(True, id="the machine dies", marks=pytest.mark.slow),
+    ],
+)
 def test_a_save_may_die_at_every_operation(tmp_path, power):
     """R5, R8: every write, sync, rename and removal, those of the purge too."""
     problems = list(crash_points(tmp_path, runtime(), power=power))

@@ -6,12 +6,13 @@ import re
 import subprocess
 import sys
 import tomllib
+import warnings
 
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import partialfc
-from partialfc.__main__ import COMMANDS, main
+from partialfc.__main__ import COMMANDS, command_line, main
 from partialfc.commands._command import status_of
 from partialfc.errors import EXTRAS, CheckpointError, ConfigError
 from tests.support.places import ROOT
@@ -214,3 +215,16 @@ def test_what_all_ranks_find_one_says(monkeypatch, capsys):
         monkeypatch.setenv("LOCAL_RANK", rank)
         assert ended(ConfigError("head.scale = 0"), capsys) == (2, said)
     assert ended(CheckpointError("torn"), capsys) == (4, "rank 1: torn\n")
+
+
+def test_a_warning_reads_as_a_sentence(monkeypatch):
+    """It had a file of ours, a line number and a line of its code."""
+    monkeypatch.setattr("partialfc.__main__.main", lambda words: 0)
+    monkeypatch.setattr("os._exit", lambda status: None)
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    command_line()
+    ours = str(ROOT / "partialfc" / "data" / "source.py")
+    assert warnings.formatwarning("so it is", UserWarning, ours, 30) == "warning: so it is\n"
+    assert "source.py:30: UserWarning" in warnings.formatwarning(
+        "so it is", UserWarning, "/elsewhere/source.py", 30
+    )

@@ -240,6 +240,9 @@ def test_a_folder_of_photos_is_checked_as_it_is_trained_on(tmp_path, capsys):
         for number in range(2):
             pixels = np.full((112, 112, 3), 40 * number, np.uint8)
             Image.fromarray(pixels).save(folder / person / f"{number}.jpg")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (3200, 2400)).save(folder / "ann" / "0.jpg", exif=turned)
     (folder / "ann" / "empty.jpg").write_bytes(b"")
     (folder / "bob" / "really.png").write_bytes(b"GIF89a")
     (folder / "bob" / "a.heic").write_bytes(b"")
@@ -248,6 +251,7 @@ def test_a_folder_of_photos_is_checked_as_it_is_trained_on(tmp_path, capsys):
     report = json.loads((tmp_path / "r").read_text())
     assert list(report["levels"]) == ["labels", "images"]
     assert report["levels"]["images"]["decoded"] == 6
+    assert report["levels"]["images"]["sizes"] == {"112 x 112": 3, "2400 x 3200": 1}
     lines = [json.loads(line) for line in (tmp_path / "bad").read_text().splitlines()]
     assert [line["file"] for line in lines] == ["ann/empty.jpg", "bob/really.png"]
     assert "GIF images are not read" in capsys.readouterr().out

@@ -301,6 +301,7 @@ def test_a_device_is_refused_and_a_missing_file_is_named(tmp_path):
         read_pairs(tmp_path / "absent.bin")
 
 
+@pytest.mark.slow
 def test_fuzzed_sets_are_read_or_refused(tmp_path):
     """Damage of every kind ends in a set or in PairsError, never in another exception."""
     rng = random.Random(20)

@@ -70,6 +70,7 @@ def wandb_records(path):
             part = b""
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_killed_run_is_one_run_with_every_step_once(packs, tmp_path, monkeypatch):
     folder = tmp_path / "run"

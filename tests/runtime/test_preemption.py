@@ -122,6 +122,7 @@ def test_it_is_said_that_there_is_no_checkpoint_where_there_is_none(packs, tmp_p
     )
 
 
+@pytest.mark.slow
 def test_torchrun_that_is_ended_leaves_a_checkpoint(packs, tmp_path):
     """R18: Kubernetes sends SIGTERM to it, and it hands it on to the ranks and waits for them."""
     overrides = ("run.steps=100000", "checkpoint.every_steps=0", "data.loader=torch", *UNVERIFIED)

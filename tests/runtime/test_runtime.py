@@ -56,6 +56,7 @@ except RuntimeError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_rank_that_loses_another_tells_that_ones_error(tmp_path):
     """Without it, one rank of a thousand knows why, and 999 say: connection reset by peer."""

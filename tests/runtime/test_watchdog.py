@@ -12,7 +12,7 @@ from partialfc.records.ledger import Ledger
 from partialfc.runtime import watchdog
 
 folder, case = Path(sys.argv[1]), sys.argv[2]
-watchdog._SECONDS_TO_LEAVE = 2.0
+watchdog._SECONDS_TO_LEAVE = 5.0
 ledger = Ledger(folder / "ledger.jsonl")
 reader, writer = os.pipe()
 if case == "closed":

@@ -32,6 +32,7 @@ def test_the_data_benchmark_measures_what_is_there(part, rows, tmp_path):
     assert all(entry["images_per_second"] > 100 for (entry,) in found.values())
 
 
+@pytest.mark.slow
 def test_the_fuzzer_finds_nothing_in_a_moment_and_finds_what_is_there(tmp_path, monkeypatch):
     """The recorded million inputs are of the same program; a reader that fails is told."""
     small = ["--inputs", "3000", "--workers", "1", "--json", tmp_path / "r"]

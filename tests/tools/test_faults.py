@@ -69,6 +69,7 @@ def test_a_stopped_rank_is_named_with_the_stacks_of_the_living(start, tmp_path):
     run.until(lambda: '"code": 6' in ledger.read_text().splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_killed_rank_of_two_hosts_ends_both_and_is_named(start, tmp_path):
     """R10: the agent of the other host sees nothing but what its own ranks tell."""
     port = 20000 + os.getpid() % 20000

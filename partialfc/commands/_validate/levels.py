@@ -129,7 +129,7 @@ def images(
             if found.pixels is None:
                 bad += report.add([BadRecord.of(pack, image, found.problem)])
             else:
-                look.add(found.pixels)
+                look.add(found.pixels, found.size)
             progress.advance(task)
     report.levels["images"] = {
         "decoded": count,

@@ -27,15 +27,17 @@ class Look:
     def __init__(self) -> None:
         self.images = 0
         self._sizes: Counter[tuple[int, int]] = Counter()
+        self._decoded: Counter[tuple[int, int]] = Counter()
         self._rgb = np.zeros(3)
         self._bordered = self._grey = 0
         self._sums: dict[tuple[int, int], NDArray[np.float64]] = {}
 
-    def add(self, pixels: NDArray[np.uint8]) -> None:
-        """Take note of an RGB image [height, width, 3]."""
-        size = pixels.shape[:2]
+    def add(self, pixels: NDArray[np.uint8], size: tuple[int, int] | None = None) -> None:
+        """Take note of an RGB image [height, width, 3], at its ``size`` or a smaller scale."""
         self.images += 1
-        self._sizes[size] += 1
+        self._sizes[size or pixels.shape[:2]] += 1
+        size = pixels.shape[:2]
+        self._decoded[size] += 1
         self._rgb += pixels.mean((0, 1))
         self._grey += bool((pixels[:, :, 0] == pixels[:, :, 2]).all())
         self._bordered += _black_border(pixels) > _BORDER
@@ -44,8 +46,8 @@ class Look:
 
     def mean(self) -> NDArray[np.float64]:
         """Return the mean [height, width, 3] of the images of the most common size."""
-        size = max(self._sums, key=lambda size: self._sizes[size])
-        return self._sums[size] / self._sizes[size]
+        size = max(self._sums, key=lambda size: self._decoded[size])
+        return self._sums[size] / self._decoded[size]
 
     def numbers(self) -> dict[str, Any]:
         """Return what was seen."""
@@ -82,7 +84,7 @@ class Look:
                 f"the mean image is not like its mirror image (correlation "
                 f"{numbers['mean_image_symmetry']}): the crops are not centered on the face"
             )
-        elif hint := unaligned(self.mean().mean(2), max(self._sizes.values())):
+        elif hint := unaligned(self.mean().mean(2), max(self._decoded.values())):
             hints.append(hint)
         if numbers["black_border"] > _BORDERED:
             hints.append(

@@ -31,6 +31,7 @@ class PackWriter:
         if self.path.suffix != ".rec":
             raise ValueError(f"{self.path}: the name of a pack must end with .rec.")
         self._index_path = self.path.with_suffix(".idx")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         self._record_file = _temporary(self.path).open("w+b")
         self._index_file = _temporary(self._index_path).open("w", newline="\n", encoding="utf-8")
         self._last_key = -1

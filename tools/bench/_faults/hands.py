@@ -101,7 +101,9 @@ def main(arguments: list[str]) -> int:
         unscaled() < 1e-5,
         not is_copied(),
     ]
-    (Path(arguments[0]) / f"rank_{dist.get_rank()}.json").write_text(json.dumps(held))
+    (Path(arguments[0]) / f"rank_{dist.get_rank()}.json").write_text(
+        json.dumps(held), encoding="utf-8"
+    )
     dist.destroy_process_group()
     return 0
 
