@@ -50,7 +50,8 @@ def test_a_long_name_in_another_script_is_written(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_folder_that_is_not_there_is_named(tmp_path):
+def test_a_folder_that_cannot_be_is_named(tmp_path):
+    (tmp_path / "missing").write_text("a file")
     with pytest.raises(OSError, match="missing"):
         write_text(tmp_path / "missing" / "note.txt", "x")
 

@@ -266,7 +266,12 @@ def test_recomputed_activations_allow_a_second_backward() -> None:
 
 @pytest.mark.parametrize(
     ("family", "checkpoint_activations"),
-    [("iresnet", False), ("iresnet", True), ("vit", True), ("convnet", True)],
+    [
+        pytest.param("iresnet", False, marks=pytest.mark.slow),
+        ("iresnet", True),
+        ("vit", True),
+        ("convnet", True),
+    ],
 )
 def test_compiles_as_one_graph_to_the_same_training(
     family: str, checkpoint_activations: bool

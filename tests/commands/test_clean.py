@@ -13,7 +13,7 @@ from tests.support.places import FIXTURES
 from tests.support.processes import python
 from tools import omniglot
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 def test_the_dominant_center_has_most_images():

@@ -147,6 +147,7 @@ def test_broken_images_are_listed_and_the_rest_is_packed(source, tmp_path):
     assert partialfc(*words, "--skip-broken").returncode == 0
 
 
+@pytest.mark.slow
 def test_kill_9_and_the_same_command_give_the_same_bytes(tmp_path):
     """Enough images for several pieces of work; the finished ones are not done again."""
     source = tmp_path / "many"

@@ -219,7 +219,7 @@ BOMBS = {
     "INT": b"I" + b"9" * 100_000 + b"\n",
     "memo index": b"Nr\xff\xff\xff\xff" * 1000,
     "memo": b"]\x94" * 100_000,
-    "MARK and TUPLE": b"(" * 1_000_000 + b"t" * 1_000_000,
+    "MARK and TUPLE": b"(" * 200_000 + b"t" * 200_000,
     "TUPLE1": b")" + b"\x85" * 200_000,
     "lists": b"](" + b"]" * 200_000 + b"e",
     "tuples that double": b"N\x85q\x01" + b"h\x01h\x01\x86q\x01" * 100_000,

@@ -132,7 +132,9 @@ def _asked_for(device, scale, parts):
     return kept, sum(buffer.nbytes for buffer in head.optimizer.workspace._buffers.values())
 
 
-@pytest.mark.parametrize(("scale", "parts"), [(64, 1), (128, 2)])
+@pytest.mark.parametrize(
+    ("scale", "parts"), [(64, 1), pytest.param(128, 2, marks=pytest.mark.slow)]
+)
 def test_the_estimate_counts_what_the_passes_ask_for(launch, scale, parts, monkeypatch):
     """Byte for byte: the buffers, and the exponentials that are kept, of two tiles of three, or of
     none where a row maximum may grow. An estimate that counts tile by tile is wrong by half."""

@@ -2,10 +2,13 @@
 
 import json
 
+import pytest
+
 from partialfc.margins import CosFace, NormalizedSoftmax
 from tools import geometry
 
 
+@pytest.mark.slow
 def test_a_growing_margin_gathers_real_digits():
     """Held-out digits in three dimensions: the spread falls with the margin."""
     images, digits = geometry.load_digits()

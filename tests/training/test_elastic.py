@@ -73,6 +73,7 @@ def test_a_first_start_leaves_room_to_grow():
         assert _head(settings(), many, 93_431, 91).sharding.canonical_shards == 91
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_its_batch_does_not_divide(packs, tmp_path):
     """26 images in two micro-batches: 7 + 6 on two ranks, 5 + 4 + 4 on three."""
     folder = tmp_path / "run"
