@@ -7,6 +7,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import BrokenExecutor
 from typing import TypeVar
 
 from partialfc.errors import (
@@ -53,6 +54,18 @@ def status_of(work: Callable[[], int], *mistakes: type[Exception]) -> int:
         else:
             _say(error)
         return code
+
+
+def in_pieces(name: str, work: Callable[[], int]) -> int:
+    """Do work whose finished pieces are kept; return its exit status, also where it is stopped."""
+    try:
+        return work()
+    except KeyboardInterrupt:
+        print(f"{name}: stopped; the same command goes on from here.", file=sys.stderr)
+        return 130
+    except BrokenExecutor:
+        print(f"{name}: a worker was killed (memory?); the same command goes on.", file=sys.stderr)
+        return 1
 
 
 def _nobody_reads() -> bool:

@@ -21,10 +21,8 @@ import argparse
 import csv
 import hashlib
 import os
-import sys
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,7 +36,7 @@ from partialfc.alignment.aligner import BLURRED, CHOICES, SMALLEST, Aligner, ope
 from partialfc.alignment.landmarks import Points, points_of, read_landmarks, write_landmarks
 from partialfc.commands._align.journal import FORMAT, Entry, append, begin, face_file, read_journal
 from partialfc.commands._bad_files import reason_of
-from partialfc.commands._command import command_parser
+from partialfc.commands._command import command_parser, in_pieces
 from partialfc.commands.pack import run
 from partialfc.cores import usable_cores
 from partialfc.data.files.index import is_hidden, is_image
@@ -70,14 +68,7 @@ class Folders:
 def main(arguments: list[str]) -> int:
     """Run the command; return its exit status: 1 if no photo has a face."""
     options = _parser().parse_args(arguments)
-    try:
-        return _align(options, Console(stderr=True, markup=False))
-    except KeyboardInterrupt:
-        print("align: stopped; the same command goes on from here.", file=sys.stderr)
-        return 130
-    except BrokenExecutor:
-        print("align: a worker was killed (memory?); the same command goes on.", file=sys.stderr)
-        return 1
+    return in_pieces("align", lambda: _align(options, Console(stderr=True, markup=False)))
 
 
 def _align(options: argparse.Namespace, console: Console) -> int:

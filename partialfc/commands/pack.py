@@ -23,11 +23,10 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from io import BytesIO
@@ -45,7 +44,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from partialfc.alignment.aligner import Aligner, open_detector
 from partialfc.alignment.landmarks import Points, points_of, read_landmarks
 from partialfc.commands._bad_files import HELP, Fault, ends_in_words, reason_of, tell_faults
-from partialfc.commands._command import command_parser
+from partialfc.commands._command import command_parser, in_pieces
 from partialfc.commands._pack.sources import (
     Source,
     file_of,
@@ -142,15 +141,9 @@ def main(arguments: list[str]) -> int:
     )
     options = parser.parse_args(arguments)
     console = Console(stderr=True, markup=False)
-    try:
-        faults = make_pack(options, console)
-    except KeyboardInterrupt:
-        print("pack: stopped; the same command goes on from here.", file=sys.stderr)
-        return 130
-    except BrokenExecutor:
-        print("pack: a worker was killed (memory?); the same command goes on.", file=sys.stderr)
-        return 1
-    return 1 if faults and not options.skip_broken else 0
+    return in_pieces(
+        "pack", lambda: int(bool(make_pack(options, console)) and not options.skip_broken)
+    )
 
 
 def make_pack(arguments: argparse.Namespace, console: Console) -> list[Fault]:

@@ -161,6 +161,11 @@ class Config(Section):
         """Return how many images of a step each rank has."""
         return Shares.of(self.data.global_batch, world_size, self.optimizer.accumulation)
 
+    def uneven_shares(self, world_size: int) -> Shares | None:
+        """Return :meth:`shares` where they differ; ``None`` where all have as many."""
+        shares = self.shares(world_size)
+        return None if shares.equal else shares
+
     def check(self, world_size: int) -> None:
         """Check what depends on the number of ranks.
 

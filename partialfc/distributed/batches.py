@@ -16,9 +16,9 @@ class Batches:
     """Gathers one batch after another.
 
     Ranks that bring unequal numbers of rows to a collective read garbage or wait for ever. So they
-    always bring as many as in the last one, behind a row that says how many they have. If that is
-    the same number everywhere, or what the shares say, what is more than in the last one is
-    gathered next. Smaller shares are filled up on the way.
+    always bring as many as in the last one, behind a row that says how many they have, or by how
+    many that is not their share. If that is the same everywhere, or 0, what is more than in the
+    last one is gathered next. Smaller shares are filled up on the way.
 
     Args:
         ranks: Those that gather.
@@ -83,7 +83,8 @@ class Batches:
         own, last, ranks = len(row_bK), self._last, self._ranks
         count = own if shares is None else shares.largest
         size_1K = row_bK.new_zeros(1, row_bK.shape[1])
-        size_1K[:, :8] = torch.full((1, 1), own, device=row_bK.device).view(torch.uint8)
+        said = own if shares is None else own - shares.sizes[ranks.rank]  # 0 if it is its share
+        size_1K[:, :8] = torch.full((1, 1), said, device=row_bK.device).view(torch.uint8)
         sent = torch.cat([size_1K, row_bK])
         if own < max(count, last):
             sent = F.pad(sent, (0, 0, 0, max(count, last) - own))
@@ -98,17 +99,17 @@ class Batches:
         return row_WbK
 
     def _refuse_other(self, size_W: Tensor, shares: Shares | None) -> None:
-        expected_W = size_W[0] if shares is None else size_W.new_tensor(shares.sizes)
-        other_W = size_W != expected_W
+        other_W = size_W != (size_W[0] if shares is None else 0)
         if other_W.device.type != "cpu":
             must = "the same size on every rank" if shares is None else "the sizes of the shares"
             torch._assert_async(~other_W.any(), f"{self._what} must have {must}")
         elif other_W.any():
             rank = int(other_W.nonzero()[0])
             if shares is not None:
+                share = shares.sizes[rank]
                 raise ValueError(
-                    f"{self._what} must have the sizes of the shares, got {int(size_W[rank])} on "
-                    f"rank {rank} instead of {shares.sizes[rank]}."
+                    f"{self._what} must have the sizes of the shares, got "
+                    f"{share + int(size_W[rank])} on rank {rank} instead of {share}."
                 )
             raise ValueError(
                 f"{self._what} must have the same size on every rank, got {int(size_W[rank])} on "

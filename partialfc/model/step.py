@@ -63,7 +63,7 @@ def train_step(
     before = [buffer.clone() for buffer in statistics]
     loss = torch.zeros((), device=images.device)
     terms: dict[str, Tensor] = {}
-    shares = config.shares(head.ranks.size) if config.data.uneven else None
+    shares = config.uneven_shares(head.ranks.size)
     if parts > 1:
         head.sample_step(identities, shares)
         shares = shares and shares.of_each(parts)

@@ -225,8 +225,7 @@ class _Loop:
             )
             self.saver.check()
             if next_identities is not None:
-                shares = config.shares(head.ranks.size) if config.data.uneven else None
-                head.prefetch(next_identities, shares)
+                head.prefetch(next_identities, config.uneven_shares(head.ranks.size))
             done = train_step(self.model, config, images, identities, rate)
             step += 1
             ledger.at(step)
