@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 
@@ -69,16 +70,13 @@ def test_a_lock_of_another_host_counts_while_somebody_touches_it(tmp_path, monke
     """Where a mount keeps locks on its own host, or none; clocks of hosts are not compared."""
     monkeypatch.setattr(folder_lock, "_SECONDS_OF_A_LOOK", 0.5)
     monkeypatch.setattr(folder_lock, "_SECONDS_BETWEEN_TOUCHES", 0.1)
-    lock, ended = tmp_path / ".lock", threading.Event()
+    lock = tmp_path / ".lock"
     lock.write_text(json.dumps({"host": "elsewhere", "process": 7, "job": "Slurm job 8"}))
     os.utime(lock, (10**9, 10**9) if lives else None)
     if lives:
-        touching = threading.Thread(target=touch, args=(lock, ended))
-        touching.start()
-        with pytest.raises(ConfigError, match="process 7 on elsewhere, Slurm job 8 trains in it"):
+        match = "process 7 on elsewhere, Slurm job 8 trains in it"
+        with touched(lock), pytest.raises(ConfigError, match=match):
             locked(tmp_path, runtime()).__enter__()
-        ended.set()
-        touching.join()
         assert json.loads(lock.read_text())["process"] == 7
     else:
         with locked(tmp_path, runtime()):
@@ -106,19 +104,28 @@ def test_a_lock_of_a_lost_machine_is_waited_for(tmp_path, monkeypatch, dies):
 def test_a_container_of_the_same_name_on_another_machine_is_another_host(tmp_path, monkeypatch):
     """Where locks do not reach other machines, both trained in the folder."""
     monkeypatch.setattr(folder_lock, "_SECONDS_BETWEEN_TOUCHES", 0.1)
-    lock, ended = tmp_path / ".lock", threading.Event()
+    lock = tmp_path / ".lock"
     lock.write_text(json.dumps({"host": socket.gethostname(), "process": 1, "boot": "another"}))
-    touching = threading.Thread(target=touch, args=(lock, ended))
-    touching.start()
-    with pytest.raises(ConfigError, match="process 1 on"):
+    with touched(lock), pytest.raises(ConfigError, match="process 1 on"):
         locked(tmp_path, runtime()).__enter__()
-    ended.set()
-    touching.join()
 
 
-def touch(lock, ended):
-    while not ended.wait(0.05):
-        os.utime(lock)
+@contextmanager
+def touched(lock):
+    """Inside, its holder lives."""
+    ended = threading.Event()
+
+    def touch():
+        while not ended.wait(0.05):
+            os.utime(lock)
+
+    touching = threading.Thread(target=touch)
+    touching.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        touching.join()
 
 
 @pytest.mark.parametrize("text", ["", "no json", "[1]", "[" * 9000, '{"host": 7}'])
