@@ -17,9 +17,9 @@ from partialfc.head.sharding import GROWTH, default_canonical_shards
 from partialfc.losses import LOSSES
 from partialfc.losses.over_ranks import EmbeddingLosses, Weighted
 from partialfc.margins import MARGINS, Margin
+from partialfc.model.optimizer import build_optimizer
 from partialfc.runtime.process import Runtime
 
-_OPTIMIZERS: dict[str, Any] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 
 # Each rank keeps its own: model.batch_norm.mean_statistics. torch 2.13 renamed the option.
@@ -132,7 +132,7 @@ def assemble(config: Config, runtime: Runtime, backbone: nn.Module, head: Partia
     return Model(
         backbone=backbone,
         replica=replica,
-        optimizer=_optimizer(config, backbone),
+        optimizer=build_optimizer(config, backbone),
         head=head,
         losses=embedding_losses(config),
         scaler=torch.amp.GradScaler(
@@ -143,20 +143,6 @@ def assemble(config: Config, runtime: Runtime, backbone: nn.Module, head: Partia
         autocast=_AUTOCAST[config.precision.compute],
         channels_last=config.backbone.channels_last,
     )
-
-
-def _optimizer(config: Config, backbone: nn.Module) -> torch.optim.Optimizer:
-    """Fused: one kernel for all tensors, and it obeys found_inf without a host synchronisation."""
-    settings = config.optimizer.model_dump(exclude={"name", "clip_norm", "accumulation"})
-    parameters = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
-    optimizer: torch.optim.Optimizer = _OPTIMIZERS[config.optimizer.name](
-        parameters, fused=True, **settings
-    )
-    if settings.get("momentum"):
-        # torch leaves the buffer of a skipped first step uninitialised; zero is what it means.
-        for parameter in parameters:
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
 
 
 def margin_of(config: Config) -> Margin:

@@ -1,6 +1,5 @@
 """One optimizer step: micro-batches, both backward passes, one verdict for every weight."""
 
-import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from partialfc.config import Config
 from partialfc.keyed import key
 from partialfc.model.build import Model
+from partialfc.model.optimizer import clip, set_rate
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +52,7 @@ def train_step(
     """
     head, optimizer, scaler = model.head, model.optimizer, model.scaler
     parts = config.optimizer.accumulation
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+    set_rate(optimizer, rate)
     head.optimizer.param_groups[0]["lr"] = rate * config.head.optimizer.lr_factor
 
     # Dropout and drop path are functions of seed, step and rank too, so that a resume repeats them.
@@ -79,8 +78,7 @@ def train_step(
             terms[name] = terms.get(name, 0) + value / parts
 
     scaler.unscale_(optimizer)
-    parameters = optimizer.param_groups[0]["params"]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.clip_norm or math.inf)
+    norm = clip(optimizer, config.optimizer.clip_norm)
     skipped = 1.0 - (loss.isfinite() & norm.isfinite()).float()
     # As GradScaler tells an optimizer, but one verdict for backbone and centers, on all ranks.
     _tell(optimizer, grad_scale=None, found_inf=skipped)
