@@ -4,7 +4,7 @@
         backbone.safetensors          parameters and buffers, named as in the backbone
         statistics_000000.safetensors BatchNorm statistics of one rank of several; the backbone's
                                       are their mean
-        optimizer.safetensors         its optimizer's states, "<parameter number>.<state>"
+        optimizer.safetensors         its optimizer's states, "<parameter>.<state>"
         centers_0000000000.safetensors  "centers" and row states of one rank, named by first row
         head.safetensors              state of the head that all ranks share, if any
         manifest.json                 sizes, SHA-256 and tensors of the files, and all that is no
@@ -27,8 +27,10 @@ from partialfc.checkpoint.disk import Disk
 from partialfc.errors import CheckpointError, OtherFormatError
 from partialfc.writing import opened
 
-FORMAT = 3
+FORMAT = 4
 """Every format has the checksum of its manifest, so that a damaged one is not taken for another."""
+BY_NUMBER = 3
+"""The format before: its optimizer.safetensors has "<parameter number>.<state>"."""
 MANIFEST = "manifest.json"
 KEYS = {
     "format",
@@ -95,10 +97,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{MANIFEST}: {type(error).__name__}: {error}") from error
     if not sound:
         raise CheckpointError(f"{MANIFEST} is corrupt: its checksum is not that of its content")
-    if manifest.get("format", FORMAT) != FORMAT:
+    if manifest.get("format", FORMAT) not in (FORMAT, BY_NUMBER):
         raise OtherFormatError(
             f"{path}: its format is {manifest['format']!r:.20}, and this version reads "
-            f"{FORMAT}. Go on with the version that wrote it, or start in another run.folder."
+            f"{BY_NUMBER} and {FORMAT}. Go on with the version that wrote it, or start in another "
+            "run.folder."
         )
     if missing := KEYS - manifest.keys():
         raise CheckpointError(f"{MANIFEST} lacks {', '.join(sorted(missing))}")

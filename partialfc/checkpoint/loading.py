@@ -10,12 +10,12 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from partialfc.checkpoint.disk import Disk
 from partialfc.checkpoint.folder import (
+    BY_NUMBER,
     leftovers,
     path_of,
     read_manifest,
@@ -25,6 +25,7 @@ from partialfc.checkpoint.folder import (
     steps,
     verify,
 )
+from partialfc.checkpoint.optimizer_states import restore_states, with_names
 from partialfc.checkpoint.saving import Saver
 from partialfc.distributed.agreement import from_leader, words_of_any
 from partialfc.errors import CheckpointError, OtherFormatError
@@ -131,14 +132,13 @@ def load(path: Path, model: Model, facts: Mapping[str, Any], runtime: Runtime) -
     manifest, head = read_manifest(path), model.head
     _same_run(path, manifest, head, facts, runtime)
     device = str(runtime.device)
-    states: dict[int, dict[str, Tensor]] = {}
     try:
         model.backbone.load_state_dict(read_tensors(path, "backbone", manifest, device))
         _read_own_statistics(path, manifest, model.backbone, runtime)
-        for name, value in read_tensors(path, "optimizer", manifest, device).items():
-            number, _, state = name.partition(".")
-            states.setdefault(int(number), {})[state] = value
-        _restore(model.optimizer, states)
+        states = read_tensors(path, "optimizer", manifest, device)
+        if manifest["format"] == BY_NUMBER:
+            states = with_names(states, model.backbone)
+        restore_states(model.optimizer, model.backbone, states)
         read_centers(path, manifest, head)
         head.optimizer.param_groups[0]["steps"] = manifest["step"]
         if shared := head.shared_state():
@@ -299,21 +299,3 @@ def _complete(expected: Mapping[str, Any], found: Any) -> Any:
     if missing := sorted(expected.keys() - set(found)):
         raise CheckpointError(f"it lacks the tensor {', '.join(missing)}")
     return found
-
-
-def _restore(optimizer: torch.optim.Optimizer, states: Mapping[int, Mapping[str, Tensor]]) -> None:
-    held = optimizer.state_dict()
-    parameters = [number for group in held["param_groups"] for number in group["params"]]
-    names = {name for state in (*states.values(), *held["state"].values()) for name in state}
-    for number in parameters:
-        _complete(
-            {f"{number}.{name}": None for name in names},
-            {f"{number}.{name}" for name in states.get(number, ())},
-        )
-    optimizer.load_state_dict({"state": states, "param_groups": held["param_groups"]})
-    # torch's fused kernels go through memory in order: a state must lie as its parameter does, and
-    # a file keeps no strides (channels_last).
-    for parameter, state in optimizer.state.items():
-        for name, value in state.items():
-            if value.shape == parameter.shape and value.stride() != parameter.stride():
-                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

@@ -29,6 +29,7 @@ from torch import Tensor
 from partialfc.checkpoint import folder as checkpoint_folder
 from partialfc.checkpoint.disk import Disk
 from partialfc.checkpoint.folder import free_bytes, path_of
+from partialfc.checkpoint.optimizer_states import named_states
 from partialfc.checkpoint.tensor_file import size_of, write_tensors
 from partialfc.distributed.agreement import words_of_any
 from partialfc.distributed.ranks import Ranks
@@ -182,12 +183,7 @@ class Saver:
             files[name] = statistics(model.backbone)
         if self._runtime.leads:
             files["backbone"] = {**model.backbone.state_dict(), **means}
-            states = model.optimizer.state_dict()["state"]
-            files["optimizer"] = {
-                f"{number}.{name}": value
-                for number, state in states.items()
-                for name, value in state.items()
-            }
+            files["optimizer"] = named_states(model.optimizer, model.backbone)
             if shared := head.shared_state():
                 files["head"] = shared
         if len(head.owned):

@@ -63,6 +63,65 @@ def test_states_keep_the_memory_layout_of_their_parameter(tmp_path):
     assert torch.equal(state, model.optimizer.state[weight]["momentum_buffer"])
 
 
+def rewritten(path, file, change):
+    """Change the tensors of one file of a checkpoint, and all that is said of it."""
+    values = change(load_file(path / file))
+    save_file(values, path / file)
+    data = (path / file).read_bytes()
+    about = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    about["tensors"] = sorted(values)
+    signed(path, lambda manifest: manifest["files"][file].update(about))
+
+
+def test_states_go_by_the_name_of_their_parameter(tmp_path):
+    """A number counts others as soon as parameters are frozen or grouped in another way."""
+    model = trained(2)
+    path = save(tmp_path, 2, model)
+    names = {f"project.{name}.momentum_buffer" for name in ("weight", "bias")}
+    assert load_file(path / "optimizer.safetensors").keys() == names
+    other = flat_model(settings())
+    (group,) = other.optimizer.param_groups
+    group["params"].reverse()
+    other.backbone.project.weight.requires_grad_(False)
+    checkpoint.load(path, other, FACTS, runtime())
+    bias = other.backbone.project.bias
+    own = model.optimizer.state[model.backbone.project.bias]["momentum_buffer"]
+    assert torch.equal(other.optimizer.state[bias]["momentum_buffer"], own)
+
+
+def test_a_checkpoint_with_states_by_number_goes_on(tmp_path):
+    """Format 3 counts the parameters that are trained, in the backbone's order."""
+    model = trained(3)
+    path = save(tmp_path, 3, model)
+    numbers = {"project.weight": "0", "project.bias": "1"}
+    rewritten(
+        path,
+        "optimizer.safetensors",
+        lambda values: {
+            f"{numbers[name.rpartition('.')[0]]}.momentum_buffer": value
+            for name, value in values.items()
+        },
+    )
+    signed(path, lambda manifest: manifest.update(format=3))
+    assert checkpoint.newest(tmp_path, runtime()) == path
+    other = flat_model(settings())
+    checkpoint.load(path, other, FACTS, runtime())
+    assert all(map(torch.equal, weights(other), weights(model)))
+    other.backbone.project.weight.requires_grad_(False)
+    with pytest.raises(CheckpointError, match="of 2 parameters by number, and this run trains 1"):
+        checkpoint.load(path, other, FACTS, runtime())
+
+
+def test_a_state_of_another_shape_is_refused(tmp_path):
+    """torch's fused kernels would read beyond its end."""
+    path = save(tmp_path, 1)
+    rewritten(
+        path, "optimizer.safetensors", lambda values: {k: v[:1].clone() for k, v in values.items()}
+    )
+    with pytest.raises(CheckpointError, match=r"momentum_buffer \[1, 192\] of project.weight"):
+        checkpoint.load(path, flat_model(settings()), FACTS, runtime())
+
+
 def test_only_the_newest_are_kept_and_only_checkpoints_are_touched(tmp_path):
     (tmp_path / "step_00000001_best").mkdir()
     (tmp_path / "notes.txt").write_text("mine")

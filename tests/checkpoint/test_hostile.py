@@ -88,7 +88,7 @@ def test_what_is_no_file_is_not_waited_for(saved, name, what):
     assert falls_back(saved)
 
 
-@pytest.mark.parametrize("other", [2, 4, "5", None])
+@pytest.mark.parametrize("other", [2, 5, "5", None])
 def test_another_format_is_refused_and_nothing_is_set_aside(saved, other):
     """A run went back to an older checkpoint, and deleted newer ones as it came to them."""
     signed(saved, lambda manifest: manifest.update(format=other))
@@ -102,8 +102,9 @@ def test_another_format_is_refused_and_nothing_is_set_aside(saved, other):
 
 def test_a_flipped_bit_is_no_other_format(saved):
     text = (saved / "manifest.json").read_text()
-    assert f'"format": {checkpoint_folder.FORMAT}' in text
-    (saved / "manifest.json").write_text(text.replace('"format": 3', '"format": 7'))
+    format = f'"format": {checkpoint_folder.FORMAT}'
+    assert format in text
+    (saved / "manifest.json").write_text(text.replace(format, '"format": 7'))
     assert falls_back(saved)
 
 

@@ -1,0 +1,78 @@
+"""States of the backbone's optimizer by the name of their parameter: ``stem.conv.weight.step``.
+
+A name stays where parameters are frozen, grouped or counted in another way; a number does not.
+"""
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from partialfc.errors import CheckpointError
+
+_NUMBERED = re.compile(r"(\d+)\.(\w+)")
+
+
+def named_states(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
+    """Return the live states by ``<parameter>.<state>``."""
+    names: dict[Tensor, str] = {one: name for name, one in module.named_parameters()}
+    return {
+        f"{names[parameter]}.{state}": value
+        for parameter, states in optimizer.state.items()
+        for state, value in states.items()
+    }
+
+
+def restore_states(
+    optimizer: torch.optim.Optimizer, module: nn.Module, found: Mapping[str, Tensor]
+) -> None:
+    """Give every parameter that is trained its states, as :func:`named_states` returned them.
+
+    Args:
+        optimizer: Of the module's parameters; what it holds is replaced.
+        module: Whose parameters have the names.
+        found: On the device of the parameters.
+
+    Raises:
+        CheckpointError: If a parameter lacks a state that another has, or one has another shape.
+    """
+    trained = {name: one for name, one in module.named_parameters() if one.requires_grad}
+    kinds = {name.rpartition(".")[2] for name in (*found, *named_states(optimizer, module))}
+    wanted = {f"{name}.{kind}" for name in trained for kind in kinds}
+    if missing := sorted(wanted - found.keys()):
+        raise CheckpointError(f"it lacks the tensor {', '.join(missing)}")
+    for name, parameter in trained.items():
+        for kind in kinds:
+            value = found[f"{name}.{kind}"]
+            if value.ndim and value.shape != parameter.shape:
+                raise CheckpointError(
+                    f"it has {kind} {list(value.shape)} of {name}, which is {list(parameter.shape)}"
+                )
+            # torch's fused kernels go through memory in order: a state must lie as its parameter
+            # does, and a file keeps no strides (channels_last).
+            lies_so = value.stride() == parameter.stride() and value.dtype == parameter.dtype
+            own = value if lies_so or not value.ndim else torch.empty_like(parameter).copy_(value)
+            optimizer.state[parameter][kind] = own
+
+
+def with_names(numbered: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """Return the states of a checkpoint of format 3, which has ``<parameter number>.<state>``.
+
+    The numbers count the parameters that are trained, in the module's order.
+
+    Raises:
+        CheckpointError: If it counts other parameters than the module trains.
+    """
+    parts = {name: _NUMBERED.fullmatch(name) for name in numbered}
+    trained = [name for name, one in module.named_parameters() if one.requires_grad]
+    if any(part is None or int(part[1]) >= len(trained) for part in parts.values()):
+        raise CheckpointError(
+            f"its optimizer has states of {len({name.split('.')[0] for name in numbered})} "
+            f"parameters by number, and this run trains {len(trained)}"
+        )
+    return {
+        f"{trained[int(part[1])]}.{part[2]}": numbered[name]
+        for name, part in parts.items()
+        if part is not None
+    }
