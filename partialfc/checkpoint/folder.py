@@ -4,6 +4,8 @@
         backbone.safetensors          parameters and buffers, named as in the backbone
         statistics_000000.safetensors BatchNorm statistics of one rank of several; the backbone's
                                       are their mean
+        average.safetensors           moving average of what is trained of it, if there is one; that
+                                      of a rank's statistics is in its file, as "average.<name>"
         optimizer.safetensors         its optimizer's states, "<parameter>.<state>"
         centers_0000000000.safetensors  "centers" and row states of one rank, named by first row
         head.safetensors              state of the head that all ranks share, if any
@@ -46,7 +48,9 @@ KEYS = {
 }
 _THREADS = 4
 _LONGEST_MANIFEST = 256 << 20
-_PART = re.compile(r"(backbone|optimizer|head|statistics_\d{6,}|centers_\d{10,})\.safetensors")
+_PART = re.compile(
+    r"(backbone|average|optimizer|head|statistics_\d{6,}|centers_\d{10,})\.safetensors"
+)
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -57,6 +61,10 @@ def path_of(folder: Path, step: int) -> Path:
 def statistics_of(rank: int) -> str:
     """The name, without its ending, of the file of a rank's own BatchNorm statistics."""
     return f"statistics_{rank:06d}"
+
+
+AVERAGE = "average."
+"""Before the name of a statistic's average in such a file."""
 
 
 def step_of(path: Path) -> int:

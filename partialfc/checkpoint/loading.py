@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from partialfc.checkpoint.disk import Disk
 from partialfc.checkpoint.folder import (
+    AVERAGE,
     BY_NUMBER,
     leftovers,
     path_of,
@@ -135,6 +136,7 @@ def load(path: Path, model: Model, facts: Mapping[str, Any], runtime: Runtime) -
     try:
         model.backbone.load_state_dict(read_tensors(path, "backbone", manifest, device))
         _read_own_statistics(path, manifest, model.backbone, runtime)
+        _read_average(path, manifest, model, runtime)
         states = read_tensors(path, "optimizer", manifest, device)
         if manifest["format"] == BY_NUMBER:
             states = with_names(states, model.backbone)
@@ -177,6 +179,23 @@ def _read_own_statistics(
     _complete(live, found)
     for name, value in live.items():
         value.copy_(found[name])
+
+
+def _read_average(path: Path, manifest: Mapping[str, Any], model: Model, runtime: Runtime) -> None:
+    """The average goes on; where the run that wrote this kept none, it begins at these weights."""
+    if model.average is None:
+        return
+    device, ranks = str(runtime.device), runtime.ranks
+    if "average.safetensors" not in manifest["files"]:
+        model.average.begin()
+        return
+    found = read_tensors(path, "average", manifest, device)
+    own = {AVERAGE + name for name in model.average.statistics()}
+    if ranks.size > 1 and ranks.size == manifest["world_size"] and own:
+        kept = read_tensors(path, statistics_of(ranks.rank), manifest, device)
+        _complete(dict.fromkeys(own), kept)
+        found |= {name.removeprefix(AVERAGE): kept[name] for name in own}
+    model.average.load(_complete(model.average.tensors, found))
 
 
 def read_centers(

@@ -34,7 +34,7 @@ from partialfc.checkpoint.tensor_file import size_of, write_tensors
 from partialfc.distributed.agreement import words_of_any
 from partialfc.distributed.ranks import Ranks
 from partialfc.errors import CheckpointError
-from partialfc.model.batch_norm import mean_statistics, statistics
+from partialfc.model.batch_norm import mean_over_ranks, mean_statistics, statistics
 from partialfc.model.build import Model
 from partialfc.runtime.process import Runtime
 
@@ -124,7 +124,7 @@ class Saver:
         """Copy the model, and write it while training goes on.
 
         Waits for the save before. What is changed after the return does not reach the checkpoint.
-        Collective: one all-reduce of BatchNorm's statistics.
+        Collective: one all-reduce of BatchNorm's statistics, and one of their averages.
 
         Raises:
             CheckpointError: If the save before failed.
@@ -177,12 +177,18 @@ class Saver:
         """The files of this rank, of the live tensors. Collective."""
         head, files = model.head, {}
         head.optimizer.settle()
-        means = mean_statistics(model.backbone, self._runtime.ranks)
+        ranks, average = self._runtime.ranks, model.average
+        means = mean_statistics(model.backbone, ranks)
+        averages = average.statistics() if average else {}
+        mean_averages = mean_over_ranks(averages, ranks)
         if means and self._ranks.size > 1:
             name = checkpoint_folder.statistics_of(self._ranks.rank)
-            files[name] = statistics(model.backbone)
+            named = {checkpoint_folder.AVERAGE + key: value for key, value in averages.items()}
+            files[name] = {**statistics(model.backbone), **named}
         if self._runtime.leads:
             files["backbone"] = {**model.backbone.state_dict(), **means}
+            if average:
+                files["average"] = {**average.tensors, **mean_averages}
             files["optimizer"] = named_states(model.optimizer, model.backbone)
             if shared := head.shared_state():
                 files["head"] = shared

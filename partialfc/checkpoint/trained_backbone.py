@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from partialfc.checkpoint import foreign, recognition
 from partialfc.checkpoint import loading as checkpoint
+from partialfc.checkpoint.folder import read_manifest
 from partialfc.checkpoint.recognition import Known
 from partialfc.config import Config, ConfigError, load
 
@@ -20,7 +21,8 @@ class TrainedBackbone:
     Attributes:
         path: As it was asked for.
         known: Which backbone, for which images.
-        state: Its tensors by name, in the backbone's order, on the CPU.
+        state: Its tensors by name, in the backbone's order, on the CPU; of a run with
+            ``backbone.ema`` the average.
         config: Settings of the run that it comes from, or ``None``.
         step: Optimizer steps that it was trained for, or ``None``.
     """
@@ -91,6 +93,8 @@ def _of_run(path: Path) -> TrainedBackbone:
             )
             order = recognition.shapes(known)
             state = load_file(candidate / "backbone.safetensors")
+            if "average.safetensors" in read_manifest(candidate)["files"]:
+                state |= load_file(candidate / "average.safetensors")
             step = int(candidate.name.removeprefix("step_"))
             return TrainedBackbone(path, known, {name: state[name] for name in order}, config, step)
         problems.append(f"{candidate}: {problem}")

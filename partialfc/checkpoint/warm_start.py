@@ -184,3 +184,5 @@ def _fill(path: Path, model: Model, state: Mapping[str, Tensor], config: Config)
             f"which the settings say: {difference(wanted, found)}."
         )
     model.backbone.load_state_dict(dict(state))
+    if model.average is not None:
+        model.average.begin()

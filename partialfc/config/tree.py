@@ -51,6 +51,11 @@ class Backbone(Section):
     checkpoint_activations: bool = False
     """Recompute activations in backward: less memory, about a third more computation."""
 
+    ema: Annotated[float, Range(ge=0, lt=1)] = 0.0
+    """Decay of a moving average of the weights, such as 0.999: verification, export and all other
+    use then take the average, and checkpoints keep both. Early steps use a smaller one,
+    (1 + step) / (10 + step) at most. 0 is none."""
+
     sync_batch_norm: bool = False
     """Take BatchNorm statistics over the images of all ranks. Without it they depend on the batch
     per rank, and so on the number of ranks."""

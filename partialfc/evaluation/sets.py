@@ -78,9 +78,10 @@ class Evaluation:
     def measure(self, model: Model) -> Results:
         """Measure a model on all sets. Collective: one all-gather for each set.
 
-        The same on all ranks: with the mean of their BatchNorm statistics.
+        The same on all ranks: with the mean of their BatchNorm statistics; and of the average of
+        the weights, where the run keeps one.
         """
-        with with_mean_statistics(model.backbone, self._runtime.ranks):
+        with model.measured(), with_mean_statistics(model.backbone, self._runtime.ranks):
             return self._measure(model)
 
     def _measure(self, model: Model) -> Results:

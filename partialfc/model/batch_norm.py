@@ -26,7 +26,11 @@ def mean_statistics(module: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
     They are moving averages, which are linear: the mean is what a rank would have that saw the
     batches of all. Collective: one all-reduce, none with one rank.
     """
-    own = statistics(module)
+    return mean_over_ranks(statistics(module), ranks)
+
+
+def mean_over_ranks(own: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """Return the mean of what each rank has under these names; see :func:`mean_statistics`."""
     if ranks.size == 1 or not own:
         return own
     flat = torch.cat([value.double().flatten() for value in own.values()])

@@ -1,5 +1,6 @@
 """From settings to the objects of a run: backbone, head, their optimizers, the loss scale."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -17,6 +18,7 @@ from partialfc.head.sharding import GROWTH, default_canonical_shards
 from partialfc.losses import LOSSES
 from partialfc.losses.over_ranks import EmbeddingLosses, Weighted
 from partialfc.margins import MARGINS, Margin
+from partialfc.model.average import Average
 from partialfc.model.optimizer import build_optimizer
 from partialfc.runtime.process import Runtime
 
@@ -40,6 +42,7 @@ class Model:
         optimizer: Of the backbone.
         head: With its own optimizer.
         losses: On the embeddings, beside the head's.
+        average: Of the backbone's weights, which is what is measured; ``None`` without one.
         scaler: Loss scale of fp16; disabled otherwise.
         autocast: Compute dtype of the backbone, or ``None`` for fp32.
         channels_last: Memory format of the images.
@@ -53,6 +56,7 @@ class Model:
     scaler: torch.amp.GradScaler
     autocast: torch.dtype | None
     channels_last: bool
+    average: Average | None = None
 
     def embed(self, images: Tensor, module: nn.Module | None = None) -> Tensor:
         """Return the embeddings [n, D] of images [n, 3, S, S] in the run's precision."""
@@ -62,6 +66,10 @@ class Model:
         with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
             embeddings: Tensor = (module or self.replica)(images)
         return embeddings
+
+    def measured(self) -> AbstractContextManager[None]:
+        """Give the backbone the weights that are measured, and at the end its own again."""
+        return self.average.in_use() if self.average else nullcontext()
 
 
 def build(config: Config, runtime: Runtime, num_identities: int, *, kept_shards: int = 0) -> Model:
@@ -142,6 +150,7 @@ def assemble(config: Config, runtime: Runtime, backbone: nn.Module, head: Partia
         ),
         autocast=_AUTOCAST[config.precision.compute],
         channels_last=config.backbone.channels_last,
+        average=Average(backbone, config.backbone.ema) if config.backbone.ema else None,
     )
 
 

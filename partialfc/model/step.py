@@ -51,12 +51,12 @@ def train_step(
         rate: Learning rate of the backbone.
     """
     head, optimizer, scaler = model.head, model.optimizer, model.scaler
-    parts = config.optimizer.accumulation
+    parts, step = config.optimizer.accumulation, head.optimizer.steps
     set_rate(optimizer, rate)
     head.optimizer.param_groups[0]["lr"] = rate * config.head.optimizer.lr_factor
 
     # Dropout and drop path are functions of seed, step and rank too, so that a resume repeats them.
-    torch.manual_seed(key(config.run.seed, "dropout", head.optimizer.steps, head.ranks.rank))
+    torch.manual_seed(key(config.run.seed, "dropout", step, head.ranks.rank))
     buffers = (*model.backbone.buffers(), *head.buffers())
     statistics = [buffer for buffer in buffers if buffer.is_floating_point()]
     before = [buffer.clone() for buffer in statistics]
@@ -91,6 +91,8 @@ def train_step(
     optimizer.zero_grad()
     for buffer, old in zip(statistics, before, strict=True):  # they saw the bad batch already
         buffer.copy_(torch.where(skipped > 0, old, buffer))
+    if model.average is not None:
+        model.average.update(step, skipped)
     return Step(loss, norm, skipped, loss_scale, terms)
 
 

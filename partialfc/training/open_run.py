@@ -52,5 +52,7 @@ def open_run(folder: Path) -> Iterator[OpenRun]:
         if newest is None:
             raise ConfigError(f"{folder}: it has no checkpoint.")
         checkpoint.load(newest, model, must_match(config, dataset), runtime)
+        if model.average is not None:
+            model.average.install()
         model.head.optimizer.catch_up(None)  # rows that move unsampled
         yield OpenRun(config, dataset, model, Evaluation(config, runtime))

@@ -34,6 +34,8 @@ def fill(model: Model, layout: Layout, step: int) -> None:
         ConfigError: If centers are stored in a format that theirs cannot be copied into.
     """
     model.backbone.load_state_dict(layout.backbone)
+    if model.average is not None:
+        model.average.begin()
     for name, parameter in model.backbone.named_parameters():
         # They have states of what is never trained here: a weight frozen at 1, an unused token.
         if parameter.requires_grad and name in layout.backbone_states:

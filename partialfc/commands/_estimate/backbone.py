@@ -240,6 +240,7 @@ def _keeps_gradients(config: Config, world_size: int) -> bool:
 def backbone_parts(config: Config, counted: NetworkCost, world_size: int) -> list[MemoryItem]:
     """Return the memory of the backbone, its optimizer and its activations."""
     settings, saved, buffers = config.optimizer, counted.saved, counted.buffers
+    average = (counted.trained + buffers) * (config.backbone.ema > 0)
     states = 2 if settings.name == "adamw" else int(settings.momentum > 0)
     batch = config.shares(world_size).of_each(settings.accumulation).largest
     images = f"forward of {batch} images, counted; of {config.verification.batch} in validation"
@@ -252,6 +253,8 @@ def backbone_parts(config: Config, counted: NetworkCost, world_size: int) -> lis
         gradients = MemoryItem("gradients", sizes, "fp32, those there when memory is highest")
     return [
         MemoryItem.always("weights", counted.weights, "fp32"),
+        MemoryItem.always("average", average, "fp32, of what is trained and the statistics"),
+        MemoryItem("distance to the average", (0, 0, average, 0), "fp32, while it moves"),
         MemoryItem.always("optimizer", states * counted.trained, f"{settings.name}, fp32"),
         gradients,
         MemoryItem.always("BatchNorm statistics", 2 * buffers, "fp32, and a copy in a step"),

@@ -113,6 +113,8 @@ def seconds_of(
     times = 4 + caught_up, 2 + caught_up
     row_bytes = shard.sampled * (times[0] * center_bytes + times[1] * state_bytes)
     weight_bytes = counted.trained * (8 if config.optimizer.name == "adamw" else 6)
+    # The average: its distance to the weights, the distance times a factor, their sum.
+    weight_bytes += (counted.trained + counted.buffers) * (3 + 2 + 3) * (config.backbone.ema > 0)
 
     operand = 2 if compute == "bf16" else 4
     moved = {

@@ -134,8 +134,11 @@ def _training(trained: TrainedBackbone, licence: str) -> list[str]:
         return [f"Unknown: only the weights were given. Licence of the training data: {licence}."]
     config = trained.config
     names = ", ".join(path.name for path in config.data.train)
+    decay = config.backbone.ema
+    averaged = f"; the moving average of the weights, of decay {decay:g}" if decay else ""
     return [
-        f"{names}; step {trained.step:,} with {config.data.global_batch:,} images each. Licence of "
+        f"{names}; step {trained.step:,} with {config.data.global_batch:,} images each{averaged}. "
+        "Licence of "
         f"the training data: **{licence}**.",
         "<details><summary>All settings</summary>\n\n"
         f"```toml\n{_without_paths(to_toml(config))}```\n\n</details>",
