@@ -21,6 +21,7 @@ FLOORS = (
         "words",
         "writing",
         "numerics",
+        "plugins",
         "backbones",
         "protocols",
         "distributed",

@@ -4,12 +4,14 @@ import difflib
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
-from typing import get_args
+from typing import Any
 
 from torch import nn
 
+from partialfc import plugins
 from partialfc.backbones import convnet, iresnet, mobilefacenet, vit
-from partialfc.definitions.backbones import Backbone, refused_size
+from partialfc.definitions.backbones import NAMES, refused_size
+from partialfc.definitions.signatures import call
 
 __all__ = ["BACKBONES", "build_backbone"]
 
@@ -19,7 +21,7 @@ _BUILT: Mapping[str, Callable[..., nn.Module]] = {
     **{name: partial(vit.VisionTransformer, shape) for name, shape in vit.SHAPES.items()},
     **{name: partial(convnet.ConvNet, layers) for name, layers in convnet.LAYERS.items()},
 }
-BACKBONES = MappingProxyType({name: _BUILT[name] for name in get_args(Backbone)})
+BACKBONES = MappingProxyType({name: _BUILT[name] for name in NAMES})
 """Name -> constructor, with the keywords of :func:`build_backbone`."""
 
 
@@ -29,6 +31,7 @@ def build_backbone(
     embedding_dim: int = 512,
     image_size: int = 112,
     checkpoint_activations: bool = False,
+    **options: Any,
 ) -> nn.Module:
     """Return a freshly initialised backbone: images [b, 3, S, S] to embeddings [b, D].
 
@@ -36,16 +39,18 @@ def build_backbone(
     weights, under autocast too. torch's default generator decides the initial weights.
 
     Args:
-        name: A key of ``BACKBONES``.
+        name: A key of ``BACKBONES``, or of a plug-in (:mod:`partialfc.plugins`).
         embedding_dim: D, >= 1.
         image_size: S in pixels: a multiple of 16, for a ViT any size >= 24.
         checkpoint_activations: Recompute the blocks' activations in backward: less memory, the
             same result.
+        options: Further keywords of this backbone's constructor.
 
     Raises:
-        ValueError: If the name is unknown or a size is outside its range.
+        ValueError: If the name or an option is unknown, or a value is outside its range.
     """
-    if name not in BACKBONES:
+    constructor = BACKBONES.get(name) or plugins.find("backbone", name)
+    if constructor is None:
         nearest = difflib.get_close_matches(name, BACKBONES, n=1, cutoff=0)[0]
         raise ValueError(
             f"name = {name!r}: there is no such backbone. Did you mean {nearest!r}? "
@@ -55,8 +60,12 @@ def build_backbone(
         raise ValueError(f"embedding_dim = {embedding_dim}: must be an integer >= 1.")
     if refused := refused_size(name, image_size):
         raise ValueError(refused)
-    return BACKBONES[name](
+    backbone: nn.Module = call(
+        name,
+        constructor,
+        options,
         embedding_dim=embedding_dim,
         image_size=image_size,
         checkpoint_activations=checkpoint_activations,
     )
+    return backbone

@@ -1,9 +1,10 @@
 """Which backbone a state_dict is of, by the names and shapes of its tensors."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +35,13 @@ class Known:
         name: A key of ``BACKBONES``.
         embedding_dim: D.
         image_size: S in pixels.
+        options: Further keywords of its constructor; a file of weights says none.
     """
 
     name: str
     embedding_dim: int
     image_size: int
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 def recognise(state: Mapping[str, Tensor], path: Path, *, image_size: int = 112) -> Known:
@@ -117,7 +120,10 @@ def shapes(known: Known) -> dict[str, tuple[int, ...]]:
 def build(known: Known) -> nn.Module:
     """Return the backbone, freshly initialised."""
     return build_backbone(
-        known.name, embedding_dim=known.embedding_dim, image_size=known.image_size
+        known.name,
+        embedding_dim=known.embedding_dim,
+        image_size=known.image_size,
+        **known.options,
     )
 
 

@@ -89,7 +89,10 @@ def _of_run(path: Path) -> TrainedBackbone:
         problem = checkpoint.verify(candidate)
         if problem is None:
             known = Known(
-                config.backbone.name, config.backbone.embedding_dim, config.data.image_size
+                config.backbone.name,
+                config.backbone.embedding_dim,
+                config.data.image_size,
+                config.backbone.options.model_dump(),
             )
             order = recognition.shapes(known)
             state = load_file(candidate / "backbone.safetensors")

@@ -4,6 +4,7 @@ import ast
 import inspect
 import sys
 import typing
+from collections.abc import Collection
 from dataclasses import is_dataclass
 from functools import cache
 from itertools import pairwise
@@ -34,7 +35,10 @@ class Defined(Section):
 
     def made(self, kind: type[D]) -> D:
         """Return the definition, or what computes it, with these values."""
-        return kind(**{name: getattr(self, name) for name in self.definition.takes})
+        fields = type(self).model_fields
+        return kind(
+            **{name: getattr(self, name) for name in self.definition.takes if name in fields}
+        )
 
 
 def section_of(
@@ -43,6 +47,7 @@ def section_of(
     *,
     name: str | None = None,
     about: str | None = None,
+    without: Collection[str] = (),
 ) -> type[S]:
     """Return the section of a definition: its fields behind those of a base.
 
@@ -51,18 +56,20 @@ def section_of(
         base: What it has besides.
         name: The word that chooses this section, where ``base`` has a ``name``.
         about: Its help; left out, that of the definition.
+        without: Fields that are no settings.
     """
     meanings = _meanings(definition)
     fields: dict[str, Any] = {
         key: (
             annotation,
             Field(
-                default=getattr(definition, key),
-                description=meanings[key],
+                default=getattr(definition, key, ...),
+                description=meanings.get(key) or f"Of {definition.__name__}.",
                 strict=False if typing.get_origin(annotation) is tuple else None,  # TOML has lists
             ),
         )
         for key, annotation in definition.takes.items()
+        if key not in without
     }
     if name:
         meaning = base.model_fields["name"].description
@@ -82,7 +89,8 @@ def _meanings(definition: type[Definition]) -> dict[str, str]:
     """The docstrings under the fields of a definition and of those that it inherits from."""
     found = {}
     for kind in filter(is_dataclass, reversed(definition.__mro__)):
-        body = _classes_of(kind.__module__)[kind.__name__].body
+        classes = _classes_of(kind.__module__)
+        body = classes[kind.__name__].body if kind.__name__ in classes else []
         for field, text in pairwise(body):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
                 found[ast.unparse(field.target)] = inspect.cleandoc(ast.literal_eval(text.value))
@@ -91,5 +99,8 @@ def _meanings(definition: type[Definition]) -> dict[str, str]:
 
 @cache
 def _classes_of(module: str) -> dict[str, ast.ClassDef]:
-    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    try:
+        tree = ast.parse(inspect.getsource(sys.modules[module]))
+    except (OSError, TypeError):  # a plug-in without source
+        return {}
     return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}

@@ -8,7 +8,7 @@ import difflib
 import math
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,7 +33,13 @@ from partialfc.writing import read_text
 S = TypeVar("S", bound=Section)
 
 
-def load_settings(schema: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
+def load_settings(
+    schema: type[S],
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    wider: Callable[[type[S], Mapping[str, Any]], type[S]] | None = None,
+) -> S:
     """Return the settings of a TOML file with command-line overrides on top.
 
     Args:
@@ -42,6 +48,7 @@ def load_settings(schema: type[S], path: str | Path, overrides: Sequence[str] = 
         overrides: ``key.sub=value`` each; the last one of a key counts. The value is TOML, or a
             bare word, which is a string. No value (``key=``) leaves out what the file sets, and
             ``section={...}`` replaces a whole section.
+        wider: Returns the schema for what the settings name besides.
 
     Raises:
         ConfigError: If the file cannot be read, or with every problem in it, one a line.
@@ -53,6 +60,10 @@ def load_settings(schema: type[S], path: str | Path, overrides: Sequence[str] = 
             settings = with_override(settings, override)
         except ValueError as error:
             problems.append(f"{override} (command line): {error}")
+    try:
+        schema = wider(schema, settings) if wider else schema
+    except ConfigError as error:
+        raise ConfigError(_message(path, [*problems, str(error)])) from error
     settings = _complete(schema, settings)
     try:
         result = schema.model_validate(settings)
@@ -292,7 +303,7 @@ def _unknown(schema: type[Section], place: _Place) -> str:
         f"[{place.parent}.{name}]".replace("[.", "[") if variants(field) else name
         for name, field in fields.items()
     ]
-    return f"{problem} {here} takes {', '.join(takes)}."
+    return f"{problem} {here} takes {', '.join(takes) or 'nothing'}."
 
 
 def _remedy(place: _Place, field: FieldInfo) -> str:

@@ -29,6 +29,13 @@ class Loss(Defined):
         return self
 
 
+class OwnLoss(Loss):
+    """What a loss of a plug-in has."""
+
+    name: str
+    """Which loss: "my.module:Name". Left out, the name of its section."""
+
+
 class Center(Loss):
     """1 - cos(theta) between an embedding and its own class center."""
 

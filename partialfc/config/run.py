@@ -66,6 +66,11 @@ class Run(Section):
     """Use deterministic kernels only, for a run that repeats bit for bit on the same hardware.
     Slower."""
 
+    plugins: Annotated[tuple[str, ...], OneOrMore] = Field(default=(), strict=False)
+    """Modules of your own that are imported before anything is checked: the names in their
+    BACKBONES, MARGINS, LOSSES, ROW_RULES and SINKS are then names here. "my.module:Name" needs no
+    entry."""
+
     @model_validator(mode="before")
     @classmethod
     def _steps_replace_epochs(cls, values: Any) -> Any:

@@ -9,12 +9,13 @@ import hashlib
 import json
 import sys
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, model_validator
 
+from partialfc import plugins
 from partialfc.config import schema as settings
 from partialfc.config.conflicts import conflicts
 from partialfc.config.data import Data
@@ -25,6 +26,7 @@ from partialfc.config.monitor import Monitor
 from partialfc.config.optimizers import AnyOfBackbone, Cosine, Linear, Polynomial, SgdOfBackbone
 from partialfc.config.run import Checkpoint, EverySteps, Log, Run
 from partialfc.config.schema import Section, UserPath, nearest_multiples
+from partialfc.config.wider import wider
 from partialfc.definitions import Range, Unit
 from partialfc.definitions.backbones import Backbone as BackboneName
 from partialfc.distributed.shares import Shares
@@ -33,11 +35,15 @@ from partialfc.errors import ConfigError
 __all__ = ["Config", "ConfigError", "config_hash", "help_text", "load", "to_toml"]
 
 
+class Options(Section):
+    """What this backbone takes besides, and others do not."""
+
+
 class Backbone(Section):
     """The network from image to embedding."""
 
     name: BackboneName = "iresnet50"
-    """Which backbone."""
+    """Which backbone; one of your own as "my.module:Name"."""
 
     embedding_dim: Annotated[int, Range(ge=1, le=4096)] = 512
     """Length of an embedding and of a class center."""
@@ -59,6 +65,8 @@ class Backbone(Section):
     sync_batch_norm: bool = False
     """Take BatchNorm statistics over the images of all ranks. Without it they depend on the batch
     per rank, and so on the number of ranks."""
+
+    options: Options = Field(default_factory=Options)
 
 
 class Precision(Section):
@@ -156,6 +164,12 @@ class Config(Section):
     log: Log = Field(default_factory=Log)
     monitor: Monitor = Field(default_factory=Monitor)
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _with_what_it_names(cls, values: Any, check: ModelWrapValidatorHandler[Self]) -> Self:
+        schema = wider(cls, values) if cls is Config and isinstance(values, dict) else cls
+        return check(values) if schema is cls else schema.model_validate(values)
+
     @model_validator(mode="after")
     def _goes_together(self) -> "Config":
         if problems := list(conflicts(self)):
@@ -221,6 +235,7 @@ _CHANGES_NO_RESULT: dict[str, Any] = {
         "fruitless_starts",
         "hang_seconds",
         "preflight",
+        "plugins",
     },
     # The data's fingerprint stands for its paths.
     "data": {"train", "skip", "bad_share", "threads", "prefetch", "uneven"},
@@ -232,16 +247,38 @@ _CHANGES_NO_RESULT: dict[str, Any] = {
 }
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load(
+    path: str | Path, overrides: Sequence[str] = (), *, trusted: Collection[str] | None = None
+) -> Config:
     """Return the settings of a run from a TOML file and ``key.sub=value`` overrides.
 
     The config.toml in a run's folder means that folder, wherever it was moved or copied; what it
     says of ``run.folder`` does not count, an override does.
 
+    The plug-ins that settings name are imported, and so run.
+
+    Args:
+        path: TOML file.
+        overrides: See :func:`partialfc.config.file.load_settings`.
+        trusted: Modules that may be imported where the settings are not the user's own, but a
+            checkpoint's; ``None`` for all that they name.
+
     Raises:
         ConfigError: With every problem found; see :func:`partialfc.config.file.load_settings`.
     """
-    config = load_settings(Config, path, overrides)
+
+    def with_plugins(schema: type[Config], settings: Mapping[str, Any]) -> type[Config]:
+        named = plugins.named_in(settings)
+        if trusted is not None and (strange := sorted({*named} - {*trusted})):
+            raise ConfigError(
+                f"these settings name the plug-in{'s' * (len(strange) > 1)} {', '.join(strange)}: "
+                "code that would be run. If it is yours, or you have read it, name it: "
+                f"{' '.join(f'--plugin {name}' for name in strange)}."
+            )
+        plugins.load(named)
+        return wider(schema, settings)
+
+    config = load_settings(Config, path, overrides, wider=with_plugins)
     home = Path(path).absolute().parent
     chosen = any(key.split("=")[0].strip() in ("run", "run.folder") for key in overrides)
     if chosen or Path(path).name != "config.toml" or not _holds_run(home):

@@ -1,6 +1,8 @@
 """The backbones by name, and the images that they take; :mod:`partialfc.backbones` builds them."""
 
-from typing import Literal
+from typing import Literal, get_args
+
+from partialfc.definitions import Definition
 
 Backbone = Literal[
     "iresnet18",
@@ -20,11 +22,28 @@ Backbone = Literal[
 ]
 """Every backbone by the name it has in a settings file."""
 
+NAMES: tuple[str, ...] = get_args(Backbone)
+
+OPTIONS: dict[str, type[Definition]] = {}
+"""What a backbone takes besides, by its name: keywords of its constructor, ``[backbone.options]``
+of a file. One that is not in here takes nothing."""
+
+
+def options_of(name: str) -> type[Definition] | None:
+    """Return what a backbone of ours takes besides; ``None`` if there is none of this name."""
+    return OPTIONS.get(name, Definition) if name in NAMES else None
+
+
 _SMALLEST_OF_PATCHES = 24
 
 
 def refused_size(name: str, image_size: int) -> str | None:
-    """Return why a backbone does not take images of a side in pixels; ``None`` if it does."""
+    """Return why a backbone does not take images of a side in pixels; ``None`` if it does.
+
+    Of one that is not ours nothing is known.
+    """
+    if name not in NAMES:
+        return None
     if name.startswith("vit_"):
         if image_size >= _SMALLEST_OF_PATCHES:
             return None

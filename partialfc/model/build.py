@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from partialfc.backbones import build_backbone
 from partialfc.config import Config, ConfigError
 from partialfc.config.conflicts import head_compute, memory_of
+from partialfc.definitions.phrases import to_value
 from partialfc.head import Kernels, PartialFC, Precision
 from partialfc.head.rows.rules import ROW_RULES
 from partialfc.head.sharding import GROWTH, default_canonical_shards
@@ -84,16 +85,30 @@ def build(config: Config, runtime: Runtime, num_identities: int, *, kept_shards:
     Raises:
         ConfigError: If this machine cannot do what the settings ask of it.
     """
-    backbone = build_backbone(
-        config.backbone.name,
-        embedding_dim=config.backbone.embedding_dim,
-        image_size=config.data.image_size,
-        checkpoint_activations=config.backbone.checkpoint_activations,
-    )
+    backbone = new_backbone(config)
     model = assemble(config, runtime, backbone, _head(config, runtime, num_identities, kept_shards))
     if isinstance(model.replica, DistributedDataParallel):
         _arrange_buckets(model, config, runtime)
     return model
+
+
+def new_backbone(config: Config) -> nn.Module:
+    """Return the backbone that the settings ask for, freshly initialised.
+
+    Raises:
+        ConfigError: If it does not take what they say.
+    """
+    settings = config.backbone
+    try:
+        return build_backbone(
+            settings.name,
+            embedding_dim=settings.embedding_dim,
+            image_size=config.data.image_size,
+            checkpoint_activations=settings.checkpoint_activations,
+            **settings.options.model_dump(),
+        )
+    except ValueError as error:
+        raise ConfigError(f"backbone.name = {to_value(settings.name)}: {error}") from error
 
 
 def _arrange_buckets(model: Model, config: Config, runtime: Runtime) -> None:

@@ -21,6 +21,7 @@ def must_match(config: Config, dataset: DataSet) -> dict[str, object]:
         "data.block_window": config.data.block_window,
         "data.image_size": config.data.image_size,
         "backbone.name": config.backbone.name,
+        "backbone.options": config.backbone.options.model_dump(mode="json") or None,
         "backbone.embedding_dim": config.backbone.embedding_dim,
         "precision.compute": config.precision.compute,
         "optimizer.name": config.optimizer.name,

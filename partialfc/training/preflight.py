@@ -19,13 +19,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from partialfc.backbones import build_backbone
 from partialfc.config import Config, ConfigError
 from partialfc.data.dataset import DataSet
 from partialfc.data.loaders.stream import Batches
 from partialfc.data.source import files_of
 from partialfc.distributed.agreement import all_agree, collective_device, words_of_any
 from partialfc.distributed.ranks import gather_rows, sum_to_owner
+from partialfc.model.build import new_backbone
 from partialfc.records.console import show_table
 from partialfc.records.environment import package_version
 from partialfc.runtime.process import Runtime, local_rank
@@ -303,11 +303,7 @@ def _write_speed(path: Path) -> float:
 def checkpoint_bytes(config: Config, num_identities: int, ranks: int) -> int:
     """Return the size of a checkpoint to within a few percent: weights and their momenta."""
     with torch.device("meta"):
-        backbone = build_backbone(
-            config.backbone.name,
-            embedding_dim=config.backbone.embedding_dim,
-            image_size=config.data.image_size,
-        )
+        backbone = new_backbone(config)
     states = {"sgd": 1, "adamw": 2, "adagrad": 0}
     weights = sum(parameter.numel() for parameter in backbone.parameters())
     buffers = sum(buffer.numel() for buffer in backbone.buffers())

@@ -17,9 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from partialfc.backbones import build_backbone
-from partialfc.config import Config, ConfigError
-from partialfc.model.build import _AUTOCAST
+from partialfc.config import Config
+from partialfc.model.build import _AUTOCAST, new_backbone
 
 MIB, GIB = 2**20, 2**30
 
@@ -210,16 +209,8 @@ def count_backbone(config: Config, world_size: int) -> NetworkCost:
         ConfigError: If the backbone does not exist or does not fit the image size.
     """
     settings, size = config.backbone, config.data.image_size
-    try:
-        with torch.device("meta"):
-            network = build_backbone(
-                settings.name,
-                embedding_dim=settings.embedding_dim,
-                image_size=size,
-                checkpoint_activations=settings.checkpoint_activations,
-            )
-    except ValueError as error:
-        raise ConfigError(f"backbone.name = {settings.name!r}: {error}") from error
+    with torch.device("meta"):
+        network = new_backbone(config)
     if settings.channels_last:
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     batch = config.shares(world_size).of_each(config.optimizer.accumulation).largest

@@ -1,0 +1,221 @@
+"""Settings for what they name besides ours: a schema with sections for plug-ins and for options.
+
+What a backbone takes besides is known when its name is: its section ``options`` is made then, and
+so are those of a plug-in's margin, losses and row rule. All that reads a schema, the check of a
+file, its messages and the resolved settings, knows them as it knows ours.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import cache, reduce
+from operator import or_
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_origin
+
+from pydantic import Field, create_model
+
+from partialfc import plugins
+from partialfc.config import margins
+from partialfc.config.defined import section_of
+from partialfc.config.losses import OwnLoss
+from partialfc.config.optimizers import OfCenters
+from partialfc.config.schema import Section, UserPath, choices, tag_name, variants
+from partialfc.definitions import Definition, backbones
+from partialfc.definitions.phrases import options_of, to_value
+from partialfc.definitions.signatures import REQUIRED, taken
+from partialfc.errors import ConfigError
+
+S = TypeVar("S", bound=Section)
+Named = tuple[str, Any]
+"""What settings call something, and what it is."""
+
+_COMMON = ("embedding_dim", "image_size", "checkpoint_activations")
+"""Keywords of every backbone; the settings have them elsewhere."""
+
+
+def wider(schema: type[S], settings: Mapping[str, Any]) -> type[S]:
+    """Return a schema of a run that also has what these settings name besides ours.
+
+    Args:
+        schema: Of a run.
+        settings: As a file has them; what is of a wrong type is left to who checks it.
+
+    Raises:
+        ConfigError: If what a plug-in has by a name is not what it should be.
+    """
+    head, losses = _section(schema, "head"), settings.get("losses")
+    known = _section(schema, "losses").model_fields
+    own = [
+        (label, one.get("name", label))
+        for label, one in (losses.items() if isinstance(losses, Mapping) else ())
+        if label not in known and isinstance(one, Mapping)
+    ]
+    return _wider(
+        schema,
+        _backbone(_section(schema, "backbone"), settings),
+        _variant(head, "margin", "margin", settings),
+        _variant(head, "optimizer", "row rule", settings),
+        tuple(
+            (label, (name, kind))
+            for label, name in own
+            if (kind := _class(f"losses.{label}.name", "loss", name)) is not None
+        ),
+    )
+
+
+@cache
+def _wider(
+    schema: type[S],
+    backbone: Named | None,
+    margin: Named | None,
+    rule: Named | None,
+    losses: tuple[tuple[str, Named], ...],
+) -> type[S]:
+    """Equal settings have one schema, and so are equal."""
+    changed: dict[str, Any] = {}
+    if backbone is not None:
+        section = _section(schema, "backbone")
+        name = section.model_fields["name"]
+        options = _options(_section(section, "options"), *backbone)
+        words = tuple(dict.fromkeys((*choices(name), backbone[0])))
+        changed["backbone"] = _derived(
+            section,
+            name=(Literal[words], Field(default=name.default, description=name.description)),
+            options=(options, Field(default_factory=options)),
+        )
+    of_head = {
+        key: _with(_section(schema, "head"), key, base, named)
+        for key, base, named in (("margin", margins.Margin, margin), ("optimizer", OfCenters, rule))
+        if named is not None
+    }
+    if of_head:
+        changed["head"] = _derived(_section(schema, "head"), **of_head)
+    if losses:
+        sections = {label: section_of(kind, OwnLoss, name=name) for label, (name, kind) in losses}
+        fields = {label: (one, Field(default_factory=one)) for label, one in sections.items()}
+        changed["losses"] = _derived(_section(schema, "losses"), **fields)
+    if not changed:
+        return schema
+    fields = {key: (one, Field(default_factory=one)) for key, one in changed.items()}
+    return _derived(schema, **fields)
+
+
+def _derived(section: type[S], **fields: Any) -> type[S]:
+    """The section with other fields, or more of them."""
+    return create_model(
+        section.__name__,
+        __base__=section,
+        __doc__=section.__doc__,
+        __cls_kwargs__={"use_attribute_docstrings": False},  # it has no source to look at
+        **fields,
+    )
+
+
+def _section(schema: type[Section], key: str) -> type[Any]:
+    """The section of a key that has no variants."""
+    (section,) = variants(schema.model_fields[key]).values()
+    return section
+
+
+def _with(head: type[Section], key: str, base: type[Any], named: Named) -> Any:
+    """The field of a key of the head with one variant more."""
+    field, (name, kind) = head.model_fields[key], named
+    more = section_of(kind, base, name=name, without=("lr",) if base is OfCenters else ())
+    tagged: Any = reduce(or_, (*variants(field).values(), more))
+    tagged = Annotated[tagged, Field(discriminator=tag_name(field))]
+    return tagged, Field(default_factory=next(iter(variants(field).values())))
+
+
+def _variant(head: type[Section], key: str, kind: str, settings: Mapping[str, Any]) -> Named | None:
+    """The plug-in that a section of the head names, if it does."""
+    name = _at(settings, "head", key, "name")
+    if not isinstance(name, str) or name in variants(head.model_fields[key]):
+        return None
+    found = _class(f"head.{key}.name", kind, name)
+    return None if found is None else (name, found)
+
+
+def _class(key: str, kind: str, name: Any) -> type[Definition] | None:
+    """What a plug-in has by a name, if it has anything."""
+    found = plugins.find(kind, name) if isinstance(name, str) else None
+    if found is None:
+        return None
+    base = _base(kind)
+    if not isinstance(found, type) or not issubclass(found, base) or inspect.isabstract(found):
+        lacks = ", ".join(sorted(getattr(found, "__abstractmethods__", ())))
+        raise ConfigError(
+            f"{key} = {to_value(name)}: must be a class that inherits from {base.__module__}."
+            f"{base.__name__}{f' and has {lacks}' if lacks else ''}."
+        )
+    return found
+
+
+def _base(kind: str) -> type[Definition]:
+    """What a class of a kind inherits from. It needs torch, as a plug-in does."""
+    if kind == "margin":
+        from partialfc.margins.base import Margin
+
+        return Margin
+    if kind == "loss":
+        from partialfc.losses.base import EmbeddingLoss
+
+        return EmbeddingLoss
+    from partialfc.head.rows.rules import RowRule
+
+    return RowRule
+
+
+def _backbone(section: type[Section], settings: Mapping[str, Any]) -> Named | None:
+    """A backbone that is a plug-in's or that takes options."""
+    name = _at(settings, "backbone", "name") or section.model_fields["name"].default
+    if not isinstance(name, str):
+        return None
+    if (ours := backbones.options_of(name)) is not None:
+        return (name, ours) if ours.takes else None
+    found = plugins.find("backbone", name)
+    if found is None:
+        return None
+    if not callable(found) or "embedding_dim" not in inspect.signature(found).parameters:
+        raise ConfigError(
+            f"backbone.name = {to_value(name)}: must be a class or a function that takes the "
+            "keyword embedding_dim and returns a module."
+        )
+    return name, found
+
+
+def _options(base: type[Any], name: str, kind: Callable[..., object]) -> type[Section]:
+    """The section of what a backbone takes besides."""
+    if isinstance(kind, type) and issubclass(kind, Definition):
+        return section_of(kind, base)
+    try:
+        found = taken(kind, without=_COMMON)
+    except ValueError as error:
+        raise ConfigError(f"backbone.name = {to_value(name)}: {error}") from error
+    fields: dict[str, Any] = {
+        key: (
+            _as_setting(annotation),
+            Field(
+                default=... if default is REQUIRED else default,
+                description=f"Keyword of {name}.",
+                strict=False if _has_lists(annotation) else None,
+            ),
+        )
+        for key, (annotation, default) in found.items()
+    }
+    return _derived(base, **fields)
+
+
+def _as_setting(annotation: Any) -> Any:
+    """A type as a file has it: a path is text there."""
+    kinds = [UserPath if one is Path else one for one in options_of(annotation)]
+    return reduce(or_, kinds)
+
+
+def _has_lists(annotation: Any) -> bool:
+    return any(get_origin(one) is tuple for one in options_of(annotation))
+
+
+def _at(settings: Any, *keys: str) -> Any:
+    for key in keys:
+        settings = settings.get(key) if isinstance(settings, Mapping) else None
+    return settings
