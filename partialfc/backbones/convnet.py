@@ -70,9 +70,9 @@ class ConvNet(nn.Module):
 
 def _stage(inputs: int, outputs: int, *, pooled: bool) -> nn.Sequential:
     stride = 1 if pooled else 2
-    layers = [
+    return nn.Sequential(
         nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False),
         nn.BatchNorm2d(outputs),
-        nn.ReLU(inplace=True),
-    ]
-    return nn.Sequential(*layers, *[nn.MaxPool2d(2)] * pooled)
+        *[nn.MaxPool2d(2)] * pooled,
+        nn.ReLU(inplace=True),  # last: the same bits as before the pooling, on a quarter of them
+    )
