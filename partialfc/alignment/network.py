@@ -1,4 +1,4 @@
-"""ONNX files as functions of numpy arrays, on one thread of the CPU."""
+"""ONNX files as functions of numpy arrays, on the CPU."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,10 +24,12 @@ class Network(NamedTuple):
     outputs: tuple[str, ...]
 
 
-def open_network(path: Path) -> Network:
+def open_network(path: Path, *, threads: int = 1) -> Network:
     """Return the model of an ONNX file.
 
-    One thread: several processes or threads look at a photo each.
+    Args:
+        path: Of the file.
+        threads: Of one call; one where several processes or threads look at a photo each.
 
     Raises:
         OSError: If there is no such file.
@@ -38,7 +40,7 @@ def open_network(path: Path) -> Network:
 
     with path.open("rb"):
         options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 4  # errors are raised as well
     try:
         session = onnxruntime.InferenceSession(

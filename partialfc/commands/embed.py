@@ -46,6 +46,7 @@ from partialfc.data.names import Names, own_names
 from partialfc.data.packs.labels import BAD
 from partialfc.data.packs.pack import open_pack
 from partialfc.data.source import labels_of
+from partialfc.data.vectors import Origin
 from partialfc.distributed.ranks import sum_over_ranks
 from partialfc.evaluation.embedding import embed_images
 from partialfc.runtime.process import Runtime, running
@@ -66,12 +67,14 @@ class Images:
         identities: Of the images, or "" where they are not known; [N].
         read: Returns the RGB pixels of image i; ValueError or OSError if it cannot be used.
         others: Files that are no images by their names, counted by the ends of these.
+        fingerprint: Of the pack, if it is one.
     """
 
     names: list[str]
     identities: list[str]
     read: Callable[[int], Pixels]
     others: Counter[str] = field(default_factory=Counter)
+    fingerprint: str | None = None
 
 
 def main(arguments: list[str]) -> int:
@@ -110,8 +113,12 @@ def main(arguments: list[str]) -> int:
             good = np.flatnonzero(~bad_N).tolist()
             names, identities = ([of[i] for i in good] for of in (images.names, images.identities))
             if good:
-                found = Embeddings(names, identities, rows_ND[good].astype(np.float32))
-                write_embeddings(options.out, found)
+                origin = None
+                if images.fingerprint is not None:
+                    left_out = tuple(np.flatnonzero(bad_N).tolist())
+                    origin = Origin(images.fingerprint, len(images.names), left_out)
+                rows_ND = rows_ND[good].astype(np.float32)
+                write_embeddings(options.out, Embeddings(names, identities, rows_ND, origin))
             tell_faults(faults, options.bad)
             if not good:
                 raise ValueError(f"{options.images}: none of its images can be used.")
@@ -188,6 +195,7 @@ def _images(options: argparse.Namespace, size: int) -> Images:
             [str(i) for i in range(len(pack))],
             [_identity(i, people) for i in labels_of(pack).tolist()],
             lambda index: decode_image(pack.record(index)[1], size),
+            fingerprint=pack.fingerprint,
         )
     others: Counter[str] = Counter()
     files = sorted(_files(path, others))

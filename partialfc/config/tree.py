@@ -208,13 +208,15 @@ class Config(Section):
                 f"BatchNorm takes its statistics over at least 2. Use {2 * parts} or more."
             )
         repeated = self.data.images_per_identity or 1
-        pairs = self.losses.triplet.weight or self.losses.contrastive.weight
+        losses = self.losses
+        teacher = losses.teacher.weight if losses.teacher.form == "margin" else 0
+        pairs = losses.triplet.weight or losses.contrastive.weight or teacher
         own = self.shares(world_size).of_each(accumulation).sizes
         if pairs and not problems and any(size % repeated for size in own):
             problems.append(
                 f"data.images_per_identity = {repeated}: must divide the {own[0]} images "
                 f"of a rank's micro-batch ({batch} / {world_size} ranks / optimizer.accumulation "
-                f"{accumulation}), or losses.triplet and losses.contrastive lose pairs."
+                f"{accumulation}), or losses that compare pairs of one identity lose some."
             )
         shards = self.head.canonical_shards
         if shards is not None and shards < world_size:
@@ -237,6 +239,7 @@ _CHANGES_NO_RESULT: dict[str, Any] = {
         "preflight",
         "plugins",
     },
+    "losses": {"teacher": {"from"}},  # its digest stands for its place
     # The data's fingerprint stands for its paths.
     "data": {"train", "skip", "bad_share", "threads", "prefetch", "uneven"},
     "verification": True,

@@ -107,7 +107,7 @@ class DataSet:
 
     def locate(self, sample: int) -> tuple[Source, int]:
         """Return the pack of a sample and its image index there."""
-        pack_B, image_B = self._locate(np.asarray([sample], np.int64))
+        pack_B, image_B = self.places(np.asarray([sample], np.int64))
         return self.packs[int(pack_B[0])], int(image_B[0])
 
     def bad(self, sample: int, problem: str) -> tuple[Source, BadRecord]:
@@ -127,7 +127,7 @@ class DataSet:
 
     def will_need(self, samples: NDArray[np.int64], stretch: int = 1) -> None:
         """Begin to read samples [B], those of packs; see :meth:`~.records.Pack.will_need`."""
-        pack_B, image_B = self._locate(samples)
+        pack_B, image_B = self.places(samples)
         for number in np.unique(pack_B).tolist():
             pack = self.packs[number]
             if isinstance(pack, Pack):
@@ -135,7 +135,7 @@ class DataSet:
 
     def records(self, samples: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.uint8]] | str]:
         """Yield identity and JPEG bytes of each sample [B], or what is wrong with its record."""
-        pack_B, image_B = self._locate(samples)
+        pack_B, image_B = self.places(samples)
         starts = self._identity_start_P.tolist()
         for number, image in zip(pack_B.tolist(), image_B.tolist(), strict=True):
             try:
@@ -147,7 +147,7 @@ class DataSet:
 
     def identities(self, samples: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the identities [B] of samples [B], in [0, num_identities)."""
-        pack_B, image_B = self._locate(np.asarray(samples, np.int64))
+        pack_B, image_B = self.places(np.asarray(samples, np.int64))
         identity_B = np.empty(len(image_B), np.int64)
         for number in np.unique(pack_B).tolist():
             of_pack_B = pack_B == number
@@ -167,8 +167,8 @@ class DataSet:
             [label_N + np.int64(s) for label_N, s in zip(of_packs, starts, strict=True)]
         )
 
-    def _locate(self, sample_B: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Numbers of the packs, and image indices there."""
+    def places(self, sample_B: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the numbers of the packs of samples [B], and their image indices there."""
         wrong = np.flatnonzero((sample_B < 0) | (sample_B >= len(self)))
         if len(wrong):
             raise IndexError(f"{self.name}: sample {sample_B[wrong[0]]} not in [0, {len(self)}).")

@@ -30,9 +30,40 @@ class Uniformity(Definition):
     """Large values see near pairs only."""
 
 
+class Distillation(Definition):
+    """How the embeddings follow a teacher's of the same images."""
+
+    form: Literal["cosine", "relational", "margin"] = "cosine"
+    """``cosine`` wants each embedding in the teacher's direction, ``relational`` its distances
+    between images, ``margin`` triplets with a margin that is wide where the teacher is sure."""
+
+    smallest_margin: Annotated[float, Range(ge=0, lt=4), Unit("units of squared distance")] = 0.2
+    """Margin where the teacher does not tell two identities apart; of ``margin``."""
+
+    largest_margin: Annotated[float, Range(ge=0, lt=4), Unit("units of squared distance")] = 0.5
+    """Margin where the teacher's embeddings of one identity are equal and those of two have nothing
+    in common; of ``margin``."""
+
+    def conflict(self) -> str | None:
+        """Return which margin is not used, or that they are the wrong way round."""
+        for name in ("smallest_margin", "largest_margin"):
+            value = getattr(self, name)
+            if self.form != "margin" and value != getattr(type(self), name):
+                return (
+                    f'{name} = {value}: has no effect with form = "{self.form}". Set form = '
+                    f'"margin", or remove {name}.'
+                )
+        if self.smallest_margin > self.largest_margin:
+            return (
+                f"smallest_margin = {self.smallest_margin}: must be <= largest_margin = "
+                f"{self.largest_margin}. Swap them."
+            )
+        return None
+
+
 LOSSES: dict[str, type[Definition]] = {
     "triplet": Triplet,
     "contrastive": Contrastive,
     "uniformity": Uniformity,
 }
-"""Every loss on embeddings by its name in a settings file."""
+"""Every loss that needs a batch alone, by its name in a settings file."""

@@ -25,6 +25,11 @@ class Contrastive(definitions.Contrastive, EmbeddingLoss):
 
     terms: ClassVar[int] = 2
 
+    @property
+    def compares_pairs(self) -> bool:
+        """Whether batches must have several images of an identity."""
+        return True
+
     def sums(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
         """Return sums [2] and counts [2] of pairs of one identity and of two."""
         distance_bB = pairs.square_bB.clamp(min=_SMALLEST_SQUARE).sqrt()

@@ -1,7 +1,7 @@
 """The losses on embeddings, over the batch of all ranks.
 
 Shape suffixes: b = rows of this rank's batch, B = rows of the gathered batch, D = embedding,
-T = terms of all losses.
+L = a teacher's embedding, T = terms of all losses.
 """
 
 import math
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from partialfc.distributed.batches import Batches
 from partialfc.distributed.ranks import Ranks, sum_over_ranks, sum_to_owner
 from partialfc.distributed.shares import Shares
-from partialfc.losses import EmbeddingLoss, Pairs
+from partialfc.losses import Distillation, EmbeddingLoss, Lesson, Pairs
 from partialfc.numerics import unit
 
 
@@ -40,6 +40,12 @@ class Weighted:
             raise ValueError(
                 f"weight must be > 0 and finite, got {self.weight}; leave the loss out for 0."
             )
+
+    def at(self, lesson: Lesson | None) -> float:
+        """Return the weight at a step."""
+        if lesson is None or not isinstance(self.loss, Distillation):
+            return self.weight
+        return self.weight * lesson.factor
 
 
 class EmbeddingLosses(nn.Module):
@@ -66,7 +72,11 @@ class EmbeddingLosses(nn.Module):
         self.terms = {}
 
     def forward(
-        self, embeddings: Tensor, identities: Tensor, shares: Shares | None = None
+        self,
+        embeddings: Tensor,
+        identities: Tensor,
+        shares: Shares | None = None,
+        lesson: Lesson | None = None,
     ) -> Tensor:
         """Return the weighted sum, fp32, the same on all ranks.
 
@@ -78,25 +88,30 @@ class EmbeddingLosses(nn.Module):
             embeddings: [b, D] of this rank, any float dtype, any length; b equal on all ranks.
             identities: int64 [b], global.
             shares: b of every rank where it is not equal.
+            lesson: The teacher's embeddings of the same images; they travel with the others.
 
         Raises:
             ValueError: If b is not equal, or not its share; on a GPU, a device-side assertion fails
-                instead.
+                instead. If a loss needs a lesson and there is none, or one that does not fit.
         """
         if not self.losses:
             return torch.zeros((), device=embeddings.device)
         with torch.autocast(embeddings.device.type, enabled=False):
             loss: Tensor = _OverRanks.apply(  # type: ignore[no-untyped-call]
-                embeddings, identities, shares, self
+                embeddings, identities, shares, lesson, self
             )
         return loss
 
 
 def sums_of(
-    losses: Mapping[str, Weighted], unit_BD: Tensor, identities_B: Tensor, anchors: slice
+    losses: Mapping[str, Weighted],
+    unit_BD: Tensor,
+    identities_B: Tensor,
+    anchors: slice,
+    teacher_BL: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the sums [T] over this rank's anchors, with their gradient, and the counts [T]."""
-    pairs = Pairs.of(unit_BD, identities_B, anchors)
+    pairs = Pairs.of(unit_BD, identities_B, anchors, teacher_BL)
     parts = [one.loss.sums(pairs) for one in losses.values()]
     # A loss that leaves out pairs with NaN must be NaN too.
     sum_T = torch.cat([part[0] for part in parts]) + 0 * unit_BD.sum()
@@ -112,17 +127,23 @@ class _OverRanks(torch.autograd.Function):
         embeddings: Tensor,
         identities: Tensor,
         shares: Shares | None,
+        lesson: Lesson | None,
         module: EmbeddingLosses,
     ) -> Tensor:
         """Return the loss; arguments and collectives are those of ``EmbeddingLosses.forward``."""
         ranks, weighted = module.ranks, module.losses
         unit_bD, reciprocal_b1 = unit(embeddings.float())
-        unit_BD, identities_B, _ = module.batches.gather(unit_bD, identities, shares=shares)
+        row_b, dim = unit_bD, unit_bD.shape[1]
+        if lesson is not None:
+            row_b = torch.cat([unit_bD, unit(lesson.embeddings_bL)[0]], dim=1)
+        row_B, identities_B, _ = module.batches.gather(row_b, identities, shares=shares)
+        unit_BD = row_B if lesson is None else row_B[:, :dim].contiguous()
+        teacher_BL = None if lesson is None else row_B[:, dim:].contiguous()
         anchors = (shares or Shares((len(unit_bD),) * ranks.size)).rows(ranks.rank)
         want_gradient = ctx.needs_input_grad[0]
         with torch.set_grad_enabled(want_gradient):
             unit_BD = unit_BD.detach().requires_grad_(want_gradient)
-            sum_T, count_T = sums_of(module.losses, unit_BD, identities_B, anchors)
+            sum_T, count_T = sums_of(weighted, unit_BD, identities_B, anchors, teacher_BL)
         totals = sum_over_ranks(torch.stack([sum_T.detach(), count_T]), ranks)
         count_T = totals[1].clamp(min=1)
         with torch.set_grad_enabled(want_gradient):
@@ -132,7 +153,10 @@ class _OverRanks(torch.autograd.Function):
                 one.loss.value(mean) for one, mean in zip(weighted.values(), means, strict=True)
             ]
             loss = torch.stack(
-                [one.weight * value for one, value in zip(weighted.values(), values, strict=True)]
+                [
+                    one.at(lesson) * value
+                    for one, value in zip(weighted.values(), values, strict=True)
+                ]
             ).sum()
         module.terms = {name: value.detach() for name, value in zip(weighted, values, strict=True)}
         if want_gradient:
@@ -146,7 +170,7 @@ class _OverRanks(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor, None, None, None, None]:
         """Return the gradient of the embeddings."""
         (gradient_bD,) = ctx.saved_tensors
-        return (gradient_bD * weight).to(ctx.dtype), None, None, None
+        return (gradient_bD * weight).to(ctx.dtype), None, None, None, None

@@ -18,6 +18,11 @@ class Triplet(definitions.Triplet, EmbeddingLoss):
     is eq. 5 of https://arxiv.org/abs/1703.07737.
     """
 
+    @property
+    def compares_pairs(self) -> bool:
+        """Whether batches must have several images of an identity."""
+        return True
+
     def sums(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
         """Return the sum [1] over mined triplets and their number [1]."""
         mined = _semi_hard if self.mining == "semi_hard" else _batch_hard

@@ -152,7 +152,7 @@ def pair_warnings(losses: Iterable[str], images_per_identity: int | None) -> lis
     """Return a sentence for every loss whose pairs of one identity batches hardly have.
 
     Args:
-        losses: Names of those with a weight.
+        losses: Names of those with a weight that compare pairs of one identity.
         images_per_identity: K of the batches; ``None`` where they are drawn image by image.
     """
     if images_per_identity is not None and images_per_identity > 1:
@@ -161,5 +161,4 @@ def pair_warnings(losses: Iterable[str], images_per_identity: int | None) -> lis
         f"losses.{name}.weight: a batch hardly has two images of one identity, so this loss sees "
         "few pairs or none; set data.images_per_identity, e.g. to 4."
         for name in losses
-        if name in ("triplet", "contrastive")
     ]

@@ -16,7 +16,7 @@ from partialfc.definitions.phrases import to_value
 from partialfc.head import Kernels, PartialFC, Precision
 from partialfc.head.rows.rules import ROW_RULES
 from partialfc.head.sharding import GROWTH, default_canonical_shards
-from partialfc.losses import LOSSES
+from partialfc.losses import LOSSES, Distillation
 from partialfc.losses.over_ranks import EmbeddingLosses, Weighted
 from partialfc.margins import MARGINS, Margin
 from partialfc.model.average import Average
@@ -181,6 +181,9 @@ def embedding_losses(config: Config) -> EmbeddingLosses:
         settings = getattr(config.losses, name)
         if settings.weight:
             losses[name] = Weighted(settings.made(kind), settings.weight)
+    teacher = config.losses.teacher
+    if teacher.weight:
+        losses["teacher"] = Weighted(teacher.made(Distillation), teacher.weight)
     return EmbeddingLosses(losses)
 
 

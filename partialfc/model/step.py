@@ -1,6 +1,6 @@
 """One optimizer step: micro-batches, both backward passes, one verdict for every weight."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from partialfc.config import Config
 from partialfc.keyed import key
+from partialfc.losses import Lesson
 from partialfc.model.build import Model
 from partialfc.model.optimizer import clip, set_rate
 
@@ -35,7 +36,12 @@ class Step:
 
 
 def train_step(
-    model: Model, config: Config, images: Tensor, identities: Tensor, rate: float
+    model: Model,
+    config: Config,
+    images: Tensor,
+    identities: Tensor,
+    rate: float,
+    lesson_of: Callable[[Tensor, slice], Lesson] | None = None,
 ) -> Step:
     """Take one optimizer step on this rank's part of the global batch. Collective.
 
@@ -49,6 +55,7 @@ def train_step(
         images: [b, 3, S, S] on the device.
         identities: int64 [b].
         rate: Learning rate of the backbone.
+        lesson_of: Returns what the teacher says of images that are these rows of the batch.
     """
     head, optimizer, scaler = model.head, model.optimizer, model.scaler
     parts, step = config.optimizer.accumulation, head.optimizer.steps
@@ -68,9 +75,12 @@ def train_step(
         shares = shares and shares.of_each(parts)
     pieces = zip(images.chunk(parts), identities.chunk(parts), strict=True)
     for number, (part, own) in enumerate(pieces, 1):
+        rows = slice((number - 1) * len(part), number * len(part))
+        lesson = lesson_of(part, rows) if lesson_of else None  # before there are activations
         with _gradients_stay_local(model, number < parts):
             embeddings = model.embed(part)
-            part_loss = head(embeddings, own, shares) + model.losses(embeddings, own, shares)
+            part_loss = head(embeddings, own, shares)
+            part_loss = part_loss + model.losses(embeddings, own, shares, lesson)
             part_loss = part_loss / parts
             scaler.scale(part_loss).backward()
         loss += part_loss.detach()

@@ -46,6 +46,7 @@ TABLE = (
     Metric("loss_uniformity", "", "Uniformity loss of this step, without its weight"),
     Metric("loss_center", "", "Mean of 1 - cos to the own center at this step"),
     Metric("loss_inter_class", "", "Mean cosine of a center and its nearest one at this step"),
+    Metric("loss_teacher", "", "Loss of what a teacher says at this step, without its weight"),
     Metric("learning_rate", "", "Learning rate of the backbone at this step"),
     Metric("gradient_norm", "", "Norm of the backbone's gradient at this step, before clipping"),
     Metric("epoch", "epochs", "Passes over the data so far"),

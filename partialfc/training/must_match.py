@@ -2,15 +2,24 @@
 
 from partialfc.checkpoint import CONFIG_HASH
 from partialfc.checkpoint.shards import kept_shards, refuse_more_ranks
+from partialfc.checkpoint.teacher import Teacher
 from partialfc.config import Config, config_hash
 from partialfc.data.dataset import DataSet
 from partialfc.distributed.agreement import from_leader
 from partialfc.runtime.process import Runtime
 
 
-def must_match(config: Config, dataset: DataSet) -> dict[str, object]:
-    """Return what must be the same for a run to go on from a checkpoint; all else may change."""
-    return {
+def must_match(
+    config: Config, dataset: DataSet, teacher: Teacher | None = None
+) -> dict[str, object]:
+    """Return what must be the same for a run to go on from a checkpoint; all else may change.
+
+    Args:
+        config: Settings of the run.
+        dataset: Its images.
+        teacher: Left out where a run is only looked at.
+    """
+    facts = {
         CONFIG_HASH: config_hash(config),
         "pack": dataset.fingerprint,
         "run.seed": config.run.seed,
@@ -32,8 +41,13 @@ def must_match(config: Config, dataset: DataSet) -> dict[str, object]:
         "head.compute": config.head.compute,
         "head.center_format": config.head.center_format,
         "head.margin": config.head.margin.model_dump(mode="json"),
-        "losses": config.losses.model_dump(mode="json"),
+        "losses": config.losses.model_dump(mode="json", exclude={"teacher"}),
     }
+    settings = config.losses.teacher
+    if teacher is not None:  # wherever it lies
+        settings_of_it = settings.model_dump(mode="json", exclude={"from"})
+        return {**facts, "losses.teacher": settings_of_it | {"digest": teacher.digest}}
+    return facts if settings.weight else {**facts, "losses.teacher": None}
 
 
 def agreed_shards(config: Config, runtime: Runtime) -> int:

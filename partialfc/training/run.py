@@ -14,6 +14,7 @@ import torch
 from partialfc.checkpoint import loading as checkpoint
 from partialfc.checkpoint.folder import path_of
 from partialfc.checkpoint.saving import Saver
+from partialfc.checkpoint.teacher import Teacher, open_teacher
 from partialfc.checkpoint.warm_start import warm_start
 from partialfc.config import Config, ConfigError, to_toml
 from partialfc.config.conflicts import head_compute
@@ -38,7 +39,7 @@ from partialfc.training.data import TrainingData, open_batches, open_training_da
 from partialfc.training.must_match import agreed_shards, must_match
 from partialfc.training.preflight import Finding, preflight, report
 from partialfc.training.recorder import Recorder
-from partialfc.training.schedule import learning_rate
+from partialfc.training.schedule import learning_rate, weight_factor
 from partialfc.writing import write_text
 
 
@@ -68,8 +69,9 @@ def _train(config: Config, runtime: Runtime) -> None:
     folder, settings = config.run.folder, to_toml(config)
     data = open_training_data(config, runtime)
     evaluation = Evaluation(config, runtime)
+    teacher = open_teacher(config, data.dataset, runtime)
     model = build(config, runtime, data.dataset.num_identities, kept_shards=shards)
-    facts = must_match(config, data.dataset)
+    facts = must_match(config, data.dataset, teacher)
     if runtime.leads:
         _warn(config, model, data.dataset.num_identities)
     if not config.run.resume and checkpoint.exist(folder / "checkpoints"):
@@ -115,7 +117,7 @@ def _train(config: Config, runtime: Runtime) -> None:
         ):
             if runtime.watchdog is not None:
                 runtime.watchdog.follow(ledger, saver)
-            loop = _Loop(config, runtime, model, batches, evaluation, recorder, saver)
+            loop = _Loop(config, runtime, model, teacher, batches, evaluation, recorder, saver)
             reached = loop.run(step, data.steps, asked_to_stop)
             if reached < data.steps:
                 saved = from_here(path_of(folder / "checkpoints", reached))
@@ -149,10 +151,12 @@ def _announce(config: Config, runtime: Runtime) -> None:
 
 
 def _warn(config: Config, model: Model, num_identities: int) -> None:
+    losses = model.losses.losses.items()
+    pairs = [name for name, one in losses if one.loss.compares_pairs]
     sampled = max(2, math.ceil(num_identities * config.head.sample_rate))
     for sentence in (
         *guidance.warnings(model.head.margin, sampled, config.backbone.embedding_dim),
-        *guidance.pair_warnings(model.losses.losses, config.data.images_per_identity),
+        *guidance.pair_warnings(pairs, config.data.images_per_identity),
     ):
         print(f"warning: {sentence}", flush=True)
 
@@ -200,6 +204,7 @@ class _Loop:
     config: Config
     runtime: Runtime
     model: Model
+    teacher: Teacher | None
     batches: Batches
     evaluation: Evaluation
     recorder: Recorder
@@ -215,8 +220,8 @@ class _Loop:
         stop, pairs = False, with_next(self.batches, want_next=head.memory.uses_host)
         while step < total_steps and not stop:
             with recorder.waiting():
-                (images, identities, replaced), next_identities = next(pairs)
-            recorder.bad_images.note(replaced)
+                batch, next_identities = next(pairs)
+            recorder.bad_images.note(batch.replaced)
             rate = learning_rate(
                 step,
                 peak=config.optimizer.lr,
@@ -226,7 +231,12 @@ class _Loop:
             self.saver.check()
             if next_identities is not None:
                 head.prefetch(next_identities, config.uneven_shares(head.ranks.size))
-            done = train_step(self.model, config, images, identities, rate)
+            lesson_of = None
+            if self.teacher is not None:
+                final_factor = config.losses.teacher.final_factor
+                factor = weight_factor(step, total_steps, final_factor)
+                lesson_of = self.teacher.lessons(batch.sample_ids, factor)
+            done = train_step(self.model, config, batch.images, batch.identities, rate, lesson_of)
             step += 1
             ledger.at(step)
             recorder.stepped(step, done, rate)

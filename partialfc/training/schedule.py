@@ -1,4 +1,6 @@
-"""Step -> learning rate: linear warm-up, then a fall to a fraction of the peak."""
+"""Step -> learning rate: linear warm-up, then a fall to a fraction of the peak.
+
+And step -> factor of the weight of a loss."""
 
 import math
 from typing import Literal
@@ -50,3 +52,14 @@ def learning_rate(
         case "cosine":
             fall = (1 + math.cos(math.pi * progress)) / 2
     return peak * (final_factor + (1 - final_factor) * fall)
+
+
+def weight_factor(step: int, total_steps: int, final_factor: float) -> float:
+    """Return the factor of a loss's weight at a step: a straight line from 1 to ``final_factor``.
+
+    Args:
+        step: Steps taken before this one, in [0, total_steps).
+        total_steps: Steps of the run.
+        final_factor: Of the last step; >= 0. A run of one step has 1.
+    """
+    return 1 + (final_factor - 1) * (step / max(1, total_steps - 1))

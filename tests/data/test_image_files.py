@@ -172,7 +172,7 @@ def test_any_world_size_and_any_resume_see_the_same_images(folder, loader):
                 np.testing.assert_array_equal(joined, getattr(whole[step].draw, name))
     straight = take(4, stream_of(folder, 12), loader=loader)
     resumed = take(2, stream_of(folder, 12, 1, 2), 24, loader=loader)
-    for (images, identities, _), (ours, our_identities, _) in zip(
+    for (images, identities, *_), (ours, our_identities, *_) in zip(
         straight[2:], resumed, strict=True
     ):
         assert torch.equal(images[6:], ours)
@@ -197,7 +197,7 @@ def test_png_of_every_kind_trains_on_the_pixels_that_are_stored(tmp_path, loader
     for name, data in kinds.items():
         (tmp_path / "a" / f"{name}.{'jpg' if name == 'jpeg' else 'PNG'}").write_bytes(data)
     stream = stream_of(tmp_path, batch=len(kinds), size=32)
-    [(images, _, replaced)] = take(1, stream, loader=loader)
+    [(images, _, replaced, _)] = take(1, stream, loader=loader)
     assert not replaced
     encoded_batch = stream.batch(0)
     for i, view in enumerate(encoded_batch.jpegs):

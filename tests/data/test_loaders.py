@@ -47,7 +47,7 @@ def take(number, stream, samples_seen=0, *, loader="torch"):
     with contextlib.closing(batches):
         return [
             (images.numpy() * 127.5 + 127.5, identities.numpy())
-            for images, identities, _ in itertools.islice(batches, number)
+            for images, identities, *_ in itertools.islice(batches, number)
         ]
 
 
@@ -302,7 +302,7 @@ def test_threads_do_not_change_the_order(threads, prefetch):
     batches = torch_batches(stream, 0, device=CPU, threads=threads, prefetch=prefetch)
     with contextlib.closing(batches):
         for images, identities in take(12, stream):
-            ours, our_identities, _ = next(batches)
+            ours, our_identities, *_ = next(batches)
             np.testing.assert_array_equal(ours.numpy() * 127.5 + 127.5, images)
             np.testing.assert_array_equal(our_identities, identities)
 
@@ -353,12 +353,17 @@ def broken_stream(path: Path, batch=4, rank=0, world_size=1) -> Stream:
 
 
 def with_replacements(loader: str, stream: Stream, number: int, samples_seen=0):
-    """Batches, images in levels, and the samples that were replaced in each."""
+    """Batches, images in levels, the samples that were replaced, and those that are there."""
     batches = open_batches(stream, samples_seen, device=CPU, loader=loader, threads=1)
     with contextlib.closing(batches):
         return [
-            (images.numpy() * 127.5 + 127.5, identities.numpy(), [r.sample_id for r in replaced])
-            for images, identities, replaced in itertools.islice(batches, number)
+            (
+                images.numpy() * 127.5 + 127.5,
+                identities.numpy(),
+                [one.sample_id for one in replaced],
+                sample_ids.tolist(),
+            )
+            for images, identities, replaced, sample_ids in itertools.islice(batches, number)
         ]
 
 
@@ -368,7 +373,8 @@ def test_a_bad_image_is_replaced_by_the_next_of_the_epoch(tmp_path, loader, kind
     """With the augmentation of the one that it replaces, to the end of two epochs."""
     stream, bad = broken_stream(broken(tmp_path, {6: kind, 17: "table"})), {6, 17}
     before = threading.active_count()
-    for step, (images, identities, replaced) in enumerate(with_replacements(loader, stream, 12)):
+    found = with_replacements(loader, stream, 12)
+    for step, (images, identities, replaced, sample_ids) in enumerate(found):
         epoch = step // 6
         order = stream.order.at(epoch, np.arange(48)).sample_id_B  # a second time past its end
         wanted = stream.order.sample_ids(4 * step)
@@ -378,6 +384,7 @@ def test_a_bad_image_is_replaced_by_the_next_of_the_epoch(tmp_path, loader, kind
             place = int(np.flatnonzero(order == sample)[0])
             stands = next(other for other in order[place:].tolist() if other not in bad)
             assert identities[i] == stands % 3
+            assert sample_ids[i] == stands, "a teacher's embedding is looked up by it"
             pixels = decode(stream.dataset.jpeg_view(stands))
             padded = np.pad(pixels, ((2, 2), (2, 2), (0, 0)), mode="edge")
             top, left = 2 - draws.shift_y_B[i], 2 - draws.shift_x_B[i]
@@ -394,22 +401,23 @@ def test_replacements_are_the_same_on_any_number_of_ranks_and_after_a_resume(tmp
     damages = {image: KINDS[image % len(KINDS)] for image in range(0, 24, 2)}
     path = broken(tmp_path, damages)
     whole = with_replacements("torch", broken_stream(path), 8)
-    assert sum(len(replaced) for _, _, replaced in whole) > 8
+    assert sum(len(replaced) for _, _, replaced, _ in whole) > 8
     for world_size in (2, 4):
         ranks = [
             with_replacements(loader, broken_stream(path, 4, rank, world_size), 8)
             for rank in range(world_size)
         ]
-        for step, (images, identities, replaced) in enumerate(whole):
+        for step, (images, identities, replaced, sample_ids) in enumerate(whole):
             parts = [rank[step] for rank in ranks]
+            assert [sample for part in parts for sample in part[3]] == sample_ids
             np.testing.assert_allclose(np.concatenate([p[0] for p in parts]), images, atol=1e-4)
             assert np.concatenate([p[1] for p in parts]).tolist() == identities.tolist()
             assert [sample for part in parts for sample in part[2]] == replaced
     for start in (1, 4, 7):
         again = with_replacements(loader, broken_stream(path), 8 - start, 4 * start)
-        for (images, identities, replaced), ours in zip(whole[start:], again, strict=True):
+        for (images, identities, *samples), ours in zip(whole[start:], again, strict=True):
             np.testing.assert_allclose(ours[0], images, atol=1e-4)
-            assert (ours[1].tolist(), ours[2]) == (identities.tolist(), replaced)
+            assert (ours[1].tolist(), [*ours[2:]]) == (identities.tolist(), samples)
 
 
 @pytest.mark.parametrize("loader", LOADERS)

@@ -121,7 +121,7 @@ def images_of(path, loader):
     )
     batches = open_batches(stream, 0, device=torch.device("cpu"), loader=loader, threads=1)
     with contextlib.closing(batches):
-        [(images, identities, replaced)] = itertools.islice(batches, 1)
+        [(images, identities, replaced, _)] = itertools.islice(batches, 1)
     assert not replaced
     place = np.argsort(stream.batch(0).sample_id_B)
     pixels = np.rint(images.numpy() * 127.5 + 127.5).astype(np.uint8).transpose(0, 2, 3, 1)

@@ -125,7 +125,7 @@ def test_explain_refuses_by_name(arguments, message, capsys):
 
 def test_losses_on_pairs_want_batches_that_have_them():
     """A run that mines no triplet would learn nothing of it and say nothing."""
-    (sentence,) = guidance.pair_warnings(["triplet", "uniformity"], None)
+    (sentence,) = guidance.pair_warnings(["triplet"], None)
     assert sentence.startswith("losses.triplet.weight: ")
     assert "data.images_per_identity" in sentence
     assert guidance.pair_warnings(["contrastive"], 1)

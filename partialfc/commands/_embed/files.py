@@ -1,6 +1,7 @@
 """Embeddings in files: .npy with names beside it, or .parquet with everything in one.
 
-``faces.npy`` is fp32 [N, D]; ``faces.csv`` beside it has a line "name,identity" for each row.
+``faces.npy`` is fp32 [N, D]; ``faces.csv`` beside it has a line "name,identity" for each row. Of a
+pack, ``faces.origin.json`` says which one it was, so that the rows can teach a run on it.
 """
 
 # Shape suffixes: N = images, D = embedding.
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from partialfc.data.vectors import Origin, write_origin
 from partialfc.writing import atomic_write
 
 _COLUMNS = ("name", "identity", "embedding")
@@ -25,15 +27,17 @@ class Embeddings:
         names: Of the images, [N].
         identities: Of the images, or "" where they are not known; [N].
         rows_ND: fp32 [N, D].
+        origin: The pack that they are of, if it is one.
     """
 
     names: list[str]
     identities: list[str]
     rows_ND: NDArray[np.float32]
+    origin: Origin | None = None
 
 
 def write_embeddings(path: Path, found: Embeddings) -> None:
-    """Write ``.npy`` and its ``.csv``, or ``.parquet``; each file whole or not at all.
+    """Write ``.npy`` and what is beside it, or ``.parquet``; each file whole or not at all.
 
     Raises:
         ValueError: If the name has another ending.
@@ -49,6 +53,7 @@ def write_embeddings(path: Path, found: Embeddings) -> None:
             writer.writerows(zip(found.names, found.identities, strict=True))
         with atomic_write(path) as partial, partial.open("wb") as file:
             np.save(file, found.rows_ND)
+        write_origin(path, found.origin)
     elif path.suffix == ".parquet":
         import pyarrow as pa
         from pyarrow import parquet

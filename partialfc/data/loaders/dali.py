@@ -18,7 +18,7 @@ from nvidia.dali import fn, pipeline_def, types
 from torch.utils.dlpack import from_dlpack
 
 from partialfc.data.loaders.dali_changes import change
-from partialfc.data.loaders.stream import Batch, Batches, Encoded, Replaced, Stream
+from partialfc.data.loaders.stream import Batch, Batches, Encoded, Stream
 
 
 def dali_batches(
@@ -48,11 +48,11 @@ def dali_batches(
     if on_gpu:
         device_id = torch.cuda.current_device() if device.index is None else device.index
     step = stream.order.global_batch
-    replaced: dict[int, tuple[Replaced, ...]] = {}  # of the batches under way
+    under_way: dict[int, Encoded] = {}
 
     def inputs(start: int) -> list[Any]:
         batch = stream.batch(start)
-        replaced[start] = batch.replaced
+        under_way[start] = batch._replace(jpegs=[])
         return _inputs(stream, batch)
 
     def started(start: int) -> Any:
@@ -78,12 +78,13 @@ def dali_batches(
                 try:
                     outputs = pipeline.run(torch.cuda.current_stream(device_id) if on_gpu else None)
                 except RuntimeError:
-                    if not _replace_bad_images(stream, replaced, on_gpu, device_id):
+                    if not _replace_bad_images(stream, under_way, on_gpu, device_id):
                         raise
                     pipeline = started(start)
             # No copy: DALI's default executor never writes to an output again.
             images, identities = (from_dlpack(output.as_tensor()) for output in outputs)
-            yield Batch(images, identities, replaced.pop(start))
+            batch = under_way.pop(start)
+            yield Batch(images, identities, batch.replaced, batch.sample_id_B)
     finally:
         del pipeline  # the only reference: this ends its threads
 

@@ -42,11 +42,14 @@ class Batch(NamedTuple):
         images: float32 [B, 3, S, S], RGB, (value - 127.5) / 127.5.
         identities: int64 [B].
         replaced: The samples that others stand for.
+        sample_ids: int64 [B] of the data set, of an image that stands for another its own; on the
+            host.
     """
 
     images: Tensor
     identities: Tensor
     replaced: tuple[Replaced, ...]
+    sample_ids: NDArray[np.int64]
 
 
 Batches: TypeAlias = Generator[Batch, None, None]

@@ -43,9 +43,10 @@ def torch_batches(
             pool.submit(decoded_batch, stream, next(starts)) for _ in range(threads + prefetch)
         )
         while True:
-            images, identities, replaced = pending.popleft().result()
+            batch = pending.popleft().result()
             pending.append(pool.submit(decoded_batch, stream, next(starts)))
-            yield Batch(images.to(device), identities.to(device), replaced)
+            images, identities = batch.images.to(device), batch.identities.to(device)
+            yield batch._replace(images=images, identities=identities)
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -68,7 +69,7 @@ def decoded_batch(stream: Stream, samples_seen: int) -> Batch:
             normalise(_augment(pixels, batch.draw, i, size), images[i])
         if complete:
             identities = torch.from_numpy(batch.identity_B)
-            return Batch(torch.from_numpy(images), identities, batch.replaced)
+            return Batch(torch.from_numpy(images), identities, batch.replaced, batch.sample_id_B)
 
 
 def normalise(pixels: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
