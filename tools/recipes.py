@@ -163,6 +163,7 @@ def recipe(data: str, network: str) -> str:
         *(['name = "adamw"'] if net.adamw else []),
         f"lr = {learning_rate(data, network):.6g}",
         f"weight_decay = {'0.1' if net.adamw else '5e-4'}",
+        *(['decay = "matrices"'] if net.adamw else []),
         "",
         "[schedule]",
         f"warmup_steps = {warmup}",

@@ -92,6 +92,8 @@ class MobileFaceNet(nn.Module):
 class _Layers(nn.Module):
     """A sequence under the name ``layers``, as in arcface_torch's state_dicts."""
 
+    indivisible = True  # a bottleneck is one layer to a rate that falls from layer to layer
+
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
         self.layers = nn.Sequential(*layers)
@@ -108,6 +110,8 @@ class _Residual(_Layers):
 
 class _Residuals(_Layers):
     """Residual bottlenecks one after another."""
+
+    indivisible = False
 
 
 def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> _Layers:

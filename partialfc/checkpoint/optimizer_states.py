@@ -38,12 +38,15 @@ def restore_states(
         CheckpointError: If a parameter lacks a state that another has, or one has another shape.
     """
     trained = {name: one for name, one in module.named_parameters() if one.requires_grad}
-    kinds = {name.rpartition(".")[2] for name in (*found, *named_states(optimizer, module))}
-    wanted = {f"{name}.{kind}" for name in trained for kind in kinds}
+    of_any = {name.rpartition(".")[2] for name in (*found, *named_states(optimizer, module))}
+    # An optimizer that has its states from the start says which a parameter has; torch's AdamW
+    # makes those that the others have.
+    kinds = {name: [*optimizer.state.get(one, {})] or of_any for name, one in trained.items()}
+    wanted = {f"{name}.{kind}" for name in trained for kind in kinds[name]}
     if missing := sorted(wanted - found.keys()):
         raise CheckpointError(f"it lacks the tensor {', '.join(missing)}")
     for name, parameter in trained.items():
-        for kind in kinds:
+        for kind in kinds[name]:
             value = found[f"{name}.{kind}"]
             if value.ndim and value.shape != parameter.shape:
                 raise CheckpointError(

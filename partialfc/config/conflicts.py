@@ -26,6 +26,7 @@ def conflicts(config: "Config") -> Iterator[str]:
             f"data.global_batch = {batch}: must divide by optimizer.accumulation = {accumulation}. "
             f"Nearest: {nearest_multiples(batch, accumulation)}."
         )
+    yield from _of_the_optimizer(config)
     if config.run.steps is not None and config.schedule.warmup_steps >= config.run.steps:
         yield (
             f"schedule.warmup_steps = {config.schedule.warmup_steps}: must be fewer than run.steps "
@@ -37,6 +38,32 @@ def conflicts(config: "Config") -> Iterator[str]:
             "counts is known after the backbone's backward only. Use bf16, or remove head.overlap."
         )
     yield from _of_the_head(config)
+
+
+def _of_the_optimizer(config: "Config") -> Iterator[str]:
+    optimizer, schedule = config.optimizer, config.schedule
+    if optimizer.clip_groups and not optimizer.clip_norm:
+        yield (
+            "optimizer.clip_groups = true with optimizer.clip_norm = 0.0: nothing is clipped. Set "
+            "clip_norm, or remove clip_groups."
+        )
+    if optimizer.name == "schedule_free" and schedule.final_factor != 1:
+        yield (
+            f"schedule.final_factor = {schedule.final_factor} with optimizer.name = "
+            '"schedule_free": its rate stays as it is after the warm-up. Set final_factor = 1.'
+        )
+    if optimizer.name == "schedule_free" and config.backbone.ema:
+        yield (
+            f'backbone.ema = {config.backbone.ema} with optimizer.name = "schedule_free": it has a '
+            "mean of the weights of its own. Remove backbone.ema."
+        )
+    steps = config.run.steps
+    decay = getattr(schedule, "decay_steps", 0)
+    if steps is not None and decay > steps - schedule.warmup_steps > 0:
+        yield (
+            f"schedule.decay_steps = {decay}: must be at most run.steps - schedule.warmup_steps = "
+            f"{steps - schedule.warmup_steps}."
+        )
 
 
 def _of_the_head(config: "Config") -> Iterator[str]:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 from pydantic.fields import FieldInfo
 
-from partialfc.definitions.phrases import options_of, rule, to_value, unit_of
+from partialfc.definitions.phrases import options_of, rule, to_key, to_value, unit_of
 
 
 class Section(BaseModel):
@@ -116,6 +116,9 @@ def first_sentence(field: FieldInfo) -> str:
 # Help
 
 
+_INDENTED: dict[str, Any] = {"initial_indent": "  ", "subsequent_indent": " " * 6}
+
+
 def help_text(schema: type[Section], width: int) -> str:
     """Return every setting with its default, type, range, unit and meaning, ``width`` wide."""
     return "\n\n".join(_help(schema, "", width))
@@ -136,7 +139,8 @@ def _help(section: type[Section], prefix: str, width: int) -> Iterator[str]:
             }
             repeated = [setting for setting, entry in entries.items() if entry in shown]
             new = [entry for entry in entries.values() if entry not in shown]
-            also = [f"  and, as above: {', '.join(repeated)}"] if repeated else []
+            above = textwrap.fill(f"and, as above: {', '.join(repeated)}", width, **_INDENTED)
+            also = [above] if repeated else []
             meaning = textwrap.fill(_flat(variant.__doc__), width)
             yield "\n".join([f"[{key}]{chosen}", meaning, *new, *also])
             yield from _help(variant, f"{key}.", width)
@@ -177,7 +181,7 @@ def to_toml(section: Section) -> str:
 def _tables(values: Mapping[str, Any], keys: tuple[str, ...]) -> Iterator[str]:
     plain = {key: value for key, value in values.items() if not isinstance(value, dict)}
     if plain:
-        lines = [f"{key} = {to_value(value)}" for key, value in plain.items()]
+        lines = [f"{to_key(key)} = {to_value(value)}" for key, value in plain.items()]
         yield "\n".join([f"[{'.'.join(keys)}]", *lines, ""] if keys else [*lines, ""])
     for key, value in values.items():
         if isinstance(value, dict):

@@ -23,7 +23,14 @@ from partialfc.config.file import load_settings
 from partialfc.config.head import Head
 from partialfc.config.losses import Losses
 from partialfc.config.monitor import Monitor
-from partialfc.config.optimizers import AnyOfBackbone, Cosine, Linear, Polynomial, SgdOfBackbone
+from partialfc.config.optimizers import (
+    AnyOfBackbone,
+    Cosine,
+    Linear,
+    Polynomial,
+    SgdOfBackbone,
+    Wsd,
+)
 from partialfc.config.run import Checkpoint, EverySteps, Log, Run
 from partialfc.config.schema import Section, UserPath, nearest_multiples
 from partialfc.config.wider import wider
@@ -65,6 +72,10 @@ class Backbone(Section):
     sync_batch_norm: bool = False
     """Take BatchNorm statistics over the images of all ranks. Without it they depend on the batch
     per rank, and so on the number of ranks."""
+
+    freeze: tuple[str, ...] = Field(default=(), strict=False)
+    """Parts that are not trained, by the names of modules or parameters as a checkpoint has them:
+    ``["conv1", "layer1"]``. The statistics of their BatchNorm stay as they are too."""
 
     options: Options = Field(default_factory=Options)
 
@@ -156,7 +167,7 @@ class Config(Section):
     head: Head = Field(default_factory=Head)
     losses: Losses = Field(default_factory=Losses)
     optimizer: AnyOfBackbone = Field(default_factory=SgdOfBackbone)
-    schedule: Annotated[Linear | Polynomial | Cosine, Field(discriminator="name")] = Field(
+    schedule: Annotated[Linear | Polynomial | Cosine | Wsd, Field(discriminator="name")] = Field(
         default_factory=Linear
     )
     verification: Verification = Field(default_factory=Verification)

@@ -32,6 +32,45 @@ class AdamW(Definition):
     """Share of the weights, times the learning rate, that is subtracted from them."""
 
 
+class Lion(Definition):
+    """Lion (https://arxiv.org/abs/2302.06675): the sign of a mean of gradients."""
+
+    betas: tuple[Decay, Decay] = (0.9, 0.99)
+    """Share of the mean in the update, and of the last mean in the next."""
+
+    weight_decay: Fraction = 1.0
+    """Share of the weights, times the learning rate, that is subtracted from them. Lion wants about
+    ten times that of AdamW, at a tenth of its rate."""
+
+
+class Lamb(AdamW):
+    """LAMB (https://arxiv.org/abs/1904.00962): AdamW, and each tensor moves in proportion to its
+    own norm. Weights that do not decay move as in AdamW."""
+
+    eps: Eps = 1e-6
+    """Added to the denominator, so that a tiny gradient makes no huge update."""
+
+    weight_decay: Fraction = 0.01
+    """Factor of the weights that is added to their update."""
+
+
+class Muon(AdamW):
+    """Muon (https://arxiv.org/abs/2502.16982): the momentum of a matrix, made orthogonal. Other
+    weights, those of convolutions among them, are trained by AdamW at the same rate."""
+
+    momentum: Decay = 0.95
+    """Share of the last momentum of a matrix that is kept in the next."""
+
+
+class ScheduleFree(AdamW):
+    """Schedule-free AdamW (https://arxiv.org/abs/2405.15682): no schedule after the warm-up. A mean
+    of the weights is what is verified, saved and exported."""
+
+    betas: tuple[Annotated[float, Range(gt=0, lt=1)], Decay] = (0.9, 0.999)
+    """Share of the mean in the weights that a gradient is taken at, and decay of the running mean
+    of the squared gradient."""
+
+
 class SgdOfRows(Sgd):
     """SGD with momentum on the sampled class centers."""
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,6 +37,8 @@ def kind(annotation: Any, metadata: Iterable[object] = (), *, plural: bool = Fal
         return kind(arguments[0], [*metadata, *arguments[1:]], plural=plural)
     if origin is Literal:
         return either(arguments)
+    if origin is dict:
+        return f"table of {kind(arguments[1], plural=True)} by name"
     if origin is tuple:
         collection = "list of" if arguments[-1] is Ellipsis else "pair of"
         return f"{collection} {kind(arguments[0], plural=True)}"
@@ -84,6 +87,11 @@ def with_article(words: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
+def to_key(name: str) -> str:
+    """Return a key as TOML writes it: one with a point in it, as modules have, in quotes."""
+    return name if re.fullmatch(r"[\w-]+", name, re.ASCII) else to_value(name)
+
+
 def to_value(value: object) -> str:
     """Return a value as TOML writes it."""
     if isinstance(value, bool):
@@ -91,7 +99,7 @@ def to_value(value: object) -> str:
     if isinstance(value, str | Path):
         return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, Mapping):
-        inner = ", ".join(f"{key} = {to_value(entry)}" for key, entry in value.items())
+        inner = ", ".join(f"{to_key(key)} = {to_value(entry)}" for key, entry in value.items())
         return f"{{{inner}}}"
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(to_value, value))}]"

@@ -130,7 +130,7 @@ class Evaluation:
             batch=self._config.verification.batch,
             threads=self._config.data.threads,
         )
-        model.backbone.train()
+        model.train()
         return embeddings_ND
 
 

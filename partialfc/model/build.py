@@ -20,7 +20,9 @@ from partialfc.losses import LOSSES, Distillation
 from partialfc.losses.over_ranks import EmbeddingLosses, Weighted
 from partialfc.margins import MARGINS, Margin
 from partialfc.model.average import Average
+from partialfc.model.frozen import freeze
 from partialfc.model.optimizer import build_optimizer
+from partialfc.model.updates import ScheduleFree, ScheduleFreeMean
 from partialfc.runtime.process import Runtime
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
@@ -47,6 +49,7 @@ class Model:
         scaler: Loss scale of fp16; disabled otherwise.
         autocast: Compute dtype of the backbone, or ``None`` for fp32.
         channels_last: Memory format of the images.
+        frozen: Modules of the backbone that stay in evaluation mode.
     """
 
     backbone: nn.Module
@@ -57,7 +60,14 @@ class Model:
     scaler: torch.amp.GradScaler
     autocast: torch.dtype | None
     channels_last: bool
-    average: Average | None = None
+    average: Average | ScheduleFreeMean | None = None
+    frozen: tuple[nn.Module, ...] = ()
+
+    def train(self) -> None:
+        """Put the backbone into training mode, and what is frozen of it into evaluation mode."""
+        self.backbone.train()
+        for module in self.frozen:
+            module.eval()
 
     def embed(self, images: Tensor, module: nn.Module | None = None) -> Tensor:
         """Return the embeddings [n, D] of images [n, 3, S, S] in the run's precision."""
@@ -141,7 +151,8 @@ def assemble(config: Config, runtime: Runtime, backbone: nn.Module, head: Partia
         backbone = nn.SyncBatchNorm.convert_sync_batchnorm(backbone)  # type: ignore[no-untyped-call]
     if config.backbone.channels_last:
         backbone = backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    backbone.to(runtime.device).train()
+    backbone.to(runtime.device)
+    frozen = freeze(backbone, config.backbone.freeze)
     if config.backbone.compile:
         backbone.compile()
     replica: nn.Module = backbone
@@ -152,10 +163,11 @@ def assemble(config: Config, runtime: Runtime, backbone: nn.Module, head: Partia
             gradient_as_bucket_view=True,
             **_BUFFERS_STAY_LOCAL,
         )
-    return Model(
+    optimizer = build_optimizer(config, backbone)
+    model = Model(
         backbone=backbone,
         replica=replica,
-        optimizer=build_optimizer(config, backbone),
+        optimizer=optimizer,
         head=head,
         losses=embedding_losses(config),
         scaler=torch.amp.GradScaler(
@@ -165,8 +177,19 @@ def assemble(config: Config, runtime: Runtime, backbone: nn.Module, head: Partia
         ),
         autocast=_AUTOCAST[config.precision.compute],
         channels_last=config.backbone.channels_last,
-        average=Average(backbone, config.backbone.ema) if config.backbone.ema else None,
+        average=_average(config, backbone, optimizer),
+        frozen=frozen,
     )
+    model.train()
+    return model
+
+
+def _average(
+    config: Config, backbone: nn.Module, optimizer: torch.optim.Optimizer
+) -> Average | ScheduleFreeMean | None:
+    if isinstance(optimizer, ScheduleFree):
+        return ScheduleFreeMean(optimizer, backbone)
+    return Average(backbone, config.backbone.ema) if config.backbone.ema else None
 
 
 def margin_of(config: Config) -> Margin:

@@ -1,6 +1,8 @@
-"""The optimizer of the backbone: its groups of weights, their rates, and how gradients are clipped.
+"""The optimizer of the backbone: groups of weights, their rates, and how gradients are clipped.
 
-Every group has a ``lr_factor``: its rate is that of the step times the factor.
+Every group has a ``lr_factor``: its rate is that of the step times the factor. Weights of one
+factor and one weight decay are one group, in the backbone's order; without a setting that tells
+weights apart there is one group of all.
 """
 
 import math
@@ -9,29 +11,109 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from partialfc.config import Config
+from partialfc.model.groups import among, layers_of, matrices_of, refuse_unknown
+from partialfc.model.updates import Lamb, Lion, MuonAndAdamW, ScheduleFree
 
-_OPTIMIZERS: dict[str, Any] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+_FUSED: dict[str, Any] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+_OURS: dict[str, Any] = {
+    "lion": Lion,
+    "lamb": Lamb,
+    "muon": MuonAndAdamW,
+    "schedule_free": ScheduleFree,
+}
 
 
 def build_optimizer(config: Config, backbone: nn.Module) -> torch.optim.Optimizer:
     """Return the optimizer of the weights that are trained.
 
-    Fused: one kernel for all tensors of a group, and it obeys ``found_inf`` without a host
-    synchronisation.
+    All obey ``found_inf`` without a host synchronisation: torch's as fused kernels, one for all
+    tensors of a group; for the others see :mod:`partialfc.model.updates`.
+
+    Raises:
+        ConfigError: If ``optimizer.rates`` names what is not in the backbone.
     """
-    settings = config.optimizer.model_dump(exclude={"name", "clip_norm", "accumulation"})
-    parameters = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
-    groups = [{"params": parameters, "lr_factor": 1.0}]
-    optimizer: torch.optim.Optimizer = _OPTIMIZERS[config.optimizer.name](
-        groups, fused=True, **settings
+    chosen = config.optimizer
+    settings = {name: getattr(chosen, name) for name in chosen.definition.takes}
+    groups = _groups(config, backbone)
+    if chosen.name in _OURS:
+        own: torch.optim.Optimizer = _OURS[chosen.name](groups, **settings)
+        return own
+    optimizer: torch.optim.Optimizer = _FUSED[chosen.name](
+        groups, lr=chosen.lr, fused=True, **settings
     )
     if settings.get("momentum"):
         # torch leaves the buffer of a skipped first step uninitialised; zero is what it means.
         for parameter in parameters_of(optimizer):
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def _groups(config: Config, backbone: nn.Module) -> list[dict[str, Any]]:
+    settings = config.optimizer
+    refuse_unknown(backbone, settings.rates, "optimizer.rates")
+    layers, matrices = layers_of(backbone), matrices_of(backbone)
+    rotating = muon_matrices(backbone)
+    below_last = {
+        name: len(layers) - 1 - number for number, layer in enumerate(layers) for name in layer
+    }
+    groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in backbone.named_parameters():
+        if parameter.requires_grad:
+            own = among(name, settings.rates)
+            factor = settings.layer_decay ** below_last[name] * (settings.rates[own] if own else 1)
+            decays = settings.decay == "all" or name in matrices
+            rotated = settings.name == "muon" and name in rotating
+            groups.setdefault((factor, decays, rotated), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr_factor": factor,
+            "weight_decay": settings.weight_decay if decays else 0.0,
+            **({"rotated": rotated} if settings.name == "muon" else {}),
+        }
+        for (factor, decays, rotated), parameters in groups.items()
+    ]
+
+
+def groups_in_words(optimizer: torch.optim.Optimizer) -> str:
+    """Return how weights are told apart, in words; ``""`` if all are trained alike."""
+    groups = optimizer.param_groups
+    if len(groups) == 1 and groups[0]["lr_factor"] == 1:
+        return ""
+    factors = [group["lr_factor"] for group in groups]
+    sizes = [sum(one.numel() for one in group["params"]) for group in groups]
+    still = sum(size for size, g in zip(sizes, groups, strict=True) if not g["weight_decay"])
+    low, high = min(factors), max(factors)
+    rates = f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
+    words = f"{len(groups)} groups of weights, rates times {rates}"
+    return words + (f", {still:,} of {sum(sizes):,} weights without decay" if still else "")
+
+
+def kept_numbers(config: Config, weights: int, rotated: int = 0) -> int:
+    """Return how many numbers the optimizer keeps beside the weights that it trains.
+
+    Args:
+        config: Which optimizer.
+        weights: That are trained.
+        rotated: Those of them that Muon trains as matrices; :func:`muon_matrices`.
+    """
+    match config.optimizer.name:
+        case "sgd":
+            return weights if config.optimizer.momentum else 0
+        case "lion":
+            return weights
+        case "muon":
+            return 2 * weights - rotated
+        case _:
+            return 2 * weights
+
+
+def muon_matrices(backbone: nn.Module) -> set[str]:
+    """Return the names of the weights that Muon trains as matrices."""
+    return {one for one in matrices_of(backbone) if backbone.get_parameter(one).ndim == 2}
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
@@ -46,14 +128,23 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group["lr_factor"]
 
 
-def clip(optimizer: torch.optim.Optimizer, clip_norm: float) -> Tensor:
+def clip(optimizer: torch.optim.Optimizer, clip_norm: float, *, each: bool = False) -> Tensor:
     """Scale gradients down to a norm; return the norm before, of all groups together.
 
     Args:
         optimizer: Its parameters' gradients are changed in place.
         clip_norm: Largest norm; 0 for no clipping.
+        each: Hold every group to it by itself.
     """
-    norm: Tensor = torch.nn.utils.clip_grad_norm_(
-        [*parameters_of(optimizer)], clip_norm or math.inf
-    )
-    return norm
+    limit = clip_norm or math.inf
+    groups = [group["params"] for group in optimizer.param_groups]
+    if not each or len(groups) == 1:
+        norm: Tensor = torch.nn.utils.clip_grad_norm_([*parameters_of(optimizer)], limit)
+        return norm
+    norms = [
+        get_total_norm([one.grad for one in group if one.grad is not None]) for group in groups
+    ]
+    for group, own in zip(groups, norms, strict=True):
+        clip_grads_with_norm_(group, limit, own)
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return total

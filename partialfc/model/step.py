@@ -88,7 +88,8 @@ def train_step(
             terms[name] = terms.get(name, 0) + value / parts
 
     scaler.unscale_(optimizer)
-    norm = clip(optimizer, config.optimizer.clip_norm)
+    settings = config.optimizer
+    norm = clip(optimizer, settings.clip_norm, each=settings.clip_groups)
     skipped = 1.0 - (loss.isfinite() & norm.isfinite()).float()
     # As GradScaler tells an optimizer, but one verdict for backbone and centers, on all ranks.
     _tell(optimizer, grad_scale=None, found_inf=skipped)

@@ -64,6 +64,12 @@ def open_training_data(config: Config, runtime: Runtime) -> TrainingData:
             f"schedule.warmup_steps = {config.schedule.warmup_steps}: must be fewer than the "
             f"{steps} steps of the run ({order.steps_per_epoch} steps an epoch)."
         )
+    decay, room = getattr(config.schedule, "decay_steps", 0), steps - config.schedule.warmup_steps
+    if decay > room:
+        raise ConfigError(
+            f"schedule.decay_steps = {decay}: must be at most {room}, the {steps} steps of the run "
+            f"without its warm-up ({order.steps_per_epoch} steps an epoch)."
+        )
     return TrainingData(dataset, order, steps)
 
 

@@ -32,6 +32,8 @@ def must_match(
         "backbone.name": config.backbone.name,
         "backbone.options": config.backbone.options.model_dump(mode="json") or None,
         "backbone.embedding_dim": config.backbone.embedding_dim,
+        "backbone.freeze": list(config.backbone.freeze)
+        or None,  # as before there was such a setting
         "precision.compute": config.precision.compute,
         "optimizer.name": config.optimizer.name,
         "head.optimizer.name": config.head.optimizer.name,

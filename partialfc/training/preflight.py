@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from partialfc.config import Config, ConfigError
 from partialfc.data.dataset import DataSet
@@ -26,6 +26,8 @@ from partialfc.data.source import files_of
 from partialfc.distributed.agreement import all_agree, collective_device, words_of_any
 from partialfc.distributed.ranks import gather_rows, sum_to_owner
 from partialfc.model.build import new_backbone
+from partialfc.model.frozen import freeze, frozen_words
+from partialfc.model.optimizer import kept_numbers, muon_matrices
 from partialfc.records.console import show_table
 from partialfc.records.environment import package_version
 from partialfc.runtime.process import Runtime, local_rank
@@ -71,6 +73,7 @@ def preflight(
     """
     checks = (
         _versions(runtime),
+        _frozen(config),
         _clocks(runtime),
         _collectives(config, runtime),
         _decoding(runtime, open_batches),
@@ -125,6 +128,13 @@ def _versions(runtime: Runtime) -> Iterator[Finding]:
         )
     else:
         yield Finding("versions", f"{text} on all {runtime.ranks.size} ranks")
+
+
+def _frozen(config: Config) -> Iterator[Finding]:
+    if config.backbone.freeze:
+        backbone = _backbone(config)
+        freeze(backbone, config.backbone.freeze)
+        yield Finding("backbone.freeze", frozen_words(backbone, config.backbone.freeze))
 
 
 def _clocks(runtime: Runtime) -> Iterator[Finding]:
@@ -300,11 +310,23 @@ def _write_speed(path: Path) -> float:
     return _WRITTEN_BYTES / (time.monotonic() - start)
 
 
+def _backbone(config: Config) -> nn.Module:
+    """Without memory for its weights."""
+    with torch.device("meta"):
+        return new_backbone(config)
+
+
 def checkpoint_bytes(config: Config, num_identities: int, ranks: int) -> int:
     """Return the size of a checkpoint to within a few percent: weights and their momenta."""
-    with torch.device("meta"):
-        backbone = new_backbone(config)
+    backbone = _backbone(config)
     states = {"sgd": 1, "adamw": 2, "adagrad": 0}
+    freeze(backbone, config.backbone.freeze)
+    sizes = {name: p.numel() for name, p in backbone.named_parameters() if p.requires_grad}
+    trained = sum(sizes.values())
+    rotated = sum(sizes.get(name, 0) for name in muon_matrices(backbone))
+    kept = kept_numbers(config, trained, rotated)
+    if config.backbone.ema or config.optimizer.name == "schedule_free":
+        kept += trained  # the average, in a file of its own
     weights = sum(parameter.numel() for parameter in backbone.parameters())
     buffers = sum(buffer.numel() for buffer in backbone.buffers())
     width = 4 if config.head.center_format == "fp32" else 2
@@ -312,7 +334,7 @@ def checkpoint_bytes(config: Config, num_identities: int, ranks: int) -> int:
     state_width = {"fp32": 4, "bf16": 2, "int8": 1}[momentum]
     row = config.backbone.embedding_dim * (width + state_width * states[config.head.optimizer.name])
     buffers *= 1 + ranks * (ranks > 1)  # their mean, and each rank's own
-    of_backbone = 4 * (weights * (1 + states[config.optimizer.name]) + buffers)
+    of_backbone = 4 * (weights + kept + buffers)
     return of_backbone + num_identities * row
 
 

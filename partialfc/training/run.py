@@ -25,6 +25,8 @@ from partialfc.errors import CrashLoopError, Preempted
 from partialfc.evaluation.sets import Evaluation
 from partialfc.margins import guidance
 from partialfc.model.build import Model, build
+from partialfc.model.frozen import frozen_words
+from partialfc.model.optimizer import groups_in_words
 from partialfc.model.step import train_step
 from partialfc.records.console import from_here
 from partialfc.records.ledger import fruitless, keeping
@@ -151,6 +153,9 @@ def _announce(config: Config, runtime: Runtime) -> None:
 
 
 def _warn(config: Config, model: Model, num_identities: int) -> None:
+    words = frozen_words(model.backbone, config.backbone.freeze), groups_in_words(model.optimizer)
+    if any(words):
+        print(f"backbone: {'; '.join(filter(None, words))}", flush=True)
     losses = model.losses.losses.items()
     pairs = [name for name, one in losses if one.loss.compares_pairs]
     sampled = max(2, math.ceil(num_identities * config.head.sample_rate))
@@ -194,6 +199,12 @@ def _restore(
         return step
     if config.run.start_from is not None:
         warm_start(config.run.start_from, config, model, runtime, data.dataset)
+    elif config.backbone.freeze and runtime.leads:
+        print(
+            "warning: backbone.freeze without run.start_from: what is frozen stays as it was drawn "
+            "at random.",
+            flush=True,
+        )
     return 0
 
 

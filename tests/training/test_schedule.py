@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from partialfc.config.optimizers import Cosine, Linear, Polynomial
+from partialfc.config.optimizers import Cosine, Linear, Polynomial, Wsd
 from partialfc.training.schedule import learning_rate
 
 NAMES: list[Literal["linear", "polynomial", "cosine"]] = ["linear", "polynomial", "cosine"]
@@ -88,6 +88,22 @@ def test_takes_the_settings_of_every_schedule(section: Linear | Polynomial | Cos
     halfway = {"linear": 0.5, "polynomial": 0.125, "cosine": 0.5}[section.name]
     value = learning_rate(50, peak=1.0, total_steps=100, **section.model_dump())
     assert value == pytest.approx(halfway)
+
+
+@pytest.mark.parametrize(
+    ("shape", "halfway"), [("sqrt", 1 - math.sqrt(0.5)), ("linear", 0.5), ("cosine", 0.5)]
+)
+def test_wsd_stays_and_then_falls_and_does_not_know_the_end_before(shape, halfway) -> None:
+    """So a run that is lengthened before its decay takes the steps that it would have taken."""
+    schedule = Wsd(warmup_steps=10, decay_steps=20, shape=shape, final_factor=0.1).model_dump()
+    values = [learning_rate(at, peak=2.0, total_steps=100, **schedule) for at in range(101)]
+    longer = [learning_rate(at, peak=2.0, total_steps=300, **schedule) for at in range(301)]
+    assert values[:80] == longer[:80]
+    assert values[9:81] == [2.0] * 72
+    assert values[90] == pytest.approx(2.0 * (0.1 + 0.9 * halfway))
+    assert values[100] == pytest.approx(0.2)
+    with pytest.raises(ValueError, match=r"schedule.decay_steps = 20: .* at most .* 19"):
+        learning_rate(0, peak=2.0, total_steps=29, **schedule)
 
 
 def test_a_warm_up_without_end_is_refused() -> None:

@@ -20,6 +20,13 @@ _CENTER_STATES = {
 }
 
 
+_STATES = {
+    torch.optim.SGD: ("momentum_buffer",),
+    torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
+}
+"""What is taken over of a weight, by the optimizer that goes on."""
+
+
 def fill(model: Model, layout: Layout, step: int) -> None:
     """Put what was found into a freshly built model. No collective.
 
@@ -77,9 +84,9 @@ def _set(
     name: str,
     layout: Layout,
 ) -> None:
-    adamw = isinstance(optimizer, torch.optim.AdamW)
+    kept = _STATES.get(type(optimizer), ())
     for state, value in states.items():
-        if (state == "momentum_buffer") == adamw or value.numel() not in (1, parameter.numel()):
+        if state not in kept or value.numel() not in (1, parameter.numel()):
             raise ForeignError(
                 f"{layout.source}: its optimizer has {state} {list(value.shape)} of {name}, which "
                 f"{type(optimizer).__name__} does not keep so. Choose the optimizer it was trained "

@@ -19,6 +19,9 @@ from torch.utils.flop_counter import flop_registry
 
 from partialfc.config import Config
 from partialfc.model.build import _AUTOCAST, new_backbone
+from partialfc.model.frozen import freeze
+from partialfc.model.optimizer import kept_numbers, muon_matrices
+from partialfc.model.updates import PART_ELEMENTS
 
 MIB, GIB = 2**20, 2**30
 
@@ -58,6 +61,7 @@ class NetworkCost:
         gradients: Bytes of the gradients of weights at that time; 0 if they have their own memory.
         inference: Most bytes alive in a forward pass without gradients.
         flops: Of forward and backward, recomputation included; a multiply-add is two.
+        matrices: Bytes of the trained weights that Muon rotates.
     """
 
     weights: int
@@ -68,6 +72,7 @@ class NetworkCost:
     gradients: int
     inference: int
     flops: int
+    matrices: int = 0
 
 
 @dataclass(slots=True)
@@ -181,6 +186,11 @@ def count(
             gradients=meter.peak[1],
             inference=sum(without_gradients.peak),
             flops=meter.flops,
+            matrices=bytes_of(
+                weight
+                for name in muon_matrices(network)
+                if (weight := network.get_parameter(name)).requires_grad
+            ),
         )
 
 
@@ -211,6 +221,8 @@ def count_backbone(config: Config, world_size: int) -> NetworkCost:
     settings, size = config.backbone, config.data.image_size
     with torch.device("meta"):
         network = new_backbone(config)
+    for module in freeze(network, settings.freeze):
+        module.eval()
     if settings.channels_last:
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     batch = config.shares(world_size).of_each(config.optimizer.accumulation).largest
@@ -232,7 +244,12 @@ def backbone_parts(config: Config, counted: NetworkCost, world_size: int) -> lis
     """Return the memory of the backbone, its optimizer and its activations."""
     settings, saved, buffers = config.optimizer, counted.saved, counted.buffers
     average = (counted.trained + buffers) * (config.backbone.ema > 0)
-    states = 2 if settings.name == "adamw" else int(settings.momentum > 0)
+    states = kept_numbers(config, counted.trained, counted.matrices)
+    part = min(counted.trained, 4 * PART_ELEMENTS)
+    copies = 0
+    if settings.name not in ("sgd", "adamw"):  # before and after, and what is computed between
+        copies = 2 * (part + kept_numbers(config, part)) + 2 * part
+    swapped = counted.trained * (settings.name == "schedule_free")
     batch = config.shares(world_size).of_each(settings.accumulation).largest
     images = f"forward of {batch} images, counted; of {config.verification.batch} in validation"
     recomputed = ", blocks computed again" * config.backbone.checkpoint_activations
@@ -246,7 +263,12 @@ def backbone_parts(config: Config, counted: NetworkCost, world_size: int) -> lis
         MemoryItem.always("weights", counted.weights, "fp32"),
         MemoryItem.always("average", average, "fp32, of what is trained and the statistics"),
         MemoryItem("distance to the average", (0, 0, average, 0), "fp32, while it moves"),
-        MemoryItem.always("optimizer", states * counted.trained, f"{settings.name}, fp32"),
+        MemoryItem.always("optimizer", states, f"{settings.name}, fp32"),
+        MemoryItem(
+            "copies of weights",
+            (0, 0, copies, swapped),
+            "until it is known whether a step counts; in validation, of those that are trained",
+        ),
         gradients,
         MemoryItem.always("BatchNorm statistics", 2 * buffers, "fp32, and a copy in a step"),
         MemoryItem("activations", (saved, saved, 0, counted.inference), images),

@@ -59,6 +59,9 @@ PRODUCTS, BACKBONE, HEAD_SHARE, MEMORY, LINKS = 0.78, 0.25, 0.55, 0.90, 0.80
 CPU_BACKBONE, HIDDEN = 0.30, 0.67
 LATENCY, NETWORK_LATENCY = 3e-6, 10e-6
 DECODED_PER_CORE = 8000.0
+_PASSES = {"sgd": 6, "adamw": 8, "lion": 24, "lamb": 40, "muon": 32, "schedule_free": 40}
+"""How often an update of the backbone reads or writes as many bytes as there are weights: fused, or
+with copies of weights and states."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +115,7 @@ def seconds_of(
     caught_up = 2 * (moves and config.head.sample_rate < 1)  # read and written before pass 1
     times = 4 + caught_up, 2 + caught_up
     row_bytes = shard.sampled * (times[0] * center_bytes + times[1] * state_bytes)
-    weight_bytes = counted.trained * (8 if config.optimizer.name == "adamw" else 6)
+    weight_bytes = counted.trained * _PASSES[config.optimizer.name]
     # The average: its distance to the weights, the distance times a factor, their sum.
     weight_bytes += (counted.trained + counted.buffers) * (3 + 2 + 3) * (config.backbone.ema > 0)
 
