@@ -10,7 +10,7 @@ QUICK := tests/test_layering.py tests/test_keyed.py tests/config tests/definitio
 	tests/head/test_head.py tests/head/test_margins_on_head.py tests/head/test_sharding.py
 GPU_TESTS := tests/gpu tests/head/test_kernels.py tests/head/test_fused_kernels.py -k "cuda or gpu"
 
-.PHONY: demo faces quick test test-all test-gpu test-cluster monitor omniglot lint clean
+.PHONY: demo faces quick test test-all test-gpu test-cluster monitor omniglot taught lint clean
 
 demo: .venv/installed
 	$(BIN)/python tools/demo.py
@@ -52,6 +52,12 @@ monitor: .venv/installed
 omniglot: .venv/installed
 	$(BIN)/python tools/omniglot.py tests/fixtures/omniglot/omniglot_background.npz packs/omniglot
 	$(BIN)/torchrun --standalone --nproc-per-node=2 launch/train.py configs/omniglot.toml
+
+# A small network alone, and taught by the one of `make omniglot`: three seeds of each.
+taught: omniglot
+	$(BIN)/python tools/compare.py configs/omniglot.toml --seeds 1,2,3 --ranks 2 --out runs/taught \
+		'--vary=losses.teacher={}, {from = "runs/omniglot", weight = 5.0}' \
+		backbone.name=convnet_s run.epochs=5
 
 lint: .venv/installed
 	$(BIN)/ruff check

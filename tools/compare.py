@@ -15,6 +15,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from partialfc.config import ConfigError, config_hash, load
+from partialfc.definitions.phrases import to_value
 from partialfc.margins import MARGINS
 from partialfc.model.build import margin_of
 from partialfc.records.metrics import read_metrics
@@ -147,7 +149,7 @@ def variants_of(
         key, _, values = vary.partition("=")
         return [
             Variant(f"{key} = {value}", configs[0], (*overrides, f"{key}={value}"))
-            for value in dict.fromkeys(values.split(","))
+            for value in dict.fromkeys(_values(values))
         ]
     labels = [path.stem for path in configs]
     if len(set(labels)) < len(labels):
@@ -155,6 +157,17 @@ def variants_of(
     return [
         Variant(label, path, tuple(overrides)) for label, path in zip(labels, configs, strict=True)
     ]
+
+
+def _values(words: str) -> list[str]:
+    """Return what a setting is to be in turn: words between commas, or entries of a TOML list where
+    any of them is a table or a list."""
+    if not {"{", "["} & {*words}:
+        return words.split(",")
+    try:
+        return [to_value(value) for value in tomllib.loads(f"values = [{words}]")["values"]]
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"--vary {words}: must be TOML, separated by commas: {error}.") from error
 
 
 def _margin(name: str, base: Any) -> str:

@@ -12,6 +12,9 @@ detectors. With --landmarks, faces are cut out by the points of a file: a line f
 path below the folder, then x y of left eye, right eye, nose, left and right corner of the mouth, in
 pixels of the turned image.
 
+A .npy has names in a .csv beside it and, of a pack, a .origin.json that says which one: so it can
+teach a run on that pack (losses.teacher.from).
+
 An image that cannot be used is left out, told, and listed by --bad. Exit status: 0 all images are
 embedded, 1 all but those, 2 nothing is.
 """

@@ -48,6 +48,7 @@ from partialfc.commands._estimate.step_time import (
     assumptions,
     seconds_of,
 )
+from partialfc.commands._estimate.teacher import TeacherCost, count_teacher
 from partialfc.config import Config, ConfigError, load
 from partialfc.cores import usable_cores
 from partialfc.data.dataset import open_dataset
@@ -63,6 +64,7 @@ def memory_of(
     losses: Sequence[LossCost],
     identities: int,
     cluster: Cluster,
+    teacher: TeacherCost | None = None,
 ) -> dict[str, list[MemoryItem]]:
     """Return the parts of a rank's memory by group; identities decide the head's only."""
     shard = shard_of(config, identities, cluster.ranks, cluster.device)
@@ -72,6 +74,8 @@ def memory_of(
         "backbone": backbone_parts(config, counted, cluster.ranks),
         "data": data_parts(config, cluster.ranks, cluster.device),
     }
+    if teacher is not None:
+        parts["teacher"] = teacher.items
     moving = max(counted.saved, counted.backward, counted.inference) + shard.kept
     moving += sum(loss.peak for loss in losses)
     return {**parts, "process": process_parts(config, cluster, moving)}
@@ -84,12 +88,16 @@ def totals(parts: dict[str, list[MemoryItem]]) -> tuple[int, ...]:
 
 
 def most_identities(
-    config: Config, counted: NetworkCost, losses: Sequence[LossCost], cluster: Cluster
+    config: Config,
+    counted: NetworkCost,
+    losses: Sequence[LossCost],
+    cluster: Cluster,
+    teacher: TeacherCost | None = None,
 ) -> int:
     """Return the largest number of identities that fits, 0 if none does."""
 
     def fits(identities: int) -> bool:
-        parts = memory_of(config, counted, losses, identities, cluster)
+        parts = memory_of(config, counted, losses, identities, cluster, teacher)
         return max(totals(parts)) <= cluster.gpu.memory
 
     low = max(1, cluster.ranks)
@@ -251,10 +259,12 @@ def main(arguments: list[str]) -> int:
     identities = identities_of(config, options.identities)
     shard = shard_of(config, identities, cluster.ranks, cluster.device)
     counted = count_backbone(config, cluster.ranks)
-    losses = count_losses(config, shard, cluster.ranks, cluster.device)
-    parts = memory_of(config, counted, losses, identities, cluster)
-    times = seconds_of(config, counted, losses, shard, cluster)
-    most = most_identities(config, counted, losses, cluster)
+    teacher = count_teacher(config, counted, cluster.ranks, cluster.device)
+    dim = teacher.dim if teacher else None
+    losses = count_losses(config, shard, cluster.ranks, cluster.device, dim)
+    parts = memory_of(config, counted, losses, identities, cluster, teacher)
+    times = seconds_of(config, counted, losses, shard, cluster, teacher)
+    most = most_identities(config, counted, losses, cluster, teacher)
     needed, memory = totals(parts), cluster.gpu.memory
     images = config.data.global_batch / sum(seconds for _, seconds, _ in times)
     fits = max(needed) <= memory

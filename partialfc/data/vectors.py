@@ -148,7 +148,7 @@ class _Part:
     @classmethod
     def of(cls, path: Path, pack: Source) -> "_Part":
         try:
-            row_NL, origin = _mapped(path), read_origin(path)
+            row_NL, origin = mapped(path), read_origin(path)
         except (ValueError, EOFError) as error:
             raise ValueError(f"{path}: {in_words(error)}") from None
         if not isinstance(pack, Pack) or (pack.fingerprint, len(pack)) != (
@@ -180,8 +180,13 @@ class _Part:
         return np.asarray(self.row_NL[image_B - before_B])
 
 
-def _mapped(path: Path) -> NDArray[np.float32]:
-    """Map an ``.npy``; nothing of its header is believed before the file is as long as it says."""
+def mapped(path: Path) -> NDArray[np.float32]:
+    """Return an ``.npy`` of embeddings [N, L], mapped; the file is as long as its header says.
+
+    Raises:
+        ValueError: If it is another array, or none.
+        OSError: If it cannot be read.
+    """
     os.close(opened(path, os.O_RDONLY))
     row_NL = np.lib.format.open_memmap(path, mode="r")
     if row_NL.ndim != 2 or row_NL.dtype != np.dtype("<f4") or not row_NL.flags.c_contiguous:

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from partialfc.__main__ import main
+from partialfc.backbones import build_backbone
 from partialfc.commands import estimate
 from partialfc.commands._estimate.backbone import count
+from partialfc.config import ConfigError
 from tests.support.places import FIXTURES, ROOT
 from tests.support.processes import python
 from tools import omniglot
@@ -54,8 +57,6 @@ def test_activations_equal_a_count_by_hand(autocast):
 def test_a_storage_counts_once_and_recomputation_saves():
     network = on_meta(nn.Flatten(), nn.Linear(48, 16), nn.Identity(), nn.Unflatten(1, (4, 4)))
     assert count(network, (2, 3, 4, 4)).saved == 2 * 16 * 4, "views have no memory"
-    from partialfc.backbones import build_backbone
-
     kept, recomputed = (
         count(
             build_backbone("iresnet18", checkpoint_activations=again).to("meta").train(),
@@ -291,3 +292,26 @@ def test_rows_in_host_memory_leave_the_device_and_pass_through_it(tmp_path):
 
 def bytes_of_head(record) -> int:
     return sum(part["bytes"][0] for part in record["memory"]["head"])
+
+
+def test_a_teacher_has_weights_a_forward_pass_and_time(tmp_path):
+    """Its forward comes before the student's, so it counts where it is more than a validation's."""
+    teacher = build_backbone("iresnet18", embedding_dim=64, image_size=112)
+    save_file(teacher.state_dict(), tmp_path / "teacher.safetensors")
+    request = [ROOT / "configs" / "demo.toml", "data.image_size=112", "backbone.embedding_dim=64"]
+    request += ["backbone.name=convnet_s", "verification.batch=8", "--gpu", "cpu"]
+    request += ["--identities", "1000"]
+    taught = ["losses.teacher.weight=1", f"losses.teacher.from={tmp_path / 'teacher.safetensors'}"]
+    alone, both = estimated(tmp_path, *request), estimated(tmp_path, *request, *taught)
+    weights, forward = both["memory"]["teacher"]
+    held = [*teacher.parameters(), *teacher.buffers()]
+    assert weights["bytes"] == [sum(one.nbytes for one in held if one.is_floating_point())] * 4
+    assert forward["bytes"][:3] == [0, 0, 0]
+    assert forward["bytes"][3] > 10**8, "all images of a batch, where a validation has 8"
+    assert "teacher" not in alone["memory"]
+    (seconds,) = (part["seconds"] for part in both["seconds"] if part["name"] == "teacher")
+    backbone = next(part["seconds"] for part in alone["seconds"] if part["name"] == "backbone")
+    assert seconds > backbone / 3
+    wider = [taught[0], "losses.teacher.from=nowhere.safetensors"]
+    with pytest.raises(ConfigError, match=r"losses\.teacher\.from: .*nowhere.*on this machine"):
+        estimate.main([*map(str, request), *wider])

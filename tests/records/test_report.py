@@ -102,6 +102,20 @@ def test_the_page_is_whole_and_loads_nothing(tmp_path):
     assert len(text) < 200_000
 
 
+def test_every_loss_beside_the_softmax_has_its_curve(tmp_path):
+    """Of a teacher, and of a plug-in with any name; the loss scale is none of them."""
+    run = make_run(tmp_path / "run")
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    more = {"loss_teacher": 0.5, "loss_<b>mine": 2.0, "loss_scale": 1.0}
+    changed = [json.dumps(json.loads(line) | more) for line in lines]
+    (run / "metrics.jsonl").write_text("\n".join(changed) + "\n")
+    write_report(tmp_path / "report.html", [read_run(run)])
+    text = (tmp_path / "report.html").read_text()
+    assert "losses.teacher, without its weight" in text
+    assert "losses.&lt;b&gt;mine, without its weight" in text
+    assert "losses.scale" not in text
+
+
 def test_people_who_were_trained_on_are_listed_by_name(tmp_path):
     run = make_run(tmp_path / "run")
     names = [f"Person {number}" for number in range(1200)]

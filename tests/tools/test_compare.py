@@ -2,6 +2,7 @@
 
 import csv
 import re
+from pathlib import Path
 
 import pytest
 
@@ -76,6 +77,16 @@ def test_a_run_that_fails_is_told_and_left_out(words, tmp_path, monkeypatch, cap
     assert row["setting"] == "data.global_batch = 48"
 
 
+def test_what_make_taught_compares(monkeypatch):
+    """Tables are values too: without a teacher, and with the network of make omniglot."""
+    monkeypatch.chdir(ROOT)
+    (line,) = re.findall(r"'--vary=(losses.teacher=.*)'", Path("Makefile").read_text())
+    alone, taught = compare.variants_of([Path(CONFIG)], ["backbone.name=convnet_s"], None, line)
+    assert load(CONFIG, alone.overrides).losses.teacher.weight == 0
+    teacher = load(CONFIG, taught.overrides).losses.teacher
+    assert teacher.paths == (load(CONFIG).run.folder,)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -86,6 +97,7 @@ def test_a_run_that_fails_is_told_and_left_out(words, tmp_path, monkeypatch, cap
         (["configs/demo.toml", "--margins", "arcfase"], "--margins arcfase: must be of arcface"),
         (["configs/demo.toml", "--vary", "head.sample_rate=1,2"], "head.sample_rate = 2"),
         (["configs/demo.toml", "configs/demo.toml"], "need different names"),
+        (["configs/demo.toml", "--vary", "losses.teacher={}, {from"], "must be TOML"),
     ],
 )
 def test_a_mistake_is_told_before_the_first_run(arguments, message, tmp_path, monkeypatch, capsys):

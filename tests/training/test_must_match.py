@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from partialfc.checkpoint.teacher import Teacher
 from partialfc.training.must_match import must_match
 from tests.support.models import settings
 
@@ -27,3 +28,15 @@ def test_a_rule_without_unsampled_has_no_such_fact():
     config = settings(head={"sample_rate": 0.5, "optimizer": {"name": "adamw"}})
     facts = must_match(config, SimpleNamespace(fingerprint="of a pack"))
     assert facts["head.optimizer.unsampled"] is None
+
+
+def test_a_look_at_a_run_needs_no_teacher():
+    """clean and identities open a run whose teacher may be gone; training itself opens it."""
+    teaches = {"weight": 1.0, "from": "gone", "final_factor": 0.5}
+    config, data = settings(losses={"teacher": teaches}), SimpleNamespace(fingerprint="of a pack")
+    assert "losses.teacher" not in must_match(config, data)
+    teacher = Teacher(lambda images, sample_ids: images, 16, "0123456789abcdef")
+    fact = must_match(config, data, teacher)["losses.teacher"]
+    assert (fact["digest"], fact["final_factor"]) == ("0123456789abcdef", 0.5)
+    assert "from" not in fact, "it may lie elsewhere"
+    assert must_match(settings(), data)["losses.teacher"] is None

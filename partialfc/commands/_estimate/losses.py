@@ -1,7 +1,7 @@
 """Memory and work of the losses beside the softmax: each is run once on fake tensors and counted.
 
-Shape suffixes: b = images of a rank's micro-batch, B = of all ranks, D = embedding, T = rows of a
-tile.
+Shape suffixes: b = images of a rank's micro-batch, B = of all ranks, D = embedding, L = a teacher's
+embedding, T = rows of a tile.
 """
 
 from collections.abc import Callable, Sequence
@@ -50,9 +50,14 @@ class LossCost:
 
 
 def count_losses(
-    config: Config, shard: ShardSizes, world_size: int, device: Device
+    config: Config,
+    shard: ShardSizes,
+    world_size: int,
+    device: Device,
+    teacher_dim: int | None = None,
 ) -> list[LossCost]:
-    """Return what the losses that have a weight take on a rank."""
+    """Return what the losses that have a weight take on a rank; a teacher's embeddings have a
+    length."""
     batch = config.data.global_batch // config.optimizer.accumulation
     dim, margin = config.backbone.embedding_dim, margin_of(config)
     compute = head_compute(config, device)
@@ -65,14 +70,17 @@ def count_losses(
             unit_bD, _ = unit(own_bD)
             unit_BD = torch.empty(batch, dim, requires_grad=True)
             identities_B = torch.empty(batch, dtype=torch.int64)
-            sum_T, _ = sums_of(losses, unit_BD, identities_B, slice(0, len(own_bD)))
+            teacher_BL = torch.empty(batch, teacher_dim) if teacher_dim else None
+            anchors = slice(0, len(own_bD))
+            sum_T, _ = sums_of(losses, unit_BD, identities_B, anchors, teacher_BL)
             (pull_BD,) = torch.autograd.grad(sum_T, unit_BD, torch.ones_like(sum_T))
             return pull_BD[: len(own_bD)] - unit_bD
 
         own = (batch // world_size, dim)
         peak, flops, made = _count(pairs, [(own, torch.float32)])
-        gathered = (whole + 8 * batch) * (world_size > 1)
-        kept, moved = whole // world_size, 2 * whole
+        taught = 4 * batch * (teacher_dim or 0)
+        gathered = (whole + taught + 8 * batch) * (world_size > 1)
+        kept, moved = whole // world_size, 2 * whole + taught
         names = ", ".join(losses)
         found.append(LossCost(names, peak + gathered, kept, 0, flops, made, moved))
     row = dim_of(config, margin)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from partialfc.commands._estimate.backbone import GIB, MIB, Device, NetworkCost
 from partialfc.commands._estimate.head import ShardSizes, head_parts
 from partialfc.commands._estimate.losses import LossCost
+from partialfc.commands._estimate.teacher import TeacherCost
 from partialfc.config import Config
 from partialfc.config.conflicts import head_compute
 from partialfc.cores import usable_cores
@@ -92,6 +93,7 @@ def seconds_of(
     losses: Sequence[LossCost],
     shard: ShardSizes,
     cluster: Cluster,
+    teacher: TeacherCost | None = None,
 ) -> list[tuple[str, float, str]]:
     """Return (name, seconds, arithmetic) of the parts of a step, which add up to it."""
     gpu, ranks = cluster.gpu, cluster.ranks
@@ -153,6 +155,11 @@ def seconds_of(
             f"{weight_bytes / GIGA:.2f} GB of weights, gradients and states",
         ),
     ]
+    if teacher is not None and teacher.flops:
+        rate = getattr(gpu, teacher.compute)
+        seconds = teacher.flops * parts / (rate * share)
+        why = f"{teacher.flops * parts / TERA:.2f} TFLOP forward, at the backbone's rate"
+        found.append(("teacher", seconds, why))
     for loss in losses:
         rate = getattr(gpu, loss.compute) * PRODUCTS
         seconds = parts * (loss.flops / rate + 3 * loss.made / (gpu.bandwidth * MEMORY))

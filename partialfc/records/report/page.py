@@ -113,7 +113,10 @@ def _headline(runs: Sequence[RunFiles]) -> list[list[str]]:
 
 def _training(runs: Sequence[RunFiles]) -> list[Figure]:
     figures: list[Figure] = []
-    for name, title, form, log in _CURVES:
+    names = dict.fromkeys(name for run in runs for record in run.metrics for name in record)
+    terms = [name for name in names if name.startswith("loss_") and name != "loss_scale"]
+    beside = [(name, f"losses.{name[5:]}, without its weight", None, False) for name in terms]
+    for name, title, form, log in (_CURVES[0], *beside, *_CURVES[1:]):
         series = [Series(run.name, *run.values(name), colour) for colour, run in enumerate(runs)]
         if name == "loss_scale" and all(set(one.y) <= {1.0} for one in series):
             continue
