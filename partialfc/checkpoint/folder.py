@@ -1,7 +1,8 @@
 """Folders of checkpoints: names, manifests, what makes one valid, commit and retention.
 
     checkpoints/step_00002000/
-        backbone.safetensors          parameters and buffers, named as in the backbone
+        backbone.safetensors          parameters and buffers, named as in the backbone; with
+                                      backbone.lora those that are trained (base.py)
         statistics_000000.safetensors BatchNorm statistics of one rank of several; the backbone's
                                       are their mean
         average.safetensors           moving average of what is trained of it, if there is one; that

@@ -134,7 +134,10 @@ def load(path: Path, model: Model, facts: Mapping[str, Any], runtime: Runtime) -
     _same_run(path, manifest, head, facts, runtime)
     device = str(runtime.device)
     try:
-        model.backbone.load_state_dict(read_tensors(path, "backbone", manifest, device))
+        found = read_tensors(path, "backbone", manifest, device)
+        if model.own is not None and found.keys() != model.own:
+            raise CheckpointError(f"it has other tensors than {', '.join(sorted(model.own))}")
+        model.backbone.load_state_dict(found, strict=model.own is None)
         _read_own_statistics(path, manifest, model.backbone, runtime)
         _read_average(path, manifest, model, runtime)
         states = read_tensors(path, "optimizer", manifest, device)

@@ -186,7 +186,9 @@ class Saver:
             named = {checkpoint_folder.AVERAGE + key: value for key, value in averages.items()}
             files[name] = {**statistics(model.backbone), **named}
         if self._runtime.leads:
-            files["backbone"] = {**model.backbone.state_dict(), **means}
+            whole = {**model.backbone.state_dict(), **means}
+            own = whole.keys() if model.own is None else model.own
+            files["backbone"] = {name: whole[name] for name in whole if name in own}
             if average:
                 files["average"] = {**average.tensors, **mean_averages}
             files["optimizer"] = named_states(model.optimizer, model.backbone)

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from partialfc.checkpoint import foreign, recognition
 from partialfc.checkpoint import loading as checkpoint
-from partialfc.checkpoint.folder import read_manifest
+from partialfc.checkpoint.base import merged
+from partialfc.checkpoint.folder import MANIFEST, path_of, read_manifest
 from partialfc.checkpoint.recognition import Known
 from partialfc.config import Config, ConfigError, load
+from partialfc.errors import CheckpointError
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +24,7 @@ class TrainedBackbone:
         path: As it was asked for.
         known: Which backbone, for which images.
         state: Its tensors by name, in the backbone's order, on the CPU; of a run with
-            ``backbone.ema`` the average.
+            ``backbone.ema`` the average, and with ``backbone.lora`` merged.
         config: Settings of the run that it comes from, or ``None``.
         step: Optimizer steps that it was trained for, or ``None``.
     """
@@ -44,6 +46,13 @@ class TrainedBackbone:
         if self.config is None:
             return None
         return self.path.parents[1] if _is_checkpoint(self.path) else self.path
+
+    @property
+    def place(self) -> Path:
+        """Where it lies: of a run, the checkpoint that was taken."""
+        if self.run is None or self.step is None:
+            return self.path.resolve()
+        return path_of(self.run / "checkpoints", self.step).resolve()
 
     def backbone(self) -> nn.Module:
         """Return it as a module in evaluation mode that wants no gradients; fp32, on the CPU."""
@@ -75,6 +84,26 @@ def open_backbone(path: Path, *, image_size: int = 112) -> TrainedBackbone:
     return TrainedBackbone(path, known, {name: state[name] for name in order})
 
 
+def state_at(path: Path, config: Config) -> dict[str, Tensor]:
+    """Return the tensors of the backbone at a place that a run may begin with.
+
+    Args:
+        path: As of :func:`open_backbone`, or a folder that ``partialfc identities`` wrote.
+        config: Of the run that begins with it.
+
+    Raises:
+        ConfigError, ForeignError: As :func:`open_backbone`.
+    """
+    if is_start(path):
+        return load_file(path / "backbone.safetensors")
+    return open_backbone(path, image_size=config.data.image_size).state
+
+
+def is_start(path: Path) -> bool:
+    """Whether a folder was written by :func:`partialfc.checkpoint.warm_start.write_start`."""
+    return (path / MANIFEST).is_file() and read_manifest(path)["step"] == 0
+
+
 def _of_run(path: Path) -> TrainedBackbone:
     folder = path.parents[1] if _is_checkpoint(path) else path
     if not (folder / "config.toml").is_file():
@@ -95,9 +124,12 @@ def _of_run(path: Path) -> TrainedBackbone:
                 config.backbone.options.model_dump(),
             )
             order = recognition.shapes(known)
-            state = load_file(candidate / "backbone.safetensors")
+            own = load_file(candidate / "backbone.safetensors")
             if "average.safetensors" in read_manifest(candidate)["files"]:
-                state |= load_file(candidate / "average.safetensors")
+                own |= load_file(candidate / "average.safetensors")
+            state = merged(candidate, own, config, state_at)
+            if missing := sorted(order.keys() - state.keys()):
+                raise CheckpointError(f"{candidate}: it lacks the tensor {', '.join(missing)}")
             step = int(candidate.name.removeprefix("step_"))
             return TrainedBackbone(path, known, {name: state[name] for name in order}, config, step)
         problems.append(f"{candidate}: {problem}")

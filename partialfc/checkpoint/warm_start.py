@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from partialfc.backbones.lora import is_adapter
 from partialfc.checkpoint import loading as checkpoint
 from partialfc.checkpoint.disk import Disk
-from partialfc.checkpoint.folder import FORMAT, MANIFEST, commit, read_manifest, write_text
+from partialfc.checkpoint.folder import FORMAT, commit, read_manifest, write_text
 from partialfc.checkpoint.recognition import difference
 from partialfc.checkpoint.tensor_file import write_tensors
-from partialfc.checkpoint.trained_backbone import open_backbone
+from partialfc.checkpoint.trained_backbone import is_start, open_backbone
 from partialfc.config import Config, ConfigError
 from partialfc.data.dataset import DataSet
 from partialfc.data.names import NAMES, Names, first_difference, names_of, read_names
@@ -33,8 +34,8 @@ from partialfc.runtime.process import Runtime
 
 def warm_start(
     path: Path, config: Config, model: Model, runtime: Runtime, dataset: DataSet
-) -> None:
-    """Put what was trained into a new model. Collective.
+) -> Path:
+    """Put what was trained into a new model; return where it lies. Collective.
 
     Args:
         path: ``run.start_from``: a folder of ``partialfc identities``; or a run's folder, one of
@@ -49,8 +50,9 @@ def warm_start(
         CheckpointError: If it is corrupt.
     """
     if not is_start(path):
-        _fill(path, model, open_backbone(path, image_size=config.data.image_size).state, config)
-        return
+        trained = open_backbone(path, image_size=config.data.image_size)
+        _fill(path, model, trained.state, config)
+        return trained.place
     checkpoint.named(path, runtime)
     manifest, head = read_manifest(path), model.head
     has = manifest["num_identities"]
@@ -81,6 +83,7 @@ def warm_start(
     state = checkpoint.read_tensors(path, "backbone", manifest, str(runtime.device))
     _fill(path, model, state, config)
     checkpoint.read_centers(path, manifest, head, with_states=False)
+    return path.resolve()
 
 
 def _others(path: Path, manifest: Mapping[str, Any], dataset: DataSet) -> str:
@@ -112,11 +115,6 @@ def _named(path: Path, manifest: Mapping[str, Any]) -> Names:
     if hashlib.sha256(file.read_bytes()).hexdigest() != manifest["names"]:
         raise ValueError(f"{file}: it is not as it was written.")
     return read_names(file)
-
-
-def is_start(path: Path) -> bool:
-    """Whether a folder was written by :func:`write_start`."""
-    return (path / MANIFEST).is_file() and read_manifest(path)["step"] == 0
 
 
 def write_start(
@@ -172,9 +170,9 @@ def write_start(
 
 
 def _fill(path: Path, model: Model, state: Mapping[str, Tensor], config: Config) -> None:
+    plain = {k: v for k, v in model.backbone.state_dict().items() if not is_adapter(k)}
     wanted, found = (
-        {name: tuple(value.shape) for name, value in one.items()}
-        for one in (model.backbone.state_dict(), state)
+        {name: tuple(value.shape) for name, value in one.items()} for one in (plain, state)
     )
     if wanted != found:
         ours = config.backbone
@@ -183,6 +181,6 @@ def _fill(path: Path, model: Model, state: Mapping[str, Tensor], config: Config)
             f"embeddings of {ours.embedding_dim} for images of {config.data.image_size} pixels, "
             f"which the settings say: {difference(wanted, found)}."
         )
-    model.backbone.load_state_dict(dict(state))
+    model.backbone.load_state_dict({**model.backbone.state_dict(), **state})
     if model.average is not None:
         model.average.begin()

@@ -75,6 +75,11 @@ def bring_in(options: argparse.Namespace) -> int:
             f'the settings have backbone.name = "{ours.name}" and backbone.embedding_dim = '
             f"{ours.embedding_dim}."
         )
+    if ours.lora.rank:
+        raise ConfigError(
+            f"backbone.lora.rank = {ours.lora.rank}: what is brought in has no adapters. Remove "
+            "[backbone.lora], and begin a run with adapters with run.start_from."
+        )
     folder = config.run.folder / "checkpoints"
     if checkpoint.exist(folder):
         raise ConfigError(f"{folder}: there are checkpoints already. Choose another folder.")

@@ -26,6 +26,8 @@ def conflicts(config: "Config") -> Iterator[str]:
             f"data.global_batch = {batch}: must divide by optimizer.accumulation = {accumulation}. "
             f"Nearest: {nearest_multiples(batch, accumulation)}."
         )
+    if config.backbone.lora.rank:
+        yield from _of_the_adapters(config)
     yield from _of_the_optimizer(config)
     if config.run.steps is not None and config.schedule.warmup_steps >= config.run.steps:
         yield (
@@ -38,6 +40,20 @@ def conflicts(config: "Config") -> Iterator[str]:
             "counts is known after the backbone's backward only. Use bf16, or remove head.overlap."
         )
     yield from _of_the_head(config)
+
+
+def _of_the_adapters(config: "Config") -> Iterator[str]:
+    rank = f"backbone.lora.rank = {config.backbone.lora.rank}"
+    if config.run.start_from is None and config.run.resume_from is None:
+        yield (
+            f"{rank} without run.start_from: adapters change a trained backbone, and there is "
+            "none. Name one with run.start_from."
+        )
+    if config.backbone.freeze:
+        yield (
+            f"backbone.freeze = {[*config.backbone.freeze]} with {rank}: all but the adapters and "
+            "backbone.lora.also_train stays as it is. Remove freeze."
+        )
 
 
 def _of_the_optimizer(config: "Config") -> Iterator[str]:

@@ -21,6 +21,7 @@ from partialfc.config.conflicts import conflicts
 from partialfc.config.data import Data
 from partialfc.config.file import load_settings
 from partialfc.config.head import Head
+from partialfc.config.lora import Lora
 from partialfc.config.losses import Losses
 from partialfc.config.monitor import Monitor
 from partialfc.config.optimizers import (
@@ -78,6 +79,8 @@ class Backbone(Section):
     ``["conv1", "layer1"]``. The statistics of their BatchNorm stay as they are too."""
 
     options: Options = Field(default_factory=Options)
+
+    lora: Lora = Field(default_factory=Lora)
 
 
 class Precision(Section):

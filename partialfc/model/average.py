@@ -7,7 +7,7 @@ belong to the weights that they were taken with. Those are each rank's own here 
 ranks is the average of the mean, as both are linear.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -22,14 +22,17 @@ class Average:
     Args:
         module: The backbone, on its device. Its tensors are kept, not its forward.
         decay: d of late steps, in [0, 1).
+        own: Names of what may change; ``None`` for all.
 
     Attributes:
         tensors: The average by the names of the backbone's ``state_dict``.
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    def __init__(self, module: nn.Module, decay: float, own: Collection[str] | None = None) -> None:
         self._decay = decay
-        self._statistics = statistics(module)
+        self._statistics = {
+            name: value for name, value in statistics(module).items() if own is None or name in own
+        }
         trained = {name: one for name, one in module.named_parameters() if one.requires_grad}
         self._live = {name: one.detach() for name, one in {**trained, **self._statistics}.items()}
         self.tensors = {name: one.clone() for name, one in self._live.items()}

@@ -19,6 +19,7 @@ from partialfc.head.sharding import GROWTH, default_canonical_shards
 from partialfc.losses import LOSSES, Distillation
 from partialfc.losses.over_ranks import EmbeddingLosses, Weighted
 from partialfc.margins import MARGINS, Margin
+from partialfc.model.adapted import adapted, own_names, still_norms
 from partialfc.model.average import Average
 from partialfc.model.frozen import freeze
 from partialfc.model.optimizer import build_optimizer
@@ -45,6 +46,7 @@ class Model:
         optimizer: Of the backbone.
         head: With its own optimizer.
         losses: On the embeddings, beside the head's.
+        own: Names of the backbone's tensors that checkpoints hold; ``None`` for all of them.
         average: Of the backbone's weights, which is what is measured; ``None`` without one.
         scaler: Loss scale of fp16; disabled otherwise.
         autocast: Compute dtype of the backbone, or ``None`` for fp32.
@@ -61,6 +63,7 @@ class Model:
     autocast: torch.dtype | None
     channels_last: bool
     average: Average | ScheduleFreeMean | None = None
+    own: frozenset[str] | None = None
     frozen: tuple[nn.Module, ...] = ()
 
     def train(self) -> None:
@@ -110,7 +113,7 @@ def new_backbone(config: Config) -> nn.Module:
     """
     settings = config.backbone
     try:
-        return build_backbone(
+        network = build_backbone(
             settings.name,
             embedding_dim=settings.embedding_dim,
             image_size=config.data.image_size,
@@ -119,6 +122,7 @@ def new_backbone(config: Config) -> nn.Module:
         )
     except ValueError as error:
         raise ConfigError(f"backbone.name = {to_value(settings.name)}: {error}") from error
+    return adapted(network, settings.lora, config.data.image_size)
 
 
 def _arrange_buckets(model: Model, config: Config, runtime: Runtime) -> None:
@@ -153,8 +157,10 @@ def assemble(config: Config, runtime: Runtime, backbone: nn.Module, head: Partia
         backbone = backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     backbone.to(runtime.device)
     frozen = freeze(backbone, config.backbone.freeze)
+    frozen += still_norms(backbone, config.backbone.lora)
     if config.backbone.compile:
         backbone.compile()
+    own = own_names(backbone, config.backbone.lora)
     replica: nn.Module = backbone
     if runtime.ranks.size > 1:
         replica = DistributedDataParallel(
@@ -177,7 +183,8 @@ def assemble(config: Config, runtime: Runtime, backbone: nn.Module, head: Partia
         ),
         autocast=_AUTOCAST[config.precision.compute],
         channels_last=config.backbone.channels_last,
-        average=_average(config, backbone, optimizer),
+        average=_average(config, backbone, optimizer, own),
+        own=own,
         frozen=frozen,
     )
     model.train()
@@ -185,11 +192,14 @@ def assemble(config: Config, runtime: Runtime, backbone: nn.Module, head: Partia
 
 
 def _average(
-    config: Config, backbone: nn.Module, optimizer: torch.optim.Optimizer
+    config: Config,
+    backbone: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    own: frozenset[str] | None,
 ) -> Average | ScheduleFreeMean | None:
     if isinstance(optimizer, ScheduleFree):
         return ScheduleFreeMean(optimizer, backbone)
-    return Average(backbone, config.backbone.ema) if config.backbone.ema else None
+    return Average(backbone, config.backbone.ema, own) if config.backbone.ema else None
 
 
 def margin_of(config: Config) -> Margin:

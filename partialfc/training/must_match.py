@@ -34,6 +34,9 @@ def must_match(
         "backbone.embedding_dim": config.backbone.embedding_dim,
         "backbone.freeze": list(config.backbone.freeze)
         or None,  # as before there was such a setting
+        "backbone.lora": config.backbone.lora.model_dump(mode="json")
+        if config.backbone.lora.rank
+        else None,
         "precision.compute": config.precision.compute,
         "optimizer.name": config.optimizer.name,
         "head.optimizer.name": config.head.optimizer.name,

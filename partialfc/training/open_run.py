@@ -5,7 +5,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from partialfc.backbones.lora import merge
 from partialfc.checkpoint import loading as checkpoint
+from partialfc.checkpoint.base import restore_base
+from partialfc.checkpoint.trained_backbone import state_at
 from partialfc.config import Config, ConfigError, load
 from partialfc.data.dataset import DataSet, open_dataset
 from partialfc.evaluation.sets import Evaluation
@@ -54,5 +57,7 @@ def open_run(folder: Path) -> Iterator[OpenRun]:
         checkpoint.load(newest, model, must_match(config, dataset), runtime)
         if model.average is not None:
             model.average.install()
+        restore_base(newest, model.backbone, config, state_at)
+        merge(model.backbone)
         model.head.optimizer.catch_up(None)  # rows that move unsampled
         yield OpenRun(config, dataset, model, Evaluation(config, runtime))

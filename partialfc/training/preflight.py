@@ -327,7 +327,8 @@ def checkpoint_bytes(config: Config, num_identities: int, ranks: int) -> int:
     kept = kept_numbers(config, trained, rotated)
     if config.backbone.ema or config.optimizer.name == "schedule_free":
         kept += trained  # the average, in a file of its own
-    weights = sum(parameter.numel() for parameter in backbone.parameters())
+    lora = config.backbone.lora.rank > 0  # what is not trained is not in it
+    weights = trained if lora else sum(parameter.numel() for parameter in backbone.parameters())
     buffers = sum(buffer.numel() for buffer in backbone.buffers())
     width = 4 if config.head.center_format == "fp32" else 2
     momentum = getattr(config.head.optimizer, "momentum_format", "fp32")

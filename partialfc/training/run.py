@@ -12,9 +12,11 @@ from typing import Any
 import torch
 
 from partialfc.checkpoint import loading as checkpoint
+from partialfc.checkpoint.base import fact_of, restore_base
 from partialfc.checkpoint.folder import path_of
 from partialfc.checkpoint.saving import Saver
 from partialfc.checkpoint.teacher import Teacher, open_teacher
+from partialfc.checkpoint.trained_backbone import state_at
 from partialfc.checkpoint.warm_start import warm_start
 from partialfc.config import Config, ConfigError, to_toml
 from partialfc.config.conflicts import head_compute
@@ -24,6 +26,7 @@ from partialfc.distributed.agreement import any_rank, words_of_any
 from partialfc.errors import CrashLoopError, Preempted
 from partialfc.evaluation.sets import Evaluation
 from partialfc.margins import guidance
+from partialfc.model.adapted import adapted_words
 from partialfc.model.build import Model, build
 from partialfc.model.frozen import frozen_words
 from partialfc.model.optimizer import groups_in_words
@@ -88,7 +91,7 @@ def _train(config: Config, runtime: Runtime) -> None:
             runtime.watchdog.follow(ledger)
         _refuse_crash_loop(config, runtime, ledger.before, digest)
         with ledger.spending("restore"):
-            step = _restore(config, runtime, model, facts, data)
+            step, base = _restore(config, runtime, model, facts, data)
         ledger.at(step, now=True)
         summary = folder / "summary.json"
         if step >= data.steps and summary.exists():
@@ -107,7 +110,7 @@ def _train(config: Config, runtime: Runtime) -> None:
             ) as recorder,
             Saver(
                 folder / "checkpoints",
-                facts,
+                {**facts, **base},
                 runtime,
                 keep=config.checkpoint.keep,
                 keep_every_steps=config.checkpoint.keep_every_steps,
@@ -153,7 +156,11 @@ def _announce(config: Config, runtime: Runtime) -> None:
 
 
 def _warn(config: Config, model: Model, num_identities: int) -> None:
-    words = frozen_words(model.backbone, config.backbone.freeze), groups_in_words(model.optimizer)
+    words = (
+        frozen_words(model.backbone, config.backbone.freeze),
+        adapted_words(model.backbone, config.backbone.lora),
+        groups_in_words(model.optimizer),
+    )
     if any(words):
         print(f"backbone: {'; '.join(filter(None, words))}", flush=True)
     losses = model.losses.losses.items()
@@ -185,8 +192,9 @@ def _refuse_crash_loop(
 
 def _restore(
     config: Config, runtime: Runtime, model: Model, facts: dict[str, object], data: TrainingData
-) -> int:
-    """Load what the run goes on from or begins with; return the steps taken."""
+) -> tuple[int, dict[str, object]]:
+    """Load what the run goes on from or begins with; return the steps taken, and the base of its
+    adapters as a fact for checkpoints."""
     found = checkpoint.newest(config.run.folder / "checkpoints", runtime)
     if found is None and config.run.resume_from is not None:
         found = checkpoint.named(config.run.resume_from, runtime)
@@ -196,16 +204,17 @@ def _restore(
             print(f"going on from {from_here(found)}", flush=True)
             for sentence in what_changed(found, config, data.order):
                 print(f"warning: {sentence}", flush=True)
-        return step
+        return step, restore_base(found, model.backbone, config, state_at)
     if config.run.start_from is not None:
-        warm_start(config.run.start_from, config, model, runtime, data.dataset)
-    elif config.backbone.freeze and runtime.leads:
+        place = warm_start(config.run.start_from, config, model, runtime, data.dataset)
+        return 0, fact_of(place, model.backbone, config)
+    if config.backbone.freeze and runtime.leads:
         print(
             "warning: backbone.freeze without run.start_from: what is frozen stays as it was drawn "
             "at random.",
             flush=True,
         )
-    return 0
+    return 0, {}
 
 
 @dataclass(frozen=True, slots=True)

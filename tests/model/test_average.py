@@ -17,9 +17,8 @@ from partialfc.model.build import assemble
 from partialfc.model.step import train_step
 from tests.support.models import batch, runtime, settings, share
 from tests.support.places import ROOT
-from tests.support.processes import python
 from tests.support.ranks import run_on_ranks
-from tests.support.runs import UNVERIFIED, run, words
+from tests.support.runs import UNVERIFIED, killed_at, run
 
 DECAY = 0.3
 FACTS = {"seed": 2048}
@@ -161,20 +160,6 @@ def test_the_estimate_has_its_bytes():
         assert parts["distance to the average"].bytes == (0, 0, expected, 0)
 
 
-DIES = """
-import os, signal, sys
-import partialfc.training.run as training
-from partialfc.commands.train import main
-step = training.train_step
-def dies(model, *rest):
-    if model.head.optimizer.steps == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(model, *rest)
-training.train_step = dies
-os._exit(main(sys.argv[1:]))
-"""
-
-
 @pytest.mark.distributed
 def test_a_killed_run_goes_on_with_its_average_on_another_number_of_ranks(packs, tmp_path):
     """Every checkpoint has the step of a plain loop over the weights of all of them."""
@@ -185,7 +170,7 @@ def test_a_killed_run_goes_on_with_its_average_on_another_number_of_ranks(packs,
         "checkpoint.keep=9",
         *UNVERIFIED,
     ]
-    killed = python("-c", DIES, *words(packs, tmp_path, *common)[1:], ranks=2)
+    killed = killed_at(4, packs, tmp_path, *common)
     assert killed.returncode == -9, killed.stderr
     resumed = run(packs, tmp_path, *common)
     assert resumed.returncode == 0, resumed.stderr
@@ -204,6 +189,7 @@ def test_a_killed_run_goes_on_with_its_average_on_another_number_of_ranks(packs,
             else:
                 assert torch.equal(found, expected[name]), (step, name)
     last = tensors(7, "average")
+    assert open_backbone(tmp_path).place == tmp_path / "checkpoints" / "step_00000007"
     opened = open_backbone(tmp_path).state
     assert all(torch.equal(opened[name], value) for name, value in last.items())
     assert statistics(open_backbone(tmp_path).backbone()).keys() <= last.keys()

@@ -24,8 +24,8 @@ class Flat(nn.Module):
 
 def settings(**sections) -> Config:
     sections.setdefault("precision", {"compute": "fp32"})
-    data = {"train": "unused.rec", "global_batch": 24}
-    return Config.model_validate({"data": data, **sections})
+    sections.setdefault("data", {"train": "unused.rec", "global_batch": 24})
+    return Config.model_validate(sections)
 
 
 def flat_model(

@@ -45,6 +45,25 @@ def run(packs, folder, *overrides, ranks=None) -> subprocess.CompletedProcess:
     return python(*words(packs, folder, *overrides), ranks=ranks)
 
 
+_DIES = """
+import os, signal, sys
+import partialfc.training.run as training
+from partialfc.commands.train import main
+step = training.train_step
+def dies(model, *rest):
+    if model.head.optimizer.steps == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(model, *rest)
+training.train_step = dies
+os._exit(main(sys.argv[2:]))
+"""
+
+
+def killed_at(step, packs, folder, *overrides, ranks=2) -> subprocess.CompletedProcess:
+    """Run on several ranks until each kills itself, as kill -9 does, before it takes a step."""
+    return python("-c", _DIES, step, *words(packs, folder, *overrides)[1:], ranks=ranks)
+
+
 def losses(folder):
     """The loss of each step that a run has noted."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()

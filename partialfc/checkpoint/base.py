@@ -1,0 +1,127 @@
+"""The base of an adapted backbone: where it lies, and that it is the one its adapters belong to.
+
+A checkpoint of a run with ``backbone.lora`` holds the adapters and what is trained beside them. Its
+facts say which base they belong to: the place that the run began with, and the SHA-256 of the
+tensors (:func:`partialfc.model.adapted.digest_of`), whichever file they are in.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from partialfc.backbones.lora import merged_state
+from partialfc.checkpoint.folder import read_manifest
+from partialfc.config import Config, ConfigError
+from partialfc.errors import CheckpointError, ForeignError
+from partialfc.model.adapted import base_of, digest_of
+
+Read = Callable[[Path, Config], Mapping[str, Tensor]]
+"""Returns the tensors of a backbone at a place, for the run with these settings."""
+
+BASE = "base"
+"""The fact of a checkpoint that says which base it has."""
+
+_LONGEST_PLACE = 4096
+_UNREADABLE = (
+    ConfigError,
+    CheckpointError,
+    ForeignError,
+    SafetensorError,
+    OSError,
+    ValueError,
+    KeyError,
+)
+
+
+def fact_of(place: Path, network: nn.Module, config: Config) -> dict[str, Any]:
+    """Return what a checkpoint notes of the base that a new run begins with; nothing without LoRA.
+
+    Args:
+        place: What the network was filled with: a checkpoint, a folder or a file.
+        network: The backbone, filled.
+        config: Of the run.
+    """
+    if not config.backbone.lora.rank:
+        return {}
+    base = base_of(network.state_dict(), config.backbone.lora.also_train)
+    return {BASE: {"place": str(place), "sha256": digest_of(base)}}
+
+
+def restore_base(path: Path, network: nn.Module, config: Config, read: Read) -> dict[str, Any]:
+    """Give a backbone the base of a checkpoint; return the fact to be noted again.
+
+    What is not the base is left as it is. Nothing is done without LoRA.
+
+    Args:
+        path: The checkpoint.
+        network: The backbone.
+        config: Of this start.
+        read: :func:`partialfc.checkpoint.trained_backbone.state_at`.
+
+    Raises:
+        CheckpointError: If it is neither where the checkpoint says nor where the settings do; the
+            message names both.
+    """
+    if not config.backbone.lora.rank:
+        return {}
+    place, digest, base = _found(path, config, read)
+    network.load_state_dict(base, strict=False)
+    return {BASE: {"place": str(place), "sha256": digest}}
+
+
+def merged(path: Path, own: Mapping[str, Tensor], config: Config, read: Read) -> dict[str, Tensor]:
+    """Return the state of a run's backbone, its base put in and its adapters merged.
+
+    Args:
+        path: The checkpoint.
+        own: The tensors of the backbone that it holds, which are all of them without LoRA.
+        config: Of its run.
+        read: As in :func:`restore_base`.
+
+    Raises:
+        CheckpointError: As :func:`restore_base`.
+    """
+    if not config.backbone.lora.rank:
+        return dict(own)
+    _, _, base = _found(path, config, read)
+    return merged_state({**base, **own}, config.backbone.lora.factor)
+
+
+def _found(path: Path, config: Config, read: Read) -> tuple[Path, str, dict[str, Tensor]]:
+    """Where the base is, its digest and its tensors."""
+    noted, problems = _noted(path), []
+    for place in _places(noted["place"], config):
+        try:
+            state = read(place, config)
+        except _UNREADABLE as error:
+            said = str(error).rstrip(".")
+            problems.append(said if str(place) in said else f"{place}: {said}")
+            continue
+        base = base_of(state, config.backbone.lora.also_train)
+        if digest_of(base) == noted["sha256"]:
+            return place, noted["sha256"], base
+        problems.append(f"{place}: it holds other weights")
+    raise CheckpointError(
+        f"{path}: it holds adapters, and the weights that they belong to (SHA-256 "
+        f"{noted['sha256'][:16]}...) are not there: {'; '.join(problems)}. Put them back, or say "
+        "where they are with run.start_from in the settings."
+    )
+
+
+def _noted(path: Path) -> dict[str, str]:
+    noted = read_manifest(path)["facts"].get(BASE)
+    keys = ("place", "sha256")
+    if not isinstance(noted, dict) or not all(
+        isinstance(noted.get(key), str) and len(noted[key]) <= _LONGEST_PLACE for key in keys
+    ):
+        raise CheckpointError(f"{path}: it does not say which weights its adapters belong to")
+    return {key: noted[key] for key in keys}
+
+
+def _places(noted: str, config: Config) -> Iterator[Path]:
+    yield Path(noted)
+    if config.run.start_from not in (None, Path(noted)):
+        yield config.run.start_from
