@@ -5,8 +5,8 @@ dictionaries ``BACKBONES``, ``MARGINS``, ``LOSSES``, ``ROW_RULES`` and ``SINKS``
 is in it, as "my.module:Name" where they would have a name of ours.
 
 To import a module is to run it. :func:`load` alone does so, and is called with the modules that a
-user names: in the settings that they start from, or with ``--plugin``. The settings that a
-checkpoint brings along never are enough.
+user names: in the settings that they start from, or with ``--plugin``. What a checkpoint's own
+settings name is never imported for their sake; :func:`refuse_strangers` says what to do.
 """
 
 import hashlib
@@ -47,6 +47,8 @@ def _is_module(name: str) -> bool:
 def named_in(settings: Mapping[str, Any]) -> list[str]:
     """Return the modules of the plug-ins that settings name, each once.
 
+    A sink as "my.module:Name" is not among them: rank 0 alone imports it, when it opens it.
+
     Args:
         settings: By section, as a file has them or as they are resolved; what is of a wrong type is
             left to who checks it.
@@ -67,8 +69,6 @@ def _names(settings: Mapping[str, Any]) -> Iterator[Any]:
     losses = _at(settings, "losses")
     for label in losses if isinstance(losses, Mapping) else ():
         yield _at(losses, label, "name")
-    sinks = _at(settings, "log", "sinks")
-    yield from [sinks] if isinstance(sinks, str) else _strings(sinks)
 
 
 def _at(settings: Any, *keys: str) -> Any:
@@ -92,11 +92,12 @@ def load(modules: Iterable[str]) -> None:
             continue
         if not _is_module(name):
             raise ConfigError(
-                f'run.plugins = "{name}": must be the name of a module, as an import has it: '
+                f'plug-in "{name}": must be the name of a module, as an import has it: '
                 '"my.module", not a path.'
             )
         try:
             _loaded[name] = importlib.import_module(name)
+            _version(name)  # of what was imported, not of what is written there later
         except ModuleNotFoundError as error:
             if error.name is None or not f"{name}.".startswith(f"{error.name}."):
                 raise ConfigError(f"plug-in {name}: {in_words(error)}.") from error
@@ -111,9 +112,19 @@ def load(modules: Iterable[str]) -> None:
             ) from error
 
 
-def missing(settings: Mapping[str, Any]) -> list[str]:
-    """Return the modules that settings name and that nobody has loaded."""
-    return [name for name in named_in(settings) if name not in _loaded]
+def refuse_strangers(settings: Mapping[str, Any]) -> None:
+    """Refuse settings that are not the user's own and name a plug-in that nobody has loaded.
+
+    Raises:
+        ConfigError: It says which, and how the user names it.
+    """
+    if strange := [name for name in named_in(settings) if name not in _loaded]:
+        raise ConfigError(
+            f"these settings name the plug-in{'s' * (len(strange) > 1)} {', '.join(strange)}: code "
+            "that would run here. If it is yours, or you have read it, name it: "
+            f"{' '.join(f'--plugin {name}' for name in strange)}, or for a new run in its "
+            "run.plugins."
+        )
 
 
 def find(kind: str, name: str) -> Any:
@@ -147,13 +158,13 @@ def find(kind: str, name: str) -> Any:
     return next(iter(having.values()), None)
 
 
-def versions(modules: Iterable[str]) -> dict[str, str]:
+def versions() -> dict[str, str]:
     """Return what tells one state of each loaded plug-in from another, by module.
 
     That is its ``__version__``, if it has one, and 12 hex digits of the SHA-256 of its source: of
     the module, or of all ``.py`` files of the package that it is in.
     """
-    return {name: _version(name) for name in modules if name in _loaded}
+    return {name: _version(name) for name in _loaded}
 
 
 @cache
@@ -163,7 +174,7 @@ def _version(name: str) -> str:
     while "." in top and getattr(sys.modules[top.rpartition(".")[0]], "__file__", None):
         top = top.rpartition(".")[0]
     file = getattr(sys.modules[top], "__file__", None)
-    if file is None:
+    if file is None or not Path(file).is_file():  # a namespace, or a member of an archive
         source = "unknown"
     else:
         digest, folder = hashlib.sha256(), Path(file).parent

@@ -36,9 +36,20 @@ PAGES = [
     ROOT / "tools" / "bench" / "README.md",
     *sorted((ROOT / "partialfc").rglob("*.md")),
 ]
+EXTENDING = ROOT / "partialfc" / "extending.md"
 FILES = ("py", "toml", "json", "pth", "png", "md")
 LONGER = {"head": 130, "commands": 130, "data": 120, "margins": 100, "config": 70, "runtime": 70}
 """Pages of rooms that users look things up in; all others are at most 60 lines."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _my_faces(tmp_path_factory):
+    """The module that a page names with --plugin is there."""
+    folder = tmp_path_factory.mktemp("plugin")
+    (folder / "my_faces.py").write_text("\n".join(blocks(EXTENDING, "python")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield
 
 
 def name_of(page):
@@ -202,7 +213,12 @@ def overrides_of(tree, prefix=""):
 
 @pytest.mark.parametrize(
     "text",
-    [pytest.param(text, id=name_of(page)) for page in PAGES for text in blocks(page, "toml")],
+    [
+        pytest.param(text, id=name_of(page))
+        for page in PAGES
+        for text in blocks(page, "toml")
+        if page != EXTENDING  # tests/test_plugins.py loads it
+    ],
 )
 def test_settings_load(text):
     load(ROOT / "configs" / "demo.toml", [*overrides_of(tomllib.loads(text))])

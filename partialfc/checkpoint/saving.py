@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from partialfc import plugins
 from partialfc.checkpoint import folder as checkpoint_folder
 from partialfc.checkpoint.disk import Disk
 from partialfc.checkpoint.folder import free_bytes, path_of
@@ -146,6 +147,7 @@ class Saver:
                 "python": platform.python_version(),
                 "torch": torch.__version__,
                 "numpy": np.__version__,
+                **({"plugins": code} if (code := plugins.versions()) else {}),
             },
         }
         self._pending = self._pool.submit(self._write, step, staged, manifest, began)

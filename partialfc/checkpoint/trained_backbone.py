@@ -59,13 +59,17 @@ class TrainedBackbone:
         with torch.device("meta"):
             module = recognition.build(self.known)
         module.load_state_dict({k: v.clone() for k, v in self.state.items()}, assign=True)
+        if any(buffer.is_meta for buffer in module.buffers()):  # its constructor's alone
+            module = recognition.build(self.known)
+            module.load_state_dict(self.state)
         return module.eval().requires_grad_(False)
 
 
 def open_backbone(path: Path, *, image_size: int = 112) -> TrainedBackbone:
     """Return the backbone of a run (its newest valid checkpoint), a checkpoint or a file.
 
-    Nothing is changed, and nothing in a file is run.
+    Nothing is changed, and nothing in a file is run: a plug-in that the settings of a run name must
+    have been loaded by its name (:mod:`partialfc.plugins`).
 
     Args:
         path: A run's folder, a ``step_…`` folder in its ``checkpoints``, or a model.pt,
@@ -111,7 +115,7 @@ def _of_run(path: Path) -> TrainedBackbone:
             f"{path}: no config.toml in {folder}. Give the folder of a run, a step_... folder in "
             "its checkpoints, or a file of weights."
         )
-    config = load(folder / "config.toml")
+    config = load(folder / "config.toml", own=False)
     found = [path] if _is_checkpoint(path) else _newest_first(folder / "checkpoints")
     problems = []
     for candidate in found:

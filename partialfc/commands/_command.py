@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor
 from typing import TypeVar
 
+from partialfc import plugins
 from partialfc.errors import (
     ConfigError,
     Preempted,
@@ -29,6 +30,25 @@ def command_parser(name: str, text: str | None) -> argparse.ArgumentParser:
         description=text and text.replace("``", ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def add_plugin_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--plugin MODULE``, which imports the code that a run of the user's was trained with."""
+    parser.add_argument(
+        "--plugin",
+        action=_Load,
+        metavar="MODULE",
+        help="import it: code of your own that the settings of the run name; may be repeated",
+    )
+
+
+class _Load(argparse.Action):
+    """At once, so that all that follows knows it."""
+
+    def __call__(
+        self, parser: object, namespace: object, values: object, option: object = None
+    ) -> None:
+        plugins.load([str(values)])
 
 
 def status_of(work: Callable[[], int], *mistakes: type[Exception]) -> int:

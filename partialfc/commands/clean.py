@@ -18,7 +18,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 
-from partialfc.commands._command import command_parser
+from partialfc.commands._command import add_plugin_option, command_parser
 from partialfc.writing import atomic_write
 
 mpl.use("Agg")
@@ -44,6 +44,7 @@ def main(arguments: list[str]) -> int:
     """Run the command; return its exit status."""
     parser = command_parser("clean", __doc__)
     parser.add_argument("run", type=Path, help="folder of the run")
+    add_plugin_option(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--degrees", type=float, default=75.0, help="largest angle kept (75)")
     options = parser.parse_args(arguments)

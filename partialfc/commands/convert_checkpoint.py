@@ -25,7 +25,7 @@ from rich.table import Table
 from partialfc.checkpoint import CheckpointError, foreign, recognition
 from partialfc.checkpoint import loading as checkpoint
 from partialfc.checkpoint.trained_backbone import open_backbone
-from partialfc.commands._command import command_parser
+from partialfc.commands._command import add_plugin_option, command_parser
 from partialfc.commands._convert_checkpoint import layouts, settings
 from partialfc.commands._convert_checkpoint.fill import fill
 from partialfc.config import Config, ConfigError, load, to_toml
@@ -212,6 +212,7 @@ def _parser() -> argparse.ArgumentParser:
     reading.add_argument("--step", type=_step, help="steps taken, where the files do not say")
     writing = commands.add_parser("out", help="a run -> model.pt")
     writing.add_argument("run", type=Path, help="folder of the run, or of one checkpoint")
+    add_plugin_option(writing)
     writing.add_argument("model", type=Path, help="file to write")
     words = commands.add_parser("settings", help="their configs/*.py -> TOML on the screen")
     words.add_argument("config", type=Path, help="their configs/*.py")

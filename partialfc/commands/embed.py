@@ -40,7 +40,7 @@ from partialfc.alignment.landmarks import Points, read_landmarks
 from partialfc.alignment.mean_face import unaligned
 from partialfc.checkpoint.trained_backbone import open_backbone
 from partialfc.commands._bad_files import HELP, Fault, end_of, ends_in_words, reason_of, tell_faults
-from partialfc.commands._command import command_parser
+from partialfc.commands._command import add_plugin_option, command_parser
 from partialfc.commands._embed.files import Embeddings, write_embeddings
 from partialfc.commands.evaluate import AUTOCAST, embedder, settings_of
 from partialfc.data.files.index import SUFFIXES, is_hidden, is_image
@@ -255,6 +255,7 @@ def _points(path: Path, names: list[str]) -> list[Points]:
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser("embed", __doc__)
     parser.add_argument("model", type=Path, help="run, checkpoint or file of weights")
+    add_plugin_option(parser)
     parser.add_argument("images", type=Path, help="folder of images, or a .rec pack")
     parser.add_argument("--out", type=Path, required=True, help="a .npy or .parquet file")
     parser.add_argument("--bad", type=Path, help=HELP)

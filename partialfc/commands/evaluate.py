@@ -33,7 +33,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from partialfc.checkpoint.trained_backbone import TrainedBackbone, open_backbone
-from partialfc.commands._command import command_parser
+from partialfc.commands._command import add_plugin_option, command_parser
 from partialfc.commands._evaluate import picture
 from partialfc.commands._evaluate.people import write_pairs, write_people
 from partialfc.commands._evaluate.sets import KINDS, Measured, Set, Ways, open_set_of
@@ -232,6 +232,7 @@ def settings_of(device: str) -> Config:
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser("evaluate", __doc__)
     parser.add_argument("model", type=Path, help="run, checkpoint or file of weights")
+    add_plugin_option(parser)
     parser.add_argument("sets", nargs="+", help=f"paths, or KIND:path with {', '.join(KINDS)}")
     parser.add_argument("--out", type=Path, help="folder for the results")
     parser.add_argument("--batch", type=_positive, default=256, help="images decoded ahead (256)")

@@ -22,7 +22,7 @@ from safetensors.torch import save
 
 from partialfc.checkpoint.foreign import read_backbone
 from partialfc.checkpoint.trained_backbone import TrainedBackbone, open_backbone
-from partialfc.commands._command import command_parser
+from partialfc.commands._command import add_plugin_option, command_parser
 from partialfc.commands._export.card import write_card
 from partialfc.commands._export.check import Original, Run, calibration, check, original
 from partialfc.config import ConfigError
@@ -202,6 +202,7 @@ def _metadata(trained: TrainedBackbone, inside: bool) -> dict[str, str]:
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser("export", __doc__)
     parser.add_argument("model", type=Path, help="run, checkpoint or file of weights")
+    add_plugin_option(parser)
     parser.add_argument("out", type=Path, help="folder for the files")
     parser.add_argument("--check", type=Path, help="a .bin of pairs (the run's first)")
     parser.add_argument("--formats", default=",".join(FILES), help=f"({','.join(FILES)})")

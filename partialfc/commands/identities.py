@@ -31,7 +31,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from partialfc.checkpoint.warm_start import write_start
-from partialfc.commands._command import command_parser
+from partialfc.commands._command import add_plugin_option, command_parser
 from partialfc.config import ConfigError
 from partialfc.data.dataset import DataSet
 from partialfc.data.names import Names, names_of, read_names
@@ -50,6 +50,7 @@ def main(arguments: list[str]) -> int:
     """Run the command; return its exit status."""
     parser = command_parser("identities", __doc__)
     parser.add_argument("run", type=Path, help="folder of a run")
+    add_plugin_option(parser)
     parser.add_argument("out", type=Path, help="folder to write, for run.start_from")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--map", type=Path, help="CSV of old,new")

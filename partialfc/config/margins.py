@@ -14,7 +14,8 @@ class Margin(Defined):
     definition: ClassVar[type[definitions.Margin]]
 
     name: str
-    """Which margin; ``partialfc explain --list`` prints all."""
+    """Which margin; ``partialfc explain --list`` prints all. One of your own as
+    "my.module:Name"."""
 
 
 SECTIONS = {

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from partialfc.config.schema import OneOrMore, Section, UserPath
 from partialfc.definitions import Range, Unit
 from partialfc.definitions.phrases import to_value
-from partialfc.records.sinks.run_sink import place_of
+from partialfc.records.sinks.run_sink import refuse_unknown
 
 EverySteps = Annotated[int, Range(ge=0), Unit("steps")]
 
@@ -168,7 +168,7 @@ class Log(Section):
     @model_validator(mode="after")
     def _sinks_have_names(self) -> "Log":
         for name in self.sinks:
-            place_of(name)
+            refuse_unknown(name)
         if not self.sinks:
             for key in ("project", "name", "tracking_uri", "upload_checkpoint"):
                 if value := getattr(self, key):

@@ -9,7 +9,7 @@ import hashlib
 import json
 import sys
 import tomllib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -264,35 +264,26 @@ _CHANGES_NO_RESULT: dict[str, Any] = {
 }
 
 
-def load(
-    path: str | Path, overrides: Sequence[str] = (), *, trusted: Collection[str] | None = None
-) -> Config:
+def load(path: str | Path, overrides: Sequence[str] = (), *, own: bool = True) -> Config:
     """Return the settings of a run from a TOML file and ``key.sub=value`` overrides.
 
     The config.toml in a run's folder means that folder, wherever it was moved or copied; what it
     says of ``run.folder`` does not count, an override does.
 
-    The plug-ins that settings name are imported, and so run.
-
     Args:
         path: TOML file.
         overrides: See :func:`partialfc.config.file.load_settings`.
-        trusted: Modules that may be imported where the settings are not the user's own, but a
-            checkpoint's; ``None`` for all that they name.
+        own: Whether they are the user's own settings: the plug-ins that they name are then
+            imported. Those of a checkpoint are not, and may name what is loaded already only.
 
     Raises:
         ConfigError: With every problem found; see :func:`partialfc.config.file.load_settings`.
     """
 
     def with_plugins(schema: type[Config], settings: Mapping[str, Any]) -> type[Config]:
-        named = plugins.named_in(settings)
-        if trusted is not None and (strange := sorted({*named} - {*trusted})):
-            raise ConfigError(
-                f"these settings name the plug-in{'s' * (len(strange) > 1)} {', '.join(strange)}: "
-                "code that would be run. If it is yours, or you have read it, name it: "
-                f"{' '.join(f'--plugin {name}' for name in strange)}."
-            )
-        plugins.load(named)
+        if own:
+            plugins.load(plugins.named_in(settings))
+        plugins.refuse_strangers(settings)
         return wider(schema, settings)
 
     config = load_settings(Config, path, overrides, wider=with_plugins)

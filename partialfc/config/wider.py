@@ -6,7 +6,7 @@ file, its messages and the resolved settings, knows them as it knows ours.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache, reduce
 from operator import or_
 from pathlib import Path
@@ -22,8 +22,9 @@ from partialfc.config.optimizers import OfCenters
 from partialfc.config.schema import Section, UserPath, choices, tag_name, variants
 from partialfc.definitions import Definition, backbones
 from partialfc.definitions.phrases import options_of, to_value
-from partialfc.definitions.signatures import REQUIRED, taken
+from partialfc.definitions.signatures import REQUIRED, parameters_of, taken
 from partialfc.errors import ConfigError
+from partialfc.records.metrics import NAMES
 
 S = TypeVar("S", bound=Section)
 Named = tuple[str, Any]
@@ -43,23 +44,13 @@ def wider(schema: type[S], settings: Mapping[str, Any]) -> type[S]:
     Raises:
         ConfigError: If what a plug-in has by a name is not what it should be.
     """
-    head, losses = _section(schema, "head"), settings.get("losses")
-    known = _section(schema, "losses").model_fields
-    own = [
-        (label, one.get("name", label))
-        for label, one in (losses.items() if isinstance(losses, Mapping) else ())
-        if label not in known and isinstance(one, Mapping)
-    ]
+    head = _section(schema, "head")
     return _wider(
         schema,
         _backbone(_section(schema, "backbone"), settings),
         _variant(head, "margin", "margin", settings),
         _variant(head, "optimizer", "row rule", settings),
-        tuple(
-            (label, (name, kind))
-            for label, name in own
-            if (kind := _class(f"losses.{label}.name", "loss", name)) is not None
-        ),
+        tuple(_losses(_section(schema, "losses"), settings)),
     )
 
 
@@ -150,6 +141,24 @@ def _class(key: str, kind: str, name: Any) -> type[Definition] | None:
     return found
 
 
+def _losses(section: type[Section], settings: Mapping[str, Any]) -> Iterator[tuple[str, Named]]:
+    """The losses of plug-ins and their labels, in one order whatever that of the file is."""
+    losses = _at(settings, "losses")
+    for label in sorted(losses if isinstance(losses, Mapping) else ()):
+        if label in section.model_fields or not isinstance(losses[label], Mapping):
+            continue
+        name = losses[label].get("name", label)
+        found = _class(f"losses.{label}.name", "loss", name)
+        if found is None:
+            continue
+        if f"loss_{label}" in NAMES or not label.isidentifier() or hasattr(Section, label):
+            raise ConfigError(
+                f"[losses.{label}]: it must be a word of letters, digits and _ that nothing else "
+                "is called. Choose another."
+            )
+        yield label, (name, found)
+
+
 def _base(kind: str) -> type[Definition]:
     """What a class of a kind inherits from. It needs torch, as a plug-in does."""
     if kind == "margin":
@@ -175,7 +184,7 @@ def _backbone(section: type[Section], settings: Mapping[str, Any]) -> Named | No
     found = plugins.find("backbone", name)
     if found is None:
         return None
-    if not callable(found) or "embedding_dim" not in inspect.signature(found).parameters:
+    if not callable(found) or "embedding_dim" not in parameters_of(found):
         raise ConfigError(
             f"backbone.name = {to_value(name)}: must be a class or a function that takes the "
             "keyword embedding_dim and returns a module."

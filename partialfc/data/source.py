@@ -10,6 +10,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from partialfc import plugins
 from partialfc.data.files.image_files import ImageFiles, open_image_files
 from partialfc.data.files.index import NO_FILE
 from partialfc.data.packs.labels import labels
@@ -26,6 +27,12 @@ def open_source(path: Path) -> Source:
         ValueError: If it breaks a rule.
         OSError: If it cannot be read.
     """
+    if plugins.place_of(path.name) and not path.exists():
+        raise ValueError(
+            f"{path.name}: images are not read by a plug-in: their order, their checks and both "
+            "loaders know packs and files. Write them into a pack, with partialfc pack or with "
+            "partialfc.data.packs.writer."
+        )
     is_pack = path.suffix == ".rec" and not path.is_dir()
     return open_pack(path) if is_pack else open_image_files(path)
 

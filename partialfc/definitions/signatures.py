@@ -34,7 +34,7 @@ def taken(
     """
     hints = _hints(constructor)
     found: dict[str, tuple[Any, Any]] = {}
-    for name, parameter in _parameters(constructor).items():
+    for name, parameter in parameters_of(constructor).items():
         if name in without:
             continue
         default = parameter.default
@@ -74,7 +74,7 @@ def call(
     Raises:
         ValueError: If it has no such option, or a value is not of its type and range.
     """
-    parameters, hints = _parameters(constructor), _hints(constructor)
+    parameters, hints = parameters_of(constructor), _hints(constructor)
     own = [key for key in parameters if key not in common]
     takes_any = any(
         parameter.kind is parameter.VAR_KEYWORD
@@ -102,8 +102,12 @@ def no_such(key: str, name: str, own: Collection[str]) -> str:
     return f"{name} has no such option.{hint} {takes}"
 
 
-def _parameters(constructor: Callable[..., object]) -> dict[str, inspect.Parameter]:
-    parameters = inspect.signature(constructor).parameters
+def parameters_of(constructor: Callable[..., object]) -> dict[str, inspect.Parameter]:
+    """Return what can be given by name; nothing of a function that does not say what it takes."""
+    try:
+        parameters = inspect.signature(constructor).parameters
+    except (TypeError, ValueError):  # not written in Python
+        return {}
     return {name: one for name, one in parameters.items() if one.kind in _BY_NAME}
 
 

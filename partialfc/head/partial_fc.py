@@ -382,7 +382,7 @@ class PartialFC(Shard):
             unit_centers=self.margin.unit_centers,
             centers_per_identity=self.margin.centers_per_identity,
             binary=self.margin.binary,
-            sgd=isinstance(rule, RowSGD),
+            sgd=type(rule) is RowSGD,  # a kernel knows nothing of a subclass's update
             compute=self.compute,
             fused=fused,
         )

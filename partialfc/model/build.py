@@ -12,9 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 from partialfc.backbones import build_backbone
 from partialfc.config import Config, ConfigError
 from partialfc.config.conflicts import head_compute, memory_of
+from partialfc.config.losses import OwnLoss
 from partialfc.definitions.phrases import to_value
 from partialfc.head import Kernels, PartialFC, Precision
-from partialfc.head.rows.rules import ROW_RULES
+from partialfc.head.rows.rules import ROW_RULES, RowRule
 from partialfc.head.sharding import GROWTH, default_canonical_shards
 from partialfc.losses import LOSSES, Distillation
 from partialfc.losses.over_ranks import EmbeddingLosses, Weighted
@@ -203,14 +204,27 @@ def _average(
 
 
 def margin_of(config: Config) -> Margin:
-    """Return the margin that the settings ask for."""
-    return config.head.margin.made(MARGINS[config.head.margin.name])
+    """Return the margin that the settings ask for; a plug-in's is its own definition."""
+    settings = config.head.margin
+    kind: Any = MARGINS.get(settings.name, settings.definition)
+    margin: Margin = settings.made(kind)
+    return margin
+
+
+def row_rule_of(config: Config) -> RowRule:
+    """Return what the settings ask to be done to a row of the class centers."""
+    settings = config.head.optimizer
+    kind: Any = ROW_RULES.get(settings.name, settings.definition)
+    rule: RowRule = settings.made(kind)
+    return rule
 
 
 def embedding_losses(config: Config) -> EmbeddingLosses:
     """Return those with a weight."""
     losses = {}
-    for name, kind in LOSSES.items():
+    own = {label: one.definition for label, one in config.losses if isinstance(one, OwnLoss)}
+    kinds: dict[str, Any] = {**LOSSES, **own}
+    for name, kind in kinds.items():
         settings = getattr(config.losses, name)
         if settings.weight:
             losses[name] = Weighted(settings.made(kind), settings.weight)
@@ -230,7 +244,7 @@ def _head(config: Config, runtime: Runtime, num_identities: int, kept_shards: in
             config.backbone.embedding_dim,
             margin,
             sample_rate=settings.sample_rate,
-            optimizer=settings.optimizer.made(ROW_RULES[settings.optimizer.name]),
+            optimizer=row_rule_of(config),
             precision=Precision(
                 compute=head_compute(config, runtime.device.type),
                 center_format=settings.center_format,

@@ -28,6 +28,11 @@ _RECORDS = {metric.name: (metric.exported or metric.name, dict(metric.labels)) f
 _OF_RECORDS = tuple(Exported(metric.exported or metric.name, metric.help) for metric in TABLE)
 
 
+def _of_a_plugin(name: str) -> tuple[str, dict[str, str]]:
+    """Its losses have names that nobody knew."""
+    return "loss_of_plugin", {"loss": name.removeprefix("loss_")}
+
+
 class Monitor:
     """Serves the numbers of this rank; nothing that goes wrong with it stops the training.
 
@@ -77,7 +82,7 @@ class Monitor:
             exporter.set("collective_wait_seconds_total", seconds, collective=kind)
         for name, value in values.items():
             if self._runtime.leads or name == "peak_memory_bytes":
-                exported, labels = _RECORDS[name]
+                exported, labels = _RECORDS.get(name) or _of_a_plugin(name)
                 exporter.set(exported, value, **labels)
 
     def close(self) -> None:

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from partialfc import plugins
 from partialfc.cores import usable_cores
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """Return versions, hardware and the commit of this package, by name."""
+    """Return versions, hardware, plug-ins and the commit of this package, by name."""
     facts = {
         "commit": _commit(),
         "python": platform.python_version(),
@@ -26,7 +27,7 @@ def environment(device: torch.device) -> dict[str, str]:
         gpu = torch.cuda.get_device_properties(device)
         facts["gpu"] = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB"
         facts["cuda"] = str(torch.version.cuda)
-    return facts
+    return facts | {f"plug-in {name}": found for name, found in plugins.versions().items()}
 
 
 def _commit() -> str:

@@ -10,7 +10,7 @@ import http.server
 import threading
 from pathlib import Path
 
-from partialfc.commands._command import command_parser
+from partialfc.commands._command import add_plugin_option, command_parser
 from partialfc.monitoring.serving import FewThreads, QuietHandler
 from partialfc.status.page import page
 from partialfc.status.run import RunFolder
@@ -29,6 +29,7 @@ def main(arguments: list[str]) -> int:
     """Serve until Ctrl-C; return the exit code."""
     parser = command_parser("status", __doc__)
     parser.add_argument("run", type=Path, help="folder of a run")
+    add_plugin_option(parser)
     parser.add_argument("--port", type=int, default=8765, help="0 takes a free one (default 8765)")
     parser.add_argument("--host", default="127.0.0.1", help="(default 127.0.0.1)")
     parser.add_argument("--every", type=int, default=5, help="seconds between reloads (default 5)")

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import ssl
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -189,8 +190,10 @@ class RunFolder:
             stamp = status.st_mtime_ns, status.st_size
         if stamp is None or stamp != self._config_stamp:
             self._config, self._config_stamp = None, stamp
-            with suppress(ConfigError):
-                self._config = load(path)
+            try:
+                self._config = load(path, own=False)
+            except ConfigError as error:
+                print(f"the page has nothing of the settings: {error}", file=sys.stderr)
         return self._config
 
     def _ask(self, path: Path, monitor: Monitor) -> list[RankAnswer] | None:

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from partialfc import plugins
 from partialfc.checkpoint import CONFIG_HASH
 from partialfc.checkpoint.folder import read_manifest
 from partialfc.config import Config, config_hash
@@ -21,6 +23,7 @@ def what_changed(found: Path, config: Config, order: Order) -> Iterator[str]:
         order: Of the images.
     """
     manifest = read_manifest(found)
+    yield from _plugins_changed(found, manifest["versions"])
     if manifest["facts"].get(CONFIG_HASH) == config_hash(config):
         return
     before = written(str(manifest["settings"]))
@@ -35,6 +38,19 @@ def what_changed(found: Path, config: Config, order: Order) -> Iterator[str]:
             f"the learning rate goes on at {now:.3g}; by the checkpoint's settings it was "
             f"{was:.3g}."
         )
+
+
+def _plugins_changed(found: Path, versions: Any) -> Iterator[str]:
+    kept = versions.get("plugins") if isinstance(versions, dict) else None
+    before, now = kept if isinstance(kept, dict) else {}, plugins.versions()
+    for name in sorted(before.keys() & now.keys()):
+        if before[name] != now[name]:
+            yield (
+                f"{found}: the plug-in {name} is another one: {now[name]}, was {before[name]}. "
+                "What it computes may differ."
+            )
+    for name in sorted(now.keys() - before.keys()):
+        yield f"{found}: it was written without the plug-in {name}, {now[name]}."
 
 
 def _rate(config: Config, step: int, order: Order) -> float:

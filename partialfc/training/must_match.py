@@ -30,7 +30,7 @@ def must_match(
         "data.block_window": config.data.block_window,
         "data.image_size": config.data.image_size,
         "backbone.name": config.backbone.name,
-        "backbone.options": config.backbone.options.model_dump(mode="json") or None,
+        "backbone.options": _options(config),
         "backbone.embedding_dim": config.backbone.embedding_dim,
         "backbone.freeze": list(config.backbone.freeze)
         or None,  # as before there was such a setting
@@ -53,6 +53,11 @@ def must_match(
         settings_of_it = settings.model_dump(mode="json", exclude={"from"})
         return {**facts, "losses.teacher": settings_of_it | {"digest": teacher.digest}}
     return facts if settings.weight else {**facts, "losses.teacher": None}
+
+
+def _options(config: Config) -> dict[str, object] | None:
+    """What a backbone takes besides, if not the defaults: a new option changes no older run."""
+    return config.backbone.options.model_dump(mode="json", exclude_defaults=True) or None
 
 
 def agreed_shards(config: Config, runtime: Runtime) -> int:

@@ -43,7 +43,7 @@ def open_run(folder: Path) -> Iterator[OpenRun]:
             checkpoint.
         CheckpointError: If no checkpoint is valid.
     """
-    config = load(folder / "config.toml")
+    config = load(folder / "config.toml", own=False)
     with running(config) as runtime:
         try:
             dataset = open_dataset(config.data.train, config.data.skip)

@@ -25,7 +25,7 @@ from partialfc.data.loaders.stream import Batches
 from partialfc.data.source import files_of
 from partialfc.distributed.agreement import all_agree, collective_device, words_of_any
 from partialfc.distributed.ranks import gather_rows, sum_to_owner
-from partialfc.model.build import new_backbone
+from partialfc.model.build import new_backbone, row_rule_of
 from partialfc.model.frozen import freeze, frozen_words
 from partialfc.model.optimizer import kept_numbers, muon_matrices
 from partialfc.records.console import show_table
@@ -319,7 +319,6 @@ def _backbone(config: Config) -> nn.Module:
 def checkpoint_bytes(config: Config, num_identities: int, ranks: int) -> int:
     """Return the size of a checkpoint to within a few percent: weights and their momenta."""
     backbone = _backbone(config)
-    states = {"sgd": 1, "adamw": 2, "adagrad": 0}
     freeze(backbone, config.backbone.freeze)
     sizes = {name: p.numel() for name, p in backbone.named_parameters() if p.requires_grad}
     trained = sum(sizes.values())
@@ -331,9 +330,9 @@ def checkpoint_bytes(config: Config, num_identities: int, ranks: int) -> int:
     weights = trained if lora else sum(parameter.numel() for parameter in backbone.parameters())
     buffers = sum(buffer.numel() for buffer in backbone.buffers())
     width = 4 if config.head.center_format == "fp32" else 2
-    momentum = getattr(config.head.optimizer, "momentum_format", "fp32")
-    state_width = {"fp32": 4, "bf16": 2, "int8": 1}[momentum]
-    row = config.backbone.embedding_dim * (width + state_width * states[config.head.optimizer.name])
+    center = torch.empty(1, config.backbone.embedding_dim, device="meta")
+    row = sum(state.nbytes for state in row_rule_of(config).new_states(center).values())
+    row += config.backbone.embedding_dim * width
     buffers *= 1 + ranks * (ranks > 1)  # their mean, and each rank's own
     of_backbone = 4 * (weights + kept + buffers)
     return of_backbone + num_identities * row

@@ -19,13 +19,12 @@ from partialfc.config.conflicts import head_compute, memory_of
 from partialfc.head.plan import Machine, Plan
 from partialfc.head.rows.formats import DTYPES
 from partialfc.head.rows.optimizer import RowOptimizer
-from partialfc.head.rows.rules import ROW_RULES
 from partialfc.head.sampling import KeyedSampler
 from partialfc.head.sharding import GROWTH, Sharding, default_canonical_shards
 from partialfc.head.tiles import fused, passes
 from partialfc.head.tiles.parts import Logits
 from partialfc.margins import Margin
-from partialfc.model.build import margin_of
+from partialfc.model.build import margin_of, row_rule_of
 from partialfc.numerics import operand_dtype
 
 
@@ -131,7 +130,7 @@ def head_parts(
     centers = torch.empty(shard.rows, dim, dtype=DTYPES[settings.center_format], device="meta")
     optimizer = RowOptimizer(
         nn.Parameter(centers, requires_grad=False),
-        settings.optimizer.made(ROW_RULES[settings.optimizer.name]),
+        row_rule_of(config),
         every_row=settings.sample_rate == 1,
     )
     states = {name: bytes_of([value]) for name, value in optimizer.states().items()}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from partialfc.errors import ConfigError
+from partialfc import plugins
 from partialfc.records.metrics import Values
 
 SINKS = {
@@ -59,21 +59,18 @@ class RunSink(Protocol):
         """Send what is left. Without ``done`` the run was stopped, and may go on."""
 
 
-def place_of(name: str) -> str:
-    """Return ``module:Class`` for the name of a sink, which may be that itself.
+def refuse_unknown(name: str) -> None:
+    """Refuse a name that leads to no sink: it is one of ``SINKS``, a plug-in's or a place.
 
     Raises:
         ValueError: If there is none of this name.
     """
-    module, colon, kind = name.partition(":")
-    if colon and kind.isidentifier() and all(part.isidentifier() for part in module.split(".")):
-        return name
-    if name not in SINKS:
-        raise ValueError(
-            f'sinks = "{name}": must be one of {", ".join(sorted(SINKS))}, or a class of your own '
-            'as "my.module:Class".'
-        )
-    return SINKS[name]
+    if name in SINKS or plugins.place_of(name) or plugins.find("sink", name) is not None:
+        return
+    raise ValueError(
+        f'sinks = "{name}": must be one of {", ".join(sorted(SINKS))}, or a class of your own '
+        'as "my.module:Class".'
+    )
 
 
 def find(names: Sequence[str]) -> dict[str, Any]:
@@ -85,13 +82,11 @@ def find(names: Sequence[str]) -> dict[str, Any]:
     """
     found = {}
     for name in names:
-        module, _, kind = place_of(name).partition(":")
-        try:
+        if name in SINKS:
+            module, _, kind = SINKS[name].partition(":")
             found[name] = getattr(importlib.import_module(module), kind)
-        except ModuleNotFoundError as error:
-            if name in SINKS or error.name is None or not f"{module}.".startswith(f"{error.name}."):
-                raise
-            raise ConfigError(f'log.sinks = "{name}": there is no module {error.name}.') from error
-        except AttributeError as error:
-            raise ConfigError(f'log.sinks = "{name}": {module} has no {kind}.') from error
+            continue
+        if place := plugins.place_of(name):
+            plugins.load(place[:1])
+        found[name] = plugins.find("sink", name)
     return found
