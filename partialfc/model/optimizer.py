@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from partialfc.config import Config
+from partialfc.config import Config, ConfigError
 from partialfc.model.groups import among, layers_of, matrices_of, refuse_unknown
 from partialfc.model.updates import Lamb, Lion, MuonAndAdamW, ScheduleFree
 
@@ -33,7 +33,7 @@ def build_optimizer(config: Config, backbone: nn.Module) -> torch.optim.Optimize
     tensors of a group; for the others see :mod:`partialfc.model.updates`.
 
     Raises:
-        ConfigError: If ``optimizer.rates`` names what is not in the backbone.
+        ConfigError: If ``optimizer.rates`` names what is not in the backbone, or not trained.
     """
     chosen = config.optimizer
     settings = {name: getattr(chosen, name) for name in chosen.definition.takes}
@@ -60,13 +60,20 @@ def _groups(config: Config, backbone: nn.Module) -> list[dict[str, Any]]:
         name: len(layers) - 1 - number for number, layer in enumerate(layers) for name in layer
     }
     groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
+    unused = set(settings.rates)
     for name, parameter in backbone.named_parameters():
         if parameter.requires_grad:
             own = among(name, settings.rates)
+            unused.discard(own or "")
             factor = settings.layer_decay ** below_last[name] * (settings.rates[own] if own else 1)
             decays = settings.decay == "all" or name in matrices
             rotated = settings.name == "muon" and name in rotating
             groups.setdefault((factor, decays, rotated), []).append(parameter)
+    for name in sorted(unused):
+        raise ConfigError(
+            f'optimizer.rates = {{"{name}" = {settings.rates[name]}}}: nothing in it is trained at '
+            "this rate: it is frozen, or longer names stand for all of it. Remove it."
+        )
     return [
         {
             "params": parameters,

@@ -1,21 +1,27 @@
 """Which weights are trained, at which rate, with which decay, and how gradients are clipped."""
 
 import math
+import shutil
 
+import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 from torch import nn
 
 from partialfc import ArcFace, PartialFC, RowSGD
 from partialfc.backbones import BACKBONES, build_backbone
+from partialfc.checkpoint.trained_backbone import open_backbone
+from partialfc.commands._estimate.backbone import backbone_parts, count
 from partialfc.config import ConfigError, load, to_toml
 from partialfc.model.build import assemble
-from partialfc.model.frozen import frozen_words
+from partialfc.model.frozen import freeze, frozen_words
 from partialfc.model.groups import layers_of, matrices_of
-from partialfc.model.optimizer import clip, groups_in_words, set_rate
+from partialfc.model.optimizer import clip, groups_in_words, kept_numbers, set_rate
 from partialfc.model.step import train_step
 from tests.support.models import batch, runtime, settings, share, weights
 from tests.support.ranks import run_on_ranks
+from tests.support.runs import UNVERIFIED, run
 
 
 class Blocks(nn.Module):
@@ -211,6 +217,81 @@ def test_rates_are_written_as_they_are_read(tmp_path):
         load(file, ["optimizer.rates.layer2=0"])
     with pytest.raises(ConfigError, match="nothing is clipped"):
         load(file, ["optimizer.clip_groups=true", "optimizer.clip_norm=0"])
+
+
+def test_a_rate_of_what_is_not_trained_is_refused():
+    rates = {"name": "sgd", "rates": {"stem": 0.5}}
+    with pytest.raises(ConfigError, match="nothing in it is trained"):
+        made(optimizer=rates, backbone={"freeze": ["stem"]})
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers", "copied"),
+    [("sgd", 1, 0), ("adamw", 2, 0), ("lion", 1, 6), ("lamb", 2, 8), ("schedule_free", 2, 8)],
+)
+def test_the_estimate_counts_states_of_what_is_trained(name, numbers, copied):
+    schedule = {"name": "linear", "final_factor": 1.0}
+    config = settings(
+        optimizer={"name": name}, schedule=schedule, backbone={"freeze": ["blocks", "position"]}
+    )
+    network = Blocks().to("meta")
+    freeze(network, config.backbone.freeze)
+    found = count(network, (4, 3, 8, 8))
+    trained = 4 * (192 * 16 + 16 + 256)
+    parts = {one.name: one.bytes for one in backbone_parts(config, found, 1)}
+    assert found.trained == trained
+    assert parts["optimizer"] == (numbers * trained,) * 4
+    swapped = trained * (name == "schedule_free")
+    assert parts["copies of weights"] == (0, 0, copied * trained, swapped)
+    assert found.matrices == 4 * (192 * 16 + 256)
+    rotated = kept_numbers(settings(optimizer={"name": "muon"}), found.trained, found.matrices)
+    assert rotated == found.matrices + 2 * 4 * 16
+    assert sum(one.numel() for one in network.parameters()) * 4 == found.weights
+
+
+def tensors(folder, step, file):
+    return load_file(folder / "checkpoints" / f"step_{step:08d}" / f"{file}.safetensors")
+
+
+@pytest.mark.distributed
+def test_a_stopped_run_goes_on_with_its_groups_on_another_number_of_ranks(packs, tmp_path):
+    """Bit for bit on as many ranks; what is frozen stays, and must be the same to go on."""
+    common = [
+        "run.steps=4",
+        "checkpoint.every_steps=2",
+        "optimizer={name='schedule_free', layer_decay=0.5, decay='matrices'}",
+        "optimizer.rates.features=2.0",
+        "schedule={name='linear', final_factor=1, warmup_steps=1}",
+        "backbone.freeze=['stages.0']",
+        *UNVERIFIED,
+    ]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    done = run(packs, whole, *common, ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert "weights stay as they are: stages.0; " in done.stdout
+    assert "backbone.freeze without run.start_from" in done.stdout
+    shutil.copytree(whole, stopped)
+    for leftover in ("checkpoints/step_00000004", "summary.json"):
+        path = stopped / leftover
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    resumed = run(packs, stopped, *common, ranks=2)
+    assert resumed.returncode == 0, resumed.stderr
+    for file in ("backbone", "average", "optimizer"):
+        for name, value in tensors(whole, 4, file).items():
+            assert np.array_equal(tensors(stopped, 4, file)[name], value), (file, name)
+    shutil.rmtree(stopped / "checkpoints/step_00000004")
+    (stopped / "summary.json").unlink()
+    alone = run(packs, stopped, *common)
+    assert alone.returncode == 0, alone.stderr
+    means, used = tensors(stopped, 4, "average"), open_backbone(stopped).state
+    for name, value in means.items():
+        assert np.array_equal(used[name], value), name
+    first, last = (tensors(folder, step, "backbone") for folder, step in ((whole, 2), (stopped, 4)))
+    same = {name for name, value in last.items() if np.array_equal(value, first[name])}
+    assert same == {name for name in last if name.startswith("stages.0.")}
+    refused = run(packs, stopped, *common, "backbone.freeze=[]", "run.steps=6")
+    assert refused.returncode == 4
+    assert 'backbone.freeze = ["stages.0"], this run has null' in refused.stdout + refused.stderr
 
 
 def on_a_rank(rank, world_size, names):

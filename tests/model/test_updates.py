@@ -5,12 +5,14 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from partialfc import ArcFace, PartialFC, RowSGD
 from partialfc.checkpoint import loading as checkpoint
 from partialfc.config import ConfigError
 from partialfc.model import updates
 from partialfc.model.build import assemble
+from partialfc.model.optimizer import clip, set_rate
 from partialfc.model.step import train_step
 from partialfc.model.updates import Lamb, Lion, MuonAndAdamW, ScheduleFree, ScheduleFreeMean
 from tests.support.models import batch, runtime, settings, weights
@@ -149,6 +151,29 @@ def test_parts_and_skipped_steps_change_no_bit(name, monkeypatch):
         train_step(other, config, *batch(step, 24), 0.01)
     for one, value in other.backbone.named_parameters():
         assert torch.equal(value, model.backbone.get_parameter(one)), one
+
+
+class _NeverAsked(TorchDispatchMode):
+    """No tensor's value goes to the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func._overloadpacket is not torch.ops.aten._local_scalar_dense, func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", *NAMES])
+def test_a_step_asks_the_device_nothing(name):
+    _, model = made(name)
+    for number in range(2):
+        for one in model.backbone.parameters():
+            one.grad = torch.full_like(one, number)
+        model.optimizer.found_inf = torch.tensor(0.0)
+        with _NeverAsked():
+            set_rate(model.optimizer, 0.1)
+            clip(model.optimizer, 1.0, each=bool(number))
+            model.optimizer.step()
+    with pytest.raises(AssertionError), _NeverAsked():
+        torch.ones(()).item()
 
 
 @pytest.mark.parametrize("name", NAMES)

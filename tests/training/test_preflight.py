@@ -5,6 +5,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from partialfc.checkpoint.saving import Saver
 from partialfc.config import ConfigError
@@ -41,6 +42,29 @@ def test_the_size_of_a_checkpoint_is_known_before(sections, tmp_path):
     assert checkpoint_bytes(config, 20_000, 1) == pytest.approx(
         sum(file.stat().st_size for file in files), rel=0.03
     )
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lion", "lamb", "muon", "schedule_free"])
+def test_what_the_backbones_optimizer_keeps_is_known_before(name, tmp_path):
+    """Of few identities, so that most of the bytes are the backbone's; a part of it is frozen."""
+    backbone = {"name": "convnet_s", "embedding_dim": 128, "freeze": ["stages.3"]}
+    config = settings(
+        backbone=backbone,
+        data={"train": "x.rec", "image_size": 32},
+        optimizer={"name": name},
+        schedule={"name": "linear", "final_factor": 1.0},
+    )
+    model = build(config, runtime(), 40)
+    for one in model.backbone.parameters():
+        one.grad = torch.ones_like(one) if one.requires_grad else None
+    model.optimizer.step()
+    with Saver(tmp_path, {}, runtime(), keep=1) as saver:
+        saver.save(1, model)
+    files = (tmp_path / "step_00000001").glob("*.safetensors")
+    size = sum(file.stat().st_size for file in files)
+    assert checkpoint_bytes(config, 40, 1) == pytest.approx(size, rel=0.05)
+    (finding,) = preflight._frozen(config)
+    assert "weights stay as they are: stages.3" in finding.value
 
 
 def test_what_is_refused_is_one_message_and_a_warning_is_none(capsys):

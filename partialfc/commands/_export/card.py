@@ -136,6 +136,8 @@ def _training(trained: TrainedBackbone, licence: str) -> list[str]:
     names = ", ".join(path.name for path in config.data.train)
     decay = config.backbone.ema
     averaged = f"; the moving average of the weights, of decay {decay:g}" if decay else ""
+    if config.optimizer.name == "schedule_free":
+        averaged = "; the mean of the weights that schedule-free AdamW keeps"
     return [
         f"{names}; step {trained.step:,} with {config.data.global_batch:,} images each{averaged}. "
         "Licence of "
