@@ -56,7 +56,7 @@ omniglot: .venv/installed
 # A small network alone, and taught by the one of `make omniglot`: three seeds of each.
 taught: omniglot
 	$(BIN)/python tools/compare.py configs/omniglot.toml --seeds 1,2,3 --ranks 2 --out runs/taught \
-		'--vary=losses.teacher={}, {from = "runs/omniglot", weight = 5.0}' \
+		'--vary=losses.teacher={}, {from = "runs/omniglot", weight = 20.0}' \
 		backbone.name=convnet_s run.epochs=5
 
 lint: .venv/installed

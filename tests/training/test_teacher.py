@@ -57,21 +57,18 @@ def taught_by(place, *more):
 def test_a_resume_goes_on_with_the_same_teacher_and_refuses_another(packs, teacher, tmp_path):
     """Losses and weights to the last bit, with a weight that falls; the teacher may have moved."""
     falls = "losses.teacher.final_factor=0.5"
-    straight = trained(packs, tmp_path / "a", *taught_by(teacher, falls, "run.steps=6"))
-    alone = trained(packs, tmp_path / "alone", "run.steps=6")
-    assert straight[0] != alone[0]
-    records = (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()
-    assert all("loss_teacher" in json.loads(line) for line in records if "throughput" in line)
     moved = tmp_path / "moved"
     shutil.copytree(teacher, moved)
     half = ("checkpoint.every_steps=3", "run.steps=6")
-    first = trained(packs, tmp_path / "whole", *taught_by(teacher, falls, *half))
+    straight = trained(packs, tmp_path / "whole", *taught_by(teacher, falls, *half))
+    records = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
+    assert all("loss_teacher" in json.loads(line) for line in records if "throughput" in line)
     cut = tmp_path / "cut"
     shutil.copytree(tmp_path / "whole", cut)
     shutil.rmtree(cut / "checkpoints" / "step_00000006")
     (cut / "summary.json").unlink()
     resumed = trained(packs, cut, *taught_by(moved, falls, *half))
-    assert straight[0] == first[0] == resumed[0]
+    assert straight[0] == resumed[0]
     assert all(torch.equal(value, resumed[1][name]) for name, value in straight[1].items())
 
     state = load_file(teacher / "checkpoints" / "step_00000002" / "backbone.safetensors")
