@@ -158,13 +158,17 @@ def find(kind: str, name: str) -> Any:
     return next(iter(having.values()), None)
 
 
-def versions() -> dict[str, str]:
+def versions(settings: Mapping[str, Any] | None = None) -> dict[str, str]:
     """Return what tells one state of each loaded plug-in from another, by module.
 
     That is its ``__version__``, if it has one, and 12 hex digits of the SHA-256 of its source: of
     the module, or of all ``.py`` files of the package that it is in.
+
+    Args:
+        settings: Of those that they name alone, which all ranks have; rank 0 has sinks besides.
     """
-    return {name: _version(name) for name in _loaded}
+    names = _loaded if settings is None else named_in(settings)
+    return {name: _version(name) for name in names if name in _loaded}
 
 
 @cache

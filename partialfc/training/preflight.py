@@ -10,7 +10,7 @@ import platform
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from partialfc import plugins
 from partialfc.config import Config, ConfigError
 from partialfc.data.dataset import DataSet
 from partialfc.data.loaders.stream import Batches
@@ -72,7 +73,7 @@ def preflight(
         open_batches: Opens this rank's batches from the start of the run.
     """
     checks = (
-        _versions(runtime),
+        _versions(runtime, plugins.versions(config.model_dump())),
         _frozen(config),
         _clocks(runtime),
         _collectives(config, runtime),
@@ -104,11 +105,12 @@ def report(findings: list[Finding], runtime: Runtime) -> None:
         )
 
 
-def _versions(runtime: Runtime) -> Iterator[Finding]:
+def _versions(runtime: Runtime, code: Mapping[str, str]) -> Iterator[Finding]:
     parts = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "partialfc": package_version(),
+        **code,
     }
     if runtime.device.type == "cuda":
         parts["gpu"] = torch.cuda.get_device_name(runtime.device)

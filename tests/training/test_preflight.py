@@ -79,10 +79,10 @@ def test_what_is_refused_is_one_message_and_a_warning_is_none(capsys):
         report([warning, Finding("disk", "full", "refused", "Make room.")], runtime())
 
 
-def versions_on_rank(rank, world_size, versions):
+def versions_on_rank(rank, world_size, versions, code=("", "", "")):
     right, preflight.package_version = preflight.package_version, lambda: versions[rank]
     try:
-        (finding,) = preflight._versions(runtime())
+        (finding,) = preflight._versions(runtime(), {"my_faces": code[rank]})
     finally:
         preflight.package_version = right
     return finding.level, finding.value
@@ -97,8 +97,14 @@ def test_ranks_that_differ_are_the_minority():
     for level, value in run_on_ranks(3, versions_on_rank, ("1", "2", "1")):
         assert level == "refused"
         assert re.fullmatch(
-            "others on rank 1: rank 1 has python .*, partialfc 2, rank 0 has python .* 1", value
+            "others on rank 1: rank 1 has python .*, partialfc 2, .*rank 0 has python .* 1, .*",
+            value,
         )
+    same, code = ("1", "1", "1"), ("source a", "source a", "source b")
+    for level, value in run_on_ranks(3, versions_on_rank, same, code):
+        assert level == "refused"
+        assert "rank 2 has" in value
+        assert "my_faces source b, rank 0 has" in value
 
 
 def folder_on_rank(rank, world_size, folder):
