@@ -36,19 +36,21 @@ def matrices_of(network: nn.Module) -> set[str]:
 
     Those of linear layers and convolutions: not vectors (biases, norms, PReLU's slopes), not
     tokens and positions (parameters that are one for all images, [1, ...], tables of
-    ``nn.Embedding``, and what the network's ``no_weight_decay`` names, as timm's have it).
+    ``nn.Embedding``, and what a module's ``no_weight_decay()`` names, as timm's networks do).
     """
-    told = getattr(network, "no_weight_decay", None)
-    spared = set(told()) if callable(told) else set()
+    spared: set[str] = set()
     for place, module in network.named_modules():
+        told = getattr(module, "no_weight_decay", None)
+        names = set(told()) if callable(told) else set()
         if isinstance(module, _EMBEDDINGS):
-            spared |= {f"{place}.{name}" for name, _ in module.named_parameters(recurse=False)}
+            names |= {name for name, _ in module.named_parameters(recurse=False)}
+        spared |= {f"{place}.{name}".lstrip(".") for name in names}
     return {
         name
         for name, parameter in network.named_parameters()
         if parameter.ndim > 1
         and (len(parameter) > 1 or name.endswith("weight"))
-        and not any(name == one or name.endswith(f".{one}") for one in spared)
+        and name not in spared
     }
 
 

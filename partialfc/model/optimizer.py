@@ -95,7 +95,8 @@ def groups_in_words(optimizer: torch.optim.Optimizer) -> str:
     still = sum(size for size, g in zip(sizes, groups, strict=True) if not g["weight_decay"])
     low, high = min(factors), max(factors)
     rates = f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
-    words = f"{len(groups)} groups of weights, rates times {rates}"
+    number = f"{len(groups)} groups" if len(groups) > 1 else "1 group"
+    words = f"{number} of weights, rates times {rates}"
     return words + (f", {still:,} of {sum(sizes):,} weights without decay" if still else "")
 
 

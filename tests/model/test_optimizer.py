@@ -111,6 +111,7 @@ def test_a_network_of_others_says_what_does_not_decay():
     network.table = nn.Parameter(torch.zeros(9, 4))
     network.no_weight_decay = lambda: {"table"}
     assert matrices_of(network) == {"1.weight"}
+    assert matrices_of(nn.Sequential(network)) == {"0.1.weight"}
 
 
 def test_groups_are_clipped_each_by_itself():

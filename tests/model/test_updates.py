@@ -131,6 +131,10 @@ def test_schedule_free_is_its_authors_in_weights_and_in_the_mean():
     mean.install()
     with mean.in_use():
         assert all(map(torch.equal, weights, inside))
+    with torch.no_grad():
+        weights[0].add_(1)  # as a warm start gives it other weights
+    mean.begin()
+    assert all(map(torch.equal, mean.tensors.values(), weights))
 
 
 @pytest.mark.parametrize("name", NAMES)
