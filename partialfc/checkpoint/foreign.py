@@ -19,15 +19,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from partialfc.checkpoint import cvlface, numpy_numbers
 from partialfc.errors import ForeignError
 from partialfc.writing import opened
 
 _HOLDERS = ("state_dict_backbone", "backbone", "state_dict", "model_state_dict", "model", "net")
 """Entries of a larger checkpoint that may hold the backbone's state_dict."""
 
-_WRAPPERS = re.compile(r"^(?:(?:module|backbone|model)\.)+")
+_WRAPPERS = re.compile(r"^(?:(?:module|backbone|model|net)\.)+")
 """What DistributedDataParallel and programs with a larger model put before a name; torch.compile's
 ``_orig_mod.`` may stand anywhere in it."""
+
+BACKBONES_IN_FOLDERS = (
+    *("model.pt", "backbone.pth", "backbone.pt", "model.safetensors"),
+    *("pretrained_model/model.safetensors", "pretrained_model/model.pt"),
+)
+"""Where arcface_torch, CVLface, the Hugging Face hub and we put a backbone; the first is taken."""
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
 """Of weights and statistics, and of BatchNorm's counter."""
@@ -49,7 +56,8 @@ def read(path: Path) -> Any:
         packed = _checked_zip(path)
         # A compressed record cannot be mapped, nor can files from before torch 1.6.
         mapped = packed is not None and not packed.compressed
-        value = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with torch.serialization.safe_globals(numpy_numbers.ALLOWED):
+            value = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         if packed is not None:
             _check_storages(value, packed.sizes)
     except Exception as error:  # a hostile file can make a reader fail in any way
@@ -66,14 +74,22 @@ def read_backbone(path: Path) -> dict[str, Tensor]:
     Raises:
         ForeignError: If there is none in it.
     """
+    return cvlface.as_ours(tensors(_content(path), path), path)
+
+
+def backbone_in(folder: Path) -> Path | None:
+    """Return the file of a backbone in somebody's folder; ``None`` if there is none."""
+    return next((folder / n for n in BACKBONES_IN_FOLDERS if (folder / n).is_file()), None)
+
+
+def _content(path: Path) -> Any:
     if path.suffix != ".safetensors":
-        return tensors(read(path), path)
+        return read(path)
     _regular(path)
     try:
-        value = load_file(path)
+        return load_file(path)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ForeignError(f"{path}: not a file of safetensors: {error}.") from error
-    return tensors(value, path)
 
 
 def tensors(value: Any, path: Path) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""A trained backbone, wherever it lies: a run's folder, one checkpoint, or a file of weights."""
+"""A trained backbone, wherever it lies: in a run, a checkpoint, a folder or a file of weights."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from partialfc.checkpoint import foreign, recognition
+from partialfc.checkpoint import foreign, hub_folder, recognition
 from partialfc.checkpoint import loading as checkpoint
 from partialfc.checkpoint.base import merged
 from partialfc.checkpoint.folder import MANIFEST, path_of, read_manifest
@@ -72,18 +72,27 @@ def open_backbone(path: Path, *, image_size: int = 112) -> TrainedBackbone:
     have been loaded by its name (:mod:`partialfc.plugins`).
 
     Args:
-        path: A run's folder, a ``step_…`` folder in its ``checkpoints``, or a model.pt,
-            backbone.pth, checkpoint_gpu_*.pt or .safetensors.
-        image_size: Of the images that the backbone of a file is for, in pixels; a run knows.
+        path: A run's folder, a ``step_…`` folder in its ``checkpoints``; a folder in the layout of
+            the Hugging Face hub, of CVLface or of arcface_torch; or a model.pt, backbone.pth,
+            checkpoint_gpu_*.pt or .safetensors.
+        image_size: Of the images that the backbone of a file is for, in pixels; a run knows, and
+            so does a folder that ``partialfc export --huggingface`` wrote.
 
     Raises:
         ConfigError: If there is nothing of the kind, or no valid checkpoint.
         ForeignError: If a file does not hold a backbone that is known.
     """
+    file = path
     if path.is_dir():
-        return _of_run(path)
-    state = foreign.read_backbone(path)
-    known = recognition.recognise(state, path, image_size=image_size)
+        is_run = _is_checkpoint(path) or (path / "config.toml").is_file()
+        found = None if is_run else foreign.backbone_in(path)
+        if found is None:
+            return _of_run(path)
+        if (told := hub_folder.known_in(path)) is not None:
+            return TrainedBackbone(path, told, hub_folder.read_weights(found, told))
+        file = found
+    state = foreign.read_backbone(file)
+    known = recognition.recognise(state, file, image_size=image_size)
     order = recognition.shapes(known)
     return TrainedBackbone(path, known, {name: state[name] for name in order})
 
@@ -113,7 +122,7 @@ def _of_run(path: Path) -> TrainedBackbone:
     if not (folder / "config.toml").is_file():
         raise ConfigError(
             f"{path}: no config.toml in {folder}. Give the folder of a run, a step_... folder in "
-            "its checkpoints, or a file of weights."
+            "its checkpoints, a folder with a model.safetensors, or a file of weights."
         )
     config = load(folder / "config.toml", own=False)
     found = [path] if _is_checkpoint(path) else _newest_first(folder / "checkpoints")

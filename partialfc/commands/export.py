@@ -2,6 +2,7 @@
 
     partialfc export runs/mine exported --check lfw.bin
     partialfc export model.pt exported --check lfw.bin --formats onnx,fp16,int8 --inside
+    partialfc export runs/mine exported --huggingface
 
 MODEL is a run's folder, a checkpoint of it or a file of weights. Every file is run on the images of
 --check (a .bin of pairs; left out, the run's first one) next to the original. onnx, pt2 and
@@ -9,6 +10,11 @@ safetensors are the original if every embedding has a cosine of at least 0.9999 
 99 % interval of the paired change of accuracy has 0 in it; fp16 if it is 0.999 and the interval has
 a change of at most 0.001 in it. What INT8 costs is measured and printed. Formats: onnx, fp16, int8,
 pt2 (torch.export), safetensors.
+
+--huggingface makes OUT a folder as the Hugging Face hub has models: config.json, model.safetensors,
+preprocessor_config.json and the card as README.md with the hub's metadata on top. It needs no
+network; ``hf upload NAME/REPOSITORY OUT`` is the hub's own command that sends it. Without --formats
+there are no other files then.
 """
 
 import argparse
@@ -21,9 +27,10 @@ from rich.table import Table
 from safetensors.torch import save
 
 from partialfc.checkpoint.foreign import read_backbone
+from partialfc.checkpoint.hub_folder import write_hub_folder
 from partialfc.checkpoint.trained_backbone import TrainedBackbone, open_backbone
 from partialfc.commands._command import add_plugin_option, command_parser
-from partialfc.commands._export.card import write_card
+from partialfc.commands._export.card import front_matter, write_card
 from partialfc.commands._export.check import Original, Run, calibration, check, original
 from partialfc.config import ConfigError
 from partialfc.data.sets.pairs import Pairs, read_pairs
@@ -36,6 +43,7 @@ FILES = {
     "pt2": "model.pt2",
     "safetensors": "model.safetensors",
 }
+_ALL = ",".join(FILES)
 ALLOWED = {"fp16": (0.999, 1e-3), "int8": (-1.0, 1.0)}
 """Smallest cosine to the original, and change of accuracy that is allowed; others: 0.9999, 0."""
 
@@ -47,16 +55,14 @@ CALIBRATED_ON = 512
 def main(arguments: list[str]) -> int:
     """Run the command; return its exit status: 1 if a file is not the original."""
     options = _parser().parse_args(arguments)
-    formats = options.formats.split(",")
-    if unknown := [word for word in formats if word not in FILES]:
-        raise ValueError(f"--formats: {unknown[0]}: must be some of {','.join(FILES)}.")
+    formats = _formats(options.formats, options.huggingface)
     if {"onnx", "fp16", "int8"} & set(formats):
         import partialfc.commands._export.onnx_file  # noqa: F401  (is it all installed?)
     trained = open_backbone(options.model, image_size=options.image_size)
     path = _check_set(options.check, trained)
     pairs = read_pairs(path)
     options.out.mkdir(parents=True, exist_ok=True)
-    rows = _exported(trained, options.out, formats, pairs, options.inside)
+    rows = _exported(trained, options.out, formats, pairs, options.inside, options.huggingface)
     write_card(
         options.out / "README.md",
         trained,
@@ -65,12 +71,28 @@ def main(arguments: list[str]) -> int:
         licence=options.data_licence,
         checked_on=path.stem,
         flip=_flip(trained),
+        front=front_matter(trained, rows) if options.huggingface else "",
     )
     return show(rows, options.out)
 
 
+def _formats(asked: str | None, huggingface: bool) -> list[str]:
+    """The formats that are asked for; without a word all, or those of a folder of the hub."""
+    formats = ["safetensors"] if huggingface and asked is None else (asked or _ALL).split(",")
+    if unknown := [word for word in formats if word not in FILES]:
+        raise ValueError(f"--formats: {unknown[0]}: must be some of {_ALL}.")
+    if huggingface and "safetensors" not in formats:
+        raise ValueError("--formats: with --huggingface safetensors must be among them.")
+    return formats
+
+
 def _exported(
-    trained: TrainedBackbone, out: Path, formats: list[str], pairs: Pairs, inside: bool
+    trained: TrainedBackbone,
+    out: Path,
+    formats: list[str],
+    pairs: Pairs,
+    inside: bool,
+    huggingface: bool,
 ) -> list[dict[str, Any]]:
     """Write the files and measure each; fp16 and int8 are made from the fp32 ONNX."""
     backbone, size = trained.backbone(), trained.known.image_size
@@ -81,7 +103,10 @@ def _exported(
     with Console(stderr=True).status("exporting") as status:
         for name in sorted({*formats, *(["onnx"] if needs_onnx else [])}, key=list(FILES).index):
             status.update(FILES[name])
-            run = _write(name, trained, backbone, out, pairs, inside)
+            if huggingface and name == "safetensors":
+                run = _write_hub_folder(trained, out)
+            else:
+                run = _write(name, trained, backbone, out, pairs, inside)
             takes_pixels = inside and name in ("onnx", "fp16", "int8")
             row = _row(name, out, run, pairs, truth, size, flip, takes_pixels)
             if name in formats:
@@ -151,6 +176,13 @@ def _write(
     return run
 
 
+def _write_hub_folder(trained: TrainedBackbone, out: Path) -> Run:
+    """Write the folder of the hub, and return how what is read from it is run."""
+    write_hub_folder(out, trained.known, trained.state, _metadata(trained, inside=False))
+    again = open_backbone(out).backbone()
+    return lambda images: again(torch.from_numpy(images)).numpy()
+
+
 def show(rows: list[dict[str, Any]], out: Path) -> int:
     """Print the files and what they cost; return 1 if one is not the original."""
     table = Table(box=None, header_style="bold")
@@ -205,7 +237,10 @@ def _parser() -> argparse.ArgumentParser:
     add_plugin_option(parser)
     parser.add_argument("out", type=Path, help="folder for the files")
     parser.add_argument("--check", type=Path, help="a .bin of pairs (the run's first)")
-    parser.add_argument("--formats", default=",".join(FILES), help=f"({','.join(FILES)})")
+    parser.add_argument("--formats", help=f"({_ALL})")
+    parser.add_argument(
+        "--huggingface", action="store_true", help="OUT is a folder of the Hugging Face hub"
+    )
     parser.add_argument(
         "--inside", action="store_true", help="ONNX takes pixels from 0 to 255 and normalises them"
     )

@@ -5,6 +5,7 @@ import os
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -213,6 +214,52 @@ def test_a_start_from_another_backbone_names_what_differs(state, tmp_path):
         warm_start(path, config, flat_model(config), runtime(), None)
     for part in ("another backbone than convnet_s", f"of {DIM} for", "missing (project.weight, "):
         assert part in str(error.value)
+
+
+class Named:
+    """Pickled as a call of what a name says."""
+
+    def __init__(self, *reduced):
+        self.reduced = reduced
+
+    def __reduce__(self):
+        return self.reduced
+
+
+def test_numbers_of_numpy_are_read_as_numbers(state, tmp_path):
+    """A trainer's best accuracy, an np.float64 beside the weights, made the file unreadable."""
+    numbers = {
+        "best": np.float64(0.97),
+        "epoch": np.int64(-7),
+        "big": np.array(0.5, ">f4")[()],
+        "done": np.bool_(True),
+    }
+    for name, number in ({"half": np.float16(0.5), "byte": np.uint8(255)} | numbers).items():
+        numbers[name] = number
+    torch.save({"state_dict": state, **numbers}, tmp_path / "a.pt")
+    assert same(opened(tmp_path / "a.pt").state, state)
+    found = foreign.read(tmp_path / "a.pt")
+    for name, number in numbers.items():
+        assert found[name] == number
+        assert type(found[name]) is type(number.item())
+    assert np.dtype("f8") == np.float64, "numpy's own stays what it is"
+
+
+def test_what_is_no_number_of_numpy_is_refused(state, tmp_path):
+    """Objects, arrays and texts; a hostile dtype, state and bytes, which never reach numpy."""
+    scalar, eight = np.float64(0).__reduce__()
+    for value, message in (
+        (np.array([1, object()], object), "numpy"),
+        (np.str_("text"), "it holds a value of numpy of kind 'U4', which is no number"),
+        (np.datetime64("2020-01-01"), "of numpy of kind 'M8', which is no number"),
+        (Named(scalar, (np.dtype("O"), b"")), "of numpy of kind 'O8', which is no number"),
+        (Named(scalar, (eight[0], b"\0" * 7)), "a number of numpy of 7 bytes, not 8"),
+        (Named(scalar, (7, b"\0" * 8)), "an object of numpy that is no number"),
+        (Named(np.dtype, (["f8"],)), "of numpy of kind ['f8'], which is no number"),
+        (Named(np.dtype, ("f8", False, True), (3, "%s")), "without its byte order"),
+    ):
+        torch.save({"state_dict": state, "best": value}, tmp_path / "a.pt")
+        assert message in refused(tmp_path / "a.pt")
 
 
 def test_a_state_dict_of_nothing_is_refused(tmp_path):

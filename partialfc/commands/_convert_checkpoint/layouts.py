@@ -17,7 +17,15 @@ from typing import Any
 
 from torch import Tensor
 
-from partialfc.checkpoint.foreign import finite, matrix, read, read_backbone, tensors
+from partialfc.checkpoint.foreign import (
+    BACKBONES_IN_FOLDERS,
+    backbone_in,
+    finite,
+    matrix,
+    read,
+    read_backbone,
+    tensors,
+)
 from partialfc.errors import ForeignError
 
 States = dict[str, Tensor]
@@ -26,7 +34,6 @@ States = dict[str, Tensor]
 _STATES = {"momentum_buffer", "step", "exp_avg", "exp_avg_sq"}
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 _FULL = "checkpoint_gpu_{}.pt"
-_BACKBONES = ("model.pt", "backbone.pth", "backbone.pt", "model.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +83,11 @@ def find(path: Path) -> Layout:
         return Layout("a backbone", path, read_backbone(path))
     if full := _by_rank(path, _FULL):
         return _checkpoints(full)
-    source = next((path / name for name in _BACKBONES if (path / name).is_file()), None)
+    source = backbone_in(path)
     if source is None:
         raise ForeignError(
-            f"{path}: it has no checkpoint_gpu_*.pt, {' or '.join(_BACKBONES)}. Give the output "
-            "folder of arcface_torch, or the file of a backbone."
+            f"{path}: it has no checkpoint_gpu_*.pt, {' or '.join(BACKBONES_IN_FOLDERS)}. Give the "
+            "output folder of arcface_torch, or the file of a backbone."
         )
     backbone = read_backbone(source)
     if second := _by_rank(path, "softmax_fc_gpu_{}.pt"):

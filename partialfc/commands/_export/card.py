@@ -7,6 +7,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from partialfc.checkpoint import hub_folder
 from partialfc.checkpoint.recognition import Known
 from partialfc.checkpoint.trained_backbone import TrainedBackbone
 from partialfc.config import to_toml
@@ -15,6 +16,18 @@ from partialfc.writing import write_text
 Row = dict[str, Any]
 
 _ONNX = ("onnx", "fp16", "int8")
+_FROM_ONNX = (
+    "import numpy as np, onnxruntime\nfrom PIL import Image",
+    'session = onnxruntime.InferenceSession("{file}", providers=["CPUExecutionProvider"])',
+    'session.run(None, {{"input.1": {batch}}})[0]',
+)
+_FROM_HUB = (
+    "import numpy as np, torch\nfrom PIL import Image\n"
+    "from partialfc.checkpoint.huggingface import PretrainedBackbone",
+    'model = PretrainedBackbone.from_pretrained(".")  # or the name of its repository',
+    "model(torch.from_numpy({batch})).detach().numpy()",
+)
+"""Imports, what is opened, and how a batch is run, in the lines of the card."""
 _LIMITS = """\
 * It compares aligned faces of the size above and does nothing else: no detection, no liveness, no
   age or gender. Align by five landmarks (`partialfc embed --landmarks`, insightface).
@@ -35,6 +48,7 @@ def write_card(
     licence: str,
     checked_on: str,
     flip: bool,
+    front: str = "",
 ) -> None:
     """Write the card in markdown, the whole file or none.
 
@@ -46,9 +60,9 @@ def write_card(
         licence: Of the training data, or "unknown".
         checked_on: The set that the files were compared on.
         flip: Whether the embedding of the mirrored image was added there.
+        front: What stands before the card, as :func:`front_matter` makes it.
     """
     known = trained.known
-    pixels = "0 to 255" if inside else "(pixel - 127.5) / 127.5"
     parts = [
         f"# {trained.name}",
         f"{known.name} for face recognition: an aligned RGB image of {known.image_size} x "
@@ -56,11 +70,9 @@ def write_card(
         "are compared by the cosine of their embeddings.",
         "## Files",
         _files(rows, checked_on),
-        f"ONNX input `input.1` [batch, 3, {known.image_size}, {known.image_size}], RGB, "
-        f"{pixels}; output `embedding` [batch, {known.embedding_dim}], not normalised. "
-        "insightface's ArcFaceONNX takes the files as they are.",
+        *([_onnx_input(known, inside)] if _has_onnx(rows) else []),
         "## Use",
-        *_use(known, rows, inside, flip, checked_on),
+        *_use(known, rows, inside, flip, checked_on, hub=bool(front)),
         "## Training",
         *_training(trained, licence),
         "## Numbers",
@@ -69,7 +81,53 @@ def write_card(
         _LIMITS,
         f"Written {date.today().isoformat()} by partialfc's partialfc export.",
     ]
-    write_text(path, "\n\n".join(part.strip() for part in parts) + "\n")
+    write_text(path, front + "\n\n".join(part.strip() for part in parts) + "\n")
+
+
+def front_matter(trained: TrainedBackbone, rows: list[Row]) -> str:
+    """Return the hub's metadata of a model, YAML between two lines of dashes.
+
+    What the run measured at its end is listed as its results. A licence and the hub's names of data
+    sets are the owner's to add.
+
+    Args:
+        trained: Whose weights they are.
+        rows: As in :func:`write_card`.
+    """
+    metadata: Row = {
+        "library_name": hub_folder.LIBRARY,
+        "pipeline_tag": hub_folder.TASK,
+        "tags": [*hub_folder.TAGS, trained.known.name, *(["onnx"] if _has_onnx(rows) else [])],
+    }
+    sets = _summary(trained)[0].get("verification", {}).get("sets", {})
+    if sets:
+        metadata["metrics"] = ["accuracy"]
+        results = [_result(name, numbers["accuracy"]) for name, numbers in sets.items()]
+        metadata["model-index"] = [{"name": trained.name, "results": results}]
+    # JSON is YAML, and no name can break out of it.
+    lines = [f"{name}: {json.dumps(value)}" for name, value in metadata.items()]
+    return "\n".join(["---", *lines, "---", "", ""])
+
+
+def _onnx_input(known: Known, inside: bool) -> str:
+    pixels = "0 to 255" if inside else "(pixel - 127.5) / 127.5"
+    return (
+        f"ONNX input `input.1` [batch, 3, {known.image_size}, {known.image_size}], RGB, "
+        f"{pixels}; output `embedding` [batch, {known.embedding_dim}], not normalised. "
+        "insightface's ArcFaceONNX takes the files as they are."
+    )
+
+
+def _has_onnx(rows: list[Row]) -> bool:
+    return any(row["format"] in _ONNX for row in rows)
+
+
+def _result(name: str, accuracy: float) -> Row:
+    return {
+        "task": {"type": hub_folder.TASK, "name": "face verification"},
+        "dataset": {"type": name, "name": name},
+        "metrics": [{"type": "accuracy", "name": "ten-fold accuracy", "value": accuracy}],
+    }
 
 
 def _files(rows: list[Row], checked_on: str) -> str:
@@ -94,7 +152,9 @@ def _files(rows: list[Row], checked_on: str) -> str:
     return "\n".join(lines) + f"\n\n{rule}"
 
 
-def _use(known: Known, rows: list[Row], inside: bool, flip: bool, checked_on: str) -> Iterator[str]:
+def _use(
+    known: Known, rows: list[Row], inside: bool, flip: bool, checked_on: str, hub: bool
+) -> Iterator[str]:
     """The cosine above which two faces are one person's, and code that computes it."""
     row = next((row for row in rows if row["format"] in _ONNX), rows[0])
     thresholds = {far: t for far, t in row["threshold_at_far"].items() if not math.isnan(t)}
@@ -106,23 +166,24 @@ def _use(known: Known, rows: list[Row], inside: bool, flip: bool, checked_on: st
         if thresholds
         else f"{checked_on} has too few pairs of different people for a threshold at a FAR."
     )
-    if row["format"] not in _ONNX:
+    is_onnx = row["format"] in _ONNX
+    if not (is_onnx or hub):
         yield "`partialfc embed` takes the safetensors; `torch.export.load` the .pt2."
         return
-    x = "pixels.transpose(2, 0, 1)"
-    x, size = x if inside else f"({x} - 127.5) / 127.5", known.image_size
+    x, size = "pixels.transpose(2, 0, 1)", known.image_size
+    x = x if inside and is_onnx else f"({x} - 127.5) / 127.5"
     mirrored = "  # and mirrored, as measured" if flip else ""
     batch = "np.stack([x, x[:, :, ::-1]])" if flip else "x[None]"
+    imports, opened, run = _FROM_ONNX if is_onnx else _FROM_HUB
     yield f"""```python
-import numpy as np, onnxruntime
-from PIL import Image
+{imports}
 
-session = onnxruntime.InferenceSession("{row["file"]}", providers=["CPUExecutionProvider"])
+{opened.format(file=row["file"])}
 
 def embed(path):  # of an aligned face
     pixels = np.asarray(Image.open(path).convert("RGB").resize(({size}, {size})), np.float32)
     x = {x}
-    row = session.run(None, {{"input.1": {batch}}})[0].sum(0){mirrored}
+    row = {run.format(batch=batch)}.sum(0){mirrored}
     return row / np.linalg.norm(row)
 
 print(embed("one.jpg") @ embed("other.jpg"))  # the cosine
@@ -155,12 +216,9 @@ def _without_paths(toml: str) -> str:
 
 def _numbers(trained: TrainedBackbone) -> list[str]:
     """What the run measured at its end."""
-    summary = trained.run / "summary.json" if trained.run else None
-    if summary is None or not summary.is_file():
-        return ["None were measured with the run."]
-    found = json.loads(summary.read_text(encoding="utf-8"))
-    if found.get("steps") != trained.step:
-        return [f"summary.json is of step {found.get('steps')}, not of this checkpoint."]
+    found, missing = _summary(trained)
+    if missing:
+        return [missing]
     lines = ["| set | | |", "|---|---|---|"]
     for name, numbers in found.get("verification", {}).get("sets", {}).items():
         tar = numbers["tar_at_far"].get("0.001")
@@ -175,3 +233,14 @@ def _numbers(trained: TrainedBackbone) -> list[str]:
             f"{numbers['num_gallery']:,} |"
         )
     return ["\n".join(lines)] if len(lines) > 2 else ["The run had no held-out sets."]
+
+
+def _summary(trained: TrainedBackbone) -> tuple[Row, str]:
+    """The run's summary; or nothing, and why there is none of this checkpoint."""
+    summary = trained.run / "summary.json" if trained.run else None
+    if summary is None or not summary.is_file():
+        return {}, "None were measured with the run."
+    found: Row = json.loads(summary.read_text(encoding="utf-8"))
+    if found.get("steps") != trained.step:
+        return {}, f"summary.json is of step {found.get('steps')}, not of this checkpoint."
+    return found, ""
