@@ -132,11 +132,15 @@ class Preempted(RuntimeError):
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal that ends a process came before the first step; its exit code is 128 + number."""
+    """A signal that ends a process came before the first step; its exit code is 128 + number.
 
-    def __init__(self, number: int) -> None:
+    Attributes:
+        asked: Whether somebody asked the run to stop, and not the launcher because a rank died.
+    """
+
+    def __init__(self, number: int, *, asked: bool = True) -> None:
         super().__init__(f"{signal.Signals(number).name} before the first step")
-        self.exit_code = 128 + number
+        self.exit_code, self.asked = 128 + number, asked
 
 
 class ForeignError(ValueError):

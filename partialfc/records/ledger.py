@@ -38,10 +38,11 @@ KINDS = {
 """What the wall time of a run is spent on; ``train`` over all of them is the goodput."""
 
 _SECONDS_BETWEEN_LINES = 5.0
-STOPPED = (0, 75, 130)
+_STOPPED = (0, 75, 130)
 """Exit codes of a start that was done, preempted or stopped by somebody: no fault.
 
-SIGTERM before the first step, 143, is one: torchrun sends it to all ranks when another one died.
+SIGTERM before the first step, 143, may be either: torchrun sends it to all ranks when another one
+died. An ``end`` that knows better says ``"asked": true``.
 """
 _LAST = 2**63
 
@@ -114,9 +115,15 @@ class Ledger:
         if now or time.monotonic() - self._written >= _SECONDS_BETWEEN_LINES:
             self._append("spent")
 
-    def end(self, cause: str, code: int) -> None:
-        """Note why this start ended, unless that is noted. A start without an end was killed."""
-        self._append("end", cause=cause, code=code)
+    def end(self, cause: str, code: int, *, asked: bool = False) -> None:
+        """Note why this start ended, unless that is noted. A start without an end was killed.
+
+        Args:
+            cause: In words.
+            code: Exit code of the process.
+            asked: Whether somebody asked for it; ``code`` alone may not tell.
+        """
+        self._append("end", cause=cause, code=code, **({"asked": True} if asked else {}))
         if self._lines is not None:
             self._lines.close()
 
@@ -149,7 +156,8 @@ def keeping(path: Path | None, *, ranks: int, settings: str) -> Iterator[Ledger]
     try:
         yield ledger
     except KeyboardInterrupt as error:
-        ledger.end(str(error) or "stopped", exit_code_of(error))
+        asked = getattr(error, "asked", True)
+        ledger.end(str(error) or "stopped", exit_code_of(error), asked=asked)
         raise
     except BaseException as error:
         ledger.end(f"{type(error).__name__}: {error}", exit_code_of(error))
@@ -224,6 +232,11 @@ def starts(entries: Sequence[Entry]) -> list[Start]:
     ]
 
 
+def was_stopped(end: Entry) -> bool:
+    """Whether an ``end`` is of a start that was done, preempted or stopped by somebody."""
+    return end["code"] in _STOPPED or end.get("asked") is True
+
+
 def fault_codes(entries: Sequence[Entry]) -> list[str]:
     """Return the exit codes of the starts that ended in a fault; "killed" for one without an end.
 
@@ -233,7 +246,7 @@ def fault_codes(entries: Sequence[Entry]) -> list[str]:
     return [
         "killed" if end is None else str(end["code"])
         for end in ends
-        if end is None or end["code"] not in STOPPED
+        if end is None or not was_stopped(end)
     ]
 
 
@@ -254,7 +267,7 @@ def goodput(entries: Sequence[Entry]) -> dict[str, float]:
             seconds[kind] += value
         seconds["wasted"] += sum(start.entries[-1]["seconds"].values()) - sum(kept.values())
     for one, other in pairwise(every):
-        if one.end is None or one.end["code"] not in STOPPED:
+        if one.end is None or not was_stopped(one.end):
             gap = other.entries[0]["began"] - one.entries[-1]["time"]
             seconds["recovery"] += max(0.0, gap)
     return _with_sums(seconds)
@@ -274,7 +287,7 @@ def fruitless(entries: Sequence[Entry], settings: str) -> list[Start]:
     in_a_row: list[Start] = []
     furthest = 0
     for start in starts(entries):
-        stopped = start.end is not None and start.end["code"] in STOPPED
+        stopped = start.end is not None and was_stopped(start.end)
         if stopped or start.reached > furthest or start.entries[0].get("settings") != settings:
             in_a_row = []
         else:

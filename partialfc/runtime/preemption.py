@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 
 from partialfc.errors import Stopped
@@ -65,7 +66,7 @@ def listening() -> Iterator[None]:
     _at_once = True
     try:
         for number in _received & {*ENDING}:
-            raise Stopped(number)
+            raise Stopped(number, asked=_is_asked(number))
         yield
     finally:
         _at_once = False
@@ -111,7 +112,34 @@ def forget() -> None:
 def _note(number: int, frame: FrameType | None) -> None:
     _received.add(number)
     if _at_once and number in ENDING:
-        raise Stopped(number)
+        raise Stopped(number, asked=_is_asked(number))
+
+
+def _is_asked(number: int) -> bool:
+    """Whether a signal came because somebody asked the run to stop, as far as can be known here.
+
+    torchrun sends SIGTERM to the other ranks, too, when one of them has died. It has collected that
+    one by then, and when it is asked to stop itself it collects this process first: so all ranks of
+    the host are still its children. What died on another host is not seen.
+    """
+    if number != signal.SIGTERM or os.environ.get("WORLD_SIZE", "1") == "1":
+        return True
+    if os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
+        return False
+    with suppress(OSError, ValueError):
+        return _siblings() >= int(os.environ["WORLD_SIZE"])
+    return False
+
+
+def _siblings() -> int:
+    """Children of this process's parent, those that have ended and were not collected too."""
+    parent, count = os.getppid(), 0
+    for process in Path("/proc").iterdir():
+        if process.name.isdecimal():
+            with suppress(OSError, ValueError, IndexError):
+                stat = (process / "stat").read_text(encoding="utf-8", errors="replace")
+                count += int(stat.rpartition(")")[2].split()[1]) == parent
+    return count
 
 
 def _watch() -> None:

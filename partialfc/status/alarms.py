@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from statistics import median
 
-from partialfc.records.ledger import STOPPED
+from partialfc.records.ledger import was_stopped
 from partialfc.status.run import Snapshot
 from partialfc.words import duration, names_of, size
 
@@ -15,7 +15,7 @@ _LATE = 0.15
 def alarms(run: Snapshot) -> Iterator[str]:
     """Yield a sentence for each thing that somebody should look at."""
     ending = run.starts[-1].end if run.starts else None
-    if ending is not None and ending["code"] not in STOPPED:
+    if ending is not None and not was_stopped(ending):
         yield f"The last start ended with exit code {ending['code']}: {ending['cause']}"
     running = ending is None and not run.ended
     if running and run.silence > _SILENT:

@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from partialfc.records.ledger import STOPPED, Start
+from partialfc.records.ledger import Start, was_stopped
 from partialfc.records.pages import Series, line_chart, render, time_parts
 from partialfc.status.alarms import alarms
 from partialfc.status.run import RankAnswer, Snapshot
@@ -80,7 +80,7 @@ def _state(run: Snapshot) -> tuple[str, str]:
         return "ended", "good"
     if ending is not None:
         words = {75: "preempted, to go on"}.get(ending["code"])
-        words = words or ("stopped" if ending["code"] in STOPPED else None)
+        words = words or ("stopped" if was_stopped(ending) else None)
         return (words, "warn") if words else (f"failed, exit code {ending['code']}", "bad")
     if not run.metrics and not run.starts:
         return "nothing yet", "warn"

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from partialfc.errors import Stopped
 from partialfc.records.ledger import (
     KINDS,
     Ledger,
+    fault_codes,
     fruitless,
     goodput,
+    keeping,
     process_began,
     read_ledger,
     starts,
@@ -129,9 +132,23 @@ def test_only_starts_in_a_row_without_a_new_step_are_fruitless():
     assert len(fruitless([*came_far, *in_vain, *failed(6, 0, code=143)], "a")) == 3, (
         "torchrun ends this rank because another one died"
     )
+    asked = failed(6, 0, code=143)
+    asked[-1]["asked"] = True
+    assert not fruitless([*came_far, *in_vain, *asked], "a"), "somebody asked it to stop"
+    assert fault_codes([*in_vain, *asked]) == ["5", "5"]
     assert not fruitless([*came_far, *in_vain], "b")
     killed = failed(6, 6)[:1]
     assert len(fruitless([*came_far, *in_vain, *killed], "a")) == 3
+
+
+def test_a_start_that_was_asked_to_stop_is_not_a_failed_one(tmp_path):
+    """R14: three times SIGTERM before the first step, as of a busy cluster, ended with code 8."""
+    path = tmp_path / "ledger.jsonl"
+    for asked in (True, False, True, False, False):
+        with pytest.raises(Stopped), keeping(path, ranks=1, settings="a"):
+            raise Stopped(15, asked=asked)
+    assert len(fruitless(read_ledger(path), "a")) == 2, "from the last that somebody asked for"
+    assert fault_codes(read_ledger(path)) == ["143", "143", "143"]
 
 
 @pytest.mark.skipif(not Path("/proc/uptime").exists(), reason="needs Linux")

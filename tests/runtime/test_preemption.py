@@ -4,14 +4,16 @@ import os
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
 from partialfc.config.run import Checkpoint
 from partialfc.distributed.agreement import any_rank
 from partialfc.distributed.ranks import Ranks
+from partialfc.runtime import preemption
 from tests.support.places import ROOT
-from tests.support.processes import ENVIRONMENT, Python
+from tests.support.processes import ENVIRONMENT, Python, python
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import UNVERIFIED, command, losses, run, words
 
@@ -109,6 +111,41 @@ def test_before_the_first_step_one_signal_is_enough(packs, tmp_path):
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait(15) == 128 + signal.SIGTERM
     assert "goes on from" not in errors.read_text()
+
+
+RANKS = """
+import os, subprocess, sys, time
+code = "import os, signal, sys, time; from partialfc.runtime import preemption; "
+code += "print('here', flush=True); time.sleep(float(sys.argv[1])); "
+code += "print(preemption._is_asked(signal.SIGTERM))"
+def rank(number, seconds):
+    env = {**os.environ, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": sys.argv[1], "RANK": str(number)}
+    words = [sys.executable, "-c", code, seconds]
+    return subprocess.Popen(words, env=env, stdout=subprocess.PIPE, text=True)
+first, second = rank(0, "1"), rank(1, "0" if sys.argv[2] == "dies" else "3")
+first.stdout.readline()
+if sys.argv[2] == "dies":
+    second.wait()
+print(first.communicate()[0])
+second.kill()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux")
+@pytest.mark.parametrize(
+    ("hosts", "other", "asked"), [(1, "lives", "True"), (1, "dies", "False"), (2, "lives", "False")]
+)
+def test_sigterm_of_torchrun_is_told_from_one_that_somebody_sent(hosts, other, asked):
+    """It ends the others when a rank has died: that start failed. On two hosts nobody can tell."""
+    done = python("-c", RANKS, 2 // hosts, other)
+    assert done.stdout.split() == [asked], done.stderr
+
+
+def test_sigterm_to_a_run_of_one_process_is_asked_for(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert preemption._is_asked(signal.SIGTERM)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert preemption._is_asked(signal.SIGHUP), "torchrun hands on what it got"
 
 
 def test_it_is_said_that_there_is_no_checkpoint_where_there_is_none(packs, tmp_path):
