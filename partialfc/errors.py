@@ -5,6 +5,9 @@ rank, 8 crash loop, 75 asked to stop, 128 + N ended by signal N, as 130 is Ctrl-
 that nobody foresaw.
 """
 
+import difflib
+import errno
+import itertools
 import json
 import os
 import signal
@@ -31,6 +34,15 @@ EXTRAS = {
     "huggingface": ("huggingface_hub", "httpx2"),
 }
 """What is imported of the packages that each extra of pyproject.toml installs."""
+
+
+_REMEDIES = {
+    errno.EACCES: ". Change its permissions, or name another.",
+    errno.EISDIR: ". It is a folder; name a file.",
+    errno.ENOTDIR: ". Name a folder: it is a file, or one stands on the way to it.",
+}
+_MOST_NAMES = 10_000
+"""Of a folder that are compared with one that is missing."""
 
 
 class NonFiniteError(RuntimeError):
@@ -94,8 +106,33 @@ def in_words(error: BaseException) -> str:
         assert isinstance(error, ModuleNotFoundError)
         return f"{error.name} is not installed: pip install 'partialfc[{extra}]'"
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+        return f"{error.filename}: {error.strerror}{_remedy(error)}"
     return str(error)
+
+
+def _remedy(error: OSError) -> str:
+    """What to do about a file that cannot be opened, behind the words of the system."""
+    if error.errno == errno.ENOENT and isinstance(error.filename, str | bytes):
+        return f". {near(Path(os.fsdecode(error.filename)))}"
+    return _REMEDIES.get(error.errno or 0, "")
+
+
+def near(path: Path) -> str:
+    """Return in a sentence what there is instead of a path that does not exist.
+
+    The entry of its folder with the nearest name; or the first folder on the way that is missing.
+    """
+    whole = path.absolute()
+    with suppress(OSError):
+        at = next(folder for folder in whole.parents if folder.is_dir())
+        if at != whole.parent:
+            return f"There is no folder {whole.parts[len(at.parts)]} in {at}. Check the path."
+        with os.scandir(at) as entries:
+            names = [entry.name for entry in itertools.islice(entries, _MOST_NAMES)]
+        if found := difflib.get_close_matches(whole.name, names, n=1):
+            return f"Did you mean {path.parent / found[0]}?"
+        return f"{at} has nothing of that name. Check the path."
+    return "Check the path."
 
 
 def record_for_torchrun(error: BaseException, stack: str = "") -> None:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from partialfc.checkpoint import cvlface, numpy_numbers
-from partialfc.errors import ForeignError
+from partialfc.errors import ForeignError, near
 from partialfc.writing import opened
 
 _HOLDERS = ("state_dict_backbone", "backbone", "state_dict", "model_state_dict", "model", "net")
@@ -180,7 +180,7 @@ def _regular(path: Path) -> None:
     try:
         os.close(opened(path, os.O_RDONLY))
     except FileNotFoundError:
-        raise ForeignError(f"{path}: there is no such file.") from None
+        raise ForeignError(f"{path}: there is no such file. {near(path)}") from None
     except OSError as error:
         raise ForeignError(f"{path}: {error.strerror}; {_REMEDY}.") from error
 

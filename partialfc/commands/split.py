@@ -29,6 +29,7 @@ from partialfc.commands._split.pairs import drawn_pairs
 from partialfc.data.files.index import is_hidden, is_image
 from partialfc.data.sets.pairs import write_pairs
 from partialfc.data.sets.people import read_people
+from partialfc.errors import in_words
 from partialfc.keyed import key, permute
 
 Images = dict[str, list[Path]]
@@ -61,7 +62,9 @@ def main(arguments: list[str]) -> int:
         fill(partial, parts, images, options)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        print(f"{error}\nNothing was made; --put symlink or copy may work.", file=sys.stderr)
+        print(
+            f"{in_words(error)}\nNothing was made; --put symlink or copy may work.", file=sys.stderr
+        )
         return 2
     except ValueError:
         shutil.rmtree(partial, ignore_errors=True)

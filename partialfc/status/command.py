@@ -11,11 +11,13 @@ import threading
 from pathlib import Path
 
 from partialfc.commands._command import add_plugin_option, command_parser
+from partialfc.errors import near
 from partialfc.monitoring.serving import FewThreads, QuietHandler
 from partialfc.status.page import page
-from partialfc.status.run import RunFolder
+from partialfc.status.run import BEGUN, RunFolder, has_run
 from partialfc.writing import write_text
 
+_NAMED = 5
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'",
     "X-Content-Type-Options": "nosniff",
@@ -35,8 +37,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--every", type=int, default=5, help="seconds between reloads (default 5)")
     parser.add_argument("--out", type=Path, help="write the page here instead, once")
     options = parser.parse_args(arguments)
-    if not options.run.is_dir():
-        raise ValueError(f"{options.run}: not a folder. Name the run.folder of a run.")
+    refuse_no_run(options.run)
     folder = RunFolder(options.run.absolute())
     if options.out is not None:
         write_text(options.out, page(folder.look(), every=options.every))
@@ -55,6 +56,24 @@ def main(arguments: list[str]) -> int:
     finally:
         server.server_close()
     return 0
+
+
+def refuse_no_run(folder: Path) -> None:
+    """Refuse a folder in which no run has begun, and name those in it that have one.
+
+    Raises:
+        ValueError: If it is missing, or nothing in it is of a run.
+    """
+    if not folder.is_dir():
+        said = "not a folder" if folder.exists() else f"there is no such folder. {near(folder)}"
+        raise ValueError(f"{folder}: {said.rstrip('.')}. Name the run.folder of a run.")
+    if not has_run(folder):
+        runs = sorted(str(path) for path in folder.iterdir() if path.is_dir() and has_run(path))
+        below = f" Runs are in {', '.join(runs[:_NAMED])}." if runs else ""
+        raise ValueError(
+            f"{folder}: there is no run: it has none of {', '.join(BEGUN)}. Name the run.folder of "
+            f"a run that has begun.{below}"
+        )
 
 
 def serve(folder: RunFolder, host: str, port: int, every: int) -> "_Server":

@@ -37,6 +37,16 @@ _WAIT = "partialfc_collective_wait_seconds_total"
 _SECONDS_BETWEEN_LOOKS_AT_RANKS = 5.0
 
 
+BEGUN = ("config.toml", "ledger.jsonl", "metrics.jsonl", ".lock", "checkpoints")
+"""One of these is in the folder of every run, from its start on or from a part of it that was
+copied."""
+
+
+def has_run(folder: Path) -> bool:
+    """Whether a run has begun in a folder."""
+    return any((folder / name).exists() for name in BEGUN)
+
+
 class Growing:
     """The JSON objects of a file that grows, or is written anew when a run goes on.
 

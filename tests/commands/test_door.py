@@ -1,5 +1,6 @@
 """partialfc COMMAND: what every command has in common, whichever door it is called by."""
 
+import errno
 import importlib.metadata
 import json
 import re
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 import warnings
+from pathlib import Path
 
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -14,7 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 import partialfc
 from partialfc.__main__ import COMMANDS, command_line, main
 from partialfc.commands._command import status_of
-from partialfc.errors import EXTRAS, CheckpointError, ConfigError
+from partialfc.errors import EXTRAS, CheckpointError, ConfigError, in_words, near
 from tests.support.places import ROOT
 
 PARSED = sorted({*COMMANDS} - {"train", "preflight"})
@@ -173,6 +175,26 @@ def test_every_package_of_an_extra_is_named_with_it():
         words = [re.match(r"[\w-]+", text)[0] for text in project["optional-dependencies"][extra]]
         for word in {word.replace("-", "_") for word in words} - {"partialfc"}:
             assert word in {name.replace("-", "_") for name in named}, word
+
+
+def test_a_file_that_is_not_there_is_told_with_what_is(tmp_path, monkeypatch, capsys):
+    """The system's words alone name neither a rule nor a remedy."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "packs").mkdir()
+    (tmp_path / "packs" / "mien.rec").touch()
+    missing = {
+        ("show", "packs/mine.rec"): "No such file or directory. Did you mean packs/mien.rec?",
+        ("split", "photos", "out"): f"No such file or directory. {tmp_path} has nothing of that",
+        ("search", "a/b.npy", "c.npy"): f"directory. There is no folder a in {tmp_path}. Check",
+        ("validate", "packs/mien.rec/x"): "Not a directory. Name a folder: it is a file, or one",
+        ("export", "packs/mine.pt", "out"): "there is no such file. ",
+    }
+    for words, told in missing.items():
+        assert main([*words]) in (2, 4)
+        assert told in capsys.readouterr().err
+    assert near(Path("packs/none")).startswith(f"{tmp_path / 'packs'} has nothing of that name")
+    assert in_words(OSError(errno.EACCES, "Permission denied", b"a")).endswith("or name another.")
+    assert in_words(OSError(errno.ENOENT, "No such file", 7)) == "7: No such file"
 
 
 def ended(error, capsys):

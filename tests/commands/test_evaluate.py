@@ -152,7 +152,7 @@ def test_every_mode_is_printed_beside_its_numbers(model, ijb, capsys):
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("missing.bin", "^missing.bin: No such file or directory$"),
+        ("missing.bin", "^missing.bin: No such file or directory. .*Check the path.$"),
         ("nowhere", "nowhere: not a set: .* There is nothing of that name"),
         ("all:missing.rec", "missing.rec"),
         ("open:one.rec", "open: wants two packs"),

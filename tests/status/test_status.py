@@ -10,6 +10,7 @@ from contextlib import closing
 
 import pytest
 
+from partialfc.__main__ import main
 from partialfc.config import load, to_toml
 from partialfc.monitoring.exporter import Exported, Exporter
 from partialfc.monitoring.targets import read_targets, targets_path, write_targets
@@ -59,6 +60,21 @@ DAMAGED = [
     '{"event": "start", "time": 1.0, "step": 11, "seconds": []}',
     '{"event": "spent", "time": {}, "step": 11, "seconds": {}}',
 ]
+
+
+def test_a_folder_without_a_run_is_refused_with_where_runs_are(folder, tmp_path, capsys):
+    """A page of nothing was served for any folder, and for a name that is wrong by a letter."""
+    assert main(["status", str(tmp_path), "--out", str(tmp_path / "page.html")]) == 2
+    told = capsys.readouterr().err
+    assert f"{tmp_path}: there is no run: it has none of config.toml, " in told
+    assert f"Runs are in {folder}." in told
+    assert not (tmp_path / "page.html").exists()
+    assert main(["status", str(tmp_path / "ruin")]) == 2
+    assert f"Did you mean {folder}?" in capsys.readouterr().err
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / ".lock").touch()  # a start that has come no further
+    assert main(["status", str(tmp_path / "new"), "--out", str(tmp_path / "page.html")]) == 0
+    assert "nothing yet" in (tmp_path / "page.html").read_text()
 
 
 @pytest.mark.parametrize("line", DAMAGED, ids=range(len(DAMAGED)))

@@ -26,7 +26,7 @@ from partialfc.checkpoint.foreign import (
     read_backbone,
     tensors,
 )
-from partialfc.errors import ForeignError
+from partialfc.errors import ForeignError, near
 
 States = dict[str, Tensor]
 """States of one parameter by torch's names: momentum_buffer, or step, exp_avg, exp_avg_sq."""
@@ -76,7 +76,7 @@ def find(path: Path) -> Layout:
             file does not hold what its name says.
     """
     if not path.exists():
-        raise ForeignError(f"{path}: there is no such file or folder.")
+        raise ForeignError(f"{path}: there is no such file or folder. {near(path)}")
     if not path.is_dir():
         if re.fullmatch(r"checkpoint_gpu_\d+\.pt", path.name):
             return _checkpoints(_by_rank(path.parent, _FULL))
