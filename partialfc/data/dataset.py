@@ -19,7 +19,7 @@ from partialfc.data.packs.labels import BAD
 from partialfc.data.packs.pack import Pack
 from partialfc.data.packs.recordio import RecordError
 from partialfc.data.skip_list import BadRecord, read_skip_lists
-from partialfc.data.source import Source, labels_of, open_source
+from partialfc.data.source import Source, labels_fingerprint_of, labels_of, open_source
 
 _CHUNK = 1 << 20
 
@@ -104,6 +104,12 @@ class DataSet:
         digest = hashlib.blake2b(" ".join(prints).encode(), digest_size=8)
         digest.update(self._skipped_S.astype("<i8").tobytes())
         return digest.hexdigest()
+
+    @cached_property
+    def labels_fingerprint(self) -> str:
+        """16 hexadecimal digits of the identities of the images, which ``fingerprint`` has not."""
+        prints = [labels_fingerprint_of(pack) for pack in self.packs]
+        return hashlib.blake2b(" ".join(prints).encode(), digest_size=8).hexdigest()
 
     def locate(self, sample: int) -> tuple[Source, int]:
         """Return the pack of a sample and its image index there."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from partialfc import plugins
 from partialfc.data.files.image_files import ImageFiles, open_image_files
 from partialfc.data.files.index import NO_FILE
-from partialfc.data.packs.labels import labels
+from partialfc.data.packs.labels import labels, labels_fingerprint
 from partialfc.data.packs.pack import Pack, open_pack
 
 Source: TypeAlias = Pack | ImageFiles
@@ -40,6 +40,14 @@ def open_source(path: Path) -> Source:
 def labels_of(source: Source) -> NDArray[np.int32]:
     """Return the identities [N] of all images; see :func:`~partialfc.data.packs.labels.labels`."""
     return labels(source) if isinstance(source, Pack) else source.index.identity_N
+
+
+def labels_fingerprint_of(source: Source) -> str:
+    """Return 16 hexadecimal digits, a function of the identities of the images.
+
+    See :func:`~partialfc.data.packs.labels.labels_fingerprint`; that of files is in their own.
+    """
+    return labels_fingerprint(source) if isinstance(source, Pack) else source.fingerprint
 
 
 def files_of(source: Source) -> Iterator[Path]:

@@ -83,10 +83,11 @@ def steps_of(config: Config, order: Order) -> int:
 
 def _refuse_other_images(dataset: DataSet, runtime: Runtime) -> None:
     """A host with a copy of its own, or a folder that still grows, would train on other labels."""
-    ranks, fingerprint = runtime.ranks, int(dataset.fingerprint[:15], 16)
+    ranks, prints = runtime.ranks, (dataset.fingerprint, dataset.labels_fingerprint)
+    fingerprint = int(prints[0][:15], 16) ^ int(prints[1][:15], 16)
     own = (
         f"rank {ranks.rank} has {len(dataset):,} of {dataset.num_identities:,} identities, "
-        f"fingerprint {dataset.fingerprint}"
+        f"fingerprint {prints[0]}, that of the labels {prints[1]}"
     )
     same = fingerprint == from_leader(fingerprint, ranks)
     if other := words_of_any("" if same else own, ranks):

@@ -1,6 +1,7 @@
 """What a checkpoint's run and a run that goes on from it must have in common."""
 
 from partialfc.checkpoint import CONFIG_HASH
+from partialfc.checkpoint.loading import LABELS
 from partialfc.checkpoint.shards import kept_shards, refuse_more_ranks
 from partialfc.checkpoint.teacher import Teacher
 from partialfc.config import Config, config_hash
@@ -22,6 +23,7 @@ def must_match(
     facts = {
         CONFIG_HASH: config_hash(config),
         "pack": dataset.fingerprint,
+        LABELS: dataset.labels_fingerprint,
         "run.seed": config.run.seed,
         "data.global_batch": config.data.global_batch,
         "data.last_batch": config.data.last_batch,

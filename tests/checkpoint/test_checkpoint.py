@@ -388,3 +388,14 @@ def test_another_run_is_named_by_what_differs(tmp_path):
             checkpoint.load(path, flat_model(settings()), facts, runtime())
     with pytest.raises(CheckpointError, match="num_identities = 40, this run has 41"):
         checkpoint.load(path, flat_model(settings(), identities=41), FACTS, runtime())
+
+
+def test_other_labels_are_another_run_where_a_checkpoint_knows_them(tmp_path):
+    """Renumbered people would be trained onto each other's centers; older checkpoints go on."""
+    path = save(tmp_path, 1)
+    assert checkpoint.load(path, flat_model(settings()), FACTS | {"labels": "0f"}, runtime()) == 1
+    model, facts = trained(2), FACTS | {"labels": "0f"}
+    path = checkpoint.save(tmp_path, 2, model, facts, runtime(), keep=9)
+    assert checkpoint.load(path, flat_model(settings()), facts, runtime()) == 2
+    with pytest.raises(CheckpointError, match='with labels = "0f", this run has "1f"'):
+        checkpoint.load(path, flat_model(settings()), facts | {"labels": "1f"}, runtime())

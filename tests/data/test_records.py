@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from partialfc.data.dataset import open_dataset
 from partialfc.data.packs.pack import open_pack
 from partialfc.data.packs.recordio import MAGIC_BYTES, RecordError, RecordFile
 from partialfc.data.packs.writer import PackWriter, write_insightface_pack
@@ -89,6 +90,20 @@ def test_without_an_index_the_file_is_scanned(tmp_path):
         scanned = open_pack(tmp_path / "labels2.rec")
     pack = open_pack(GOLDEN / "labels2.rec")
     assert [scanned.jpeg(i) for i in range(len(pack))] == [pack.jpeg(i) for i in range(len(pack))]
+
+
+@pytest.mark.parametrize("kept_from", [1 << 17, 1])
+def test_packs_that_differ_in_their_labels_alone_are_told_apart(tmp_path, monkeypatch, kept_from):
+    """Their fingerprint is the same; a run would have gone on with other people's centers."""
+    monkeypatch.setattr("partialfc.data.packs.labels.KEPT_FROM", kept_from)
+    people = {"a": [0, 0, 1, 1, 2, 2], "b": [0, 0, 0, 1, 2, 2], "again": [0, 0, 1, 1, 2, 2]}
+    sets = {}
+    for name, labels in people.items():
+        write_insightface_pack(tmp_path / f"{name}.rec", [(one, b"jpeg") for one in labels], 3)
+        sets[name] = open_dataset([tmp_path / f"{name}.rec"])
+    assert sets["a"].fingerprint == sets["b"].fingerprint
+    prints = {name: dataset.labels_fingerprint for name, dataset in sets.items()}
+    assert prints["a"] == prints["again"] != prints["b"]
 
 
 def test_fingerprint_sees_another_pack_but_not_another_place(tmp_path):

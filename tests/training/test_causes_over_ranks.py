@@ -8,6 +8,7 @@ import pytest
 from partialfc.config import ConfigError
 from partialfc.data.loaders.stream import Replaced
 from partialfc.data.packs.pack import open_pack
+from partialfc.data.packs.writer import write_insightface_pack
 from partialfc.data.skip_list import BadRecord
 from partialfc.errors import CrashLoopError, DataError
 from partialfc.records.ledger import keeping, read_ledger
@@ -23,26 +24,37 @@ pytestmark = pytest.mark.distributed
 GOLDEN = FIXTURES / "records" / "insightface.rec"
 
 
-def images_of_rank(rank, world_size, packs):
-    config = settings(data={"train": str(packs[rank]), "global_batch": 4}, run={"steps": 4})
-    try:
-        return len(open_training_data(config, runtime()).dataset)
-    except ConfigError as error:
-        return str(error)
+def images_of_rank(rank, world_size, pairs):
+    """What each of several pairs of sources comes to, one of them of each rank."""
+    found = []
+    for packs in pairs:
+        config = settings(data={"train": str(packs[rank]), "global_batch": 4}, run={"steps": 4})
+        try:
+            found.append(len(open_training_data(config, runtime()).dataset))
+        except ConfigError as error:
+            found.append(str(error))
+    return found
 
 
-def test_ranks_with_other_images_are_refused(tmp_path):
+def test_ranks_with_other_images_or_labels_are_refused(tmp_path):
     """Each would go through its own order and give the classes its own numbers, and say nothing."""
-    for host, people in (("a", "01"), ("b", "02")):
+    for host, people, labels in (("a", "01", [0, 0, 1, 1]), ("b", "02", [0, 1, 1, 1])):
         for person in people:
             (tmp_path / host / person).mkdir(parents=True)
             for number in range(3):
                 (tmp_path / host / person / f"{number}.jpg").write_bytes(b"x" * (9 + number))
+        write_insightface_pack(tmp_path / f"{host}.rec", [(one, b"jpeg") for one in labels], 2)
     a, b = tmp_path / "a", tmp_path / "b"
-    assert run_on_ranks(2, images_of_rank, [a, a]) == [6, 6]
-    said, other = run_on_ranks(2, images_of_rank, [a, b])
-    assert re.search(r"not all ranks .*: rank 0 has 6 of 2 identities, .*; rank 1 has 6 of", said)
-    assert other == said
+    packs = [tmp_path / "a.rec", tmp_path / "b.rec"]
+    every, others = run_on_ranks(2, images_of_rank, [[a, a], [a, b], packs])
+    assert others == every
+    assert every[0] == 6
+    assert re.search(
+        r"not all ranks .*: rank 0 has 6 of 2 identities, .*; rank 1 has 6 of", every[1]
+    )
+    assert re.search(
+        r"not all ranks .*: rank 0 has 4 of 2 identities, .*; rank 1 has 4 of", every[2]
+    )
 
 
 def bad_images_on_rank(rank, world_size, folder):

@@ -8,6 +8,8 @@ from partialfc.checkpoint.teacher import Teacher
 from partialfc.training.must_match import must_match
 from tests.support.models import settings
 
+PACK = SimpleNamespace(fingerprint="of a pack", labels_fingerprint="of its labels")
+
 
 @pytest.mark.parametrize(("rate", "differs"), [(1.0, False), (0.5, True)])
 def test_what_unsampled_rows_do_is_a_fact_where_there_are_any(rate, differs):
@@ -17,7 +19,7 @@ def test_what_unsampled_rows_do_is_a_fact_where_there_are_any(rate, differs):
             settings(
                 head={"sample_rate": rate, "optimizer": {"name": "sgd", "unsampled": unsampled}}
             ),
-            SimpleNamespace(fingerprint="of a pack"),
+            PACK,
         )["head.optimizer.unsampled"]
         for unsampled in ("stay", "move")
     }
@@ -26,14 +28,14 @@ def test_what_unsampled_rows_do_is_a_fact_where_there_are_any(rate, differs):
 
 def test_a_rule_without_unsampled_has_no_such_fact():
     config = settings(head={"sample_rate": 0.5, "optimizer": {"name": "adamw"}})
-    facts = must_match(config, SimpleNamespace(fingerprint="of a pack"))
+    facts = must_match(config, PACK)
     assert facts["head.optimizer.unsampled"] is None
 
 
 def test_a_look_at_a_run_needs_no_teacher():
     """clean and identities open a run whose teacher may be gone; training itself opens it."""
     teaches = {"weight": 1.0, "from": "gone", "final_factor": 0.5}
-    config, data = settings(losses={"teacher": teaches}), SimpleNamespace(fingerprint="of a pack")
+    config, data = settings(losses={"teacher": teaches}), PACK
     assert "losses.teacher" not in must_match(config, data)
     teacher = Teacher(lambda images, sample_ids: images, 16, "0123456789abcdef")
     fact = must_match(config, data, teacher)["losses.teacher"]
