@@ -1,11 +1,12 @@
-"""Feed a million mutated packs, JPEG images and .bin files to their readers.
+"""Feed a million mutated packs, images, .bin files and journals of align to their readers.
 
     python tools/bench/fuzz.py --inputs 1000000 --json OUT
 
 Each reader may accept an input or refuse it with its own kind of error. A crash, another exception,
 an input that takes longer than --seconds, or one that needs more than --memory MiB fails; the input
-is told by its target, seed and number, and --target, --seed and --only run it again. A JPEG whose
-headers are accepted is decoded too.
+is told by its target, seed and number, and --target, --seed and --only run it again. An image whose
+headers are accepted is decoded too; a photo may have at most 4 million pixels here, so that
+--memory tells a reader that allocates what it should not.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +30,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from partialfc.commands._align.journal import FORMAT, Entry, append, begin, read_journal
 from partialfc.cores import usable_cores
+from partialfc.data.images import formats
 from partialfc.data.images.jpeg import check_jpeg, decode, encode
 from partialfc.data.packs.pack import open_pack
 from partialfc.data.packs.recordio import MAGIC_BYTES, RecordError
@@ -37,9 +40,12 @@ from partialfc.data.packs.writer import PackWriter, write_insightface_pack
 from partialfc.data.sets.pairs import PairsError, read_pairs, write_pairs
 from tools.bench.conditions import conditions
 
-SHARES = {"pack": 0.4, "jpeg": 0.4, "bin": 0.2}
+SHARES = {"pack": 0.3, "jpeg": 0.3, "bin": 0.15, "image": 0.2, "journal": 0.05}
 """Of the inputs."""
 CHUNK = 1000
+MADE = {"format": FORMAT, "size": 112, "detector": "mtcnn"}
+"""The first line of a journal."""
+_MOST_PIXELS = 1 << 22
 INTERESTING = (
     b"\0\0\0\0", b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", b"\0\0\0\x80", b"\x01\0\0\0",
     b"\xff\xff\xff\x1f", b"\xff\xff\xff\x3f", MAGIC_BYTES, b"\0\0\x80\x7f", b"\0\0\xc0\xff",
@@ -247,6 +253,24 @@ def read_bin(files: tuple[bytes, ...], folder: Path) -> None:
         raise AssertionError("two images for every pair")
 
 
+def read_image(files: tuple[bytes, ...], folder: Path) -> None:
+    """Check the headers of an image of any format, and decode it as photos are."""
+    view = np.frombuffer(files[0], np.uint8)
+    frame = formats.check_image(view)
+    pixels = formats.decode_image(view)
+    if sorted(pixels.shape) != sorted((frame.height, frame.width, 3)):
+        raise AssertionError(f"{pixels.shape} pixels of a frame {frame}")
+
+
+def read_align_journal(files: tuple[bytes, ...], folder: Path) -> None:
+    """Read what became of photos, and where the faces of each would be."""
+    (folder / "a.jsonl").write_bytes(files[0])
+    entries = read_journal(folder / "a.jsonl", MADE, folder / "aligned")
+    for entry in entries.values():
+        if len(entry.files) != len(entry.landmarks):
+            raise AssertionError(f"{entry}: a file for each face")
+
+
 def make_seeds(folder: Path) -> dict[str, list[tuple[bytes, ...]]]:
     """Return sound inputs to mutate; all small, so that a change hits something."""
     rng = np.random.default_rng(0)
@@ -268,6 +292,8 @@ def make_seeds(folder: Path) -> dict[str, list[tuple[bytes, ...]]]:
         "pack": packs,
         "jpeg": [(jpeg,) for jpeg in [*jpegs, *_other_jpegs(pixels)]],
         "bin": [((folder / "a.bin").read_bytes(),), *((data,) for data in sets)],
+        "image": [(image,) for image in _images(pixels)],
+        "journal": [(_journal(folder / "a.jsonl"),)],
     }
 
 
@@ -285,6 +311,51 @@ def _other_jpegs(pixels: np.ndarray) -> list[bytes]:
     return found
 
 
+def _images(pixels: np.ndarray) -> Iterator[bytes]:
+    """One of each format and kind that photos come in, upright and turned."""
+    from io import BytesIO
+
+    from PIL import Image
+
+    colour = Image.fromarray(pixels[0])
+    grey = colour.convert("L")
+    deep = Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16) * 257)
+    floats = Image.fromarray(np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = {"exif": exif.tobytes()}
+    kinds: list[tuple[Image.Image, str, dict[str, Any]]] = [
+        (colour, "PPM", {}), (grey, "PPM", {}), (deep, "PPM", {}), (grey.convert("1"), "PPM", {}),
+        (colour, "WEBP", {}), (colour, "WEBP", {"lossless": True}), (grey, "WEBP", turned),
+        (colour.convert("RGBA"), "WEBP", {}),
+        (colour, "BMP", {}), (grey, "BMP", {}), (colour.quantize(8), "BMP", {}),
+        (colour, "TIFF", {}), (deep, "TIFF", {}), (floats, "TIFF", {}),
+        (colour, "TIFF", {"compression": "tiff_lzw"}), (colour, "TIFF", {"exif": exif}),
+        (grey.convert("1"), "TIFF", {"compression": "group4"}),
+        (deep, "PNG", {}), (colour, "PNG", turned), (colour.quantize(8), "PNG", {}),
+        (colour.convert("RGBA"), "PNG", {}), (colour.convert("CMYK"), "JPEG", turned),
+    ]  # fmt: skip
+    for image, kind, options in kinds:
+        file = BytesIO()
+        image.save(file, kind, **options)
+        yield file.getvalue()
+
+
+def _journal(path: Path) -> bytes:
+    """A journal of three photos, one of which has two faces and one none."""
+    begin(path, MADE)
+    faces = np.random.default_rng(0).uniform(0, 112, (3, 10)).tolist()
+    append(
+        path,
+        [
+            Entry("ada/1.jpg", [123, 456], faces[:1], []),
+            Entry("ada/2.png", [1, 2], faces[1:], ["too small"]),
+            Entry("böb/3.webp", [1, 2], [], ["none found"]),
+        ],
+    )
+    return path.read_bytes()
+
+
 def _start_worker(folder: str) -> None:
     global _FOLDER
     _FOLDER = Path(folder)
@@ -294,11 +365,15 @@ def _start_worker(folder: str) -> None:
         "pack": (read_pack, RecordError),
         "jpeg": (read_jpeg, ValueError),
         "bin": (read_bin, PairsError),
+        "image": (read_image, ValueError),
+        "journal": (read_align_journal, ValueError),
     }
+    formats.MOST_PIXELS = formats.MOST_WHOLE_PIXELS = _MOST_PIXELS
     for name, seeds in make_seeds(own).items():
         TARGETS[name] = Target(seeds, *readers[name])
     shutil.rmtree(own)
     warnings.simplefilter("ignore")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtiff says what it finds, a line for each
     signal.signal(signal.SIGALRM, _too_long)
     decode(np.frombuffer(TARGETS["jpeg"].seeds[0][0], np.uint8))
 
