@@ -13,15 +13,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from partialfc.data.dataset import DataSet
 from partialfc.data.packs.pack import Pack
-from partialfc.data.source import Source
 from partialfc.errors import DataError, in_words
 from partialfc.writing import opened, read_text, write_json
+
+if TYPE_CHECKING:  # they need Pillow, and who looks up embeddings none
+    from partialfc.data.dataset import DataSet
+    from partialfc.data.source import Source
 
 _MOST_BYTES = 1 << 30
 _LOOKED_AT = 1024
@@ -96,7 +99,7 @@ class Vectors:
         OSError: If it cannot be read.
     """
 
-    def __init__(self, paths: Sequence[Path], dataset: DataSet) -> None:
+    def __init__(self, paths: Sequence[Path], dataset: "DataSet") -> None:
         if len(paths) != len(dataset.packs):
             raise ValueError(
                 f"{len(paths)} files of embeddings for the {len(dataset.packs)} packs of "
@@ -146,7 +149,7 @@ class _Part:
     left_out_S: NDArray[np.int64]
 
     @classmethod
-    def of(cls, path: Path, pack: Source) -> "_Part":
+    def of(cls, path: Path, pack: "Source") -> "_Part":
         try:
             row_NL, origin = mapped(path), read_origin(path)
         except (ValueError, EOFError) as error:
