@@ -33,6 +33,7 @@ from partialfc.errors import CheckpointError, OtherFormatError
 from partialfc.head import PartialFC
 from partialfc.model.batch_norm import statistics
 from partialfc.model.build import Model
+from partialfc.model.fsdp import Shards
 from partialfc.runtime.process import Runtime
 
 __all__ = [
@@ -136,16 +137,16 @@ def load(path: Path, model: Model, facts: Mapping[str, Any], runtime: Runtime) -
     _same_run(path, manifest, head, facts, runtime)
     device = str(runtime.device)
     try:
-        found = read_tensors(path, "backbone", manifest, device)
+        found = read_tensors(path, "backbone", manifest, device, model.shards)
         if model.own is not None and found.keys() != model.own:
             raise CheckpointError(f"it has other tensors than {', '.join(sorted(model.own))}")
-        model.backbone.load_state_dict(found, strict=model.own is None)
+        model.load(found)
         _read_own_statistics(path, manifest, model.backbone, runtime)
         _read_average(path, manifest, model, runtime)
-        states = read_tensors(path, "optimizer", manifest, device)
+        states = read_tensors(path, "optimizer", manifest, device, model.shards)
         if manifest["format"] == BY_NUMBER:
-            states = with_names(states, model.backbone)
-        restore_states(model.optimizer, model.backbone, states)
+            states = with_names(states, model.parameters())
+        restore_states(model.optimizer, model.parameters(), states)
         read_centers(path, manifest, head)
         head.optimizer.param_groups[0]["steps"] = manifest["step"]
         if shared := head.shared_state():
@@ -159,9 +160,9 @@ def load(path: Path, model: Model, facts: Mapping[str, Any], runtime: Runtime) -
 
 
 def read_tensors(
-    path: Path, name: str, manifest: Mapping[str, Any], device: str
+    path: Path, name: str, manifest: Mapping[str, Any], device: str, shards: Shards | None = None
 ) -> dict[str, Tensor]:
-    """Return the tensors of one of a checkpoint's files.
+    """Return the tensors of one of a checkpoint's files; with ``shards``, this rank's rows of them.
 
     Raises:
         CheckpointError: If the file, or a tensor that the manifest lists, is missing.
@@ -170,7 +171,13 @@ def read_tensors(
     if file not in manifest["files"]:
         raise CheckpointError(f"it lacks {file}")
     with safe_open(path / file, framework="pt", device=device) as opened:
-        return {key: opened.get_tensor(key) for key in _listed(file, opened.keys(), manifest)}
+        found = {}
+        for key in _listed(file, opened.keys(), manifest):
+            part = opened.get_slice(key)
+            divided = shards and (name == "optimizer" or key in shards.own) and part.get_shape()
+            rows = shards.rows(part.get_shape()[0]) if shards and divided else slice(None)
+            found[key] = part[rows] if divided else opened.get_tensor(key)
+        return found
 
 
 def _read_own_statistics(
@@ -194,7 +201,7 @@ def _read_average(path: Path, manifest: Mapping[str, Any], model: Model, runtime
     if "average.safetensors" not in manifest["files"]:
         model.average.begin()
         return
-    found = read_tensors(path, "average", manifest, device)
+    found = read_tensors(path, "average", manifest, device, model.shards)
     own = {AVERAGE + name for name in model.average.statistics()}
     if ranks.size > 1 and ranks.size == manifest["world_size"] and own:
         kept = read_tensors(path, statistics_of(ranks.rank), manifest, device)

@@ -14,9 +14,11 @@ from partialfc.errors import CheckpointError
 _NUMBERED = re.compile(r"(\d+)\.(\w+)")
 
 
-def named_states(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
+def named_states(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
     """Return the live states by ``<parameter>.<state>``."""
-    names: dict[Tensor, str] = {one: name for name, one in module.named_parameters()}
+    names: dict[Tensor, str] = {one: name for name, one in parameters.items()}
     return {
         f"{names[parameter]}.{state}": value
         for parameter, states in optimizer.state.items()
@@ -25,20 +27,22 @@ def named_states(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[st
 
 
 def restore_states(
-    optimizer: torch.optim.Optimizer, module: nn.Module, found: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    found: Mapping[str, Tensor],
 ) -> None:
     """Give every parameter that is trained its states, as :func:`named_states` returned them.
 
     Args:
-        optimizer: Of the module's parameters; what it holds is replaced.
-        module: Whose parameters have the names.
-        found: On the device of the parameters.
+        optimizer: Of the parameters; what it holds is replaced.
+        parameters: By name, as the optimizer has them.
+        found: Of a backbone that is divided, this rank's rows.
 
     Raises:
         CheckpointError: If a parameter lacks a state that another has, or one has another shape.
     """
-    trained = {name: one for name, one in module.named_parameters() if one.requires_grad}
-    of_any = {name.rpartition(".")[2] for name in (*found, *named_states(optimizer, module))}
+    trained = {name: one for name, one in parameters.items() if one.requires_grad}
+    of_any = {name.rpartition(".")[2] for name in (*found, *named_states(optimizer, parameters))}
     # An optimizer that has its states from the start says which a parameter has; torch's AdamW
     # makes those that the others have.
     kinds = {name: [*optimizer.state.get(one, {})] or of_any for name, one in trained.items()}
@@ -55,20 +59,23 @@ def restore_states(
             # torch's fused kernels go through memory in order: a state must lie as its parameter
             # does, and a file keeps no strides (channels_last).
             lies_so = value.stride() == parameter.stride() and value.dtype == parameter.dtype
-            own = value if lies_so or not value.ndim else torch.empty_like(parameter).copy_(value)
-            optimizer.state[parameter][kind] = own
+            if value.ndim and not lies_so:
+                value = torch.empty_like(parameter, requires_grad=False).copy_(value)
+            optimizer.state[parameter][kind] = value.to(parameter.device)
 
 
-def with_names(numbered: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+def with_names(
+    numbered: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
     """Return the states of a checkpoint of format 3, which has ``<parameter number>.<state>``.
 
-    The numbers count the parameters that are trained, in the module's order.
+    The numbers count the parameters that are trained, in the backbone's order.
 
     Raises:
-        CheckpointError: If it counts other parameters than the module trains.
+        CheckpointError: If it counts other parameters than are trained.
     """
     parts = {name: _NUMBERED.fullmatch(name) for name in numbered}
-    trained = [name for name, one in module.named_parameters() if one.requires_grad]
+    trained = [name for name, one in parameters.items() if one.requires_grad]
     if any(part is None or int(part[1]) >= len(trained) for part in parts.values()):
         raise CheckpointError(
             f"its optimizer has states of {len({name.split('.')[0] for name in numbered})} "

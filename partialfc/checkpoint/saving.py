@@ -37,6 +37,7 @@ from partialfc.distributed.ranks import Ranks
 from partialfc.errors import CheckpointError
 from partialfc.model.batch_norm import mean_over_ranks, mean_statistics, statistics
 from partialfc.model.build import Model
+from partialfc.model.fsdp import Shards
 from partialfc.runtime.process import Runtime
 
 _SLOWEST_RANK = timedelta(hours=2)
@@ -187,13 +188,18 @@ class Saver:
             name = checkpoint_folder.statistics_of(self._ranks.rank)
             named = {checkpoint_folder.AVERAGE + key: value for key, value in averages.items()}
             files[name] = {**statistics(model.backbone), **named}
+        whole = {**model.state(), **means}
+        own = whole.keys() if model.own is None else model.own
+        of_backbone = {
+            "backbone": {name: whole[name] for name in whole if name in own},
+            "optimizer": named_states(model.optimizer, model.parameters()),
+        }
+        if average:
+            of_backbone["average"] = {**average.tensors, **mean_averages}
+        if model.shards:
+            of_backbone = self._whole(of_backbone, model.shards)
         if self._runtime.leads:
-            whole = {**model.backbone.state_dict(), **means}
-            own = whole.keys() if model.own is None else model.own
-            files["backbone"] = {name: whole[name] for name in whole if name in own}
-            if average:
-                files["average"] = {**average.tensors, **mean_averages}
-            files["optimizer"] = named_states(model.optimizer, model.backbone)
+            files |= of_backbone
             if shared := head.shared_state():
                 files["head"] = shared
         if len(head.owned):
@@ -204,12 +210,32 @@ class Saver:
             for file, tensors in files.items()
         }
 
+    def _whole(self, files: Staged, shards: Shards) -> Staged:
+        """Rank 0's copies of what is divided, gathered one tensor at a time. Collective."""
+        found: Staged = {}
+        for file, tensors in files.items():
+            found[file] = {}
+            for name, own in tensors.items():
+                whole = shards.whole(name, own)
+                if whole is not own and self._runtime.leads:
+                    found[file][name] = self._copy(f"{file}.safetensors/{name}", whole)
+                elif whole is own:
+                    found[file][name] = own
+        if self._runtime.device.type == "cuda":
+            torch.cuda.synchronize()  # host sync: the copies are complete
+        return found
+
     def _has_room(self, files: Staged) -> bool:
-        """Whether copies take at most half of the memory that is free; there are some already."""
-        needed = sum(size_of(tensors) for tensors in files.values())
+        """Whether the copies that are missing take at most half of the memory that is free."""
+        needed = sum(
+            tensor.nbytes
+            for file, tensors in files.items()
+            for name, tensor in tensors.items()
+            if f"{file}/{name}" not in self._copies
+        )
         needed *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # every rank of this host copies
         free = _available_bytes()
-        if self._copies or free is None or needed <= free // 2:
+        if not needed or free is None or needed <= free // 2:
             return True
         print(
             f"{self._folder}: copies of {needed:,} bytes have no room in {free:,} free ones, so "

@@ -181,6 +181,6 @@ def _fill(path: Path, model: Model, state: Mapping[str, Tensor], config: Config)
             f"embeddings of {ours.embedding_dim} for images of {config.data.image_size} pixels, "
             f"which the settings say: {difference(wanted, found)}."
         )
-    model.backbone.load_state_dict({**model.backbone.state_dict(), **state})
+    model.load({**model.state(), **state})
     if model.average is not None:
         model.average.begin()

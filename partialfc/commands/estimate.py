@@ -71,7 +71,7 @@ def memory_of(
     parts = {
         "head": head_parts(config, shard, cluster.ranks, cluster.device),
         "losses": loss_parts(config, losses),
-        "backbone": backbone_parts(config, counted, cluster.ranks),
+        "backbone": backbone_parts(config, counted, cluster.ranks, cluster.device),
         "data": data_parts(config, cluster.ranks, cluster.device),
     }
     if teacher is not None:

@@ -39,6 +39,7 @@ def conflicts(config: "Config") -> Iterator[str]:
             'head.overlap = true with precision.compute = "fp16": whether a step with a loss scale '
             "counts is known after the backbone's backward only. Use bf16, or remove head.overlap."
         )
+    yield from _of_shards(config)
     yield from _of_the_head(config)
 
 
@@ -79,6 +80,49 @@ def _of_the_optimizer(config: "Config") -> Iterator[str]:
         yield (
             f"schedule.decay_steps = {decay}: must be at most run.steps - schedule.warmup_steps = "
             f"{steps - schedule.warmup_steps}."
+        )
+
+
+def _of_shards(config: "Config") -> Iterator[str]:
+    """What a divided backbone cannot do, and what nothing else can."""
+    backbone, shard = config.backbone, 'backbone.shard = "fsdp2"'
+    if backbone.shard == "none":
+        for key, value, default in (
+            ("reshard", backbone.reshard, True),
+            ("offload", backbone.offload, False),
+        ):
+            if value != default:
+                yield (
+                    f"backbone.{key} = {str(value).lower()}: of a backbone that is divided among "
+                    f"the ranks. Set {shard}, or remove it."
+                )
+        return
+    if config.precision.compute == "fp16":
+        yield (
+            f'{shard} with precision.compute = "fp16": the loss scale follows the gradients of all '
+            "ranks, and each has its own. Use bf16."
+        )
+    if config.optimizer.name in ("lamb", "muon"):
+        yield (
+            f'{shard} with optimizer.name = "{config.optimizer.name}": it takes norms of whole '
+            "weights, and a rank has its rows. Choose another optimizer."
+        )
+    if backbone.lora.rank:
+        yield (
+            f"{shard} with backbone.lora.rank = {backbone.lora.rank}: not supported together. "
+            "Adapters have few gradients and states, so leave backbone.shard out."
+        )
+    if backbone.compile:
+        yield f"{shard} with backbone.compile = true: not supported together. Remove one."
+    if backbone.offload and config.run.device == "cpu":
+        yield (
+            'backbone.offload = true with run.device = "cpu": the weights are in host memory '
+            "already. Remove it."
+        )
+    if backbone.offload and backbone.ema:
+        yield (
+            f"backbone.offload = true with backbone.ema = {backbone.ema}: not supported together. "
+            "Remove one."
         )
 
 

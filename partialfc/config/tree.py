@@ -70,6 +70,19 @@ class Backbone(Section):
     use then take the average, and checkpoints keep both. Early steps use a smaller one,
     (1 + step) / (10 + step) at most. 0 is none."""
 
+    shard: Literal["none", "fsdp2"] = "none"
+    """What each rank holds of the backbone. none: all of it, as DistributedDataParallel. fsdp2: its
+    part of weights, gradients and optimizer states, and a block is gathered while it computes; the
+    same numbers in less memory. Checkpoints are the same, so a run may change it."""
+
+    reshard: bool = True
+    """With fsdp2: free a block's weights after forward and gather them again for backward. false
+    saves a gather and holds all weights until then."""
+
+    offload: bool = False
+    """With fsdp2 on GPUs: hold a rank's part in host memory and update it there. Saves GPU memory,
+    slow."""
+
     sync_batch_norm: bool = False
     """Take BatchNorm statistics over the images of all ranks. Without it they depend on the batch
     per rank, and so on the number of ranks."""
@@ -256,6 +269,7 @@ _CHANGES_NO_RESULT: dict[str, Any] = {
     "losses": {"teacher": {"from"}},  # its digest stands for its place
     # The data's fingerprint stands for its paths.
     "data": {"train", "skip", "bad_share", "threads", "prefetch", "uneven"},
+    "backbone": {"shard", "reshard", "offload"},
     "verification": True,
     "checkpoint": True,
     "log": True,

@@ -17,6 +17,7 @@ from partialfc.errors import in_words
 from partialfc.evaluation.embedding import embed_images
 from partialfc.model.batch_norm import with_mean_statistics
 from partialfc.model.build import Model
+from partialfc.model.fsdp import free_gathered
 from partialfc.protocols import unit_rows
 from partialfc.protocols.identification import Identification, first_of_each, rank_k
 from partialfc.protocols.verification import Verification, verify
@@ -131,6 +132,8 @@ class Evaluation:
             threads=self._config.data.threads,
         )
         model.train()
+        if model.shards:
+            free_gathered(model.backbone)
         return embeddings_ND
 
 

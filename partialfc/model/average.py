@@ -20,7 +20,8 @@ class Average:
     """The average of one backbone, beside its live weights. It begins at them.
 
     Args:
-        module: The backbone, on its device. Its tensors are kept, not its forward.
+        module: The backbone, on its device. Its statistics are kept, not its forward.
+        parameters: Its own by name; of a divided one this rank's rows.
         decay: d of late steps, in [0, 1).
         own: Names of what may change; ``None`` for all.
 
@@ -28,12 +29,18 @@ class Average:
         tensors: The average by the names of the backbone's ``state_dict``.
     """
 
-    def __init__(self, module: nn.Module, decay: float, own: Collection[str] | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        decay: float,
+        own: Collection[str] | None = None,
+    ) -> None:
         self._decay = decay
         self._statistics = {
             name: value for name, value in statistics(module).items() if own is None or name in own
         }
-        trained = {name: one for name, one in module.named_parameters() if one.requires_grad}
+        trained = {name: one for name, one in parameters.items() if one.requires_grad}
         self._live = {name: one.detach() for name, one in {**trained, **self._statistics}.items()}
         self.tensors = {name: one.clone() for name, one in self._live.items()}
 

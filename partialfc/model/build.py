@@ -1,5 +1,6 @@
 """From settings to the objects of a run: backbone, head, their optimizers, the loss scale."""
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from inspect import signature
@@ -23,6 +24,7 @@ from partialfc.margins import MARGINS, Margin
 from partialfc.model.adapted import adapted, own_names, still_norms
 from partialfc.model.average import Average
 from partialfc.model.frozen import freeze
+from partialfc.model.fsdp import Shards, shard
 from partialfc.model.optimizer import build_optimizer
 from partialfc.model.updates import ScheduleFree, ScheduleFreeMean
 from partialfc.runtime.process import Runtime
@@ -49,6 +51,7 @@ class Model:
         losses: On the embeddings, beside the head's.
         own: Names of the backbone's tensors that checkpoints hold; ``None`` for all of them.
         average: Of the backbone's weights, which is what is measured; ``None`` without one.
+        shards: This rank's rows of the backbone, where it is divided among the ranks.
         scaler: Loss scale of fp16; disabled otherwise.
         autocast: Compute dtype of the backbone, or ``None`` for fp32.
         channels_last: Memory format of the images.
@@ -66,6 +69,7 @@ class Model:
     average: Average | ScheduleFreeMean | None = None
     own: frozenset[str] | None = None
     frozen: tuple[nn.Module, ...] = ()
+    shards: Shards | None = None
 
     def train(self) -> None:
         """Put the backbone into training mode, and what is frozen of it into evaluation mode."""
@@ -73,12 +77,39 @@ class Model:
         for module in self.frozen:
             module.eval()
 
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return the backbone's by name, as the optimizer has them: plain, this rank's rows."""
+        return dict(self.shards.own if self.shards else self.backbone.named_parameters())
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the live parameters and buffers by name; of a divided one this rank's rows."""
+        return {**self.backbone.state_dict(), **(self.shards.own if self.shards else {})}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Fill the backbone with tensors by name; of a divided one whole ones or this rank's rows.
+
+        Raises:
+            RuntimeError, ValueError: If one is missing, too many or of another shape.
+        """
+        if self.shards:
+            self.shards.load(self.backbone, state)
+        else:
+            self.backbone.load_state_dict(dict(state), strict=self.own is None)
+
     def embed(self, images: Tensor, module: nn.Module | None = None) -> Tensor:
         """Return the embeddings [n, D] of images [n, 3, S, S] in the run's precision."""
+        if self.shards and torch.is_inference_mode_enabled():
+            # What is gathered into is kept, and training cannot write to tensors of inference mode.
+            with torch.inference_mode(False), torch.no_grad():
+                return self.embed(images, module)
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        device = images.device.type
-        with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
+        with torch.autocast(
+            images.device.type,
+            self.autocast,
+            enabled=self.autocast is not None,
+            cache_enabled=self.shards is None,  # it would hold every weight that was gathered
+        ):
             embeddings: Tensor = (module or self.replica)(images)
         return embeddings
 
@@ -154,7 +185,8 @@ def assemble(config: Config, runtime: Runtime, backbone: nn.Module, head: Partia
                 "Remove it, or train on GPUs."
             )
         backbone = nn.SyncBatchNorm.convert_sync_batchnorm(backbone)  # type: ignore[no-untyped-call]
-    if config.backbone.channels_last:
+    divided = config.backbone.shard == "fsdp2" and runtime.ranks.size > 1
+    if config.backbone.channels_last and not divided:  # FSDP2 gathers contiguous weights only
         backbone = backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     backbone.to(runtime.device)
     frozen = freeze(backbone, config.backbone.freeze)
@@ -163,7 +195,8 @@ def assemble(config: Config, runtime: Runtime, backbone: nn.Module, head: Partia
         backbone.compile()
     own = own_names(backbone, config.backbone.lora)
     replica: nn.Module = backbone
-    if runtime.ranks.size > 1:
+    shards = shard(config, backbone, runtime) if divided else None
+    if runtime.ranks.size > 1 and not divided:
         replica = DistributedDataParallel(
             backbone,
             device_ids=[runtime.device] if runtime.device.type == "cuda" else None,
@@ -171,6 +204,9 @@ def assemble(config: Config, runtime: Runtime, backbone: nn.Module, head: Partia
             **_BUFFERS_STAY_LOCAL,
         )
     optimizer = build_optimizer(config, backbone)
+    if shards:
+        shards.train_own(optimizer)
+    parameters = shards.own if shards else dict(backbone.named_parameters())
     model = Model(
         backbone=backbone,
         replica=replica,
@@ -184,9 +220,10 @@ def assemble(config: Config, runtime: Runtime, backbone: nn.Module, head: Partia
         ),
         autocast=_AUTOCAST[config.precision.compute],
         channels_last=config.backbone.channels_last,
-        average=_average(config, backbone, optimizer, own),
+        average=_average(config, backbone, parameters, optimizer, own),
         own=own,
         frozen=frozen,
+        shards=shards,
     )
     model.train()
     return model
@@ -195,12 +232,14 @@ def assemble(config: Config, runtime: Runtime, backbone: nn.Module, head: Partia
 def _average(
     config: Config,
     backbone: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     own: frozenset[str] | None,
 ) -> Average | ScheduleFreeMean | None:
     if isinstance(optimizer, ScheduleFree):
-        return ScheduleFreeMean(optimizer, backbone)
-    return Average(backbone, config.backbone.ema, own) if config.backbone.ema else None
+        return ScheduleFreeMean(optimizer, parameters)
+    ema = config.backbone.ema
+    return Average(backbone, parameters, ema, own) if ema else None
 
 
 def margin_of(config: Config) -> Margin:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from partialfc.config import Config, ConfigError
+from partialfc.model.fsdp import Shards
 from partialfc.model.groups import among, layers_of, matrices_of, refuse_unknown
 from partialfc.model.updates import Lamb, Lion, MuonAndAdamW, ScheduleFree
 
@@ -136,23 +137,30 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group["lr_factor"]
 
 
-def clip(optimizer: torch.optim.Optimizer, clip_norm: float, *, each: bool = False) -> Tensor:
+def clip(
+    optimizer: torch.optim.Optimizer,
+    clip_norm: float,
+    shards: Shards | None = None,
+    *,
+    each: bool = False,
+) -> Tensor:
     """Scale gradients down to a norm; return the norm before, of all groups together.
 
     Args:
         optimizer: Its parameters' gradients are changed in place.
         clip_norm: Largest norm; 0 for no clipping.
+        shards: Where a rank has its rows only, whose norm is that over ranks. Collective then.
         each: Hold every group to it by itself.
     """
-    limit = clip_norm or math.inf
     groups = [group["params"] for group in optimizer.param_groups]
-    if not each or len(groups) == 1:
-        norm: Tensor = torch.nn.utils.clip_grad_norm_([*parameters_of(optimizer)], limit)
-        return norm
-    norms = [
-        get_total_norm([one.grad for one in group if one.grad is not None]) for group in groups
-    ]
+    if not each:
+        groups = [[*parameters_of(optimizer)]]
+    norms = torch.stack(
+        [get_total_norm([one.grad for one in group if one.grad is not None]) for group in groups]
+    )
+    if shards:
+        norms = shards.norms(norms)
     for group, own in zip(groups, norms, strict=True):
-        clip_grads_with_norm_(group, limit, own)
-    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        clip_grads_with_norm_(group, clip_norm or math.inf, own)
+    total: Tensor = norms[0] if len(groups) == 1 else torch.linalg.vector_norm(norms)
     return total

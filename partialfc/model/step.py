@@ -87,12 +87,18 @@ def train_step(
         for name, value in {**head.terms, **model.losses.terms}.items():
             terms[name] = terms.get(name, 0) + value / parts
 
+    if model.shards:
+        model.shards.take_gradients()
     scaler.unscale_(optimizer)
     settings = config.optimizer
-    norm = clip(optimizer, settings.clip_norm, each=settings.clip_groups)
+    norm = clip(optimizer, settings.clip_norm, model.shards, each=settings.clip_groups)
     skipped = 1.0 - (loss.isfinite() & norm.isfinite()).float()
     # As GradScaler tells an optimizer, but one verdict for backbone and centers, on all ranks.
-    _tell(optimizer, grad_scale=None, found_inf=skipped)
+    _tell(
+        optimizer,
+        grad_scale=None,
+        found_inf=model.shards.near(skipped) if model.shards else skipped,
+    )
     loss_scale = scaler.scale(torch.ones_like(loss))
     if not config.head.overlap:  # the verdict is known after the backbone's backward only
         _tell(head.optimizer, grad_scale=loss_scale, found_inf=skipped)

@@ -228,18 +228,16 @@ class ScheduleFreeMean:
 
     Args:
         optimizer: Of the backbone.
-        module: The backbone.
+        parameters: Of the backbone by name, as the optimizer has them.
     """
 
-    def __init__(self, optimizer: ScheduleFree, module: nn.Module) -> None:
-        self._optimizer, self._module = optimizer, module
+    def __init__(self, optimizer: ScheduleFree, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._optimizer, self._parameters = optimizer, parameters
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The mean by the names of the backbone's ``state_dict``, in new tensors."""
-        names: dict[Tensor, str] = {
-            weight: name for name, weight in self._module.named_parameters()
-        }
+        names: dict[Tensor, str] = {weight: name for name, weight in self._parameters.items()}
         return {names[weight]: mean for weight, mean in self._means()}
 
     @torch.no_grad()

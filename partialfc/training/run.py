@@ -168,6 +168,11 @@ def _warn(config: Config, model: Model, num_identities: int) -> None:
     sampled = max(2, math.ceil(num_identities * config.head.sample_rate))
     for sentence in (
         *guidance.warnings(model.head.margin, sampled, config.backbone.embedding_dim),
+        *(
+            ['backbone.shard = "fsdp2": on one rank there is nothing to divide the backbone among.']
+            if config.backbone.shard == "fsdp2" and model.shards is None
+            else []
+        ),
         *guidance.pair_warnings(pairs, config.data.images_per_identity),
     ):
         print(f"warning: {sentence}", flush=True)

@@ -122,7 +122,7 @@ def test_schedule_free_is_its_authors_in_weights_and_in_the_mean():
         reference.step()
     torch.testing.assert_close(after, [one.detach() for one in own], rtol=1e-5, atol=1e-6)
     reference.eval()
-    mean = ScheduleFreeMean(ours, network)
+    mean = ScheduleFreeMean(ours, dict(network.named_parameters()))
     with mean.in_use():
         inside = [weight.detach().clone() for weight in weights]
         torch.testing.assert_close(inside, [one.detach() for one in own], rtol=1e-5, atol=1e-6)

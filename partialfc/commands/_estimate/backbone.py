@@ -20,6 +20,7 @@ from torch.utils.flop_counter import flop_registry
 from partialfc.config import Config
 from partialfc.model.build import _AUTOCAST, new_backbone
 from partialfc.model.frozen import freeze
+from partialfc.model.fsdp import blocks_of
 from partialfc.model.optimizer import kept_numbers, muon_matrices
 from partialfc.model.updates import PART_ELEMENTS
 
@@ -62,6 +63,8 @@ class NetworkCost:
         inference: Most bytes alive in a forward pass without gradients.
         flops: Of forward and backward, recomputation included; a multiply-add is two.
         matrices: Bytes of the trained weights that Muon rotates.
+        in_blocks: Bytes of the weights that FSDP2 gathers block by block.
+        largest_block: Bytes of the largest such block.
     """
 
     weights: int
@@ -73,6 +76,8 @@ class NetworkCost:
     inference: int
     flops: int
     matrices: int = 0
+    in_blocks: int = 0
+    largest_block: int = 0
 
 
 @dataclass(slots=True)
@@ -150,6 +155,7 @@ def count(
         keeps_gradients: Gradients of weights have memory of their own at all times.
         inference_batch: Images of the pass without gradients.
     """
+    blocks = [bytes_of(block.parameters()) for block in blocks_of(network)]
     with FakeTensorMode():
         _make_fake(network)
         weights, buffers = list(network.parameters()), list(network.buffers())
@@ -191,6 +197,8 @@ def count(
                 for name in muon_matrices(network)
                 if (weight := network.get_parameter(name)).requires_grad
             ),
+            in_blocks=sum(blocks),
+            largest_block=max(blocks, default=0),
         )
 
 
@@ -240,27 +248,50 @@ def _keeps_gradients(config: Config, world_size: int) -> bool:
     return world_size > 1 or config.optimizer.accumulation > 1
 
 
-def backbone_parts(config: Config, counted: NetworkCost, world_size: int) -> list[MemoryItem]:
+def is_divided(config: Config, world_size: int) -> bool:
+    """Whether each rank holds a part of the backbone only."""
+    return config.backbone.shard == "fsdp2" and world_size > 1
+
+
+def held(config: Config, size: int, world_size: int, device: Device) -> int:
+    """Return how many bytes of weights, or of what belongs to each, a rank's device holds."""
+    if not is_divided(config, world_size):
+        return size
+    return 0 if config.backbone.offload and device == "cuda" else -(-size // world_size)
+
+
+def backbone_parts(
+    config: Config, counted: NetworkCost, world_size: int, device: Device = "cuda"
+) -> list[MemoryItem]:
     """Return the memory of the backbone, its optimizer and its activations."""
     settings, saved, buffers = config.optimizer, counted.saved, counted.buffers
-    average = (counted.trained + buffers) * (config.backbone.ema > 0)
-    states = kept_numbers(config, counted.trained, counted.matrices)
-    part = min(counted.trained, 4 * PART_ELEMENTS)
+    divided = is_divided(config, world_size)
+    weights, trained, matrices = (
+        held(config, size, world_size, device)
+        for size in (counted.weights, counted.trained, counted.matrices)
+    )
+    average = (trained + buffers) * (config.backbone.ema > 0)
+    states = kept_numbers(config, trained, matrices)
+    part = min(trained, 4 * PART_ELEMENTS)
     copies = 0
     if settings.name not in ("sgd", "adamw"):  # before and after, and what is computed between
         copies = 2 * (part + kept_numbers(config, part)) + 2 * part
-    swapped = counted.trained * (settings.name == "schedule_free")
+    swapped = trained * (settings.name == "schedule_free")
     batch = config.shares(world_size).of_each(settings.accumulation).largest
     images = f"forward of {batch} images, counted; of {config.verification.batch} in validation"
     recomputed = ", blocks computed again" * config.backbone.checkpoint_activations
-    if _keeps_gradients(config, world_size):
+    if divided:
+        earlier = trained * (settings.accumulation > 1)  # of the micro-batches before
+        sizes = earlier, earlier, trained, 0
+        gradients = MemoryItem("gradients", sizes, "fp32, of a rank's part")
+    elif _keeps_gradients(config, world_size):
         where = "fp32, in DDP's buckets" if world_size > 1 else "fp32, of all micro-batches"
         gradients = MemoryItem.always("gradients", counted.trained, where)
     else:
         sizes = 0, counted.gradients, counted.trained, 0
         gradients = MemoryItem("gradients", sizes, "fp32, those there when memory is highest")
     return [
-        MemoryItem.always("weights", counted.weights, "fp32"),
+        MemoryItem.always("weights", weights, "fp32, a rank's part" if divided else "fp32"),
         MemoryItem.always("average", average, "fp32, of what is trained and the statistics"),
         MemoryItem("distance to the average", (0, 0, average, 0), "fp32, while it moves"),
         MemoryItem.always("optimizer", states, f"{settings.name}, fp32"),
@@ -270,6 +301,7 @@ def backbone_parts(config: Config, counted: NetworkCost, world_size: int) -> lis
             "until it is known whether a step counts; in validation, of those that are trained",
         ),
         gradients,
+        *([_gathered(config, counted, gradients)] if divided else []),
         MemoryItem.always("BatchNorm statistics", 2 * buffers, "fp32, and a copy in a step"),
         MemoryItem("activations", (saved, saved, 0, counted.inference), images),
         MemoryItem(
@@ -278,3 +310,25 @@ def backbone_parts(config: Config, counted: NetworkCost, world_size: int) -> lis
             f"gradients of activations{recomputed}",
         ),
     ]
+
+
+def _gathered(config: Config, counted: NetworkCost, gradients: MemoryItem) -> MemoryItem:
+    """What FSDP2 has whole: all that is in no block during a step, and of the blocks two.
+
+    As backward begins there are also the gradients of a block, and once more as they are sent. As
+    it ends there are no activations, and those of what is in no block are there twice.
+    """
+    rest, block = counted.weights - counted.in_blocks, counted.largest_block
+    blocks = 2 * block if config.backbone.reshard else counted.in_blocks + block
+    begins = rest + blocks + 2 * block
+    ends = 3 * rest + gradients.bytes[2] - gradients.bytes[1]
+    sizes = rest + blocks, max(begins, ends - counted.backward), 0, rest + blocks
+    return MemoryItem("gathered", sizes, "fp32, blocks under way and what is in none; gradients")
+
+
+def exchanged_bytes(config: Config, counted: NetworkCost, world_size: int) -> int:
+    """Return what goes around the ranks for the backbone in a step, if each had all of it once."""
+    if not is_divided(config, world_size):
+        return 2 * counted.trained  # the halves of an all-reduce
+    again = counted.in_blocks if config.backbone.reshard else 0
+    return (counted.weights + again + counted.trained) * config.optimizer.accumulation

@@ -3,7 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from partialfc.commands._estimate.backbone import GIB, MIB, Device, NetworkCost
+from partialfc.commands._estimate.backbone import (
+    GIB,
+    MIB,
+    Device,
+    NetworkCost,
+    exchanged_bytes,
+    is_divided,
+)
 from partialfc.commands._estimate.head import ShardSizes, head_parts
 from partialfc.commands._estimate.losses import LossCost
 from partialfc.commands._estimate.teacher import TeacherCost
@@ -117,9 +124,10 @@ def seconds_of(
     caught_up = 2 * (moves and config.head.sample_rate < 1)  # read and written before pass 1
     times = 4 + caught_up, 2 + caught_up
     row_bytes = shard.sampled * (times[0] * center_bytes + times[1] * state_bytes)
-    weight_bytes = counted.trained * _PASSES[config.optimizer.name]
+    trained = counted.trained // (ranks if is_divided(config, ranks) else 1)
+    weight_bytes = trained * _PASSES[config.optimizer.name]
     # The average: its distance to the weights, the distance times a factor, their sum.
-    weight_bytes += (counted.trained + counted.buffers) * (3 + 2 + 3) * (config.backbone.ema > 0)
+    weight_bytes += (trained + counted.buffers) * (3 + 2 + 3) * (config.backbone.ema > 0)
 
     operand = 2 if compute == "bf16" else 4
     moved = {
@@ -176,7 +184,8 @@ def seconds_of(
         for name, size in moved.items():
             seconds = size * turns / cluster.ring + parts * (ranks - 1) * hop
             found.append((f"head: {name}", seconds, f"{size / MIB:.2f} MiB in a ring"))
-        whole = 2 * counted.trained * turns / cluster.ring + 2 * (ranks - 1) * hop
+        exchanged = exchanged_bytes(config, counted, ranks)
+        whole = exchanged * turns / cluster.ring + 2 * (ranks - 1) * hop
         exposed = max(0.0, whole - HIDDEN * backbone_seconds / parts)
         found.append(
             ("gradients' all-reduce", exposed, f"{whole * 1e3:.2f} ms, beside backward if it can")
