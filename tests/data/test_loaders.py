@@ -459,7 +459,7 @@ def test_closing_leaves_no_thread_and_no_process(loader, number):
 def test_a_batch_stays_as_it_is(loader):
     """Through later batches and the end of the loader, although its memory may be the loader's."""
     batches = open_batches(golden_stream(), 0, device=CPU, loader=loader, threads=1)
-    first, identities, _ = next(batches)
+    first, identities, *_ = next(batches)
     copies = first.clone(), identities.clone()
     for _ in range(6):
         next(batches)

@@ -40,7 +40,7 @@ def test_batches_on_the_gpu_are_those_of_the_cpu(image_size):
         contextlib.closing(open_batches(stream, 0, device=cpu, loader="torch")) as expected,
     ):
         ours = list(itertools.islice(batches, 20))
-        for (images, identities, _), (cpu_images, cpu_identities, _) in zip(
+        for (images, identities, *_), (cpu_images, cpu_identities, *_) in zip(
             ours, expected, strict=False
         ):
             assert images.device == identities.device == device
