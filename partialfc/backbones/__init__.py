@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -10,15 +11,23 @@ from torch import nn
 
 from partialfc import plugins
 from partialfc.backbones import convnet, iresnet, mobilefacenet, vit
-from partialfc.definitions.backbones import NAMES, refused_size
+from partialfc.backbones.timm_network import TimmNetwork
+from partialfc.definitions.backbones import NAMES, OPTIONS, TIMM, refused_size
 from partialfc.definitions.signatures import call
 
 __all__ = ["BACKBONES", "build_backbone"]
 
 _BUILT: Mapping[str, Callable[..., nn.Module]] = {
     **{name: partial(iresnet.IResNet, depths) for name, depths in iresnet.DEPTHS.items()},
+    **{
+        f"{name}_se": partial(iresnet.IResNet, iresnet.DEPTHS[name], squeeze_excitation=True)
+        for name in iresnet.WITH_EXCITATION
+    },
     **{name: partial(mobilefacenet.MobileFaceNet, s) for name, s in mobilefacenet.SHAPES.items()},
-    **{name: partial(vit.VisionTransformer, shape) for name, shape in vit.SHAPES.items()},
+    **{
+        name: partial(vit.VisionTransformer, shape, **asdict(OPTIONS[name]()))
+        for name, shape in vit.SHAPES.items()
+    },
     **{name: partial(convnet.ConvNet, layers) for name, layers in convnet.LAYERS.items()},
 }
 BACKBONES = MappingProxyType({name: _BUILT[name] for name in NAMES})
@@ -39,9 +48,11 @@ def build_backbone(
     weights, under autocast too. torch's default generator decides the initial weights.
 
     Args:
-        name: A key of ``BACKBONES``, or of a plug-in (:mod:`partialfc.plugins`).
+        name: A key of ``BACKBONES``, of a plug-in (:mod:`partialfc.plugins`), or timm/ and the name
+            of a network in timm.
         embedding_dim: D, >= 1.
-        image_size: S in pixels: a multiple of 16, for a ViT any size >= 24.
+        image_size: S in pixels: a multiple of 16, for a ViT any size >= 24, for timm what the
+            network takes.
         checkpoint_activations: Recompute the blocks' activations in backward: less memory, the
             same result.
         options: Further keywords of this backbone's constructor.
@@ -50,6 +61,8 @@ def build_backbone(
         ValueError: If the name or an option is unknown, or a value is outside its range.
     """
     constructor = BACKBONES.get(name) or plugins.find("backbone", name)
+    if name.startswith(TIMM):
+        constructor = partial(TimmNetwork, name)
     if constructor is None:
         nearest = difflib.get_close_matches(name, BACKBONES, n=1, cutoff=0)[0]
         raise ValueError(

@@ -2,7 +2,8 @@
 
 A block is BatchNorm, conv, BatchNorm, PReLU, conv, BatchNorm plus the input (ArcFace, section 3.2,
 https://arxiv.org/abs/1801.07698). The stem keeps the image's resolution and each of the four
-layers halves it, in the second conv of its first block.
+layers halves it, in the second conv of its first block. With squeeze and excitation each block's
+branch is scaled per channel before it is added (https://arxiv.org/abs/1709.01507, section 3).
 """
 
 import torch
@@ -16,8 +17,15 @@ DEPTHS = {
     "iresnet50": (3, 4, 14, 3),
     "iresnet100": (3, 13, 30, 3),
     "iresnet200": (6, 26, 60, 6),
+    "iresnet2060": (3, 128, 896, 3),
 }
 """Blocks in each of the four layers."""
+
+WITH_EXCITATION = ("iresnet50", "iresnet100")
+"""Those that are there with squeeze and excitation too, as ``iresnet50_se``."""
+
+REDUCTION = 16
+"""Channels for each one of the squeezed, as in the paper."""
 
 
 class IResNet(nn.Module):
@@ -31,6 +39,7 @@ class IResNet(nn.Module):
         embedding_dim: D, >= 1.
         image_size: S in pixels, a multiple of 16.
         checkpoint_activations: Recompute the blocks' activations in backward.
+        squeeze_excitation: Scale the channels of each block's branch by what all of the grid says.
     """
 
     def __init__(
@@ -40,6 +49,7 @@ class IResNet(nn.Module):
         embedding_dim: int = 512,
         image_size: int = 112,
         checkpoint_activations: bool = False,
+        squeeze_excitation: bool = False,
     ) -> None:
         super().__init__()
         self.checkpoint_activations = checkpoint_activations
@@ -47,10 +57,10 @@ class IResNet(nn.Module):
         self.conv1 = _conv(3, 64, 3)
         self.bn1 = nn.BatchNorm2d(64)
         self.prelu = nn.PReLU(64)
-        self.layer1 = _layer(64, 64, depths[0])
-        self.layer2 = _layer(64, 128, depths[1])
-        self.layer3 = _layer(128, 256, depths[2])
-        self.layer4 = _layer(256, 512, depths[3])
+        self.layer1 = _layer(64, 64, depths[0], squeeze_excitation)
+        self.layer2 = _layer(64, 128, depths[1], squeeze_excitation)
+        self.layer3 = _layer(128, 256, depths[2], squeeze_excitation)
+        self.layer4 = _layer(256, 512, depths[3], squeeze_excitation)
         self.bn2 = nn.BatchNorm2d(512)
         self.fc = nn.Linear(512 * grid * grid, embedding_dim)
         self.features = nn.BatchNorm1d(embedding_dim)
@@ -71,7 +81,7 @@ class IResNet(nn.Module):
 
 
 class _Block(nn.Module):
-    def __init__(self, inputs: int, channels: int, stride: int) -> None:
+    def __init__(self, inputs: int, channels: int, stride: int, squeeze_excitation: bool) -> None:
         super().__init__()
         self.bn1 = nn.BatchNorm2d(inputs)
         self.conv1 = _conv(inputs, channels, 3)
@@ -79,6 +89,7 @@ class _Block(nn.Module):
         self.prelu = nn.PReLU(channels)
         self.conv2 = _conv(channels, channels, 3, stride)
         self.bn3 = nn.BatchNorm2d(channels)
+        self.se = _Excitation(channels) if squeeze_excitation else nn.Identity()
         self.downsample = (
             nn.Identity()
             if stride == 1
@@ -87,14 +98,29 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         residual = self.prelu(self.bn2(self.conv1(self.bn1(x))))
-        residual = self.bn3(self.conv2(residual))
+        residual = self.se(self.bn3(self.conv2(residual)))
         y: Tensor = residual + self.downsample(x)
         return y
 
 
-def _layer(inputs: int, channels: int, depth: int) -> nn.Sequential:
-    first = _Block(inputs, channels, stride=2)
-    return nn.Sequential(first, *(_Block(channels, channels, stride=1) for _ in range(depth - 1)))
+class _Excitation(nn.Module):
+    """Each channel times a number in (0, 1), by two 1 x 1 convolutions of all channels' means."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.fc1 = _conv(channels, channels // REDUCTION, 1)
+        self.fc2 = _conv(channels // REDUCTION, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        means = x.mean((2, 3), keepdim=True)
+        y: Tensor = x * self.fc2(self.fc1(means).relu()).sigmoid()
+        return y
+
+
+def _layer(inputs: int, channels: int, depth: int, squeeze_excitation: bool) -> nn.Sequential:
+    first = _Block(inputs, channels, 2, squeeze_excitation)
+    others = (_Block(channels, channels, 1, squeeze_excitation) for _ in range(depth - 1))
+    return nn.Sequential(first, *others)
 
 
 def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:

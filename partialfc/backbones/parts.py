@@ -1,6 +1,8 @@
 """What the backbones share: recomputed blocks and the precision of the end."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +16,19 @@ def run_block(block: nn.Module, x: Tensor, *, recompute: bool) -> Tensor:
     With ``recompute``, backward computes the activations inside the block again instead of keeping
     them: the same numbers and random draws, and BatchNorm counts the batch once.
     """
-    if not (recompute and torch.is_grad_enabled()):
-        y: Tensor = block(x)
-    elif torch.compiler.is_compiling():  # the compiler keeps updates of buffers out of backward
-        y = checkpoint(block, x, use_reentrant=False)
-    else:
-        contexts = nullcontext(), _FrozenStatistics(block)  # of forward and of recomputation
-        y = checkpoint(block, x, use_reentrant=False, context_fn=lambda: contexts)
+    y: Tensor = recomputed(block, block, x) if recompute else block(x)
     return y
+
+
+def recomputed(run: Callable[..., Any], block: nn.Module, *arguments: Any, **keywords: Any) -> Any:
+    """Return ``run(*arguments, **keywords)``, which is all that ``block`` does, for backward to
+    compute again; without gradients it is only run."""
+    if not torch.is_grad_enabled():
+        return run(*arguments, **keywords)
+    if torch.compiler.is_compiling():  # the compiler keeps updates of buffers out of backward
+        return checkpoint(run, *arguments, use_reentrant=False, **keywords)
+    contexts = nullcontext(), _FrozenStatistics(block)  # of forward and of recomputation
+    return checkpoint(run, *arguments, use_reentrant=False, context_fn=lambda: contexts, **keywords)
 
 
 def run_in_weight_dtype(x: Tensor, *layers: nn.Module) -> Tensor:

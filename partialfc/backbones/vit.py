@@ -32,23 +32,18 @@ class ViTShape:
     Attributes:
         width: Of a token, divisible by 8 heads.
         depth: Transformer blocks.
-        masked: Share of the patches left out in training, in [0, 1).
-        drop_path: Probability in the last block of leaving a branch out, in [0, 1); 0 in the first
-            block and linear between.
     """
 
     width: int
     depth: int
-    masked: float
-    drop_path: float
 
 
 SHAPES = {
-    "vit_t": ViTShape(width=256, depth=12, masked=0.0, drop_path=0.05),
-    "vit_s": ViTShape(width=512, depth=12, masked=0.0, drop_path=0.05),
-    "vit_b": ViTShape(width=512, depth=24, masked=0.05, drop_path=0.05),
-    "vit_l": ViTShape(width=768, depth=24, masked=0.05, drop_path=0.05),
-    "vit_h": ViTShape(width=1024, depth=48, masked=0.0, drop_path=0.1),
+    "vit_t": ViTShape(width=256, depth=12),
+    "vit_s": ViTShape(width=512, depth=12),
+    "vit_b": ViTShape(width=512, depth=24),
+    "vit_l": ViTShape(width=768, depth=24),
+    "vit_h": ViTShape(width=1024, depth=48),
 }
 """arcface_torch's for WebFace42M: vit_t_dp005_mask0, vit_s_dp005_mask_0, vit_b_dp005_mask_005,
 vit_l_dp005_mask_005 and vit_h."""
@@ -61,10 +56,13 @@ class VisionTransformer(nn.Module):
     the embedding run outside autocast.
 
     Args:
-        shape: Width, depth and regularisation.
+        shape: Width and depth.
         embedding_dim: D, >= 1.
         image_size: S in pixels, >= 24.
         checkpoint_activations: Recompute the blocks' activations in backward.
+        masked: Share of the patches left out in training, in [0, 0.9].
+        drop_path: Probability in the last block of leaving a branch out, in [0, 1); 0 in the first
+            block and linear between.
     """
 
     def __init__(
@@ -74,16 +72,18 @@ class VisionTransformer(nn.Module):
         embedding_dim: int = 512,
         image_size: int = 112,
         checkpoint_activations: bool = False,
+        masked: float = 0.0,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         self.checkpoint_activations = checkpoint_activations
-        self.masked = shape.masked
+        self.masked = masked
         width, patch = shape.width, image_size // 12
         tokens = (image_size // patch) ** 2
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, stride=patch)})
         self.pos_embed = nn.Parameter(torch.empty(1, tokens, width))
-        self.mask_token = nn.Parameter(torch.empty(1, 1, width), requires_grad=shape.masked > 0)
-        drop_paths = torch.linspace(0, shape.drop_path, shape.depth, device="cpu").tolist()
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width), requires_grad=masked > 0)
+        drop_paths = torch.linspace(0, drop_path, shape.depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(_Block(width, drop_path) for drop_path in drop_paths)
         self.norm = nn.LayerNorm(width)
         self.feature = nn.Sequential(

@@ -13,10 +13,7 @@ from partialfc.backbones import BACKBONES, build_backbone
 from partialfc.definitions.backbones import refused_size
 from partialfc.errors import ForeignError
 
-R2060 = (
-    "arcface_torch's r2060 has 1,030 blocks and 1.12 billion parameters, and is not among the "
-    "backbones here; the largest are iresnet200 and vit_h"
-)
+_OF_R2060 = "layer3.895.conv1.weight"
 _LAST_NORMS = ("features", "features.layers.3", "feature.3")
 """The layer that makes the embedding, in the families of backbones; it has D channels."""
 
@@ -59,7 +56,7 @@ def recognise(state: Mapping[str, Tensor], path: Path, *, image_size: int = 112)
     entries = ("running_var", "weight")  # which of them is missing is said below
     ends = [found.get(f"{norm}.{entry}", ()) for norm in _LAST_NORMS for entry in entries]
     dim = next((end[0] for end in ends if len(end) == 1 and 1 <= end[0] <= _LARGEST_DIM), 0)
-    for name in BACKBONES if dim else ():
+    for name in _candidates(found) if dim else ():
         known = Known(name, dim, image_size)
         fits = _names(name) == found.keys() and not refused_size(name, image_size)
         if fits and shapes(known) == found:
@@ -68,16 +65,21 @@ def recognise(state: Mapping[str, Tensor], path: Path, *, image_size: int = 112)
     raise ForeignError(f"{path}: {_reason(nearest, found, image_size)}.")
 
 
+def _candidates(found: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """The backbones that it can be: to build iresnet2060 takes seconds, even without memory."""
+    return [name for name in BACKBONES if name != "iresnet2060" or _OF_R2060 in found]
+
+
 def _nearest(found: Mapping[str, tuple[int, ...]], dim: int, image_size: int) -> Known | None:
     """The backbone whose names differ least, and of several the one with the most equal shapes."""
-    differing = {name: len(_names(name) ^ found.keys()) for name in BACKBONES}
+    differing = {name: len(_names(name) ^ found.keys()) for name in _candidates(found)}
     least = min(differing.values())
     if least > len(found):  # it only happens to have some names in common
         return None
     near = [
         Known(name, dim, _SIZES[0] if refused_size(name, image_size) else image_size)
-        for name in BACKBONES
-        if differing[name] == least
+        for name, number in differing.items()
+        if number == least
     ]
     return max(near, key=lambda known: len(shapes(known).items() & found.items()))
 
@@ -89,8 +91,6 @@ def _names(name: str) -> frozenset[str]:
 
 
 def _reason(nearest: Known | None, found: Mapping[str, tuple[int, ...]], image_size: int) -> str:
-    if "layer3.895.conv1.weight" in found:
-        return R2060
     if nearest is None:
         return (
             f"its {len(found)} tensors ({_some([*found])}) are of no backbone that is known here. "

@@ -58,6 +58,8 @@ class TrainedBackbone:
         """Return it as a module in evaluation mode that wants no gradients; fp32, on the CPU."""
         with torch.device("meta"):
             module = recognition.build(self.known)
+        if {name for name, _ in module.named_buffers()} - self.state.keys():
+            module = recognition.build(self.known)  # with the tables that are computed, not stored
         module.load_state_dict({k: v.clone() for k, v in self.state.items()}, assign=True)
         if any(buffer.is_meta for buffer in module.buffers()):  # its constructor's alone
             module = recognition.build(self.known)

@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from partialfc.config.schema import nearest_multiples
-from partialfc.definitions.backbones import refused_size
+from partialfc.definitions.backbones import TIMM, refused_size
 from partialfc.head.options import Compute, Kernels, Memory, Precision, check_fit, check_inter_class
 from partialfc.head.plan import Machine, Plan, decide
 
@@ -20,6 +20,7 @@ def conflicts(config: "Config") -> Iterator[str]:
     """Yield a line for each conflict: key, value, rule and remedy."""
     if refused := refused_size(config.backbone.name, config.data.image_size):
         yield f"data.{refused}"
+    yield from _of_pretrained(config)
     batch, accumulation = config.data.global_batch, config.optimizer.accumulation
     if batch % accumulation:
         yield (
@@ -123,6 +124,20 @@ def _of_shards(config: "Config") -> Iterator[str]:
         yield (
             f"backbone.offload = true with backbone.ema = {backbone.ema}: not supported together. "
             "Remove one."
+        )
+
+
+def _of_pretrained(config: "Config") -> Iterator[str]:
+    path, name = config.backbone.pretrained, config.backbone.name
+    if path is not None and not name.startswith(TIMM):
+        yield (
+            f'backbone.pretrained = "{path}": is for networks of timm, and backbone.name is '
+            f'"{name}". Weights of a backbone that was trained here go into run.start_from.'
+        )
+    if path is not None and config.run.start_from is not None:
+        yield (
+            f'backbone.pretrained = "{path}" with run.start_from = "{config.run.start_from}": a '
+            "run begins with one of them. Remove the other."
         )
 
 

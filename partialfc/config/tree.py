@@ -51,10 +51,15 @@ class Backbone(Section):
     """The network from image to embedding."""
 
     name: BackboneName = "iresnet50"
-    """Which backbone; one of your own as "my.module:Name"."""
+    """Which backbone; any of timm as "timm/vit_base_patch16_224.augreg_in21k", one of your own as
+    "my.module:Name"."""
 
     embedding_dim: Annotated[int, Range(ge=1, le=4096)] = 512
     """Length of an embedding and of a class center."""
+
+    pretrained: UserPath | None = None
+    """Weights that a network of timm begins with: a file of safetensors, or a folder of timm's from
+    the Hugging Face Hub. Nothing is downloaded. It counts in a new run only."""
 
     channels_last: bool = True
     """Keep images in NHWC memory, which tensor cores prefer. Changes rounding only."""

@@ -1,8 +1,8 @@
 """The backbones by name, and the images that they take; :mod:`partialfc.backbones` builds them."""
 
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
-from partialfc.definitions import Definition
+from partialfc.definitions import Definition, Range
 
 Backbone = Literal[
     "iresnet18",
@@ -19,18 +19,73 @@ Backbone = Literal[
     "vit_h",
     "convnet_s",
     "convnet_m",
+    "iresnet50_se",
+    "iresnet100_se",
+    "iresnet2060",
 ]
 """Every backbone by the name it has in a settings file."""
 
 NAMES: tuple[str, ...] = get_args(Backbone)
 
-OPTIONS: dict[str, type[Definition]] = {}
+TIMM = "timm/"
+"""What the name of a network of timm begins with."""
+
+
+class OfViT(Definition):
+    """What a ViT takes besides."""
+
+    masked: Annotated[float, Range(ge=0, le=0.9)] = 0.0
+    """Share of an image's patches that are left out in training."""
+
+    drop_path: Annotated[float, Range(ge=0, lt=1)] = 0.05
+    """Probability in the last block that an image skips a branch; 0 in the first block and linear
+    between."""
+
+
+class OfMaskedViT(OfViT):
+    """What a larger ViT takes besides."""
+
+    masked: Annotated[float, Range(ge=0, le=0.9)] = 0.05
+    """Share of an image's patches that are left out in training."""
+
+
+class OfHugeViT(OfViT):
+    """What the largest ViT takes besides."""
+
+    drop_path: Annotated[float, Range(ge=0, lt=1)] = 0.1
+    """Probability in the last block that an image skips a branch; 0 in the first block and linear
+    between."""
+
+
+class OfTimm(Definition):
+    """What a network of timm takes besides."""
+
+    pooled: bool = False
+    """Make the embedding from timm's pooled features. Without it every position of the last grid,
+    or every token, has weights of its own in the embedding layer, as in an iresnet."""
+
+    dropout: Annotated[float, Range(ge=0, lt=1)] = 0.0
+    """Probability that a feature is left out of the embedding in training."""
+
+    drop_path: Annotated[float, Range(ge=0, lt=1)] = 0.0
+    """Probability in the last block that an image skips a branch, if the network has branches."""
+
+
+OPTIONS: dict[str, type[Definition]] = {
+    "vit_t": OfViT,
+    "vit_s": OfViT,
+    "vit_b": OfMaskedViT,
+    "vit_l": OfMaskedViT,
+    "vit_h": OfHugeViT,
+}
 """What a backbone takes besides, by its name: keywords of its constructor, ``[backbone.options]``
 of a file. One that is not in here takes nothing."""
 
 
 def options_of(name: str) -> type[Definition] | None:
-    """Return what a backbone of ours takes besides; ``None`` if there is none of this name."""
+    """Return what a backbone of ours or of timm takes besides; ``None`` for any other name."""
+    if name.startswith(TIMM):
+        return OfTimm
     return OPTIONS.get(name, Definition) if name in NAMES else None
 
 

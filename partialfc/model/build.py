@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from partialfc.backbones import build_backbone
+from partialfc.backbones.timm_network import with_sync_batch_norm
 from partialfc.config import Config, ConfigError
 from partialfc.config.conflicts import head_compute, memory_of
 from partialfc.config.losses import OwnLoss
@@ -184,7 +185,7 @@ def assemble(config: Config, runtime: Runtime, backbone: nn.Module, head: Partia
                 "backbone.sync_batch_norm = true: torch synchronises BatchNorm on GPUs only. "
                 "Remove it, or train on GPUs."
             )
-        backbone = nn.SyncBatchNorm.convert_sync_batchnorm(backbone)  # type: ignore[no-untyped-call]
+        backbone = with_sync_batch_norm(backbone)
     divided = config.backbone.shard == "fsdp2" and runtime.ranks.size > 1
     if config.backbone.channels_last and not divided:  # FSDP2 gathers contiguous weights only
         backbone = backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -14,6 +14,7 @@ import torch
 from partialfc.checkpoint import loading as checkpoint
 from partialfc.checkpoint.base import fact_of, restore_base
 from partialfc.checkpoint.folder import path_of
+from partialfc.checkpoint.pretrained import load_pretrained
 from partialfc.checkpoint.saving import Saver
 from partialfc.checkpoint.teacher import Teacher, open_teacher
 from partialfc.checkpoint.trained_backbone import state_at
@@ -213,7 +214,9 @@ def _restore(
     if config.run.start_from is not None:
         place = warm_start(config.run.start_from, config, model, runtime, data.dataset)
         return 0, fact_of(place, model.backbone, config)
-    if config.backbone.freeze and runtime.leads:
+    if config.backbone.pretrained is not None:
+        load_pretrained(config.backbone.pretrained, config, model)
+    elif config.backbone.freeze and runtime.leads:
         print(
             "warning: backbone.freeze without run.start_from: what is frozen stays as it was drawn "
             "at random.",

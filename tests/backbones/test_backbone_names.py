@@ -17,6 +17,9 @@ IRESNET_DEPTHS = {
     "iresnet50": [3, 4, 14, 3],
     "iresnet100": [3, 13, 30, 3],
     "iresnet200": [6, 26, 60, 6],
+    "iresnet50_se": [3, 4, 14, 3],
+    "iresnet100_se": [3, 13, 30, 3],
+    "iresnet2060": [3, 128, 896, 3],
 }
 VIT_SIZES = {
     "vit_t": (256, 12),
@@ -33,6 +36,9 @@ PARAMETERS = {  # at 512 dimensions and 112 pixels
     "iresnet50": 43_590_848,
     "iresnet100": 65_156_160,
     "iresnet200": 118_833_920,
+    "iresnet50_se": 43_813_568,
+    "iresnet100_se": 65_528_384,
+    "iresnet2060": 1_122_301_120,
     "mobilefacenet": 2_059_520,
     "mobilefacenet_large": 6_314_880,
     "vit_t": 19_137_792,
@@ -51,7 +57,7 @@ def norm_shapes(name: str, channels: int) -> Shapes:
     yield f"{name}.num_batches_tracked", ()
 
 
-def iresnet_shapes(depths: list[int], dim: int, grid: int) -> Shapes:
+def iresnet_shapes(depths: list[int], dim: int, grid: int, se: bool) -> Shapes:
     yield "conv1.weight", (64, 3, 3, 3)
     yield from norm_shapes("bn1", 64)
     yield "prelu.weight", (64,)
@@ -66,6 +72,9 @@ def iresnet_shapes(depths: list[int], dim: int, grid: int) -> Shapes:
             yield prefix + "prelu.weight", (channels,)
             yield prefix + "conv2.weight", (channels, channels, 3, 3)
             yield from norm_shapes(prefix + "bn3", channels)
+            if se:
+                yield prefix + "se.fc1.weight", (channels // 16, channels, 1, 1)
+                yield prefix + "se.fc2.weight", (channels, channels // 16, 1, 1)
             if block == 0:
                 yield prefix + "downsample.0.weight", (channels, inputs, 1, 1)
                 yield from norm_shapes(prefix + "downsample.1", channels)
@@ -146,7 +155,7 @@ def convnet_shapes(widths: list[int], dim: int, grid: int) -> Shapes:
 
 def specification(name: str, dim: int, image_size: int) -> Shapes:
     if name in IRESNET_DEPTHS:
-        return iresnet_shapes(IRESNET_DEPTHS[name], dim, image_size // 16)
+        return iresnet_shapes(IRESNET_DEPTHS[name], dim, image_size // 16, name.endswith("_se"))
     if name in MOBILE_SIZES:
         return mobilefacenet_shapes(*MOBILE_SIZES[name], dim, image_size // 16)
     if name in CONVNET_WIDTHS:
@@ -155,8 +164,14 @@ def specification(name: str, dim: int, image_size: int) -> Shapes:
     return vit_shapes(*VIT_SIZES[name], dim, tokens, patch)
 
 
+NAMES = [  # of iresnet2060 the modules alone take seconds
+    pytest.param(name, marks=pytest.mark.slow if name == "iresnet2060" else ())
+    for name in PARAMETERS
+]
+
+
 @pytest.mark.parametrize(("dim", "image_size"), [(512, 112), (128, 32), (256, 224)])
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_state_dict_has_the_specified_names_and_shapes_in_order(
     name: str, dim: int, image_size: int
 ) -> None:
@@ -167,7 +182,7 @@ def test_state_dict_has_the_specified_names_and_shapes_in_order(
     assert entries == list(specification(name, dim, image_size))
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_number_of_parameters(name: str) -> None:
     statistics = ("running_mean", "running_var", "num_batches_tracked")
     specified = sum(

@@ -16,14 +16,15 @@ from partialfc.backbones.mobilefacenet import SHAPES, MobileFaceNet, MobileShape
 from partialfc.backbones.vit import VisionTransformer, ViTShape, _Block
 from tests.support.backbone_truth import TRUTH
 
-SMALL_VIT = ViTShape(width=64, depth=2, masked=0.1, drop_path=0.3)
+SMALL_VIT = ViTShape(width=64, depth=2)
 LARGE = MobileShape(width=64, depths=(2, 1, 2, 1))
 STRIDED = convnet.Layers((4, 8, 16, 32), pooled=False)
 SMALL: dict[str, Callable[..., nn.Module]] = {
     "iresnet": lambda **settings: IResNet((1, 2, 1, 1), **settings),
+    "iresnet_se": lambda **s: IResNet((1, 2, 1, 1), squeeze_excitation=True, **s),
     "mobilefacenet": lambda **settings: MobileFaceNet(SHAPES["mobilefacenet"], **settings),
     "mobilefacenet_large": lambda **settings: MobileFaceNet(LARGE, **settings),
-    "vit": lambda **settings: VisionTransformer(SMALL_VIT, **settings),
+    "vit": lambda **settings: VisionTransformer(SMALL_VIT, masked=0.1, drop_path=0.3, **settings),
     "convnet": lambda **settings: convnet.ConvNet(STRIDED, **settings),
     "pooled": lambda **settings: convnet.ConvNet(STRIDED._replace(pooled=True), **settings),
 }
@@ -171,6 +172,7 @@ def test_initial_weights_of_an_iresnet() -> None:
     [
         ("iresnet", True),
         ("iresnet", False),
+        ("iresnet_se", True),
         ("mobilefacenet", True),
         ("mobilefacenet", False),
         ("vit", False),  # masks and drop path have tests of their own
@@ -192,7 +194,7 @@ def test_embeddings_and_statistics_equal_an_independent_computation(
 
 def test_masked_patches_become_the_mask_token_after_the_blocks() -> None:
     model = VisionTransformer(
-        ViTShape(width=64, depth=0, masked=0.3, drop_path=0.0), embedding_dim=16, image_size=32
+        ViTShape(width=64, depth=0), masked=0.3, embedding_dim=16, image_size=32
     )
     seen: list[Tensor] = []
     model.feature.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -220,7 +222,7 @@ def test_drop_path_keeps_the_expectation_and_acts_per_image() -> None:
 
 
 def test_drop_path_grows_linearly_from_zero() -> None:
-    model = VisionTransformer(ViTShape(width=64, depth=3, masked=0, drop_path=0.2), image_size=32)
+    model = VisionTransformer(ViTShape(width=64, depth=3), drop_path=0.2, image_size=32)
     assert [block.drop_path for block in model.blocks] == pytest.approx([0, 0.1, 0.2])
 
 

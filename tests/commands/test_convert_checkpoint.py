@@ -387,10 +387,25 @@ config.val_targets = ["lfw", "cfp_fp", "agedb_30"]
 
 
 @pytest.mark.parametrize(
+    ("theirs", "name", "masked", "drop_path"),
+    [
+        ("vit_t_dp005_mask0", "vit_t", 0.0, 0.05),
+        ("vit_b", "vit_b", 0.1, 0.1),
+        ("vit_b_dp005_mask_005", "vit_b", 0.1, 0.05),
+        ("vit_h", "vit_h", 0.0, 0.1),
+    ],
+)
+def test_a_vit_of_theirs_is_masked_as_it_was_in_truth(theirs, name, masked, drop_path, tmp_path):
+    """Their forward ignores a mask_ratio of 0.05: 129 of 144 patches are left, not 136."""
+    config, _ = translated(f'config.network = "{theirs}"\nconfig.rec = "a"\n', 1, tmp_path)
+    options = {"masked": masked, "drop_path": drop_path}
+    assert config.backbone.name == name
+    assert config.backbone.options.model_dump() == options
+
+
+@pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('config.network = "r2060"', "r2060 has 1,030 blocks"),
-        ('config.network = "vit_b"', "for WebFace42M, which are here, it is vit_b_dp005_mask_005"),
         ('config.network = "r51"', "there is no such backbone here. Known: r18"),
         ("config.rec = []", r"config.rec = \[\]: must be a folder, or a list of folders"),
         ("config.margin_list = (1.35, 0.0, 0.0)", "where the first is not 1"),

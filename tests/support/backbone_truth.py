@@ -51,6 +51,10 @@ def iresnet_truth(x: Tensor, w: Weights, training: bool) -> Tensor:
         y = conv(norm(x, w, f"{b}.bn1", training), w[f"{b}.conv1.weight"])
         y = prelu(norm(y, w, f"{b}.bn2", training), w[f"{b}.prelu.weight"])
         y = norm(conv(y, w[f"{b}.conv2.weight"], stride), w, f"{b}.bn3", training)
+        if f"{b}.se.fc1.weight" in w:
+            squeezed = (y.mean((2, 3)) @ w[f"{b}.se.fc1.weight"].flatten(1).T).clamp(min=0)
+            excited = squeezed @ w[f"{b}.se.fc2.weight"].flatten(1).T
+            y = y / (1 + (-excited).exp()).view(len(y), -1, 1, 1)
         if stride == 2:
             x = conv(x, w[f"{b}.downsample.0.weight"], stride)
             x = norm(x, w, f"{b}.downsample.1", training)
@@ -130,6 +134,7 @@ def pooled_truth(x: Tensor, w: Weights, training: bool) -> Tensor:
 
 TRUTH = {
     "iresnet": iresnet_truth,
+    "iresnet_se": iresnet_truth,
     "mobilefacenet": mobilefacenet_truth,
     "mobilefacenet_large": mobilefacenet_truth,
     "vit": vit_truth,

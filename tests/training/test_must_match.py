@@ -42,3 +42,11 @@ def test_a_look_at_a_run_needs_no_teacher():
     assert (fact["digest"], fact["final_factor"]) == ("0123456789abcdef", 0.5)
     assert "from" not in fact, "it may lie elsewhere"
     assert must_match(settings(), data)["losses.teacher"] is None
+
+
+def test_options_of_a_backbone_at_their_defaults_are_what_older_checkpoints_have():
+    """A ViT's checkpoint of before it had options says nothing of them, and goes on."""
+    dataset = SimpleNamespace(fingerprint="", labels_fingerprint="")
+    for options, expected in (({}, None), ({"masked": 0.1}, {"masked": 0.1})):
+        config = settings(backbone={"name": "vit_b", "options": options})
+        assert must_match(config, dataset)["backbone.options"] == expected

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from partialfc.checkpoint.recognition import R2060
 from partialfc.config import ConfigError
 from partialfc.writing import read_text
 
@@ -38,27 +37,26 @@ DEFAULTS: Settings = {
 }
 """Those of arcface_torch's configs/base.py, which every one of its runs begins with."""
 
-NETWORKS = {
-    **{f"r{depth}": f"iresnet{depth}" for depth in (18, 34, 50, 100, 200)},
-    "mbf": "mobilefacenet",
-    "mbf_large": "mobilefacenet_large",
-    "vit_t_dp005_mask0": "vit_t",
-    "vit_s_dp005_mask_0": "vit_s",
-    "vit_b_dp005_mask_005": "vit_b",
-    "vit_l_dp005_mask_005": "vit_l",
-    "vit_h": "vit_h",
+
+def _vit(name: str, masked: float, drop_path: float) -> Settings:
+    return {"name": name, "options": {"masked": masked, "drop_path": drop_path}}
+
+
+NETWORKS: dict[str, Settings] = {
+    **{f"r{depth}": {"name": f"iresnet{depth}"} for depth in (18, 34, 50, 100, 200, 2060)},
+    "mbf": {"name": "mobilefacenet"},
+    "mbf_large": {"name": "mobilefacenet_large"},
+    "vit_t": _vit("vit_t", 0.1, 0.1),
+    "vit_t_dp005_mask0": _vit("vit_t", 0.0, 0.05),
+    "vit_s": _vit("vit_s", 0.1, 0.1),
+    "vit_s_dp005_mask_0": _vit("vit_s", 0.0, 0.05),
+    "vit_b": _vit("vit_b", 0.1, 0.1),
+    "vit_b_dp005_mask_005": _vit("vit_b", 0.1, 0.05),
+    "vit_l_dp005_mask_005": _vit("vit_l", 0.1, 0.05),
+    "vit_h": _vit("vit_h", 0.0, 0.1),
 }
-_OTHER_MASKS = (
-    "it masks 0.1 of the patches and drops 0.1 of the paths; with the settings for WebFace42M, "
-    "which are here, it is {}"
-)
-NOT_HERE = {
-    "r2060": R2060,
-    "vit_t": _OTHER_MASKS.format("vit_t_dp005_mask0"),
-    "vit_s": _OTHER_MASKS.format("vit_s_dp005_mask_0"),
-    "vit_b": _OTHER_MASKS.format("vit_b_dp005_mask_005"),
-}
-"""Networks of arcface_torch that are refused, each with the reason."""
+"""Those of arcface_torch as ``[backbone]``. Its ViTs mask a tenth of the patches wherever
+mask_ratio is not 0, whatever it is."""
 
 NO_COUNTERPART = {
     "resume": "a run always goes on from its newest checkpoint; run.resume = false refuses to",
@@ -152,8 +150,10 @@ def translate(theirs: Settings, ranks: int, path: Path) -> tuple[Settings, list[
 def _translated(full: Settings, ranks: int, notes: list[str]) -> Settings:
     network, packs = str(full["network"]), _packs(full.get("rec", ""))
     if network not in NETWORKS:
-        reason = NOT_HERE.get(network, "there is no such backbone here")
-        raise ValueError(f'config.network = "{network}": {reason}. Known: {", ".join(NETWORKS)}.')
+        raise ValueError(
+            f'config.network = "{network}": there is no such backbone here. Known: '
+            f"{', '.join(NETWORKS)}."
+        )
     if full.get("dali_aug"):
         raise ValueError("config.dali_aug = True: that augmentation does not exist here.")
     accumulation = int(full["gradient_acc"])
@@ -192,10 +192,7 @@ def _translated(full: Settings, ranks: int, notes: list[str]) -> Settings:
             "global_batch": per_step * accumulation,
             "threads": max(1, int(full["num_workers"])),
         },
-        "backbone": {
-            "name": NETWORKS[network],
-            "embedding_dim": full["embedding_size"],
-        },
+        "backbone": {**NETWORKS[network], "embedding_dim": full["embedding_size"]},
         "precision": {"compute": "fp16" if full["fp16"] else "fp32"},
         "head": {
             "sample_rate": float(full["sample_rate"]),

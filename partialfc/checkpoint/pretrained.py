@@ -1,0 +1,82 @@
+"""Weights that a timm network begins with: files as timm and others keep them on a disk.
+
+``backbone.pretrained`` names a file, or a folder with one and timm's ``config.json``, as a
+repository of the Hugging Face Hub has. They are a stranger's: :mod:`partialfc.checkpoint.foreign`
+reads them.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from partialfc.backbones.timm_network import TimmNetwork, normalisation
+from partialfc.checkpoint.foreign import read_backbone
+from partialfc.config import Config, ConfigError
+from partialfc.definitions.backbones import TIMM
+from partialfc.model.build import Model
+from partialfc.writing import read_bytes
+
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_CONFIG = "config.json"
+_MOST_BYTES = 1 << 20
+
+
+def load_pretrained(path: Path, config: Config, model: Model) -> None:
+    """Put pretrained weights into the network of a new run; its embedding layer stays as it is.
+
+    Collective, where the backbone is divided among the ranks.
+
+    Args:
+        path: ``backbone.pretrained``.
+        config: Of the run.
+        model: As it was built.
+
+    Raises:
+        ConfigError: If they are another network's, or want other images than this one is given.
+        ForeignError: If a file is damaged, or holds anything that is not data.
+    """
+    key, name = f"backbone.pretrained = {str(path)!r}", config.backbone.name
+    networks = [one for one in model.backbone.modules() if isinstance(one, TimmNetwork)]
+    assert networks, "config.conflicts lets no other backbone through"
+    file = path
+    if path.is_dir():
+        found = [path / one for one in _WEIGHTS if (path / one).is_file()]
+        if not found:
+            raise ConfigError(
+                f"{key}: it has no {' or '.join(_WEIGHTS)}. Give a file of weights, or a folder "
+                "of timm's on the Hugging Face Hub as it was downloaded."
+            )
+        file = found[0]
+        if problem := _of_another(path / _CONFIG, name):
+            raise ConfigError(f"{key}: {problem}")
+    state = read_backbone(file)
+    try:
+        state = networks[0].converted(state)
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}") from error
+    model.load({**model.state(), **state})
+    if model.average is not None:
+        model.average.begin()
+
+
+def _of_another(file: Path, name: str) -> str | None:
+    """Why weights with timm's description are not for this network; ``None`` if they are."""
+    try:
+        about: Any = json.loads(read_bytes(file, most=_MOST_BYTES))
+        weights = about.get("pretrained_cfg") or {}
+        has, architecture = weights.get("tag"), about.get("architecture")
+        wants = [weights.get("mean"), weights.get("std")]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        return f"{_CONFIG} cannot be read: {error}. Repair it, or give the file of weights alone."
+    bare = name.removeprefix(TIMM)
+    if architecture is not None and architecture != bare.partition(".")[0]:
+        return f'{_CONFIG} says {architecture!r}. Set backbone.name = "{TIMM}{architecture}".'
+    given = [list(values) for values in normalisation(name)]
+    if None not in wants and wants != given:
+        return (
+            f"{_CONFIG} wants images of mean and std {wants}, and {name} is given {given}. Name "
+            f'the weights: backbone.name = "{TIMM}{bare.partition(".")[0]}.{has or "TAG"}".'
+        )
+    return None
