@@ -57,7 +57,11 @@ def write_hub_folder(
 
 
 def config_of(known: Known) -> dict[str, Any]:
-    """Return what config.json says of a backbone."""
+    """Return what config.json says of a backbone.
+
+    An option that is a path is left out: what its file gave is in the weights.
+    """
+    options = {key: v for key, v in known.options.items() if not isinstance(v, Path)}
     config = {
         "model_type": LIBRARY,
         "architectures": ["PretrainedBackbone"],
@@ -65,7 +69,7 @@ def config_of(known: Known) -> dict[str, Any]:
         "embedding_dim": known.embedding_dim,
         "image_size": known.image_size,
     }
-    return config | ({"options": dict(known.options)} if known.options else {})
+    return config | ({"options": options} if options else {})
 
 
 def preprocessor(image_size: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 import re
 import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -207,6 +208,12 @@ def test_a_config_that_is_not_sound_is_refused_before_anything_is_built(config, 
         open_backbone(tmp_path)
     assert message in str(error.value)
     assert str(tmp_path / "config.json") in str(error.value)
+
+
+def test_options_are_told_and_no_path_of_the_machine():
+    known = Known("vit_s", 64, 48, {"pretrained": Path("/home/me/a.pt"), "depth": 2})
+    assert hub_folder.config_of(known)["options"] == {"depth": 2}
+    assert "options" not in hub_folder.config_of(KNOWN)
 
 
 def test_a_foreign_config_is_left_alone_and_the_weights_tell(model, tmp_path):
