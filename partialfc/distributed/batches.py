@@ -32,26 +32,27 @@ class Batches:
     def gather(
         self,
         queries_bD: Tensor,
-        identities_b: Tensor,
-        norms_b: Tensor | None = None,
+        identities: Tensor,
+        more: Tensor | None = None,
         shares: Shares | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return queries, identities and norms of all ranks, rank by rank, bit for bit.
+        """Return queries, identities and what more a row has of all ranks, rank by rank, bit for
+        bit.
 
         Collective: one all-gather of [b + 1] rows; one more if b is larger than the last time, and
-        the first time; b is the largest share's. A row has D * itemsize + 8 bytes, and 4 more for
-        its norm.
+        the first time; b is the largest share's. A row has D * itemsize bytes, 8 for each of its
+        identities, and 4 for each number more.
 
         Args:
             queries_bD: This rank's, any dtype.
-            identities_b: int64.
-            norms_b: fp32.
+            identities: int64 [b], or [b, any], as many on every rank.
+            more: fp32, as identities.
             shares: b of every rank; ``None`` where all are equal.
 
         Returns:
             queries_BD: In the dtype of ``queries_bD``; contiguous.
-            identities_B: int64.
-            norms_B: fp32, or ``None``.
+            identities: int64 [B], or [B, any].
+            more: fp32, as identities, or ``None``.
 
         Raises:
             ValueError: If b is not the same on all ranks, or not its share, on every rank; on a
@@ -59,24 +60,26 @@ class Batches:
         """
         queries_bD = queries_bD.contiguous()
         if self._ranks.size == 1:
-            return queries_bD, identities_b, norms_b
+            return queries_bD, identities, more
         # As bytes: gloo knows no 16-bit integers, and no backend mixes two dtypes.
-        parts = [queries_bD, identities_b.unsqueeze(1)]
-        parts += [] if norms_b is None else [norms_b.unsqueeze(1)]
+        wanted = [queries_bD, identities] if more is None else [queries_bD, identities, more]
+        parts = [_as_rows(part) for part in wanted]
         row_bK = torch.cat([part.view(torch.uint8) for part in parts], dim=1)
         widths = [part.shape[1] * part.itemsize for part in parts]
-        columns = zip(torch.split(self._of_all(row_bK, shares), widths, dim=2), parts, strict=True)
-        queries_BD, *more_B1 = (_joined(column, part, shares) for column, part in columns)
-        identities_B, *norms = (more.squeeze(1) for more in more_B1)
-        return queries_BD, identities_B, norms[0] if norms else None
+        columns = zip(torch.split(self._of_all(row_bK, shares), widths, dim=2), wanted, strict=True)
+        queries_BD, identities, *others = (
+            _joined(column, part, shares) for column, part in columns
+        )
+        return queries_BD, identities, others[0] if others else None
 
-    def gather_identities(self, identities_b: Tensor, shares: Shares | None = None) -> Tensor:
-        """Return the int64 identities [B] of all ranks; collective as :meth:`gather`."""
+    def gather_identities(self, identities: Tensor, shares: Shares | None = None) -> Tensor:
+        """Return the int64 identities [B], or [B, any], of all ranks; collective as
+        :meth:`gather`."""
         if self._ranks.size == 1:
-            return identities_b
-        row_b1 = identities_b.long().unsqueeze(1)
-        row_WbK = self._of_all(row_b1.view(torch.uint8), shares)
-        return _joined(row_WbK, row_b1, shares).squeeze(1)
+            return identities
+        identities = identities.long()
+        row_WbK = self._of_all(_as_rows(identities).view(torch.uint8), shares)
+        return _joined(row_WbK, identities, shares)
 
     def _of_all(self, row_bK: Tensor, shares: Shares | None) -> Tensor:
         """Return the rows [W, b, K] of all ranks, filled up to the largest share; K >= 8."""
@@ -119,9 +122,16 @@ class Batches:
             )
 
 
+def _as_rows(value: Tensor) -> Tensor:
+    """Return numbers [b] as rows [b, 1], and rows as they are."""
+    return value.unsqueeze(1) if value.ndim == 1 else value.contiguous()
+
+
 def _joined(row_WbK: Tensor, like: Tensor, shares: Shares | None) -> Tensor:
-    """Return bytes of all ranks as the rows [B, ...] of one tensor, in the dtype of another."""
+    """Return bytes of all ranks as the rows [B, ...] of one tensor, of another's dtype and kind."""
     if shares is None or shares.equal:
-        return row_WbK.flatten(0, 1).contiguous().view(like.dtype)
-    parts = [row_WbK[rank, :size] for rank, size in enumerate(shares.sizes)]
-    return torch.cat(parts).view(like.dtype)
+        rows = row_WbK.flatten(0, 1).contiguous().view(like.dtype)
+    else:
+        parts = [row_WbK[rank, :size] for rank, size in enumerate(shares.sizes)]
+        rows = torch.cat(parts).view(like.dtype)
+    return rows.squeeze(1) if like.ndim == 1 else rows

@@ -1,7 +1,8 @@
 """What the loss of a forward pass is computed from.
 
 Shape suffixes: b = rows of this rank's batch, B = rows of the gathered batch, C = rows of the
-centers at hand, D = embedding, and in a query its bias, 1 = one for each row.
+centers at hand, D = embedding, and in a query its bias, P = pairs of a row and one of its
+positives, 1 = one for each row.
 """
 
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from partialfc.distributed.shares import Shares
 from partialfc.head.options import Compute
 from partialfc.head.plan import Path
 from partialfc.head.row_set import RowSet
+from partialfc.head.several import Labels
 from partialfc.head.tiles.workspace import Workspace
 from partialfc.margins import Margin, State
 from partialfc.numerics import operand_dtype, unit
@@ -62,7 +64,8 @@ class Batch:
         norm_B: Lengths of all embeddings; ``None`` unless the margin needs them.
         centers_CD: Class centers at hand, as they are stored.
         rows: The sampled ones.
-        target_B: Place among the sampled of the first row of each own identity, or ``NOT_LOCAL``.
+        labels: Whom the rows name.
+        target_P: Place among the sampled of the first row of each own identity, or ``NOT_LOCAL``.
         margin: What the logits are.
         state: What the margin remembers; the batch's own copy.
         step: Optimizer steps taken so far.
@@ -84,7 +87,8 @@ class Batch:
     norm_B: Tensor | None
     centers_CD: Tensor
     rows: RowSet
-    target_B: Tensor
+    labels: Labels
+    target_P: Tensor
     margin: Margin
     state: State
     step: int

@@ -97,7 +97,8 @@ def inter_class_loss(
             cosine_TB = scaled_products(key_TD, query_BD, 1.0)
             for number in range(logits.per_identity):
                 row_B = sample.target_B + number - start
-                leave_out_(cosine_TB, torch.where(target_B == NOT_LOCAL, NOT_LOCAL, row_B))
+                row_B = torch.where(target_B == NOT_LOCAL, NOT_LOCAL, row_B)
+                leave_out_(cosine_TB, row_B.unsqueeze(0))
             nearest_B, row_B = cosine_TB.max(0)
             nearer_B = nearest_B > largest_B
             largest_B = torch.where(nearer_B, nearest_B.float(), largest_B)

@@ -1,7 +1,7 @@
 """Class centers as rows of a matrix: their first values, and the own ones of a batch.
 
-Shape suffixes: B = rows of the gathered batch, C = rows of the centers at hand, K = centers of an
-identity, D = embedding.
+Shape suffixes: B = rows of the gathered batch, C = rows of the centers at hand, D = embedding, K =
+positives of a row, N = centers of an identity, P = K * B.
 """
 
 import torch
@@ -49,8 +49,8 @@ def expand(sample: Sample, per_identity: int) -> Sample:
         return sample
     rows = sample.rows
     if rows is not None:
-        every_K = torch.arange(per_identity, device=rows.device)
-        rows = (rows.unsqueeze(1) * per_identity + every_K).flatten()
+        every_N = torch.arange(per_identity, device=rows.device)
+        rows = (rows.unsqueeze(1) * per_identity + every_N).flatten()
     local_B = sample.target_B != NOT_LOCAL
     return Sample(rows, torch.where(local_B, sample.target_B * per_identity, NOT_LOCAL))
 
@@ -58,23 +58,29 @@ def expand(sample: Sample, per_identity: int) -> Sample:
 def own_centers(
     centers_CD: Tensor, sample: Sample, query_BD: Tensor, per_identity: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the center [B, D] of each row's own identity and its place in the sample [B].
+    """Return the center [P, D] of each own identity and its place in the sample [P].
 
-    Of K centers it is the nearest to the query. fp32, of any length; zero and ``NOT_LOCAL`` where
-    another rank has it.
+    Of several centers it is the nearest to the query. fp32, of any length; zero and ``NOT_LOCAL``
+    where another rank has it. P = K * B targets are the first ones of all rows, then the second.
     """
-    local_B = sample.target_B != NOT_LOCAL
+    target_P = sample.target_B
     if not len(centers_CD) or (sample.rows is not None and not len(sample.rows)):
-        return centers_CD.new_zeros(query_BD.shape, dtype=torch.float32), sample.target_B
-    every_K = torch.arange(per_identity, device=query_BD.device)
-    place_BK = sample.target_B.clamp(min=0).unsqueeze(1) + every_K
-    row_BK = place_BK if sample.rows is None else sample.rows[place_BK]
-    own_KD = take_rows(centers_CD, row_BK.flatten(), 0, row_BK.numel()).float()
+        size = len(target_P), centers_CD.shape[1]
+        return centers_CD.new_zeros(size, dtype=torch.float32), target_P
+    local_P = target_P != NOT_LOCAL
+    every_N = torch.arange(per_identity, device=query_BD.device)
+    place_PN = target_P.clamp(min=0).unsqueeze(1) + every_N
+    row_PN = place_PN if sample.rows is None else sample.rows[place_PN]
+    own_ND = take_rows(centers_CD, row_PN.flatten(), 0, row_PN.numel()).float()
     if per_identity == 1:
-        return torch.where(local_B.unsqueeze(1), own_KD, 0.0), sample.target_B
-    own_BKD = own_KD.view(*row_BK.shape, -1)
-    unit_BKD = unit(own_KD)[0].view_as(own_BKD)
-    which_B = (unit_BKD @ query_BD.float().unsqueeze(2)).squeeze(2).argmax(1)
-    every_B = torch.arange(len(which_B), device=which_B.device)
-    own_BD = torch.where(local_B.unsqueeze(1), own_BKD[every_B, which_B], 0.0)
-    return own_BD, torch.where(local_B, sample.target_B + which_B, NOT_LOCAL)
+        return torch.where(local_P.unsqueeze(1), own_ND, 0.0), target_P
+    own_PND = own_ND.view(*row_PN.shape, -1)
+    query_BD1 = query_BD.float().unsqueeze(2)
+    nearest = [
+        (unit_BND @ query_BD1).squeeze(2).argmax(1)
+        for unit_BND in torch.split(unit(own_ND)[0].view_as(own_PND), len(query_BD))
+    ]
+    which_P = torch.cat(nearest)
+    every_P = torch.arange(len(which_P), device=which_P.device)
+    own_PD = torch.where(local_P.unsqueeze(1), own_PND[every_P, which_P], 0.0)
+    return own_PD, torch.where(local_P, target_P + which_P, NOT_LOCAL)

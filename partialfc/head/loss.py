@@ -4,8 +4,8 @@
 the loss of each row and its derivatives, and what the two gradients need of all that.
 
 Shape suffixes: b = rows of this rank's batch, B = rows of the gathered batch, C = rows of the
-centers at hand, D = embedding, and in a query its bias, n = sampled rows, P = keys that a loss on
-centers pulls, 1 = one a row.
+centers at hand, D = embedding, and in a query its bias, n = sampled rows, K = positives of a row,
+P = K * B pairs of a row and one of its positives, or other keys that are pulled, 1 = one a row.
 """
 
 from collections.abc import Callable
@@ -83,16 +83,17 @@ def margin_loss(batch: Batch) -> Outcome:
     but for the gathering."""
     margin = batch.margin
     own = _own(batch)
-    state = margin.advance(batch.state, own.rows) if batch.want_gradient else batch.state
+    state = margin.advance(batch.state, own.first) if batch.want_gradient else batch.state
     if batch.want_gradient:
         positive = margin.positive(state, own.rows)
     else:
         positive = Positive(margin.logit(state, own.rows), own.rows.dot_B)
     logits = _logits(batch, own, state)
     negatives = _first_pass(batch, own, logits)
-    sums = sums_of(batch, negatives, positive, own.rows.dot_B, own.local_B)
+    sums = sums_of(batch, negatives, positive, own.rows.dot_B, own.local_P)
     push = push_of(batch, sums, logits.offset)
-    loss = push.loss_B.mean()
+    means = batch.labels.means
+    loss = means.of_rows(push.loss_B)
     terms = _center_terms(batch, own, logits)
     for weight, term in terms.values():
         loss = loss + weight * term.loss
@@ -101,51 +102,54 @@ def margin_loss(batch: Batch) -> Outcome:
         return Outcome(loss, found)
 
     learned_B = sums.sum_B if sums.sigmoid_B is None else sums.sigmoid_B
-    slope_B = torch.where(own.local_B, positive.slope_B * push.positive_B + push.even_B, 0.0)
+    even_P, positive_P = push.even_B.repeat(batch.labels.most), push.positive_KB.flatten()
+    slope_P = torch.where(own.local_P, positive.slope_B * positive_P + even_P, 0.0)
     return Outcome(
         loss,
         found,
         loss.isfinite(),
-        margin.learn(state, learned_B, sums.logit_B),
-        _kept(batch, own, positive, slope_B, logits, negatives, sums, push, terms),
-        _gradient(batch, own, slope_B, negatives, push, terms) if batch.want_pull else None,
+        margin.learn(state, learned_B, sums.logit_KB, means),
+        _kept(batch, own, positive, slope_P, logits, negatives, sums, push, terms),
+        _gradient(batch, own, slope_P, negatives, push, terms) if batch.want_pull else None,
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Own:
-    """The class center of each row's own identity.
+    """The class center of each pair.
 
     Attributes:
-        key_BD: fp32, of unit length where the margin has it so; 0 where another rank has it.
-        target_B: Its place among the sampled, or ``NOT_LOCAL``.
-        local_B: Whether this rank has it.
-        rows: What the margin may know of it.
+        key_PD: fp32, of unit length where the margin has it so; 0 where another rank has it.
+        target_P: Its place among the sampled, or ``NOT_LOCAL``.
+        local_P: Whether this rank has it.
+        rows: What the margin may know of the pairs.
+        first: The same of the rows, each with its first positive.
     """
 
-    key_BD: Tensor
-    target_B: Tensor
-    local_B: Tensor
+    key_PD: Tensor
+    target_P: Tensor
+    local_P: Tensor
     rows: Rows
+    first: Rows
 
 
 def _own(batch: Batch) -> _Own:
-    """Multiply each query and its own key, in fp32."""
-    margin = batch.margin
-    sample = Sample(batch.rows.place_n, batch.target_B)
-    key_BD, target_B = own_centers(
-        batch.centers_CD, sample, batch.query_BD, margin.centers_per_identity
-    )
-    length_B = None
+    """Multiply each query and its own keys, in fp32."""
+    margin, query_BD, norm_B, most = batch.margin, batch.query_BD, batch.norm_B, batch.labels.most
+    sample = Sample(batch.rows.place_n, batch.target_P)
+    key_PD, target_P = own_centers(batch.centers_CD, sample, query_BD, margin.centers_per_identity)
+    length_P = None
     if margin.unit_centers:
-        key_BD, _ = unit(key_BD)
+        key_PD, _ = unit(key_PD)
     else:
-        length_B = torch.linalg.vector_norm(key_BD, dim=1)
-    dot_B = (batch.query_BD.float() * key_BD).sum(1)
+        length_P = torch.linalg.vector_norm(key_PD, dim=1)
+    dot_P = (query_BD.float() * key_PD.view(most, *query_BD.shape)).sum(2).flatten()
     if margin.needs_positives:
-        dot_B = sum_over_ranks(dot_B, batch.ranks)
-    rows = Rows(dot_B, batch.norm_B, length_B, batch.step, batch.draw_key)
-    return _Own(key_BD, target_B, target_B != NOT_LOCAL, rows)
+        dot_P = sum_over_ranks(dot_P, batch.ranks)
+    first = Rows(dot_P[: len(query_BD)], norm_B, length_P, batch.step, batch.draw_key)
+    norm_P = None if norm_B is None else norm_B.repeat(most)
+    rows = replace(first, dot_B=dot_P, norm_B=norm_P)
+    return _Own(key_PD, target_P, target_P != NOT_LOCAL, rows, first)
 
 
 def _logits(batch: Batch, own: _Own, state: State) -> Logits:
@@ -156,7 +160,7 @@ def _logits(batch: Batch, own: _Own, state: State) -> Logits:
         largest=margin.largest_logit,
         compute=batch.compute,
         per_identity=margin.centers_per_identity,
-        bend=margin.bend(state, own.rows),
+        bend=margin.bend(state, own.first),
         offset=margin.offset(state),
         path=batch.path,
     )
@@ -168,7 +172,7 @@ def _first_pass(batch: Batch, own: _Own, logits: Logits) -> FirstPass:
         batch.query_BD,
         batch.centers_CD,
         batch.rows.place_n,
-        own.target_B,
+        own.target_P,
         logits,
         want_pull=batch.want_pull,
         want_key_sum=batch.margin.label_smoothing > 0,
@@ -185,14 +189,14 @@ def _center_terms(batch: Batch, own: _Own, logits: Logits) -> Terms:
     terms: Terms = {}
     if batch.center_weight:
         dim = batch.queries.unit_bD.shape[1]
-        term = center_loss(batch.query_BD, own.key_BD, own.target_B, dim, batch.ranks)
+        term = center_loss(batch.query_BD, own.key_PD, own.target_P, dim, batch.ranks)
         terms["center"] = batch.center_weight, term
     if batch.inter_class_weight:
         term = inter_class_loss(
-            own.key_BD,
-            own.target_B,
+            own.key_PD,
+            own.target_P,
             batch.centers_CD,
-            Sample(batch.rows.place_n, batch.target_B),
+            Sample(batch.rows.place_n, batch.target_P),
             logits,
             batch.workspace,
             batch.ranks,
@@ -205,28 +209,29 @@ def _kept(
     batch: Batch,
     own: _Own,
     positive: Positive,
-    slope_B: Tensor,
+    slope_P: Tensor,
     logits: Logits,
     negatives: FirstPass,
     sums: Sums,
     push: Push,
     terms: Terms,
 ) -> Kept:
-    """What pass 2 needs; ``slope_B`` is the derivative of the loss by the positive's product."""
+    """What pass 2 needs; ``slope_P`` is the derivative of the loss by the pairs' products."""
     query_BD = batch.query_BD
-    positive_B, positive_BD = slope_B, query_BD
+    positive_P, positive_BD = slope_P, query_BD
     if positive.length_slope_B is not None:
-        along_B1 = (positive.length_slope_B * push.positive_B).unsqueeze(1)
-        positive_BD = query_BD * slope_B.unsqueeze(1) + unit(own.key_BD)[0] * along_B1
-        positive_B = torch.where(own.local_B, 1.0, 0.0)
+        along_P1 = (positive.length_slope_B * push.positive_KB.flatten()).unsqueeze(1)
+        positive_BD = query_BD.repeat(batch.labels.most, 1) * slope_P.unsqueeze(1)
+        positive_BD = positive_BD + unit(own.key_PD)[0] * along_P1
+        positive_P = torch.where(own.local_P, 1.0, 0.0)
     return Kept(
         query_BD=query_BD,
         row_n=batch.rows.row_n,
-        target_B=own.target_B,
+        target_P=own.target_P,
         logits=logits,
         maximum_B=sums.maximum_B,
         negative_B=push.negative_B,
-        positive_B=positive_B,
+        positive_P=positive_P,
         positive_BD=positive_BD,
         even_D=push.even_B @ query_BD.float() if batch.margin.label_smoothing else None,
         exponentials=negatives.exponentials,
@@ -239,13 +244,16 @@ def _kept(
 
 
 def _gradient(
-    batch: Batch, own: _Own, slope_B: Tensor, negatives: FirstPass, push: Push, terms: Terms
+    batch: Batch, own: _Own, slope_P: Tensor, negatives: FirstPass, push: Push, terms: Terms
 ) -> Tensor:
     """The gradient of this rank's embeddings [b, D], times the number of ranks: one
     reduce-scatter. The pull of pass 1 is used up."""
     pull_BD, ranks, queries = negatives.pull_BD, batch.ranks, batch.queries
     assert pull_BD is not None
-    pull_BD.mul_(push.negative_B.unsqueeze(1)).addcmul_(own.key_BD, slope_B.unsqueeze(1))
+    pull_BD.mul_(push.negative_B.unsqueeze(1))
+    parts = (torch.split(part, len(pull_BD)) for part in (own.key_PD, slope_P))
+    for key_BD, slope_B in zip(*parts, strict=True):
+        pull_BD.addcmul_(key_BD, slope_B.unsqueeze(1))
     if negatives.key_sum_D is not None:
         pull_BD.addcmul_(push.even_B.unsqueeze(1), negatives.key_sum_D, value=-1)
     for weight, term in terms.values():

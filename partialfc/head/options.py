@@ -12,6 +12,8 @@ from typing import Literal, get_args
 Compute = Literal["fp32", "tf32", "bf16"]
 CenterFormat = Literal["fp32", "bf16", "fp16"]
 Where = Literal["device", "host"]
+SeveralLoss = Literal["mean", "any", "soft"]
+Without = Literal["push", "leave_out"]
 
 _KEEP_MIB = {"cpu": 256, "cuda": 2048}
 """Default of ``keep_mib`` by the type of the device."""
@@ -105,6 +107,39 @@ class Kernels:
 
     fused: bool = False
     overlap: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Several:
+    """What rows of several identities, or of none, are to the loss.
+
+    With the softmax over the negatives of a row and all of its own identities, p is:
+
+    Attributes:
+        most: K, the most identities of a row; others are filled up with -1. Every batch of the run
+            is gathered with so many. >= 1.
+        loss: ``"mean"``: the mean of -log p over the row's identities, where p of each is that
+            among the negatives and itself: the row's others are left out. ``"any"``: -log of the
+            sum of their p. ``"soft"``: -sum of weight * log p, with the weights of the batch.
+        without: What a row of no identity does. ``"push"``: the centers that it is near to and it
+            push each other off, as if it had a positive at 90 degrees that nothing moves.
+            ``"leave_out"``: nothing, and the mean over rows is that over the others.
+
+    Raises:
+        ValueError: If a value is outside its range.
+    """
+
+    most: int = 1
+    loss: SeveralLoss = "mean"
+    without: Without = "push"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.most, bool) or not isinstance(self.most, int) or self.most < 1:
+            raise ValueError(f"most must be an integer >= 1, got {self.most!r}.")
+        for name, kind in (("loss", SeveralLoss), ("without", Without)):
+            if getattr(self, name) not in get_args(kind):
+                names = ", ".join(get_args(kind))
+                raise ValueError(f"{name} must be one of {names}, got {getattr(self, name)!r}.")
 
 
 def check_fit(

@@ -6,11 +6,9 @@ https://arxiv.org/abs/2203.15565. The data flow, and where each part lives:
     (tiles) -> distributed softmax (push) -> gradients (loss, tiles) -> rows (rows)
 
 Shape suffixes: b = rows of this rank's batch, B = rows of the gathered batch, C = rows of the
-centers at hand, D = embedding.
+centers at hand, D = embedding, K = identities of a row, P = K * B.
 """
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,22 +16,27 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from partialfc.distributed.batches import Batches
 from partialfc.distributed.ranks import Ranks
 from partialfc.distributed.shares import Shares
 from partialfc.head.batch import Batch, Queries
 from partialfc.head.centers import expand, fill_initial_
-from partialfc.head.checks import refuse_batch, refuse_other_kinds
+from partialfc.head.checks import (
+    refuse_batch,
+    refuse_center_losses,
+    refuse_other_kinds,
+    refuse_several,
+)
 from partialfc.head.forgotten import Forgotten
+from partialfc.head.gathering import Gathering
 from partialfc.head.loss import MarginLoss, Outcome, margin_loss
 from partialfc.head.machine import machine_of
-from partialfc.head.options import Kernels, Memory, Precision, check_fit, check_inter_class
+from partialfc.head.options import Kernels, Memory, Precision, Several, check_fit
 from partialfc.head.plan import Plan, decide
 from partialfc.head.rows.formats import DTYPES
 from partialfc.head.rows.optimizer import RowOptimizer
 from partialfc.head.rows.rules import RowRule, RowSGD
 from partialfc.head.rows.staging import host_tensor, row_tensor
-from partialfc.head.sampling import KeyedSampler, Sample, refuse_unfixed, refuse_unknown
+from partialfc.head.sampling import KeyedSampler, Sample, refuse_unfixed
 from partialfc.head.shard import Shard, refuse_copies
 from partialfc.head.sharding import Sharding, default_canonical_shards
 from partialfc.keyed import key
@@ -56,6 +59,8 @@ class PartialFC(Shard):
         precision: Number formats of products and stored centers.
         memory: What may be kept, and where the rows lie between steps.
         kernels: What a GPU does faster at a price.
+        positives: What rows of several identities, or of none, are to the loss; ``None``: every
+            row has one.
         seed: Initial centers, negatives and rounding are functions of it and of global ids.
         center_weight: Of the mean of 1 - cos(theta) to the own center, added to the loss; >= 0.
         inter_class_weight: Of the mean cosine of the batch's centers and the nearest other sampled
@@ -67,8 +72,8 @@ class PartialFC(Shard):
         device: Where the centers live; ``None`` for torch's default device.
 
     Raises:
-        TypeError: If margin, optimizer, precision, memory or kernels is of another type.
-        ValueError: If a value is outside its range.
+        TypeError: If margin or an option is of another type.
+        ValueError: If a value is outside its range, or does not go with another.
     """
 
     def __init__(
@@ -82,6 +87,7 @@ class PartialFC(Shard):
         precision: Precision | None = None,
         memory: Memory | None = None,
         kernels: Kernels | None = None,
+        positives: Several | None = None,
         center_weight: float = 0.0,
         inter_class_weight: float = 0.0,
         seed: int = 2048,
@@ -96,29 +102,26 @@ class PartialFC(Shard):
             precision=precision,
             memory=memory,
             kernels=kernels,
+            positives=positives,
         )
         if embedding_dim < 1:
             raise ValueError(f"embedding_dim must be >= 1, got {embedding_dim}.")
         precision, memory = precision or Precision(), memory or Memory()
         kernels = kernels or Kernels()
         self.device = torch.empty(0, device=device).device
-        named = type(margin).__name__
         check_fit(
             precision,
             memory,
             kernels,
             sample_rate=sample_rate,
             unit_centers=margin.unit_centers,
-            margin=named,
+            margin=type(margin).__name__,
             device=self.device.type,
         )
-        check_inter_class(inter_class_weight, unit_centers=margin.unit_centers, margin=named)
-        for name, weight in (
-            ("center_weight", center_weight),
-            ("inter_class_weight", inter_class_weight),
-        ):
-            if not 0 <= weight < math.inf:
-                raise ValueError(f"{name} must be >= 0 and finite, got {weight}.")
+        refuse_center_losses(margin, center_weight, inter_class_weight)
+        if positives is not None:
+            refuse_several(positives, margin, max(center_weight, inter_class_weight))
+        self.several = positives
         self.ranks = Ranks.of(group)
         self.sharding = Sharding(
             num_identities=num_identities,
@@ -172,7 +175,7 @@ class PartialFC(Shard):
             overlap=kernels.overlap,
             every_row=sample_rate == 1,
         )
-        self._batches, self._steps = Batches(self.ranks), Batches(self.ranks, "steps")
+        self._gathering = Gathering(self.ranks, num_identities, positives, binary=margin.binary)
         self._forgotten, self._first = Forgotten(), True
         self.center_weight, self.inter_class_weight = center_weight, inter_class_weight
         self.terms: dict[str, Tensor] = {}
@@ -196,18 +199,18 @@ class PartialFC(Shard):
         ``optimizer.step()``.
 
         Args:
-            identities: int64 [any], this rank's, the same number on every rank.
+            identities: int64 [any] or [any, K], this rank's, as many on every rank; -1 also where
+                a weight is 0.
             shares: The numbers of all ranks where they differ.
 
         Raises:
             ValueError: If the number is another, or there is an unknown one; on a GPU, a
                 device-side assertion fails instead.
         """
-        identities_B = self._steps.gather_identities(identities, shares)
-        refuse_unknown(identities_B, self.sharding.num_identities)
+        identities_P, fraction = self._gathering.step(identities, shares)
         step = self.optimizer.steps
-        rows = expand(self.sampler(step, identities_B), self.centers_per_identity).rows
-        self._step_sample = _StepSample(step, identities_B, rows)
+        rows = expand(self.sampler(step, identities_P), self.centers_per_identity).rows
+        self._step_sample = _StepSample(step, identities_P, rows, fraction)
 
     @_disable_dynamo
     def prefetch(self, identities: Tensor, shares: Shares | None = None) -> None:
@@ -218,18 +221,23 @@ class PartialFC(Shard):
         :meth:`sample_step`.
 
         Args:
-            identities: int64 [any], this rank's of the next step, the same number on every rank.
+            identities: int64 [any] or [any, K], this rank's of the next step, as many on every
+                rank.
             shares: The numbers of all ranks where they differ.
         """
         if self.memory.uses_host:
-            identities_B = self._steps.gather_identities(identities, shares)
-            sample = self.sampler(self.optimizer.steps + 1, identities_B)
+            identities_P, _ = self._gathering.step(identities, shares)
+            sample = self.sampler(self.optimizer.steps + 1, identities_P)
             self.optimizer.prefetch(expand(sample, self.centers_per_identity).rows)
 
     # The sampler is integers on the host, and the optimizer's step is among its keys.
     @_disable_dynamo
     def forward(
-        self, embeddings: Tensor, identities: Tensor, shares: Shares | None = None
+        self,
+        embeddings: Tensor,
+        identities: Tensor,
+        shares: Shares | None = None,
+        weights: Tensor | None = None,
     ) -> Tensor:
         """Return the mean loss over the global batch, fp32, the same on all ranks.
 
@@ -238,7 +246,8 @@ class PartialFC(Shard):
         one, and one of [D] in the very first pass. One all-reduce of [B] more for logits above 64,
         and one for a margin that needs the positives first; a margin that follows the norm and
         label smoothing make the all-reduce of [2B] longer by [B] and [2B]. The losses beside the
-        softmax have their own; see :mod:`partialfc.head.center_losses`.
+        softmax have their own; see :mod:`partialfc.head.center_losses`. With K identities a row,
+        [2B] is [B + K * B], and [B] of the norm [K * B].
 
         ``embeddings.grad`` is the world size times the exact gradient, so that the mean over
         ranks that DistributedDataParallel takes is exact.
@@ -248,8 +257,11 @@ class PartialFC(Shard):
 
         Args:
             embeddings: [b, D] of this rank, any float dtype, any length; b equal on all ranks.
-            identities: int64 [b], global, in [0, C).
+            identities: int64 [b], global, in [0, C). With ``positives``, [b] or [b, K], or fewer
+                than K: -1 is none, one that is named twice counts once.
             shares: b of every rank where it is not equal. The loss is the mean over all rows still.
+            weights: >= 0, of the shape of ``identities``, for the loss ``"soft"`` and no other. A
+                weight of 0 is as no identity; those of one identity are added.
 
         It is not compiled: ``torch.compile`` leaves the head as it is.
 
@@ -258,7 +270,14 @@ class PartialFC(Shard):
                 :meth:`sample_step`; if b is not equal, or not its share; if centers are copies of
                 another rank's; if nobody calls ``optimizer.step()``.
         """
-        refuse_batch(embeddings, identities, dim=self.embedding_dim, device=self.device)
+        refuse_batch(
+            embeddings,
+            identities,
+            weights,
+            self.several,
+            dim=self.embedding_dim,
+            device=self.device,
+        )
         # The anchor makes backward reach the centers where the embeddings want no gradient.
         anchor = torch.zeros((), requires_grad=torch.is_grad_enabled())
         if anchor.requires_grad:
@@ -266,7 +285,7 @@ class PartialFC(Shard):
         with torch.autocast(embeddings.device.type, enabled=False):
             with torch.no_grad():
                 batch = self._gather(
-                    embeddings, identities, shares, want_gradient=anchor.requires_grad
+                    embeddings, identities, shares, weights, want_gradient=anchor.requires_grad
                 )
                 outcome = margin_loss(batch)
                 self._learn(outcome)
@@ -280,6 +299,7 @@ class PartialFC(Shard):
         embeddings: Tensor,
         identities: Tensor,
         shares: Shares | None,
+        weights: Tensor | None,
         *,
         want_gradient: bool,
     ) -> Batch:
@@ -293,21 +313,23 @@ class PartialFC(Shard):
         state = {name: value.clone() for name, value in self.margin_state().items()}
         queries = Queries.of(embeddings, margin, state, self.compute)
         norms_b = queries.norm_b if margin.needs_norms else None
-        query_BD, identities_B, norm_B = self._batches.gather(
-            queries.query_bD, identities, norms_b, shares
+        fixed = self._fixed()
+        fraction = None if fixed is None else fixed.fraction
+        gathered = self._gathering.batch(
+            queries.query_bD, identities, weights, norms_b, shares, fraction
         )
-        refuse_unknown(identities_B, self.sharding.num_identities)
-        sample = self.sample(identities_B)
+        sample = self.sample(gathered.identities_P)
         optimizer.catch_up(sample.rows)
         centers_CD, rows = optimizer.open(sample.rows)
         steps, part = optimizer.steps, optimizer.micro_batches
         return Batch(
             queries=queries,
-            query_BD=query_BD,
-            norm_B=norm_B,
+            query_BD=gathered.query_BD,
+            norm_B=gathered.norm_B,
             centers_CD=centers_CD,
             rows=rows,
-            target_B=sample.target_B,
+            labels=gathered.labels,
+            target_P=sample.target_B,
             margin=margin,
             state=state,
             step=steps,
@@ -331,48 +353,21 @@ class PartialFC(Shard):
             for name, value in self.margin_state().items():
                 value.copy_(torch.where(outcome.finite, outcome.state[name], value))
 
-    def get_extra_state(self) -> dict[str, int]:
-        """What ``load_state_dict`` checks: centers fit only the rank they were cut for."""
-        return {"first": self.owned.start, "identities": self.sharding.num_identities}
-
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        """Refuse the centers of another rank or another head."""
-        if state != self.get_extra_state():
-            raise ValueError(
-                f"these centers were saved for {state}, this rank holds {self.get_extra_state()}; "
-                "load a checkpoint of partialfc.checkpoint to change the number of ranks."
-            )
-
-    def margin_state(self) -> dict[str, Tensor]:
-        """What the margin remembers, by name; the same on all ranks."""
-        return {
-            name.removeprefix("margin_"): value
-            for name, value in self.named_buffers(recurse=False)
-            if name.startswith("margin_")
-        }
-
-    def shared_state(self) -> dict[str, Tensor]:
-        """All state that is no row's and the same on all ranks, for a checkpoint."""
-        margin = {f"margin_{name}": value for name, value in self.margin_state().items()}
-        return {**self.optimizer.shared_state(), **margin}
-
-    def load_shared_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what :meth:`shared_state` returned."""
-        self.optimizer.load_shared_state(state)
-        for name, value in self.margin_state().items():
-            value.copy_(state[f"margin_{name}"])
-
-    def sample(self, identities_B: Tensor) -> Sample:
+    def sample(self, identities_P: Tensor) -> Sample:
         """Return the sampled rows of this step, and the first row of each positive's identity."""
-        fixed = self._step_sample
-        if fixed is None or fixed.step != self.optimizer.steps:
-            sample = self.sampler(self.optimizer.steps, identities_B)
+        fixed = self._fixed()
+        if fixed is None:
+            sample = self.sampler(self.optimizer.steps, identities_P)
             return expand(sample, self.centers_per_identity)
-        refuse_unfixed(identities_B, fixed.identities_B)
+        refuse_unfixed(identities_P, fixed.identities_P)
         # The set of positives is that of the step, so the rows are; the targets are this batch's.
-        known_B = torch.cat([fixed.identities_B, identities_B])
-        every = expand(self.sampler(fixed.step, known_B), self.centers_per_identity)
-        return Sample(fixed.rows, every.target_B[len(fixed.identities_B) :])
+        known_P = torch.cat([fixed.identities_P, identities_P])
+        every = expand(self.sampler(fixed.step, known_P), self.centers_per_identity)
+        return Sample(fixed.rows, every.target_B[len(fixed.identities_P) :])
+
+    def _fixed(self) -> "_StepSample | None":
+        fixed = self._step_sample
+        return None if fixed is None or fixed.step != self.optimizer.steps else fixed
 
     def _decide(self, rule: RowRule, *, fused: bool) -> Plan:
         """Return which code computes this head; refuse the fused kernels where they cannot."""
@@ -382,6 +377,7 @@ class PartialFC(Shard):
             unit_centers=self.margin.unit_centers,
             centers_per_identity=self.margin.centers_per_identity,
             binary=self.margin.binary,
+            positives=1 if self.several is None else self.several.most,
             sgd=type(rule) is RowSGD,  # a kernel knows nothing of a subclass's update
             compute=self.compute,
             fused=fused,
@@ -395,5 +391,6 @@ class _StepSample:
     """A sample that several micro-batches share."""
 
     step: int
-    identities_B: Tensor
+    identities_P: Tensor
     rows: Tensor | None
+    fraction: Tensor | None

@@ -69,6 +69,7 @@ def decide(
     sgd: bool,
     compute: str,
     fused: bool,
+    positives: int = 1,
 ) -> Plan:
     """Return how a head is computed; the path is ``"fused"`` only if ``fused`` and possible.
 
@@ -81,6 +82,7 @@ def decide(
         sgd: Whether the rule of the rows is SGD.
         compute: Precision of the matrix products.
         fused: Whether the fused kernels are asked for.
+        positives: Most identities of a row.
     """
     known = machine or Machine("cuda", True, _HOPPER)
     row_kernel = known.has_kernels and sgd and unit_centers
@@ -93,6 +95,8 @@ def decide(
         reason = f'they multiply in bf16, and compute is "{compute}"'
     elif not unit_centers or centers_per_identity > 1 or binary:
         reason = "they know a softmax over unit centers, one an identity"
+    elif positives > 1:
+        reason = f"they know one positive a row, and positives.most is {positives}"
     elif dim > LARGEST_DIM:
         reason = f"they hold embeddings of up to {LARGEST_DIM} elements, not {dim}"
     elif not sgd:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from partialfc import keyed as permutation
 from partialfc.head.plan import Path
+from partialfc.head.several import NONE
 from partialfc.head.sharding import Sharding
 from partialfc.head.tiles.dispatch import steps_of
 from partialfc.keyed import key, keys
@@ -79,7 +80,7 @@ class KeyedSampler:
 
         Args:
             step: Optimizer steps taken so far.
-            identities_B: int64 global identities, in [0, C), the same on every rank.
+            identities_B: int64 global identities, in [0, C), the same on every rank; -1 is none.
         """
         local_B = identities_B - self.owned.start
         is_local_B = (local_B >= 0) & (local_B < len(self.owned))
@@ -147,19 +148,25 @@ class KeyedSampler:
         return torch.from_numpy(walk(*arrays, largest=self._largest))
 
 
-def refuse_unknown(identities_B: Tensor, num_identities: int) -> None:
+def refuse_unknown(identities: Tensor, num_identities: int, *, none: bool = False) -> None:
     """Refuse an identity outside [0, C): all ranks see the same ones, so all refuse together.
+
+    Args:
+        identities: int64, of one a row or several.
+        num_identities: C.
+        none: Whether -1 may be in the place of one.
 
     Raises:
         ValueError: If there is one; on a GPU, a device-side assertion fails instead.
     """
-    unknown_B = (identities_B < 0) | (identities_B >= num_identities)
-    if unknown_B.device.type != "cpu":
-        torch._assert_async(~unknown_B.any(), f"an identity is not in [0, {num_identities})")
-    elif unknown_B.any():
-        where = int(unknown_B.nonzero()[0])
+    unknown = (identities < (NONE if none else 0)) | (identities >= num_identities)
+    if unknown.device.type != "cpu":
+        torch._assert_async(~unknown.any(), f"an identity is not in [0, {num_identities})")
+    elif unknown.any():
+        where, found = int(unknown.nonzero()[0][0]), int(identities[unknown][0])
+        also = ", or -1 for none" if none else ""
         raise ValueError(
-            f"identities must be in [0, {num_identities}), got {int(identities_B[where])} at "
+            f"identities must be in [0, {num_identities}){also}, got {found} at "
             f"position {where} of the global batch; num_identities of the head must cover the data."
         )
 
@@ -168,7 +175,7 @@ def refuse_unfixed(identities_B: Tensor, fixed_P: Tensor) -> None:
     """Refuse an identity that the sample of the step was not fixed for: it has no target.
 
     Args:
-        identities_B: int64 identities of a micro-batch.
+        identities_B: int64 identities of a micro-batch; -1 is none.
         fixed_P: int64 identities that the sample was fixed for.
 
     Raises:
@@ -176,7 +183,7 @@ def refuse_unfixed(identities_B: Tensor, fixed_P: Tensor) -> None:
     """
     fixed_P = fixed_P.sort().values
     place_B = torch.searchsorted(fixed_P, identities_B).clamp(max=len(fixed_P) - 1)
-    unfixed_B = fixed_P[place_B] != identities_B
+    unfixed_B = (fixed_P[place_B] != identities_B) & (identities_B >= 0)
     if unfixed_B.device.type != "cpu":
         torch._assert_async(~unfixed_B.any(), "an identity was not given to sample_step")
     elif unfixed_B.any():

@@ -3,7 +3,7 @@
 Shape suffixes: C = rows of a rank's centers, D = their elements, W = ranks.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from partialfc.distributed.ranks import Ranks, gather_rows
 from partialfc.head.rows.optimizer import RowOptimizer
+from partialfc.head.sharding import Sharding
 
 
 class Shard(nn.Module):
@@ -26,6 +27,10 @@ class Shard(nn.Module):
     """Of the centers."""
     device: torch.device
     """Where they are needed."""
+    sharding: Sharding
+    """The cut of the identities."""
+    owned: range
+    """Identities of this rank."""
 
     @property
     def centers(self) -> nn.Parameter:
@@ -33,6 +38,37 @@ class Shard(nn.Module):
         ``optimizer`` alone. fp16 rows are in units of their scale. A margin may want several rows
         for an identity, which follow one another, or a bias, which is one element more."""
         return self.optimizer.centers
+
+    def get_extra_state(self) -> dict[str, int]:
+        """What ``load_state_dict`` checks: centers fit only the rank they were cut for."""
+        return {"first": self.owned.start, "identities": self.sharding.num_identities}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        """Refuse the centers of another rank or another head."""
+        if state != self.get_extra_state():
+            raise ValueError(
+                f"these centers were saved for {state}, this rank holds {self.get_extra_state()}; "
+                "load a checkpoint of partialfc.checkpoint to change the number of ranks."
+            )
+
+    def margin_state(self) -> dict[str, Tensor]:
+        """What the margin remembers, by name; the same on all ranks."""
+        return {
+            name.removeprefix("margin_"): value
+            for name, value in self.named_buffers(recurse=False)
+            if name.startswith("margin_")
+        }
+
+    def shared_state(self) -> dict[str, Tensor]:
+        """All state that is no row's and the same on all ranks, for a checkpoint."""
+        margin = {f"margin_{name}": value for name, value in self.margin_state().items()}
+        return {**self.optimizer.shared_state(), **margin}
+
+    def load_shared_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what :meth:`shared_state` returned."""
+        self.optimizer.load_shared_state(state)
+        for name, value in self.margin_state().items():
+            value.copy_(state[f"margin_{name}"])
 
     def __getstate__(self) -> NoReturn:
         raise TypeError(

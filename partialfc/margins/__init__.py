@@ -6,7 +6,7 @@ Names, ranges and defaults are in :mod:`partialfc.definitions.margins`.
 
 from partialfc.definitions import margins as definitions
 from partialfc.definitions.margins import Gradient
-from partialfc.margins.base import Bend, Margin, Positive, Rows, State
+from partialfc.margins.base import Bend, Margin, Positive, RowMeans, Rows, State
 from partialfc.margins.binary import UniFace
 from partialfc.margins.by_norm import AdaFace, MagFace
 from partialfc.margins.fixed import ArcFace, CombinedMargin, CosFace
@@ -39,6 +39,7 @@ __all__ = [
     "ModifiedSoftmax",
     "NormalizedSoftmax",
     "Positive",
+    "RowMeans",
     "Rows",
     "Softmax",
     "SphereFace",

@@ -2,10 +2,11 @@
 
 The head computes products of queries and keys in tiles: a query is an embedding, a key a class
 center, each as it is or with unit length. A negative's logit is that product times ``scale``; the
-logit of the one positive of a row is the margin's own, and a few margins bend negatives too.
+logit of a positive is the margin's own, and a few margins bend negatives too. A row has one
+positive, or several that are asked for one by one, as if each had the row to itself.
 
-Shape suffixes: b = rows of this rank's batch, B = rows of the gathered batch, 3 = coefficients of a
-bend.
+Shape suffixes: b = rows of this rank's batch, B = rows of the gathered batch, K = positives of a
+row, 3 = coefficients of a bend.
 """
 
 import math
@@ -75,6 +76,48 @@ class Bend:
     coefficient_3: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class RowMeans:
+    """The means that a loss is made of: over the positives of a row, and over rows.
+
+    Attributes:
+        share_KB: fp32 weight of each positive in its row, 0 where there is none; ``None``: one
+            positive a row, of weight 1.
+        present_KB: Whether there is one; ``None``: everywhere.
+        counted_B: fp32 1 where a row counts, otherwise 0; ``None``: all do.
+        rows: How many count; a fp32 scalar where some do not.
+    """
+
+    share_KB: Tensor | None
+    present_KB: Tensor | None
+    counted_B: Tensor | None
+    rows: int | Tensor
+
+    def shared(self, value_KB: Tensor) -> Tensor:
+        """Return values of positives times their weights [K, B]."""
+        return value_KB if self.share_KB is None else value_KB * self.share_KB
+
+    def of_positives(self, value_KB: Tensor) -> Tensor:
+        """Return the mean over the positives of each row [B], 0 where there is none."""
+        return value_KB.squeeze(0) if self.share_KB is None else self.shared(value_KB).sum(0)
+
+    def of_rows(self, value_B: Tensor) -> Tensor:
+        """Return the mean over the rows that count, a scalar."""
+        if self.counted_B is None:
+            return value_B.mean()
+        return self.counted(value_B).sum() / self.rows
+
+    def counted(self, value_B: Tensor) -> Tensor:
+        """Return values of rows [B], 0 where a row does not count."""
+        return value_B if self.counted_B is None else value_B * self.counted_B
+
+    def marked(self, value_KB: Tensor) -> Tensor:
+        """Return the values with NaN where there is no positive."""
+        if self.present_KB is None:
+            return value_KB
+        return torch.where(self.present_KB, value_KB, torch.nan)
+
+
 class Margin(definitions.Margin, ABC):
     """A definition with its mathematics: a subclass of both says what it takes and what it does."""
 
@@ -106,7 +149,9 @@ class Margin(definitions.Margin, ABC):
         """Return the state of this forward pass, from that of the last one and its rows."""
         return dict(state)
 
-    def learn(self, state: State, sum_B: Tensor, logit_B: Tensor) -> dict[str, Tensor]:
+    def learn(
+        self, state: State, sum_B: Tensor, logit_KB: Tensor, means: RowMeans
+    ) -> dict[str, Tensor]:
         """Return the state for the next forward pass.
 
         Args:
@@ -114,7 +159,8 @@ class Margin(definitions.Margin, ABC):
             sum_B: Sum of exp(logit) over the sampled negatives of all ranks; of
                 exp(logit - row maximum) where ``largest_logit`` is above 64; of
                 sigmoid(logit - offset) where there is an offset.
-            logit_B: The positives' logits.
+            logit_KB: The positives' logits, 0 where there is none.
+            means: Over positives and rows.
         """
         return dict(state)
 

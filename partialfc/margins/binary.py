@@ -1,6 +1,6 @@
 """Every pair of an image and a class center as a question of its own, with one threshold for all.
 
-Shape suffix: B = rows of the gathered batch.
+Shape suffixes: B = rows of the gathered batch, K = positives of a row.
 """
 
 import math
@@ -8,7 +8,7 @@ import math
 from torch import Tensor
 
 from partialfc.definitions import margins as definitions
-from partialfc.margins.base import Margin, Rows, State
+from partialfc.margins.base import Margin, RowMeans, Rows, State
 
 _LARGEST_MOVE = 1.0
 """Most that the threshold moves in a forward pass, in logits: the negatives of a run's first steps
@@ -32,9 +32,12 @@ class UniFace(definitions.UniFace, Margin):
         """See :meth:`Margin.offset`."""
         return state["bias"]
 
-    def learn(self, state: State, sum_B: Tensor, logit_B: Tensor) -> dict[str, Tensor]:
+    def learn(
+        self, state: State, sum_B: Tensor, logit_KB: Tensor, means: RowMeans
+    ) -> dict[str, Tensor]:
         """See :meth:`Margin.learn`."""
-        slope = ((state["bias"] - logit_B).sigmoid() - sum_B).mean()
+        short_B = means.of_positives((state["bias"] - logit_KB).sigmoid())
+        slope = means.of_rows(short_B - sum_B)
         move = (self.bias_rate * slope).clamp(-_LARGEST_MOVE, _LARGEST_MOVE)
         return {"bias": state["bias"] - move}
 

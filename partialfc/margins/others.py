@@ -1,6 +1,7 @@
 """A margin drawn at random, a scale that follows the run, and several centers for an identity.
 
-Shape suffixes: b = rows of this rank's batch, B = rows of the gathered batch.
+Shape suffixes: b = rows of this rank's batch, B = rows of the gathered batch, K = positives of a
+row.
 """
 
 import math
@@ -15,6 +16,7 @@ from partialfc.margins.angles import cosine_with_margin
 from partialfc.margins.base import (
     Margin,
     Positive,
+    RowMeans,
     Rows,
     State,
     straight_through,
@@ -76,11 +78,14 @@ class AdaCos(definitions.AdaCos, Plain):
         """Return s: queries have that length, so the product is the logit."""
         return state["scale"]
 
-    def learn(self, state: State, sum_B: Tensor, logit_B: Tensor) -> dict[str, Tensor]:
+    def learn(
+        self, state: State, sum_B: Tensor, logit_KB: Tensor, means: RowMeans
+    ) -> dict[str, Tensor]:
         """See :meth:`Margin.learn`."""
-        theta_B = (logit_B / state["scale"]).clamp(-1, 1).acos()
-        median = theta_B.median().clamp(max=math.pi / 4)
-        return {"scale": (sum_B.mean().log() / median.cos()).clamp(1.0, _LARGEST_SCALE)}
+        theta_KB = (means.marked(logit_KB) / state["scale"]).clamp(-1, 1).acos()
+        median = theta_KB.nanmedian().clamp(max=math.pi / 4)
+        scale = (means.of_rows(sum_B).log() / median.cos()).clamp(1.0, _LARGEST_SCALE)
+        return {"scale": torch.where(median.isnan(), state["scale"], scale)}
 
 
 class SubCenterArcFace(definitions.SubCenterArcFace, Margin):

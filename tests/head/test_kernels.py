@@ -15,7 +15,7 @@ from functools import cache
 import pytest
 import torch
 
-from partialfc import ArcFace, RowSGD
+from partialfc import ArcFace, RowSGD, Several, SubCenterArcFace
 from partialfc.head.rows.catch_up import Moves
 from partialfc.head.rows.formats import DTYPES, FORMATS, SCALED, decode, encode
 from partialfc.keyed import key, permute, unpermute
@@ -156,7 +156,7 @@ def test_exponentials_and_their_sums(launch, logit, dtype, shifted, bend, shape)
     exp_TB, after = launch(
         "exponentials",
         logit_TB=logit_TB,
-        column_B=column_B,
+        column_KB=column_B.unsqueeze(0),
         bend=bend,
         shift_B=shift_B,
         sum_B=before_B,
@@ -171,9 +171,35 @@ def test_exponentials_and_their_sums(launch, logit, dtype, shifted, bend, shape)
     assert torch.equal(after["logit_TB"], exp_TB if in_place else logit_TB)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bend", BENDS)
+def test_several_positives_of_a_column_are_left_out(launch, bend, dtype):
+    """One inside at the edge that others outside of the tile fall on: the last or the first row."""
+    logit_TB, _ = exponential_case(rows=130, columns=40)
+    generator = torch.Generator().manual_seed(3)
+    column_KB = torch.randint(-130, 260, (5, 40), generator=generator)
+    column_KB[:, 0] = torch.tensor([129, 500, 0, -1, -3])
+    column_KB[:, 1] = torch.tensor([500, 129, -1, 0, 129])
+    column_KB[:, 2] = -1
+    exp_TB, after = launch(
+        "exponentials",
+        logit_TB=logit_TB,
+        column_KB=column_KB,
+        bend=bend_of(bend, 40),
+        shift_B=None,
+        sum_B=torch.zeros(40),
+        dtype=dtype,
+    )
+    truth_TB, sum_B = exponential_truth(logit_TB, column_KB, bend_of(bend, 40), None)
+    error = 1e-5 if dtype == torch.float32 else bf16_error(launch) + 1e-5
+    torch.testing.assert_close(exp_TB.double(), truth_TB, rtol=error, atol=1e-12)
+    torch.testing.assert_close(after["sum_B"].double(), sum_B, rtol=1e-5, atol=0)
+
+
 def test_exponentials_without_sums_are_the_same(launch):
     logit_TB, column_B = exponential_case()
-    case = {"logit_TB": logit_TB, "column_B": column_B, "shift_B": None, "dtype": torch.float32}
+    case = {"logit_TB": logit_TB, "column_KB": column_B.unsqueeze(0), "shift_B": None}
+    case["dtype"] = torch.float32
     case["bend"] = bend_of("curricular", 140)
     with_sums, _ = launch("exponentials", sum_B=torch.zeros(140), **case)
     without, _ = launch("exponentials", sum_B=None, **case)
@@ -190,7 +216,7 @@ def test_a_nan_logit_shows_in_the_sum_of_its_column_only(launch, bend):
     exp_TB, after = launch(
         "exponentials",
         logit_TB=logit_TB,
-        column_B=column_B,
+        column_KB=column_B.unsqueeze(0),
         bend=bend_of(bend, 140),
         shift_B=None,
         sum_B=torch.zeros(140),
@@ -243,9 +269,9 @@ def sgd_case(centers="bf16", momentum="no", embedding="fp32", dim=50, rows=7, sa
         "stop": start + rows,
         "gradient_TD": normal(rows, dim),
         "first_N": torch.cat([torch.zeros(1, dtype=torch.int64), count_n.cumsum(0)]),
-        "order_P": place_P.argsort(stable=True),
+        "row_P": place_P.argsort(stable=True),
         "slope_P": normal(positives),
-        "embedding_PD": normal(positives, dim).to(DTYPES[embedding]),
+        "embedding_BD": normal(positives, dim).to(DTYPES[embedding]),
         "lr": 0.1,
         "weight_decay": 5e-4,
         "momentum": 0.9,
@@ -272,10 +298,11 @@ def sgd_truth(case, dtype):
     w_TD = stored("centers_CD", "center_scale_C1")
     old_TD = stored("momentum_CD", "momentum_scale_C1")
     g_TD = case["gradient_TD"].to(dtype)
-    first, order_P = case["first_N"], case["order_P"]
+    first = case["first_N"]
     for t, i in enumerate(range(case["start"], case["stop"])):
-        for p in order_P[first[i] : first[i + 1]]:
-            g_TD[t] += case["slope_P"][p].to(dtype) * case["embedding_PD"][p].to(dtype)
+        for p in range(first[i], first[i + 1]):
+            embedding_D = case["embedding_BD"][case["row_P"][p]]
+            g_TD[t] += case["slope_P"][p].to(dtype) * embedding_D.to(dtype)
     norm_T1 = w_TD.norm(dim=1, keepdim=True)
     r_T1 = torch.where(norm_T1 > 1e-10, 1 / norm_T1, 0)
     unit_TD = w_TD * r_T1
@@ -473,7 +500,7 @@ def test_rounding_is_unbiased_where_an_update_is_smaller_than_half_a_step(launch
         case.update(momentum_CD=torch.zeros(rows, dim, dtype=torch.int8))
         case.update(momentum_scale_C1=torch.zeros(rows, 1))
     case.update(rows_n=None, start=0, stop=rows, gradient_TD=torch.zeros(rows, dim))
-    case.update(embedding_PD=torch.zeros(1, dim), first_N=torch.zeros(rows + 1, dtype=torch.int64))
+    case.update(embedding_BD=torch.zeros(1, dim), first_N=torch.zeros(rows + 1, dtype=torch.int64))
     after = run_sgd(launch, case)
     stored_TD, scale_T1 = written(after, "momentum_CD" if name == "int8" else "centers_CD")
     assert (scale_T1 is not None) == (name in SCALED)
@@ -624,7 +651,7 @@ def test_permute_gives_the_integers_of_permutation(launch, largest, count, inver
 # --- the head, through the kernels -------------------------------------------------------------
 
 
-def _trained(device, forced, margin, compute, center_format, rule):
+def _trained(device, forced, margin, compute, center_format, rule, most=1):
     """Three steps over several tiles: losses, the last gradient, centers and momentum."""
     with small_tiles(kernels=forced, rows=16):
         head = flat_head(
@@ -635,16 +662,20 @@ def _trained(device, forced, margin, compute, center_format, rule):
             optimizer=rule,
             compute=compute,
             center_format=center_format,
+            positives=None if most == 1 else Several(most=most),
             device=device,
         )
-        start = torch.randn(100, 20, generator=torch.Generator().manual_seed(5)) * 0.01
+        start = (
+            torch.randn(len(head.centers), 20, generator=torch.Generator().manual_seed(5)) * 0.01
+        )
         head.centers.data.copy_(start)
         losses = []
         for step in range(3):
             generator = torch.Generator().manual_seed(step)
             embeddings = torch.randn(24, 20, generator=generator).to(device).requires_grad_()
-            labels = torch.randint(0, 60, (24,), generator=generator).to(device)
-            loss = head(embeddings, labels)
+            size = (24,) if most == 1 else (24, most)
+            labels = torch.randint(0 if most == 1 else -1, 60, size, generator=generator)
+            loss = head(embeddings, labels.to(device))
             loss.backward()
             head.optimizer.step()
             losses.append(loss.item())
@@ -690,6 +721,20 @@ def test_a_head_on_kernels_trains_as_one_on_torch(
         assert error < (1e-4 if plain else 2e-2)
 
 
+@pytest.mark.parametrize(
+    "margin", [ArcFace(), ArcFace(scale=128, inter_class_filter=0.1), SubCenterArcFace()], ids=str
+)
+def test_several_positives_on_kernels_train_as_on_torch(launch, margin):
+    arguments = (margin, "fp32", "fp32", RowSGD(lr=0.1), 3)
+    there, here = (
+        launch.run(_trained, launch.device, True, *arguments),
+        _trained("cpu", False, *arguments),
+    )
+    assert there[0] == pytest.approx(here[0], rel=1e-5)
+    for mine, theirs in zip(there[1:], here[1:], strict=True):
+        assert (mine - theirs).norm() / theirs.norm() < 1e-4
+
+
 # --- compiled for Hopper, without a GPU --------------------------------------------------------
 
 
@@ -724,7 +769,7 @@ print(len(set(map(id, compiled))), len(compiled), compiled[0].asm["ptx"].count("
 compiled.clear()
 for i in (1, 16, 33):
     logit_TB = torch.zeros(i, 64)
-    exponentials(logit_TB, torch.zeros(64, dtype=torch.int64), bend=None, shift_B=None,
+    exponentials(logit_TB, torch.zeros(1, 64, dtype=torch.int64), bend=None, shift_B=None,
                  sum_B=None, dtype=torch.bfloat16)
 print(len(set(map(id, compiled))), len(compiled))
 compiled.clear()

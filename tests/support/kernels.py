@@ -70,7 +70,7 @@ def kernel(name):
 
 def sgd_(**case):
     """The launch wrapper with the tensors of a case in its groups."""
-    positives = (case[name] for name in ("order_P", "order_P", "slope_P", "embedding_PD"))
+    positives = (case[name] for name in ("row_P", "row_P", "slope_P", "embedding_BD"))
     rates = (case[name] for name in ("lr", "weight_decay", "momentum"))
     keys = RoundingKeys(case["center_key"], case["momentum_key"])
     importlib.import_module("partialfc.head.rows.kernels").sgd_(
@@ -131,10 +131,11 @@ def bend_of(name, columns):
     return Bend(torch.linspace(-5, 12, columns), torch.tensor(BENDS[name], dtype=torch.float32))
 
 
-def exponential_truth(logit_TB, column_B, bend, shift_B):
-    """Values and sums in fp64."""
+def exponential_truth(logit_TB, column, bend, shift_B):
+    """Values and sums in fp64; positives [B] or [K, B]."""
     logit_TB = logit_TB.double()
-    is_positive_TB = torch.arange(len(logit_TB)).unsqueeze(1) == column_B
+    column_KB = column.view(-1, logit_TB.shape[1])
+    is_positive_TB = (torch.arange(len(logit_TB)).view(-1, 1, 1) == column_KB).any(1)
     slope_TB = torch.ones_like(logit_TB)
     if bend is not None:
         constant, linear, quadratic = bend.coefficient_3.double()

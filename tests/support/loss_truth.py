@@ -48,19 +48,7 @@ def loss_of(
         sampled = torch.arange(len(centers) // per_identity)
     own = F.one_hot(torch.searchsorted(sampled, identities), len(sampled)).bool()
     norm = embeddings.norm(dim=1)
-    if name == "Softmax":
-        logits = product(embeddings, centers[sampled, :-1]) + centers[sampled, -1]
-    elif name == "LSoftmax":
-        weight = centers[sampled]
-        cosine = product(F.normalize(embeddings), F.normalize(weight))
-        logits = cosine * norm[:, None] * weight.norm(dim=1)
-        folded = annealed(margin, cosine) * norm[:, None] * weight.norm(dim=1)
-        logits = torch.where(own, folded, logits)
-    else:
-        rows = (sampled[:, None] * per_identity + torch.arange(per_identity)).flatten()
-        cosine = product(F.normalize(embeddings), F.normalize(centers[rows]))
-        cosine = cosine.view(len(cosine), len(sampled), per_identity).amax(2)
-        logits = cosine_logits(margin, name, cosine, norm, own, state, noise)
+    logits = logits_of(margin, embeddings, centers, own, sampled, state, noise, product)
     if name == "UniFace":
         bias = state["bias"]
         each = torch.where(own, F.softplus(bias - logits), F.softplus(logits - bias))
@@ -72,6 +60,24 @@ def loss_of(
         bounded = norm.clamp(margin.smallest_norm, margin.largest_norm)
         loss = loss + margin.norm_weight * (bounded / margin.largest_norm**2 + 1 / bounded)
     return loss.mean()
+
+
+def logits_of(margin, embeddings, centers, own, sampled, state, noise, product=exact_product):
+    """The logits [B, n] of the sampled identities, with the margin where ``own`` is true."""
+    name, norm = type(margin).__name__, embeddings.norm(dim=1)
+    per_identity = getattr(margin, "sub_centers", 1)
+    if name == "Softmax":
+        return product(embeddings, centers[sampled, :-1]) + centers[sampled, -1]
+    if name == "LSoftmax":
+        weight = centers[sampled]
+        cosine = product(F.normalize(embeddings), F.normalize(weight))
+        logits = cosine * norm[:, None] * weight.norm(dim=1)
+        folded = annealed(margin, cosine) * norm[:, None] * weight.norm(dim=1)
+        return torch.where(own, folded, logits)
+    rows = (sampled[:, None] * per_identity + torch.arange(per_identity)).flatten()
+    cosine = product(F.normalize(embeddings), F.normalize(centers[rows]))
+    cosine = cosine.view(len(cosine), len(sampled), per_identity).amax(2)
+    return cosine_logits(margin, name, cosine, norm, own, state, noise)
 
 
 def cosine_logits(margin, name, cosine, norm, own, state, noise):

@@ -23,7 +23,7 @@ from tests.support.ranks import run_on_ranks
 from tools.bench import head as bench
 from tools.bench import scale
 from tools.bench._head import processes
-from tools.bench._head.measure import Case, build
+from tools.bench._head.measure import Case, batch_of, build
 from tools.bench._head.plot import plot
 from tools.bench._head.turns import Turns
 
@@ -421,3 +421,25 @@ def test_markers_of_the_picture_tell_dimensions_and_ranks_apart(monkeypatch):
         assert len(looks) == 4
         assert "log scale" in axes.get_xlabel()
         assert "log scale" in axes.get_title(loc="left")
+
+
+def test_rows_of_several_identities_are_measured_beside_one_and_a_pass_for_each():
+    """One identity is the head of the other rows, bit for bit; --positives names what is asked."""
+    words = ["--positives", "1,4", "--classes", "500", "--batch", "16", "--dim", "16"]
+    (case,) = bench._cases(bench._parser().parse_args(words), 1)
+    assert case.heads == ("K=1", "K=4", "K=4 in turn")
+    embeddings, identities = batch_of(case, 0, torch.device("cpu"))
+    losses, kept = {}, {}
+    for name in ("ours", *case.heads):
+        head, step = build(name, case, torch.device("cpu"))
+        kept[name] = []
+        remember = head.optimizer.add_micro_batch
+        head.optimizer.add_micro_batch = lambda *parts, to=kept[name], by=remember: (
+            to.append(len(parts[0].target_P)),
+            by(*parts),
+        )
+        losses[name] = float(step(embeddings.clone().requires_grad_(), identities))
+    assert losses["K=1"] == losses["ours"] != losses["K=4"]
+    assert kept == {"ours": [16], "K=1": [16], "K=4": [64], "K=4 in turn": [16] * 4}
+    with pytest.raises(SystemExit, match="must be numbers >= 1"):
+        bench._cases(bench._parser().parse_args(["--positives", "1,x"]), 1)

@@ -187,7 +187,7 @@ def _exponentials(logit: str, exp: str, bend: str, shift: str, sums: str, column
     def call() -> object:
         return kernels.exponentials(
             torch.empty(16, columns, dtype=DTYPES[logit]),
-            torch.zeros(columns, dtype=torch.int64),
+            torch.zeros(1, columns, dtype=torch.int64),
             bend=Bend(torch.zeros(columns), torch.zeros(3)) if bend == "y" else None,
             shift_B=torch.zeros(columns) if shift == "y" else None,
             sum_B=torch.zeros(columns) if sums == "y" else None,
@@ -272,11 +272,11 @@ def _update(
         one = Kept(
             query_BD=bf16,
             row_n=number_B,
-            target_B=number_B,
+            target_P=number_B,
             logits=Logits(64.0, unit=True, largest=64.0, compute="bf16", bend=_bend(bend)),
             maximum_B=torch.zeros(64) if maximum == "y" else None,
             negative_B=torch.zeros(64),
-            positive_B=torch.zeros(64),
+            positive_P=torch.zeros(64),
             positive_BD=bf16,
             even_D=None if part == "only" else torch.zeros(dim),
             exponentials=[],

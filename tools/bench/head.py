@@ -2,13 +2,15 @@
 
     python tools/bench/head.py --classes 100000 --batch 128 --rate 1,0.1 --json OUT.json
     python tools/bench/head.py --margins all --json OUT.json
+    python tools/bench/head.py --positives 1,8 --rate 1,0.1 --json OUT.json
     python tools/bench/head.py --plot OUT.png --from a.json b.json
 
 A row is one full step: forward, backward to the embeddings' gradient, update of the centers; "3
 GEMMs" are the matrix products of such a step alone, in caches, timed in the same turns. The
 textbook head (tests/support/reference.py) is the algorithm of arcface_torch's PartialFC_V2: all
 logits in fp32, a dense gradient, dense SGD. --margins compares ours with other margins instead,
-each against a plain normalised softmax. Lists separated by commas give every combination. Under
+each against a plain normalised softmax, and --positives rows of several identities: all in one
+pass, and one pass for each in turn. Lists separated by commas give every combination. Under
 torchrun its ranks are used; --world N starts N processes here. A head that finds no memory fails
 alone, and --budget ends in time: the record names what was not measured.
 """
@@ -32,7 +34,7 @@ from partialfc.cores import usable_cores
 from partialfc.margins import MARGINS
 from partialfc.writing import write_json
 from tools.bench._head.expected import START, expected_seconds
-from tools.bench._head.measure import TEXTBOOKS, Case
+from tools.bench._head.measure import TEXTBOOKS, Case, several_heads
 from tools.bench._head.plot import plot
 from tools.bench._head.processes import measured
 from tools.bench.conditions import conditions
@@ -41,6 +43,9 @@ Row = dict[str, Any]
 
 PLAIN = "normalized_softmax"
 """What a margin costs is told against it."""
+
+ONE = "K=1"
+"""What several identities a row cost is told against it."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -127,11 +132,11 @@ def with_floors(row: Row) -> Row:
         head["fraction_of_floor"] = head["floor_seconds"] / median
         both = head["floor_seconds"] + head["row_io_seconds"]
         head["fraction_of_floor_and_row_io"] = both / median
-    plain = heads.get(PLAIN)
+    plain = next((name for name in (PLAIN, ONE) if name in heads), None)
     for name, head in heads.items():
         if plain:
-            medians = head["step_seconds"]["median"], plain["step_seconds"]["median"]
-            row[f"times_{PLAIN}_{name}"] = medians[0] / medians[1]
+            medians = head["step_seconds"]["median"], heads[plain]["step_seconds"]["median"]
+            row[f"times_{plain}_{name}"] = medians[0] / medians[1]
     ours = heads.get("ours")
     for name, head in heads.items():
         if ours and name != "ours":
@@ -175,7 +180,8 @@ def _figures(row: Row, name: str, head: Row) -> list[str]:
     if "step_seconds" not in head:
         return ["out of memory" if "out_of_memory" in head else "failed"]
     times, extra = head["step_seconds"], head.get("extra_peak_bytes")
-    faster = row.get(f"times_faster_than_{name}", row.get(f"times_{PLAIN}_{name}"))
+    ratios = (f"times_faster_than_{name}", f"times_{PLAIN}_{name}", f"times_{ONE}_{name}")
+    faster = next((row[key] for key in ratios if key in row), None)
     return [
         f"{times['median'] * 1e3:.1f} ms",
         f"{times['p10'] * 1e3:.1f}-{times['p90'] * 1e3:.1f}",
@@ -214,6 +220,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--margins", help="names of margins instead of these heads, or all")
     parser.add_argument(
+        "--positives", metavar="K", help="identities of a row instead of these heads; a list"
+    )
+    parser.add_argument(
         "--budget", type=float, default=math.inf, metavar="S", help="begin no row after S seconds"
     )
     parser.add_argument("--dry-run", action="store_true", help="say how long it should take")
@@ -234,6 +243,10 @@ def _cases(options: argparse.Namespace, world: int) -> list[Case]:
         if unknown := set(names) - set(MARGINS):
             raise SystemExit(f"--margins {', '.join(unknown)}: must be of {', '.join(MARGINS)}.")
         heads = (PLAIN, *(name for name in names if name != PLAIN))
+    if options.positives:
+        if any(not one.isdigit() or int(one) < 1 for one in options.positives.split(",")):
+            raise SystemExit(f"--positives {options.positives}: must be numbers >= 1, with commas.")
+        heads = several_heads(options.positives)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     cases = []
     tiles = [int(value) for value in options.tile_mib.split(",")] if options.tile_mib else [None]

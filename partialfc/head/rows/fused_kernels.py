@@ -76,7 +76,7 @@ def update_(
         centers_CD,
         momentum_CD,
         kept.query_BD,
-        own.embedding_PD,
+        own.embedding_BD,
         gradient_TD,
         exp_TB,
     ):
@@ -91,7 +91,7 @@ def update_(
         stored.rows.row_n,
         kept.query_BD,
         tile.key_TD,
-        part.target_B,
+        part.target_P,
         kept.negative_B,
         kept.maximum_B,
         None if bend is None else bend.threshold_B,
@@ -102,10 +102,10 @@ def update_(
         gradient_TD,
         tile.earlier_TD,
         first_N,
-        own.order_P,
+        own.row_P,
         own.target_P,
         own.slope_P,
-        own.embedding_PD,
+        own.embedding_BD,
         step.skip,
         float(kept.logits.scale),
         float(step.lr),
@@ -150,7 +150,7 @@ def _update(
     gradient,
     earlier,
     first,
-    order,
+    row_of,
     place_of,
     slope_of,
     embedding,
@@ -240,7 +240,7 @@ def _update(
                 momentum_scale,
                 rows,
                 first,
-                order,
+                row_of,
                 place_of,
                 slope_of,
                 embedding,
@@ -270,7 +270,7 @@ def _rows(
     momentum_scale,
     rows,
     first,
-    order,
+    row_of,
     place_of,
     slope_of,
     embedding,
@@ -310,10 +310,10 @@ def _rows(
         g += tl.load(earlier + (t[:, None] * D + d[None, :]), mask=mask, other=0.0)
     k, behind = tl.load(first + begin), tl.load(first + begin + height)
     while k < behind:
-        p = tl.load(order + k)
+        b = tl.load(row_of + k)
         is_own = t == tl.load(place_of + k) - begin
-        share = tl.load(embedding + p * D + d, mask=d < D, other=0.0).to(tl.float32)
-        g += tl.where(is_own[:, None], (tl.load(slope_of + p) * share)[None, :], 0.0)
+        share = tl.load(embedding + b * D + d, mask=d < D, other=0.0).to(tl.float32)
+        g += tl.where(is_own[:, None], (tl.load(slope_of + k) * share)[None, :], 0.0)
         k += 1
 
     reciprocal = reciprocal_norm(tl.sum(w * w, 1))[:, None]

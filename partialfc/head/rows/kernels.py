@@ -5,9 +5,9 @@ a second one does what rows have missed, as :mod:`partialfc.head.rows.catch_up` 
 sums are not fused (no FMA), so the elementwise part is bit for bit that of torch operations one by
 one; only the two sums over a row are taken in another order.
 
-Shape suffixes: C = rows of the centers at hand, D = embedding, n = rows meant, N = n + 1, P =
-positives, T = rows of a tile, t = steps so far, 22 = two rows and columns of a matrix, 1 = one a
-row.
+Shape suffixes: B = rows of all micro-batches, C = rows of the centers at hand, D = embedding, n =
+rows meant, N = n + 1, P = positives, T = rows of a tile, t = steps so far, 22 = two rows and
+columns of a matrix, 1 = one a row.
 """
 
 import torch
@@ -52,12 +52,12 @@ def sgd_(
         stop: Place behind the last.
         gradient_TD: fp32 gradient by the unit centers, of the negatives; contiguous, not changed.
         own: The positives, each of which adds ``slope * embedding`` to the gradient.
-        first_N: int64; row i has the positives ``own.order_P[first[i]:first[i + 1]]``.
+        first_N: int64; row i has the positives ``first[i]`` to ``first[i + 1]`` of them.
         step: Rates, keys of the rounding, and whether anything is written.
     """
     centers_CD, momentum_CD = stored.centers, stored.states.get(MOMENTUM)
     dim = centers_CD.shape[1]
-    for tensor in (centers_CD, momentum_CD, gradient_TD, own.embedding_PD):
+    for tensor in (centers_CD, momentum_CD, gradient_TD, own.embedding_BD):
         assert tensor is None or (tensor.is_contiguous() and tensor.shape[1] == dim)
     assert (stored.scale(CENTERS) is not None) == (centers_CD.dtype == torch.float16)
     assert (stored.scale(MOMENTUM) is not None) == (
@@ -74,9 +74,9 @@ def sgd_(
         stored.rows.row_n,
         gradient_TD,
         first_N,
-        own.order_P,
+        own.row_P,
         own.slope_P,
-        own.embedding_PD,
+        own.embedding_BD,
         step.skip,
         float(step.lr),
         float(step.weight_decay),
@@ -143,7 +143,7 @@ def _sgd(
     rows,
     gradient,
     first,
-    order,
+    row_of,
     slope,
     embedding,
     skip,
@@ -177,9 +177,9 @@ def _sgd(
     g = tl.load((gradient + t * D) + column, mask=mask, other=0.0)
     k, behind = tl.load(first + place), tl.load(first + place + 1)
     while k < behind:
-        p = tl.load(order + k)
-        e = tl.load((embedding + p * D) + column, mask=mask, other=0.0).to(tl.float32)
-        g += tl.load(slope + p) * e
+        b = tl.load(row_of + k)
+        e = tl.load((embedding + b * D) + column, mask=mask, other=0.0).to(tl.float32)
+        g += tl.load(slope + k) * e
         k += 1
 
     reciprocal = reciprocal_norm(_sum(w * w))

@@ -345,7 +345,7 @@ def _times(kept: Kept, weight: Tensor) -> Kept:
     return replace(
         kept,
         negative_B=kept.negative_B * weight,
-        positive_B=kept.positive_B * weight,
+        positive_P=kept.positive_P * weight,
         even_D=None if kept.even_D is None else kept.even_D * weight,
         pulls=[replace(pull, slope_P=pull.slope_P * weight) for pull in kept.pulls],
     )

@@ -4,7 +4,7 @@ Nothing of a tile is written but its keys, what is kept of its exponentials and,
 gradient, which the kernel that wrote it turns into the update. So tiles are large here.
 
 Shape suffixes: B = rows of the gathered batch, C = rows of the centers at hand, D = embedding, n =
-sampled rows, S = splits of a tile, T = rows of a tile.
+sampled rows, P = positives, S = splits of a tile, T = rows of a tile.
 """
 
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ def first_pass(
     query_BD: Tensor,
     centers_CD: Tensor,
     rows: Tensor | None,
-    target_B: Tensor,
+    target_P: Tensor,
     logits: Logits,
     *,
     want_pull: bool,
@@ -44,7 +44,7 @@ def first_pass(
 ) -> FirstPass:
     """Return what :func:`partialfc.head.tiles.passes.first_pass` returns; no collective.
 
-    Exponentials are kept where they need no row maximum.
+    Exponentials are kept where they need no row maximum. A row has one positive.
     """
     kernels = import_module("partialfc.head.tiles.fused_kernels")
     (batch, dim), device = query_BD.shape, query_BD.device
@@ -73,7 +73,7 @@ def first_pass(
         kernels.pull_(
             query_BD,
             key_TD,
-            target_B - start,
+            target_P - start,
             scale=logits.scale,
             bend=logits.bend,
             sum_SB=sum_SB,

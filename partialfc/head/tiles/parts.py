@@ -1,7 +1,7 @@
 """What goes into the two passes of the head, and from the first to the second.
 
 Shape suffixes: B = rows of the gathered batch, D = embedding, T = rows of a tile, n = rows of the
-sample or of pass 2, P = any rows, 1 = one for each row.
+sample or of pass 2, P = any rows, or K * B positives, K a row, 1 = one for each row.
 """
 
 from collections.abc import Sequence
@@ -111,14 +111,15 @@ class Kept:
     Attributes:
         query_BD: Gathered queries in the operand dtype.
         row_n: int64 [n] sampled rows of the shard, or ``None`` for all of them.
-        target_B: Place of each row's own class center among the sampled ones, or ``NOT_LOCAL``.
+        target_P: Place of each row's own class center among the sampled ones, or ``NOT_LOCAL``; of
+            several a row, those of the rows in order, then all second ones, and so on.
         logits: What the products become.
         maximum_B: Subtracted from the logits before exp, or ``None``.
         negative_B: Factor that makes exp(logit - maximum) the derivative of the loss by the
             product.
-        positive_B: Derivative of the loss by the positive's product, times what follows.
+        positive_P: Derivative of the loss by the positive's product, times what follows.
         positive_BD: The derivative of the positive's product by its key: queries, unless the
-            margin follows the length of a center.
+            margin follows the length of a center; then one for each P.
         even_D: Subtracted from the gradient of every sampled key, or ``None``.
         exponentials: E of the first tiles, 0 at the positives.
         pulls: What losses beside the softmax add.
@@ -126,11 +127,11 @@ class Kept:
 
     query_BD: Tensor
     row_n: Tensor | None
-    target_B: Tensor
+    target_P: Tensor
     logits: Logits
     maximum_B: Tensor | None
     negative_B: Tensor
-    positive_B: Tensor
+    positive_P: Tensor
     positive_BD: Tensor
     even_D: Tensor | None
     exponentials: list[KeptTile]
@@ -154,12 +155,12 @@ class MicroBatch:
 
     Attributes:
         kept: What pass 1 left.
-        target_B: Place of each own center among the rows of pass 2, or ``NOT_LOCAL``.
+        target_P: Place of each own center among the rows of pass 2, or ``NOT_LOCAL``.
         present_n: Which of those rows it sampled; ``None`` for all.
     """
 
     kept: Kept
-    target_B: Tensor
+    target_P: Tensor
     present_n: Tensor | None
 
     @classmethod
@@ -168,7 +169,12 @@ class MicroBatch:
         present_n = None
         if kept.row_n is not row_n and row_n is not None and kept.row_n is not None:
             present_n = torch.isin(row_n, kept.row_n)
-        return cls(kept, align(kept.target_B, kept.row_n, row_n), present_n)
+        return cls(kept, align(kept.target_P, kept.row_n, row_n), present_n)
+
+
+def by_row(target_P: Tensor, batch: int) -> Tensor:
+    """Return places of K * B positives as [K, B], where ``batch`` is B."""
+    return target_P.unsqueeze(0) if len(target_P) == batch else target_P.view(-1, batch)
 
 
 def align(target_P: Tensor, sampled_n: Tensor | None, row_n: Tensor | None) -> Tensor:

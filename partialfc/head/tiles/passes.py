@@ -8,8 +8,9 @@ takes one matrix product or two. Neither the logits [n, B] nor the gradient of t
 ever whole. In fp32, centers are multiplied as they are, and what is wanted of unit keys gets the
 reciprocal norms, a factor for each key, on [T, B] instead of [T, D]; bf16 would round worse so.
 
-Shape suffixes: B = rows of the gathered batch, C = rows of the centers at hand, D = embedding, n =
-sampled rows, P = positives and other keys that are pulled, T = rows of a tile, 1 = one a row.
+Shape suffixes: B = rows of the gathered batch, C = rows of the centers at hand, D = embedding, K =
+positives of a row, n = sampled rows, P = K * B positives and other keys that are pulled, T = rows
+of a tile, 1 = one a row.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,15 @@ from partialfc.head.plan import Path
 from partialfc.head.row_set import RowSet
 from partialfc.head.tiles import torch_steps
 from partialfc.head.tiles.dispatch import steps_of
-from partialfc.head.tiles.parts import FirstPass, Kept, KeptTile, Logits, MicroBatch, align
+from partialfc.head.tiles.parts import (
+    FirstPass,
+    Kept,
+    KeptTile,
+    Logits,
+    MicroBatch,
+    align,
+    by_row,
+)
 from partialfc.head.tiles.positives import Positives
 from partialfc.head.tiles.products import add_product_, scaled_products
 from partialfc.head.tiles.workspace import Workspace
@@ -47,7 +56,7 @@ def first_pass(
     query_BD: Tensor,
     centers_CD: Tensor,
     rows: Tensor | None,
-    target_B: Tensor,
+    target_P: Tensor,
     logits: Logits,
     *,
     want_pull: bool,
@@ -60,9 +69,9 @@ def first_pass(
     Args:
         query_BD: Gathered queries in the operand dtype of ``logits.compute``.
         centers_CD: This rank's class centers, any float dtype and length.
-        rows: int64 [n] sampled rows of ``centers_CD``, or ``None`` for all; the K rows of an
+        rows: int64 [n] sampled rows of ``centers_CD``, or ``None`` for all; the rows of an
             identity follow one another.
-        target_B: Place of each positive, whose identity is left out of the sums, or ``NOT_LOCAL``.
+        target_P: Place of each positive, whose identity is left out of the sums, or ``NOT_LOCAL``.
         logits: What the products become.
         want_pull: Whether the gradient of the embeddings will be asked for.
         want_key_sum: Whether the sum of the keys is.
@@ -83,14 +92,14 @@ def first_pass(
             if key_sum_D is not None:
                 unit_TD = key_TD if factor_T1 is None else key_TD * factor_T1
                 key_sum_D.add_(unit_TD.sum(0, dtype=torch.float32))
-            column_B = target_B - start
+            column_KB = by_row(target_P, len(sum_B)) - start
             keep_bytes -= len(key_TD) * query_BD.shape[0] * query_BD.element_size()
             logit_TB = _logits(
-                key_TD, factor_T1, query_BD, column_B, logits, workspace, lend=keep_bytes >= 0
+                key_TD, factor_T1, query_BD, column_KB, logits, workspace, lend=keep_bytes >= 0
             )
-            logit_TB, slope_TB, bend = _bent_first(logit_TB, column_B, logits, workspace)
+            logit_TB, slope_TB, bend = _bent_first(logit_TB, column_KB, logits, workspace)
             if maximum_B is not None:
-                larger_B = torch.maximum(maximum_B, _largest(logit_TB, column_B))
+                larger_B = torch.maximum(maximum_B, _largest(logit_TB, column_KB))
                 shrink_B = (maximum_B - larger_B).exp()
                 sum_B.mul_(shrink_B)
                 if pull_BD is not None:
@@ -98,7 +107,7 @@ def first_pass(
                 maximum_B = larger_B
             sums = sum_B, sigmoid_B
             exp_TB = _exponentials(
-                logit_TB, column_B, logits, bend, maximum_B, sums, factor_T1, query_BD, workspace
+                logit_TB, column_KB, logits, bend, maximum_B, sums, factor_T1, query_BD, workspace
             )
             if slope_TB is not None:
                 exp_TB.mul_(slope_TB)
@@ -150,12 +159,12 @@ def second_pass(
                         key_TD, factor_T1 = _keys(
                             centers_CD, place_n, start, stop, dtype, logits, workspace
                         )
-                    column_B = one.target_B - start
-                    logit_TB = _logits(key_TD, factor_T1, query_BD, column_B, logits, workspace)
-                    logit_TB, slope_TB, bend = _bent_first(logit_TB, column_B, logits, workspace)
+                    column_KB = by_row(one.target_P, len(query_BD)) - start
+                    logit_TB = _logits(key_TD, factor_T1, query_BD, column_KB, logits, workspace)
+                    logit_TB, slope_TB, bend = _bent_first(logit_TB, column_KB, logits, workspace)
                     exp_TB = _exponentials(
                         logit_TB,
-                        column_B,
+                        column_KB,
                         logits,
                         bend,
                         maximum_B,
@@ -184,7 +193,7 @@ def positives(row_n: Tensor | None, kept: Sequence[Kept]) -> Positives:
         (align(target_P, one.row_n, row_n), slope_P, direction_PD)
         for one in kept
         for target_P, slope_P, direction_PD in (
-            (one.target_B, one.positive_B, one.positive_BD),
+            (one.target_P, one.positive_P, one.positive_BD),
             *((pull.target_P, pull.slope_P, pull.direction_PD) for pull in one.pulls),
         )
     ]
@@ -288,7 +297,7 @@ def _logits(
     key_TD: Tensor,
     factor_T1: Tensor | None,
     query_BD: Tensor,
-    column_B: Tensor,
+    column_KB: Tensor,
     logits: Logits,
     workspace: Workspace,
     *,
@@ -307,13 +316,13 @@ def _logits(
     if factor_T1 is not None:
         logit_TB.mul_(factor_T1)
     if logits.per_identity > 1:
-        torch_steps.keep_nearest_(logit_TB, column_B, logits.per_identity)
+        torch_steps.keep_nearest_(logit_TB, column_KB, logits.per_identity)
     return logit_TB
 
 
 def _exponentials(
     logit_TB: Tensor,
-    column_B: Tensor,
+    column_KB: Tensor,
     logits: Logits,
     bend: Bend | None,
     maximum_B: Tensor | None,
@@ -328,7 +337,7 @@ def _exponentials(
         both = None if sum_B is None or sigmoid_B is None else (sum_B, sigmoid_B)
         return torch_steps.sigmoids(
             logit_TB,
-            column_B,
+            column_KB,
             logits.offset,
             sums=both,
             dtype=query_BD.dtype,
@@ -336,7 +345,7 @@ def _exponentials(
         )
     exp_TB: Tensor = steps_of(logits.path).exponentials(
         logit_TB,
-        column_B,
+        column_KB,
         bend=bend,
         shift_B=maximum_B,
         sum_B=sum_B,
@@ -348,7 +357,7 @@ def _exponentials(
 
 
 def _bent_first(
-    logit_TB: Tensor, column_B: Tensor, logits: Logits, workspace: Workspace
+    logit_TB: Tensor, column_KB: Tensor, logits: Logits, workspace: Workspace
 ) -> tuple[Tensor, Tensor | None, Bend | None]:
     """Bend where a row maximum is needed, which is that of the bent logits.
 
@@ -357,7 +366,7 @@ def _bent_first(
     """
     if logits.bend is None or not logits.needs_maximum:
         return logit_TB, None, logits.bend
-    torch_steps.leave_out_(logit_TB, column_B)
+    torch_steps.leave_out_(logit_TB, column_KB)
     logit_TB = logit_TB.float()
     slope_TB = torch_steps.bend_(logit_TB, logits.bend, workspace)
     if logits.per_identity > 1:
@@ -365,7 +374,7 @@ def _bent_first(
     return logit_TB, slope_TB, None
 
 
-def _largest(logit_TB: Tensor, column_B: Tensor) -> Tensor:
+def _largest(logit_TB: Tensor, column_KB: Tensor) -> Tensor:
     """Largest negative logit of each column of a tile, ``_NO_LOGIT`` where it has none."""
-    torch_steps.leave_out_(logit_TB, column_B)
+    torch_steps.leave_out_(logit_TB, column_KB)
     return logit_TB.amax(0).float().clamp(min=_NO_LOGIT)

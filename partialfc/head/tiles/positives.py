@@ -1,15 +1,17 @@
 """The positives' share of the gradient of the centers, in fp32 beside the tiles.
 
-There is one positive for each row of the batch and it outweighs all negatives of that row, so it is
-left out of the matrix products, whose operands may have 16 bits.
+There are a few positives for each row of the batch and they outweigh all negatives of that row, so
+they are left out of the matrix products, whose operands may have 16 bits.
 
-Shape suffixes: P = rows of all micro-batches, D = embedding, T = rows of a tile, 1 = one a row.
+Shape suffixes: B = rows of all micro-batches, D = embedding, P = their positives, T = rows of a
+tile, 1 = one a row.
 """
 
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -21,23 +23,29 @@ class Positives:
 
     Attributes:
         target_P: int64 row of the sample, ascending.
-        order_P: int64 place of each in the two below.
+        row_P: int64 row of each in ``embedding_BD``.
         slope_P: fp32 derivative of the loss by the positive's product.
-        embedding_PD: Derivative of that product by its key, fp32 or bf16: queries as a rule.
+        embedding_BD: Derivative of that product by its key, fp32 or bf16: queries as a rule.
     """
 
     target_P: Tensor
-    order_P: Tensor
+    row_P: Tensor
     slope_P: Tensor
-    embedding_PD: Tensor
+    embedding_BD: Tensor
 
     @classmethod
     def of(
         cls, targets: Sequence[Tensor], slopes: Sequence[Tensor], embeddings: Sequence[Tensor]
     ) -> "Positives":
-        """Return the positives of some micro-batches."""
+        """Return the positives of some micro-batches: of each K * B targets and slopes, first those
+        of all rows, then their second ones, and B embeddings."""
         target_P, order_P = torch.cat(list(targets)).sort(stable=True)
-        return cls(target_P, order_P, torch.cat(list(slopes)), torch.cat(list(embeddings)))
+        slope_P, row_P = torch.cat(list(slopes))[order_P], order_P
+        if any(map(_several, targets, embeddings)):
+            starts = accumulate((len(one) for one in embeddings), initial=0)
+            rows = map(_rows, targets, embeddings, starts)
+            row_P = torch.cat(list(rows))[order_P]
+        return cls(target_P, row_P, slope_P, torch.cat(list(embeddings)))
 
     def first(self, rows: int) -> Tensor:
         """Return int64 [rows + 1]: positives of row i are ``first[i]`` to ``first[i + 1]``."""
@@ -49,7 +57,9 @@ class Positives:
         low, high = (self._before(row) for row in (start, start + len(gradient_TD)))
         if low == high:
             return
-        place, pull_PD = self.target_P[low:high] - start, self._pull_PD[low:high]
+        place = self.target_P[low:high] - start
+        pull_PD = self.embedding_BD[self.row_P[low:high]].float()
+        pull_PD = pull_PD * self.slope_P[low:high].unsqueeze(1)
         if factor_T1 is not None:
             pull_PD = pull_PD * factor_T1[place]
         gradient_TD.index_add_(0, place, pull_PD)
@@ -63,7 +73,12 @@ class Positives:
         targets: list[int] = self.target_P.tolist()  # host sync
         return targets
 
-    @cached_property
-    def _pull_PD(self) -> Tensor:
-        """Slope times embedding in fp32, in the order of the targets."""
-        return self.embedding_PD[self.order_P].float() * self.slope_P[self.order_P].unsqueeze(1)
+
+def _several(target_P: Tensor, embedding_BD: Tensor) -> bool:
+    return len(target_P) != len(embedding_BD)
+
+
+def _rows(target_P: Tensor, embedding_BD: Tensor, start: int) -> Tensor:
+    """Row of each positive, where the rows of a micro-batch begin at ``start``."""
+    every_P = torch.arange(len(target_P), device=target_P.device)
+    return every_P % max(1, len(embedding_BD)) + start

@@ -1,8 +1,8 @@
 """The steps of a tile in torch operations, on any device.
 
 Shape suffixes: B = rows of the gathered batch, C = rows of the centers at hand, D = embedding, I =
-identities of a tile, K = centers of each, n = sampled rows, T = rows of a tile, 1 = one a row or
-column.
+identities of a tile, K = positives of a row, N = centers of an identity, n = sampled rows, T = rows
+of a tile, 1 = one a row or column.
 Tiles lie class by class, [T, B], so that a tile of centers is contiguous in every product.
 """
 
@@ -29,7 +29,7 @@ def unit_rows(
 
 def exponentials(
     logit_TB: Tensor,
-    column_B: Tensor,
+    column_KB: Tensor,
     *,
     bend: Bend | None,
     shift_B: Tensor | None,
@@ -44,7 +44,8 @@ def exponentials(
 
     Args:
         logit_TB: Scaled products, fp32 or bf16.
-        column_B: int64 row of the tile that is the positive of each column, or any value outside.
+        column_KB: int64 rows of the tile that are the positives of each column, or any values
+            outside.
         bend: Another logit above a threshold; its slope is 1 below. ``None``: no other.
         shift_B: Subtracted from the logits; ``None`` for 0.
         sum_B: fp32; the sums over the tile's negatives are added to it. ``None``: not wanted.
@@ -52,7 +53,7 @@ def exponentials(
         workspace: Buffers of what a bend needs.
         factor_T1: fp32 factor of the result, and not of the sum.
     """
-    leave_out_(logit_TB, column_B)
+    leave_out_(logit_TB, column_KB)
     logit_TB = logit_TB.float()
     slope_TB: Tensor | None = None
     if bend is not None:
@@ -72,7 +73,7 @@ def exponentials(
 
 def sigmoids(
     logit_TB: Tensor,
-    column_B: Tensor,
+    column_KB: Tensor,
     offset: Tensor,
     *,
     sums: tuple[Tensor, Tensor] | None,
@@ -83,14 +84,14 @@ def sigmoids(
 
     Args:
         logit_TB: Scaled products, fp32 or bf16.
-        column_B: As in :func:`exponentials`.
+        column_KB: As in :func:`exponentials`.
         offset: fp32 scalar.
         sums: fp32 [B] each; log(1 + exp(logit - offset)) and the sigmoids over the tile's negatives
             are added to them. ``None``: not wanted.
         dtype: Of the result.
         factor_T1: As in :func:`exponentials`.
     """
-    leave_out_(logit_TB, column_B)
+    leave_out_(logit_TB, column_KB)
     logit_TB = logit_TB.float().sub_(offset)
     if sums is not None:
         sums[0].add_(F.softplus(logit_TB).sum(0))
@@ -122,27 +123,32 @@ def bend_(logit: Tensor, bend: Bend, workspace: Workspace) -> Tensor:
     return slope
 
 
-def keep_nearest_(logit_TB: Tensor, column_B: Tensor, per_identity: int) -> None:
+def keep_nearest_(logit_TB: Tensor, column_KB: Tensor, per_identity: int) -> None:
     """Set all but the largest of every ``per_identity`` logits to -inf, and the positives' all.
 
     Args:
         logit_TB: T is a multiple of ``per_identity``.
-        column_B: As in :func:`exponentials`, of any row of the positive's identity.
-        per_identity: K.
+        column_KB: As in :func:`exponentials`, of any row of a positive's identity.
+        per_identity: N.
     """
-    logit_IKB = logit_TB.view(-1, per_identity, logit_TB.shape[1])
-    largest_I1B, which_I1B = logit_IKB.max(1, keepdim=True)
-    own_B = column_B.div(per_identity, rounding_mode="floor")
-    leave_out_(largest_I1B.squeeze(1), own_B)
-    logit_IKB.fill_(-torch.inf).scatter_(1, which_I1B, largest_I1B)
+    logit_INB = logit_TB.view(-1, per_identity, logit_TB.shape[1])
+    largest_I1B, which_I1B = logit_INB.max(1, keepdim=True)
+    own_KB = column_KB.div(per_identity, rounding_mode="floor")
+    leave_out_(largest_I1B.squeeze(1), own_KB)
+    logit_INB.fill_(-torch.inf).scatter_(1, which_I1B, largest_I1B)
 
 
-def leave_out_(logit_TB: Tensor, column_B: Tensor) -> None:
+def leave_out_(logit_TB: Tensor, column_KB: Tensor) -> None:
     """Set the positives that lie in the tile to -inf; no host synchronisation."""
-    inside_1B = ((column_B >= 0) & (column_B < len(logit_TB))).unsqueeze(0)
-    row_1B = column_B.clamp(0, len(logit_TB) - 1).unsqueeze(0)
-    kept_1B = logit_TB.gather(0, row_1B)
-    logit_TB.scatter_(0, row_1B, torch.where(inside_1B, -torch.inf, kept_1B))
+    inside_KB = (column_KB >= 0) & (column_KB < len(logit_TB))
+    row_KB = column_KB.clamp(0, len(logit_TB) - 1)
+    if len(column_KB) == 1:
+        kept_1B = logit_TB.gather(0, row_KB)
+        logit_TB.scatter_(0, row_KB, torch.where(inside_KB, -torch.inf, kept_1B))
+        return
+    # A positive that is outside falls on a row at the edge, which may be another's: the smaller.
+    limit_KB = torch.where(inside_KB, -torch.inf, torch.inf).to(logit_TB.dtype)
+    logit_TB.scatter_reduce_(0, row_KB, limit_KB, "amin")
 
 
 def take_rows(

@@ -3,8 +3,8 @@
 They give what :mod:`partialfc.head.tiles.torch_steps` and :mod:`partialfc.keyed` give. No kernel
 uses atomics and no block size depends on the device, so the same inputs give the same bits.
 
-Shape suffixes: B = rows of the gathered batch, C = rows of the centers at hand, D = embedding, n =
-sampled rows, T = rows of a tile, 1 = one a row.
+Shape suffixes: B = rows of the gathered batch, C = rows of the centers at hand, D = embedding, K =
+positives of a row, n = sampled rows, T = rows of a tile, 1 = one a row.
 """
 
 import torch
@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from partialfc.head.tiles.torch_steps import leave_out_
 from partialfc.head.tiles.workspace import Workspace
 from partialfc.keyed import FINAL, MULTIPLIERS, ROUNDS
 from partialfc.margins.base import Bend
@@ -56,7 +57,7 @@ def unit_rows(
 
 def exponentials(
     logit_TB: Tensor,
-    column_B: Tensor,
+    column_KB: Tensor,
     *,
     bend: Bend | None,
     shift_B: Tensor | None,
@@ -70,7 +71,8 @@ def exponentials(
     Args:
         logit_TB: Scaled products, fp32 or bf16, contiguous. Where it is fp32 and so is ``dtype``,
             the result overwrites it.
-        column_B: int64 row of the tile that is the positive of each column, or any value outside.
+        column_KB: int64 rows of the tile that are the positives of each column, or any values
+            outside. The kernel knows one a column; several are left out of ``logit_TB`` before it.
         bend: Another logit above a threshold; its slope is 1 below. ``None``: no other.
         shift_B: fp32, subtracted from the logits; ``None`` for 0.
         sum_B: fp32; the sums over the tile's negatives are added to it. ``None``: not wanted.
@@ -86,6 +88,10 @@ def exponentials(
         exp_TB = torch.empty_like(logit_TB, dtype=dtype)
     if not logit_TB.numel():
         return exp_TB
+    column_B = column_KB[0]
+    if len(column_KB) > 1:
+        leave_out_(logit_TB, column_KB)
+        column_B = torch.full_like(column_B, -1)
     blocks = triton.cdiv(rows, _ROWS)
     partial = None
     if sum_B is not None:

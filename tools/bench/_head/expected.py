@@ -5,7 +5,7 @@ Rates are those of partialfc estimate; the textbook head's bytes are counted.
 
 from partialfc.commands._estimate.step_time import GPUS, HEAD_SHARE, MEMORY, PRODUCTS
 from partialfc.head.tiles.passes import TILE_BYTES
-from tools.bench._head.measure import TEXTBOOKS, WARM_UP, Case
+from tools.bench._head.measure import TEXTBOOKS, WARM_UP, Case, positives_of
 
 START = 25.0
 """Guess: seconds until two processes have torch, one has the GPU, its ceilings and its kernels."""
@@ -48,7 +48,9 @@ def step_seconds(name: str, case: Case) -> float:
     if name == "fused":
         return max(seconds, _STEP)
     tile_bytes = TILE_BYTES["cuda"] if case.tile_mib is None else case.tile_mib << 20
-    return max(seconds, _STEP + 2 * 4 * logits / tile_bytes * _LAUNCHES)
+    most, in_turn = positives_of(name)
+    passes = most if in_turn else 1
+    return passes * max(seconds, _STEP + 2 * 4 * logits / tile_bytes * _LAUNCHES)
 
 
 def _rate(dtype: str) -> float:

@@ -5,7 +5,8 @@ heads of a case in turns, on a GPU with their memory, or takes the peak memory o
 found is a line of OUT as soon as it is known. A job is ``{"cases": [...], "until": T}``: no case
 begins after the time.time() T. RANK, WORLD_SIZE and the rest come from the environment.
 
-Shape suffixes: b = rows of this rank's batch, B = rows of the global batch, D = embedding.
+Shape suffixes: b = rows of this rank's batch, B = rows of the global batch, D = embedding, K =
+identities of a row.
 """
 
 import gc
@@ -64,7 +65,7 @@ class Case:
     """cpu or cuda."""
     heads: tuple[str, ...]
     """In the order of their turns: ``ours`` (ArcFace), ``fused`` (the same by the fused kernels),
-    one of :data:`TEXTBOOKS`, or the name of a margin."""
+    one of :data:`TEXTBOOKS`, the name of a margin, or one of :func:`several_heads`."""
     threads: int
     """Of each rank."""
     steps: int
@@ -136,7 +137,7 @@ def build(name: str, case: Case, device: torch.device) -> tuple[Any, Step]:
         settings |= {"scale": SCALE, "angular": ANGULAR, "tf32": name == "textbook_tf32"}
         head = textbook(case.classes, case.dim, **settings, **rule)
         return head, head.step
-    from partialfc import Kernels, PartialFC, Precision, RowSGD
+    from partialfc import Kernels, PartialFC, Precision, RowSGD, Several
     from partialfc.head.options import CenterFormat, Compute
     from partialfc.head.tiles import passes
     from partialfc.margins import MARGINS, ArcFace
@@ -150,17 +151,43 @@ def build(name: str, case: Case, device: torch.device) -> tuple[Any, Step]:
         compute=cast(Compute, case.dtype), center_format=cast(CenterFormat, case.centers)
     )
     settings["kernels"] = Kernels(fused=name == "fused")
-    plain = name in ("ours", "fused")
+    most, in_turn = positives_of(name)
+    if most and not in_turn:
+        settings["positives"] = Several(most=most)
+    plain = name in ("ours", "fused") or most > 0
     margin = ArcFace(scale=SCALE, angular=ANGULAR) if plain else MARGINS[name]()
     head = PartialFC(case.classes, case.dim, margin, optimizer=RowSGD(**rule), **settings)
 
+    def loss_of(embeddings_bD: Tensor, identities_b: Tensor) -> Tensor:
+        if not most:
+            return cast(Tensor, head(embeddings_bD, identities_b))
+        apart_K = torch.arange(most, device=device) * (case.classes // most)
+        identities_bK = (identities_b.unsqueeze(1) + apart_K) % case.classes
+        if not in_turn:
+            return cast(Tensor, head(embeddings_bD, identities_bK))
+        return torch.stack([head(embeddings_bD, one_b) for one_b in identities_bK.T]).mean()
+
     def step(embeddings_bD: Tensor, identities_b: Tensor) -> Tensor:
-        loss: Tensor = head(embeddings_bD, identities_b)
+        loss = loss_of(embeddings_bD, identities_b)
         loss.backward()  # type: ignore[no-untyped-call]
         head.optimizer.step()
         return loss.detach()
 
     return head, step
+
+
+def several_heads(most: str) -> tuple[str, ...]:
+    """Return the heads that compare rows of so many identities, a list: each K in one pass, and in
+    K passes one after another, as code does that copies the loss for every identity of a row."""
+    counts = [int(one) for one in most.split(",")]
+    in_turn = [f"K={count} in turn" for count in counts if count > 1]
+    return (*(f"K={count}" for count in counts), *in_turn)
+
+
+def positives_of(name: str) -> tuple[int, bool]:
+    """Return K of such a head and whether it takes them in turn; 0 for any other head."""
+    count, _, in_turn = name.removeprefix("K=").partition(" ")
+    return (int(count), bool(in_turn)) if name.startswith("K=") else (0, False)
 
 
 def batch_of(case: Case, number: int, device: torch.device) -> tuple[Tensor, Tensor]:

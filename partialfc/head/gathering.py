@@ -1,0 +1,114 @@
+"""Gathers queries and whom their rows name, and refuses what is no identity.
+
+Shape suffixes: b = rows of this rank's batch, B = rows of the gathered batch, D = query, K =
+identities of a row, M = norm and weights, P = K * B pairs of a row and one of its identities.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from partialfc.distributed.batches import Batches
+from partialfc.distributed.ranks import Ranks
+from partialfc.distributed.shares import Shares
+from partialfc.head.options import Several
+from partialfc.head.sampling import refuse_unknown
+from partialfc.head.several import NONE, Labels, distinct, filled, refuse_weights
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """The batch of all ranks.
+
+    Attributes:
+        query_BD: In the operand dtype.
+        norm_B: fp32 lengths of the embeddings; ``None`` if not wanted.
+        identities_P: int64, those of all rows, then their second ones; -1 is none.
+        labels: Whom the rows name.
+    """
+
+    query_BD: Tensor
+    norm_B: Tensor | None
+    identities_P: Tensor
+    labels: Labels
+
+
+class Gathering:
+    """Gathers the batches of a head.
+
+    Args:
+        ranks: Those that share it.
+        num_identities: C.
+        several: What rows of several identities, or of none, are to the loss; ``None``: every row
+            has one.
+        binary: Whether each center is a question of its own.
+    """
+
+    def __init__(
+        self, ranks: Ranks, num_identities: int, several: Several | None, *, binary: bool
+    ) -> None:
+        self._several, self._num_identities, self._binary = several, num_identities, binary
+        self._batches, self._steps = Batches(ranks), Batches(ranks, "steps")
+
+    def step(self, identities: Tensor, shares: Shares | None) -> tuple[Tensor, Tensor | None]:
+        """Return all identities of a step [P], and the fraction of its rows that name any, if they
+        need not. Collective: one all-gather, or two.
+
+        Args:
+            identities: int64 [any] or [any, at most K], of this rank.
+            shares: The numbers of all ranks where they differ.
+        """
+        if self._several is None:
+            own_b = filled(identities, 1).flatten()
+            identities_B = self._steps.gather_identities(own_b, shares)
+            refuse_unknown(identities_B, self._num_identities)
+            return identities_B, None
+        own_bK = filled(identities, self._several.most)
+        identities_BK = self._steps.gather_identities(own_bK, shares)
+        refuse_unknown(identities_BK, self._num_identities, none=True)
+        return identities_BK.T.flatten(), (identities_BK != NONE).any(1).float().mean()
+
+    def batch(
+        self,
+        query_bD: Tensor,
+        identities: Tensor,
+        weights: Tensor | None,
+        norm_b: Tensor | None,
+        shares: Shares | None,
+        fraction: Tensor | None,
+    ) -> Gathered:
+        """Return the batch of all ranks; collective as :meth:`Batches.gather`.
+
+        Args:
+            query_bD: Of this rank.
+            identities: int64 [b] or [b, at most K].
+            weights: Of the same shape, if the loss is ``"soft"``.
+            norm_b: fp32, if the margin needs it.
+            shares: b of every rank where it is not equal.
+            fraction: Of :meth:`step`, if the batch is a part of one.
+        """
+        if self._several is None:
+            query_BD, identities_B, norm_B = self._batches.gather(
+                query_bD, identities.flatten(), norm_b, shares
+            )
+            refuse_unknown(identities_B, self._num_identities)
+            return Gathered(query_BD, norm_B, identities_B, Labels.single(len(query_BD)))
+        identities_bK, weights_bK = distinct(identities, weights, self._several.most)
+        numbers = [] if norm_b is None else [norm_b.unsqueeze(1)]
+        numbers += [] if weights_bK is None else [weights_bK]
+        number_bM = torch.cat(numbers, dim=1) if numbers else None
+        query_BD, identities_BK, number_BM = self._batches.gather(
+            query_bD, identities_bK, number_bM, shares
+        )
+        refuse_unknown(identities_BK, self._num_identities, none=True)
+        norm_B = weights_BK = None
+        if number_BM is not None and norm_b is not None:
+            norm_B = number_BM[:, 0].contiguous()
+        if number_BM is not None and weights_bK is not None:
+            weights_BK = number_BM[:, -self._several.most :]
+            refuse_weights(weights_BK)
+        labels = Labels.of(
+            identities_BK, weights_BK, self._several, binary=self._binary, fraction=fraction
+        )
+        return Gathered(query_BD, norm_B, identities_BK.T.flatten(), labels)
