@@ -107,7 +107,7 @@ def _found(path: Path, config: Config, read: Read) -> tuple[Path, str, dict[str,
     raise CheckpointError(
         f"{path}: it holds adapters, and the weights that they belong to (SHA-256 "
         f"{noted['sha256'][:16]}...) are not there: {'; '.join(problems)}. Put them back, or say "
-        "where they are with run.start_from in the settings."
+        "where they are with run.start_from, or backbone.pretrained, in the settings."
     )
 
 
@@ -123,5 +123,6 @@ def _noted(path: Path) -> dict[str, str]:
 
 def _places(noted: str, config: Config) -> Iterator[Path]:
     yield Path(noted)
-    if config.run.start_from not in (None, Path(noted)):
-        yield config.run.start_from
+    asked = config.run.start_from or config.backbone.pretrained
+    if asked not in (None, Path(noted)):
+        yield asked

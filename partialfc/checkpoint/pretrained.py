@@ -9,11 +9,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from partialfc.backbones.timm_network import TimmNetwork, normalisation
 from partialfc.checkpoint.foreign import read_backbone
 from partialfc.config import Config, ConfigError
 from partialfc.definitions.backbones import TIMM
-from partialfc.model.build import Model
+from partialfc.model.adapted import base_of
+from partialfc.model.build import Model, new_backbone
 from partialfc.writing import read_bytes
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -32,12 +36,39 @@ def load_pretrained(path: Path, config: Config, model: Model) -> None:
         model: As it was built.
 
     Raises:
+        ConfigError, ForeignError: As :func:`pretrained_state`; and with ``backbone.lora`` if what
+            is not in the file would stay as it was drawn.
+    """
+    state = pretrained_state(path, config)
+    lora, live = config.backbone.lora, model.backbone.state_dict()
+    drawn = base_of(live, lora.also_train).keys() - state.keys() if lora.rank else ()
+    if drawn:
+        layers = list(dict.fromkeys(name.partition(".")[0] for name in live if name in drawn))
+        raise ConfigError(
+            f"backbone.lora.also_train = {[*lora.also_train]}: {', '.join(layers)} of this network "
+            "are not among the pretrained weights, and begin at random. Set also_train = "
+            f"{[*lora.also_train, *layers]}."
+        )
+    model.load({**model.state(), **state})
+    if model.average is not None:
+        model.average.begin()
+
+
+def pretrained_state(path: Path, config: Config) -> dict[str, Tensor]:
+    """Return pretrained weights under the names of a run's backbone; none of its embedding layer.
+
+    Args:
+        path: A file or folder, as ``backbone.pretrained`` names one.
+        config: Of the run.
+
+    Raises:
         ConfigError: If they are another network's, or want other images than this one is given.
         ForeignError: If a file is damaged, or holds anything that is not data.
     """
     key, name = f"backbone.pretrained = {str(path)!r}", config.backbone.name
-    networks = [one for one in model.backbone.modules() if isinstance(one, TimmNetwork)]
-    assert networks, "config.conflicts lets no other backbone through"
+    with torch.device("meta"):
+        network = new_backbone(config)
+    assert isinstance(network, TimmNetwork), "config.conflicts lets no other backbone through"
     file = path
     if path.is_dir():
         found = [path / one for one in _WEIGHTS if (path / one).is_file()]
@@ -51,12 +82,9 @@ def load_pretrained(path: Path, config: Config, model: Model) -> None:
             raise ConfigError(f"{key}: {problem}")
     state = read_backbone(file)
     try:
-        state = networks[0].converted(state)
+        return network.converted(state)
     except ValueError as error:
         raise ConfigError(f"{key}: {error}") from error
-    model.load({**model.state(), **state})
-    if model.average is not None:
-        model.average.begin()
 
 
 def _of_another(file: Path, name: str) -> str | None:

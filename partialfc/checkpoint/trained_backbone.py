@@ -11,6 +11,7 @@ from partialfc.checkpoint import foreign, hub_folder, recognition
 from partialfc.checkpoint import loading as checkpoint
 from partialfc.checkpoint.base import merged
 from partialfc.checkpoint.folder import MANIFEST, path_of, read_manifest
+from partialfc.checkpoint.pretrained import pretrained_state
 from partialfc.checkpoint.recognition import Known
 from partialfc.config import Config, ConfigError, load
 from partialfc.errors import CheckpointError
@@ -103,12 +104,15 @@ def state_at(path: Path, config: Config) -> dict[str, Tensor]:
     """Return the tensors of the backbone at a place that a run may begin with.
 
     Args:
-        path: As of :func:`open_backbone`, or a folder that ``partialfc identities`` wrote.
+        path: As of :func:`open_backbone`, or a folder that ``partialfc identities`` wrote; with
+            ``backbone.pretrained`` what that names.
         config: Of the run that begins with it.
 
     Raises:
         ConfigError, ForeignError: As :func:`open_backbone`.
     """
+    if config.backbone.pretrained is not None:
+        return pretrained_state(path, config)
     if is_start(path):
         return load_file(path / "backbone.safetensors")
     return open_backbone(path, image_size=config.data.image_size).state

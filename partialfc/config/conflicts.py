@@ -46,10 +46,10 @@ def conflicts(config: "Config") -> Iterator[str]:
 
 def _of_the_adapters(config: "Config") -> Iterator[str]:
     rank = f"backbone.lora.rank = {config.backbone.lora.rank}"
-    if config.run.start_from is None and config.run.resume_from is None:
+    if not (config.run.start_from or config.run.resume_from or config.backbone.pretrained):
         yield (
             f"{rank} without run.start_from: adapters change a trained backbone, and there is "
-            "none. Name one with run.start_from."
+            "none. Name one with run.start_from, or of timm with backbone.pretrained."
         )
     if config.backbone.freeze:
         yield (

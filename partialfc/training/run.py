@@ -216,7 +216,8 @@ def _restore(
         return 0, fact_of(place, model.backbone, config)
     if config.backbone.pretrained is not None:
         load_pretrained(config.backbone.pretrained, config, model)
-    elif config.backbone.freeze and runtime.leads:
+        return 0, fact_of(config.backbone.pretrained, model.backbone, config)
+    if config.backbone.freeze and runtime.leads:
         print(
             "warning: backbone.freeze without run.start_from: what is frozen stays as it was drawn "
             "at random.",

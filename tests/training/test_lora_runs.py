@@ -8,14 +8,16 @@ from safetensors.torch import save_file
 from partialfc import ArcFace, PartialFC, RowSGD
 from partialfc.backbones import build_backbone
 from partialfc.backbones.lora import adapters
+from partialfc.backbones.timm_import import timm
 from partialfc.checkpoint import CheckpointError
 from partialfc.checkpoint import loading as checkpoint
 from partialfc.checkpoint.base import fact_of, restore_base
+from partialfc.checkpoint.pretrained import load_pretrained, pretrained_state
 from partialfc.checkpoint.trained_backbone import open_backbone, state_at
 from partialfc.commands._estimate.backbone import backbone_parts, count_backbone
 from partialfc.config import ConfigError, load
 from partialfc.model.adapted import adapted
-from partialfc.model.build import assemble
+from partialfc.model.build import assemble, new_backbone
 from partialfc.model.step import train_step
 from partialfc.training.open_run import open_run
 from tests.support.models import batch, runtime, settings
@@ -157,6 +159,39 @@ def test_the_estimate_has_no_optimizer_of_the_base():
     per_block = (256 + 3 * 256) + (256 + 256) + 2 * (256 + 4 * 256)
     assert lora["optimizer"] == lora["gradients"] == 4 * 8 * 12 * per_block
     assert lora["weights"] == full["weights"] + lora["optimizer"]
+
+
+def test_a_network_of_timm_is_the_base_that_its_file_is(tmp_path):
+    """Its embedding layer is in no file, so it must be trained; checkpoints hold it."""
+    pretrained = tmp_path / "vit.safetensors"
+    torch.manual_seed(3)
+    save_file(timm().create_model("test_vit", num_classes=7).state_dict(), pretrained)
+
+    def made(*also_train):
+        about = {"name": "timm/test_vit", "pretrained": str(pretrained), "embedding_dim": DIM}
+        config = settings(
+            data={"train": "unused.rec", "global_batch": 4, "image_size": 160},
+            backbone={**about, "lora": {"rank": 2, "also_train": also_train}},
+        )
+        model = assemble(config, runtime(), new_backbone(config), PartialFC(40, DIM, ArcFace()))
+        load_pretrained(pretrained, config, model)
+        return config, model
+
+    with pytest.raises(ConfigError, match=r"fc, features .* begin at random"):
+        made("norm")
+    config, model = made("norm", "fc", "features")
+    base = pretrained_state(pretrained, config)
+    train_step(model, config, *batch(0, 4, size=160), 0.05)
+    facts = FACTS | fact_of(pretrained, model.backbone, config)
+    path = checkpoint.save(tmp_path / "saved", 1, model, facts, runtime(), keep=1)
+    held = load_file(path / "backbone.safetensors")
+    assert not held.keys() & base.keys()
+    _, other = made("norm", "fc", "features")
+    torch.nn.init.zeros_(other.backbone.network.blocks[0].attn.qkv.weight)
+    checkpoint.load(path, other, FACTS, runtime())
+    restore_base(path, other.backbone, config, state_at)
+    for name, value in model.backbone.state_dict().items():
+        assert torch.equal(value, other.backbone.state_dict()[name]), name
 
 
 @pytest.mark.distributed
