@@ -251,7 +251,7 @@ def test_a_subclass_of_row_sgd_is_not_run_by_the_kernel_of_sgd(monkeypatch):
 def test_options_at_their_defaults_are_no_fact_of_a_checkpoint(folder):
     """So that an older run goes on where a backbone has got an option."""
     plain, other = load("mine.toml", ["backbone.options.width=64"]), load("mine.toml")
-    data = SimpleNamespace(fingerprint="")
+    data = SimpleNamespace(fingerprint="", labels_fingerprint="")
     assert must_match(plain, data)["backbone.options"] is None
     assert must_match(other, data)["backbone.options"] == {"width": 32}
 

@@ -9,7 +9,7 @@ from partialfc.backbones.lora import adapt, adapters, merge, merged_state
 from partialfc.backbones.vit import VisionTransformer, ViTShape
 
 SIZE = 24
-SHAPE = ViTShape(width=16, depth=2, masked=0.0, drop_path=0.0)
+SHAPE = ViTShape(width=16, depth=2)
 
 
 def network(**lora) -> VisionTransformer:

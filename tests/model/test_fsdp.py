@@ -39,7 +39,9 @@ def config_of(shard: str, **sections) -> Config:
 def vit(*, checkpoint_activations=False) -> nn.Module:
     """Drop path and masks draw random numbers; rows of the positions are fewer than the ranks."""
     return VisionTransformer(
-        ViTShape(width=32, depth=2, masked=0.1, drop_path=0.2),
+        ViTShape(width=32, depth=2),
+        masked=0.1,
+        drop_path=0.2,
         embedding_dim=DIM,
         image_size=SIZE,
         checkpoint_activations=checkpoint_activations,
