@@ -196,6 +196,11 @@ class Config(Section):
     log: Log = Field(default_factory=Log)
     monitor: Monitor = Field(default_factory=Monitor)
 
+    def __new__(cls, **values: Any) -> Self:
+        """Make one of the schema for what the values name, as a file's settings are."""
+        schema = wider(cls, values) if cls is Config else cls
+        return super().__new__(schema)
+
     @model_validator(mode="wrap")
     @classmethod
     def _with_what_it_names(cls, values: Any, check: ModelWrapValidatorHandler[Self]) -> Self:

@@ -219,8 +219,8 @@ def _restore(
         return 0, fact_of(config.backbone.pretrained, model.backbone, config)
     if config.backbone.freeze and runtime.leads:
         print(
-            "warning: backbone.freeze without run.start_from: what is frozen stays as it was drawn "
-            "at random.",
+            "warning: backbone.freeze without run.start_from or backbone.pretrained: what is "
+            "frozen stays as it was drawn at random.",
             flush=True,
         )
     return 0, {}

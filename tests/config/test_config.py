@@ -39,6 +39,15 @@ def complaint(text: str, *overrides: str) -> str:
 # What loads
 
 
+@pytest.mark.filterwarnings("error")
+def test_settings_made_in_code_have_the_options_of_their_backbone() -> None:
+    """As those of a file: the section is known when the name is."""
+    values = {"data": {"train": ["a.rec"]}, "backbone": {"name": "vit_b"}}
+    made = Config(**values)
+    assert made == Config.model_validate(values)
+    assert made.backbone.options.model_dump() == {"masked": 0.05, "drop_path": 0.05}
+
+
 def test_defaults_and_overrides() -> None:
     settings = loaded(MINIMAL + "[head]\nsample_rate = 0.1\n", "head.margin.scale=30", "run.seed=1")
     assert settings.head.sample_rate == 0.1

@@ -33,7 +33,7 @@ ledger.at(4)
 ledger.switch("train")
 if case == "full":
     ledger._lines._writing.acquire()  # the main thread waits for a disk that is gone
-dog = watchdog.Watchdog(Ranks(), folder, 0.1, None)
+dog = watchdog.Watchdog(Ranks(), folder, 0.2, None)
 dog.follow(ledger)
 if case == "broken":
     dog._look = None  # whatever goes wrong in its thread
