@@ -13,7 +13,7 @@ from partialfc import plugins
 from partialfc.backbones import convnet, iresnet, mobilefacenet, vit
 from partialfc.backbones.timm_network import TimmNetwork
 from partialfc.definitions.backbones import NAMES, OPTIONS, TIMM, refused_size
-from partialfc.definitions.signatures import call
+from partialfc.definitions.signatures import call, parameters_of
 
 __all__ = ["BACKBONES", "build_backbone"]
 
@@ -61,6 +61,10 @@ def build_backbone(
         ValueError: If the name or an option is unknown, or a value is outside its range.
     """
     constructor = BACKBONES.get(name) or plugins.find("backbone", name)
+    if constructor is not None and "embedding_dim" not in parameters_of(constructor):
+        raise ValueError(  # before it is called: it may be any function of a plug-in's module
+            f"name = {name!r}: must be a class or a function that takes the keyword embedding_dim."
+        )
     if name.startswith(TIMM):
         constructor = partial(TimmNetwork, name)
     if constructor is None:

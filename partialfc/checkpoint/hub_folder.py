@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
+from partialfc import plugins
 from partialfc.checkpoint import foreign, recognition
 from partialfc.checkpoint.recognition import Known
 from partialfc.errors import ForeignError
@@ -107,7 +108,10 @@ def known_in(folder: Path) -> Known | None:
 
 
 def known_of(config: Mapping[str, Any], path: Path) -> Known:
-    """Return which backbone a config.json of ours says it is; nothing is imported for it.
+    """Return which backbone a config.json of ours says it is.
+
+    Nothing is imported for it, and of a plug-in that the user has loaded, it may name a module of
+    torch or what the plug-in offers as a backbone, but no function.
 
     Args:
         config: What it holds.
@@ -127,6 +131,8 @@ def known_of(config: Mapping[str, Any], path: Path) -> Known:
         problem = f"image_size = {size!r}: must be an integer in [1, {_MOST_PIXELS}]."
     elif not isinstance(options, dict):
         problem = f"options = {options!r}: must be options by name."
+    elif plugins.place_of(name) and not _is_network(plugins.find("backbone", name) or nn.Module):
+        problem = f"backbone = {name!r}: must be a torch.nn.Module of a plug-in that is loaded."
     else:
         whole = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
         known = Known(name, dim, size, whole)
@@ -136,6 +142,10 @@ def known_of(config: Mapping[str, Any], path: Path) -> Known:
         except (ValueError, TypeError) as error:
             problem = str(error)
     raise ForeignError(f"{path}: {problem} Export the model again.")
+
+
+def _is_network(found: object) -> bool:
+    return isinstance(found, type) and issubclass(found, nn.Module)
 
 
 def read_weights(path: Path, known: Known) -> dict[str, Tensor]:

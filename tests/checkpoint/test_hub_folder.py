@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from partialfc import plugins
 from partialfc.backbones import build_backbone
 from partialfc.checkpoint import hub_folder
 from partialfc.checkpoint.recognition import Known
@@ -208,6 +209,30 @@ def test_a_config_that_is_not_sound_is_refused_before_anything_is_built(config, 
         open_backbone(tmp_path)
     assert message in str(error.value)
     assert str(tmp_path / "config.json") in str(error.value)
+
+
+@pytest.mark.parametrize("called", ["getoutput", "made"])
+def test_a_folder_calls_no_function_of_a_plugin(called, tmp_path, monkeypatch):
+    """It is a stranger's: what stands in the user's module is not there for it to run."""
+    (tmp_path / "faces_of_mine.py").write_text(
+        "from subprocess import getoutput\n"
+        "def made(embedding_dim, **more): getoutput(more['cmd'])\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(plugins, "_loaded", {})
+    plugins.load(["faces_of_mine"])
+    ran = tmp_path / "ran"
+    config = {
+        "backbone": f"faces_of_mine:{called}",
+        "embedding_dim": 8,
+        "image_size": 48,
+        "options": {"cmd": f"touch {ran}"},
+    }
+    with pytest.raises(ForeignError, match=r"torch\.nn\.Module of a plug-in"):
+        hub_folder.known_of(config, tmp_path / "config.json")
+    with pytest.raises(ValueError, match="takes the keyword embedding_dim"):
+        build_backbone("faces_of_mine:getoutput", cmd=f"touch {ran}")
+    assert not ran.exists()
 
 
 def test_options_are_told_and_no_path_of_the_machine():
