@@ -256,12 +256,13 @@ def test_a_run_changes_to_fsdp2_and_back_on_other_ranks_and_is_exported(packs, t
     """Measured before its first step, which gathers without training; stopped and gone on twice."""
     words = ["verification.every_steps=2", "verification.identification=[]", "run.preflight=false"]
     words += ["checkpoint.every_steps=2", "backbone.ema=0.9"]
+    words += ["schedule.warmup_steps=0", "schedule.final_factor=1"]  # of no length
     plain = run(packs, tmp_path / "plain", *words, "run.steps=6", ranks=2)
     assert plain.returncode == 0, plain.stderr
     folder = tmp_path / "run"
     for steps, ranks, shard in ((2, 2, "fsdp2"), (4, 2, "none"), (6, 3, "fsdp2")):
         going = [f"run.steps={steps}", f"backbone.shard={shard}"]
-        done = run(packs, folder, *words, "schedule.name=linear", *going, ranks=ranks)
+        done = run(packs, folder, *words, *going, ranks=ranks)
         assert done.returncode == 0, done.stderr
     assert losses(folder)[1] == pytest.approx(losses(tmp_path / "plain")[1], rel=1e-6)
     assert json.loads((folder / "summary.json").read_text())["steps"] == 6
