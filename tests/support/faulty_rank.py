@@ -20,16 +20,16 @@ LATE_STEPS, LATE_SECONDS = 50, 0.05
 _step = partialfc.training.run.train_step
 
 
-def ill(model, config, images, identities, rate):
+def ill(model, *words):
     rank, step = int(os.environ["RANK"]), model.head.optimizer.steps
     if rank == 1 and step < LATE_STEPS:
         time.sleep(LATE_SECONDS)
     if step != LATE_STEPS:
-        return _step(model, config, images, identities, rate)
+        return _step(model, *words)
     before = trained(model)
     factor = torch.nan if rank == 1 else 1.0
     hook = next(model.backbone.parameters()).register_hook(lambda gradient: gradient * factor)
-    done = _step(model, config, images, identities, rate)
+    done = _step(model, *words)
     hook.remove()
     unchanged = all(map(torch.equal, before, trained(model)))
     (Path(sys.argv[1]) / f"rank_{rank}.json").write_text(json.dumps(unchanged))
