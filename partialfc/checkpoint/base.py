@@ -6,6 +6,7 @@ tensors (:func:`partialfc.model.adapted.digest_of`), whichever file they are in.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ BASE = "base"
 """The fact of a checkpoint that says which base it has."""
 
 _LONGEST_PLACE = 4096
+_MOST_BASES = 8
+_WITHIN: ContextVar[tuple[Path, ...]] = ContextVar("within", default=())
+"""The checkpoints whose bases are being read: a base may be a run of adapters itself."""
+
 _UNREADABLE = (
     ConfigError,
     CheckpointError,
@@ -92,6 +97,19 @@ def merged(path: Path, own: Mapping[str, Tensor], config: Config, read: Read) ->
 
 def _found(path: Path, config: Config, read: Read) -> tuple[Path, str, dict[str, Tensor]]:
     """Where the base is, its digest and its tensors."""
+    within = _WITHIN.get()
+    if path.resolve() in within:
+        raise CheckpointError(f"{path}: it is the base of its own adapters")
+    if len(within) == _MOST_BASES:
+        raise CheckpointError(f"{path}: more than {_MOST_BASES} runs of adapters, one on another")
+    token = _WITHIN.set((*within, path.resolve()))
+    try:
+        return _looked_up(path, config, read)
+    finally:
+        _WITHIN.reset(token)
+
+
+def _looked_up(path: Path, config: Config, read: Read) -> tuple[Path, str, dict[str, Tensor]]:
     noted, problems = _noted(path), []
     for place in _places(noted["place"], config):
         try:

@@ -15,7 +15,7 @@ from partialfc.checkpoint.base import fact_of, restore_base
 from partialfc.checkpoint.pretrained import load_pretrained, pretrained_state
 from partialfc.checkpoint.trained_backbone import open_backbone, state_at
 from partialfc.commands._estimate.backbone import backbone_parts, count_backbone
-from partialfc.config import ConfigError, load
+from partialfc.config import ConfigError, load, to_toml
 from partialfc.model.adapted import adapted
 from partialfc.model.build import assemble, new_backbone
 from partialfc.model.step import train_step
@@ -122,6 +122,23 @@ def test_a_base_that_is_not_there_is_refused_by_name(base, tmp_path, what):
     assert str(base) in str(refused.value)
     assert facts["base"]["sha256"][:16] in str(refused.value)
     assert ("it holds other weights" in str(refused.value)) == (what == "another")
+
+
+@pytest.mark.parametrize("cycle", [1, 2, 12])
+def test_adapters_on_themselves_are_refused_by_name(base, tmp_path, cycle):
+    """Checkpoints are a stranger's: one may say that it is its own base, also by way of others."""
+    config, model = model_of(base)
+    settings_of_run = to_toml(config).replace(f"image_size = {SIZE}", "image_size = 32")
+    paths = [tmp_path / str(n) / "checkpoints" / "step_00000002" for n in range(cycle)]
+    for n, path in enumerate(paths):
+        noted = {"place": str(paths[(n + 1) % cycle]), "sha256": "0" * 64}
+        checkpoint.save(path.parent, 2, model, FACTS | {"base": noted}, runtime(), keep=1)
+        (path.parents[1] / "config.toml").write_text(settings_of_run)
+    message = "it is the base of its own adapters" if cycle < 8 else "more than 8 runs of adapters"
+    for use in (open_backbone, lambda path: restore_base(path, model.backbone, config, state_at)):
+        with pytest.raises(CheckpointError, match=message) as refused:
+            use(paths[0])
+        assert str(paths[0]) in str(refused.value)
 
 
 @pytest.mark.parametrize(
