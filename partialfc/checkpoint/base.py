@@ -2,7 +2,9 @@
 
 A checkpoint of a run with ``backbone.lora`` holds the adapters and what is trained beside them. Its
 facts say which base they belong to: the place that the run began with, and the SHA-256 of the
-tensors (:func:`partialfc.model.adapted.digest_of`), whichever file they are in.
+tensors (:func:`partialfc.model.adapted.digest_of`), whichever file they are in. Of pretrained
+weights these are the file's own: timm resamples them to the size of images, to other bits on
+another CPU.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 from partialfc.backbones.lora import merged_state
 from partialfc.checkpoint.folder import read_manifest
+from partialfc.checkpoint.pretrained import weights_in
 from partialfc.config import Config, ConfigError
 from partialfc.errors import CheckpointError, ForeignError
 from partialfc.model.adapted import base_of, digest_of
@@ -51,8 +54,7 @@ def fact_of(place: Path, network: nn.Module, config: Config) -> dict[str, Any]:
     """
     if not config.backbone.lora.rank:
         return {}
-    base = base_of(network.state_dict(), config.backbone.lora.also_train)
-    return {BASE: {"place": str(place), "sha256": digest_of(base)}}
+    return {BASE: {"place": str(place), "sha256": _digest(place, network.state_dict(), config)}}
 
 
 def restore_base(path: Path, network: nn.Module, config: Config, read: Read) -> dict[str, Any]:
@@ -114,19 +116,25 @@ def _looked_up(path: Path, config: Config, read: Read) -> tuple[Path, str, dict[
     for place in _places(noted["place"], config):
         try:
             state = read(place, config)
+            digest = _digest(place, state, config)
         except _UNREADABLE as error:
             said = str(error).rstrip(".")
             problems.append(said if str(place) in said else f"{place}: {said}")
             continue
-        base = base_of(state, config.backbone.lora.also_train)
-        if digest_of(base) == noted["sha256"]:
-            return place, noted["sha256"], base
+        if digest == noted["sha256"]:
+            return place, digest, base_of(state, config.backbone.lora.also_train)
         problems.append(f"{place}: it holds other weights")
     raise CheckpointError(
         f"{path}: it holds adapters, and the weights that they belong to (SHA-256 "
         f"{noted['sha256'][:16]}...) are not there: {'; '.join(problems)}. Put them back, or say "
         "where they are with run.start_from, or backbone.pretrained, in the settings."
     )
+
+
+def _digest(place: Path, state: Mapping[str, Tensor], config: Config) -> str:
+    if config.backbone.pretrained is not None:
+        return digest_of(weights_in(place, config))
+    return digest_of(base_of(state, config.backbone.lora.also_train))
 
 
 def _noted(path: Path) -> dict[str, str]:

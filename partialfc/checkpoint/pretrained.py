@@ -65,26 +65,43 @@ def pretrained_state(path: Path, config: Config) -> dict[str, Tensor]:
         ConfigError: If they are another network's, or want other images than this one is given.
         ForeignError: If a file is damaged, or holds anything that is not data.
     """
-    key, name = f"backbone.pretrained = {str(path)!r}", config.backbone.name
     with torch.device("meta"):
         network = new_backbone(config)
     assert isinstance(network, TimmNetwork), "config.conflicts lets no other backbone through"
+    state = weights_in(path, config)
+    try:
+        return network.converted(state)
+    except ValueError as error:
+        raise ConfigError(f"{_key(path)}: {error}") from error
+
+
+def weights_in(path: Path, config: Config) -> dict[str, Tensor]:
+    """Return pretrained weights as the file has them, in fp32, a classifier among them.
+
+    Args:
+        path: As of :func:`pretrained_state`.
+        config: Of the run.
+
+    Raises:
+        ConfigError: If the folder has none, or says that they are another network's.
+        ForeignError: If a file is damaged, or holds anything that is not data.
+    """
     file = path
     if path.is_dir():
         found = [path / one for one in _WEIGHTS if (path / one).is_file()]
         if not found:
             raise ConfigError(
-                f"{key}: it has no {' or '.join(_WEIGHTS)}. Give a file of weights, or a folder "
-                "of timm's on the Hugging Face Hub as it was downloaded."
+                f"{_key(path)}: it has no {' or '.join(_WEIGHTS)}. Give a file of weights, or a "
+                "folder of timm's on the Hugging Face Hub as it was downloaded."
             )
         file = found[0]
-        if problem := _of_another(path / _CONFIG, name):
-            raise ConfigError(f"{key}: {problem}")
-    state = read_backbone(file)
-    try:
-        return network.converted(state)
-    except ValueError as error:
-        raise ConfigError(f"{key}: {error}") from error
+        if problem := _of_another(path / _CONFIG, config.backbone.name):
+            raise ConfigError(f"{_key(path)}: {problem}")
+    return read_backbone(file)
+
+
+def _key(path: Path) -> str:
+    return f"backbone.pretrained = {str(path)!r}"
 
 
 def _of_another(file: Path, name: str) -> str | None:

@@ -3,12 +3,14 @@
 import pytest
 import torch
 from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file
 
 from partialfc import ArcFace, PartialFC, RowSGD
 from partialfc.backbones import build_backbone
 from partialfc.backbones.lora import adapters
 from partialfc.backbones.timm_import import timm
+from partialfc.backbones.timm_network import TimmNetwork
 from partialfc.checkpoint import CheckpointError
 from partialfc.checkpoint import loading as checkpoint
 from partialfc.checkpoint.base import fact_of, restore_base
@@ -178,8 +180,11 @@ def test_the_estimate_has_no_optimizer_of_the_base():
     assert lora["weights"] == full["weights"] + lora["optimizer"]
 
 
-def test_a_network_of_timm_is_the_base_that_its_file_is(tmp_path):
-    """Its embedding layer is in no file, so it must be trained; checkpoints hold it."""
+def test_a_network_of_timm_is_the_base_that_its_file_is(tmp_path, monkeypatch):
+    """Its embedding layer is in no file, so it must be trained; checkpoints hold it.
+
+    And it is the same base on a CPU that resamples position embeddings to other bits.
+    """
     pretrained = tmp_path / "vit.safetensors"
     torch.manual_seed(3)
     save_file(timm().create_model("test_vit", num_classes=7).state_dict(), pretrained)
@@ -209,6 +214,17 @@ def test_a_network_of_timm_is_the_base_that_its_file_is(tmp_path):
     restore_base(path, other.backbone, config, state_at)
     for name, value in model.backbone.state_dict().items():
         assert torch.equal(value, other.backbone.state_dict()[name]), name
+
+    def on_another_cpu(network, state, convert=TimmNetwork.converted):
+        found = convert(network, state)
+        return found | {"network.pos_embed": found["network.pos_embed"].nextafter(torch.ones(()))}
+
+    monkeypatch.setattr(TimmNetwork, "converted", on_another_cpu)
+    restore_base(path, other.backbone, config, state_at)
+    weights = load_torch(pretrained)
+    save_file(weights | {"norm.bias": weights["norm.bias"] + 1}, pretrained)
+    with pytest.raises(CheckpointError, match="it holds other weights"):
+        restore_base(path, other.backbone, config, state_at)
 
 
 @pytest.mark.distributed
