@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from partialfc.backbones.lora import merged_state
-from partialfc.checkpoint.folder import read_manifest
+from partialfc.checkpoint.folder import read_manifest, step_of, steps
 from partialfc.checkpoint.pretrained import weights_in
-from partialfc.config import Config, ConfigError
+from partialfc.config import Config, ConfigError, load
 from partialfc.errors import CheckpointError, ForeignError
 from partialfc.model.adapted import base_of, digest_of
 
@@ -55,6 +55,26 @@ def fact_of(place: Path, network: nn.Module, config: Config) -> dict[str, Any]:
     if not config.backbone.lora.rank:
         return {}
     return {BASE: {"place": str(place), "sha256": _digest(place, network.state_dict(), config)}}
+
+
+def may_vanish(place: Path, config: Config) -> str:
+    """Return in a sentence that the base may be deleted by the run that it is of; else ``""``.
+
+    Args:
+        place: As of :func:`fact_of`.
+        config: Of the new run.
+    """
+    run = place.parent.parent
+    if not config.backbone.lora.rank or place not in steps(run / "checkpoints"):
+        return ""
+    every = load(run / "config.toml", own=False).checkpoint.keep_every_steps
+    if every and step_of(place) % every == 0:
+        return ""
+    return (
+        f"the adapters are of no use without {place}, which its run deletes if it goes on for "
+        "some checkpoints more: set checkpoint.keep_every_steps of that run to a divisor of "
+        f"{step_of(place)}, or begin with a copy (partialfc export --huggingface)."
+    )
 
 
 def restore_base(path: Path, network: nn.Module, config: Config, read: Read) -> dict[str, Any]:
@@ -126,8 +146,9 @@ def _looked_up(path: Path, config: Config, read: Read) -> tuple[Path, str, dict[
         problems.append(f"{place}: it holds other weights")
     raise CheckpointError(
         f"{path}: it holds adapters, and the weights that they belong to (SHA-256 "
-        f"{noted['sha256'][:16]}...) are not there: {'; '.join(problems)}. Put them back, or say "
-        "where they are with run.start_from, or backbone.pretrained, in the settings."
+        f"{noted['sha256'][:16]}...) are not there: {'; '.join(problems)}. Put them back "
+        "where they were; a run that goes on may also be told another place, with run.start_from "
+        "or backbone.pretrained."
     )
 
 

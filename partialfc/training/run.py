@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from partialfc.checkpoint import loading as checkpoint
-from partialfc.checkpoint.base import fact_of, restore_base
+from partialfc.checkpoint.base import fact_of, may_vanish, restore_base
 from partialfc.checkpoint.folder import path_of
 from partialfc.checkpoint.pretrained import load_pretrained
 from partialfc.checkpoint.saving import Saver
@@ -213,6 +213,8 @@ def _restore(
         return step, restore_base(found, model.backbone, config, state_at)
     if config.run.start_from is not None:
         place = warm_start(config.run.start_from, config, model, runtime, data.dataset)
+        if runtime.leads and (sentence := may_vanish(place, config)):
+            print(f"warning: {sentence}", flush=True)
         return 0, fact_of(place, model.backbone, config)
     if config.backbone.pretrained is not None:
         load_pretrained(config.backbone.pretrained, config, model)

@@ -1,5 +1,7 @@
 """Runs that train adapters: what changes, what a checkpoint holds, and where its base is found."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.numpy import load_file
@@ -22,6 +24,7 @@ from partialfc.model.adapted import adapted
 from partialfc.model.build import assemble, new_backbone
 from partialfc.model.step import train_step
 from partialfc.training.open_run import open_run
+from partialfc.training.run import _restore
 from tests.support.models import batch, runtime, settings
 from tests.support.places import ROOT
 from tests.support.runs import UNVERIFIED, killed_at, losses, run
@@ -55,6 +58,11 @@ def model_of(base, **more):
     adapted(network, config.backbone.lora, SIZE)
     head = PartialFC(40, DIM, ArcFace(scale=16), sample_rate=0.5, optimizer=RowSGD(lr=0.1))
     return config, assemble(config, runtime(), network, head)
+
+
+def text_of(config):
+    """Settings as a run's folder has them, with a size of images that a user may ask for."""
+    return to_toml(config).replace(f"image_size = {SIZE}", "image_size = 32")
 
 
 def everything(model):
@@ -119,23 +127,42 @@ def test_a_base_that_is_not_there_is_refused_by_name(base, tmp_path, what):
     else:
         torch.manual_seed(4)
         save_file(backbone().state_dict(), base)
-    with pytest.raises(CheckpointError, match=r"run\.start_from") as refused:
+    message = "Put them back where they were; a run that goes on .* run.start_from"
+    with pytest.raises(CheckpointError, match=message) as refused:
         restore_base(path, model.backbone, config, state_at)
     assert str(base) in str(refused.value)
     assert facts["base"]["sha256"][:16] in str(refused.value)
     assert ("it holds other weights" in str(refused.value)) == (what == "another")
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_base_that_its_run_may_delete_is_warned_of(base, tmp_path, capsys, kept):
+    """Adapters note one checkpoint, and its run keeps the newest two."""
+    config, model = model_of(base, lora={}, ema=0.0)
+    checkpoint.save(tmp_path / "old" / "checkpoints", 6, model, FACTS, runtime(), keep=1)
+    kept_steps = {"every_steps": 2, "keep_every_steps": 2 if kept else 0}
+    of_base = config.model_copy(
+        update={"checkpoint": config.checkpoint.model_copy(update=kept_steps)}
+    )
+    (tmp_path / "old" / "config.toml").write_text(text_of(of_base))
+    config, model = model_of(tmp_path / "old")
+    new = config.run.model_copy(update={"folder": tmp_path / "new"})
+    config = config.model_copy(update={"run": new})
+    _, fact = _restore(config, runtime(), model, FACTS, SimpleNamespace(dataset=None))
+    warned = capsys.readouterr().out
+    assert warned.count("warning: ") == (not kept)
+    assert ("checkpoint.keep_every_steps" in warned and fact["base"]["place"] in warned) != kept
+
+
 @pytest.mark.parametrize("cycle", [1, 2, 12])
 def test_adapters_on_themselves_are_refused_by_name(base, tmp_path, cycle):
     """Checkpoints are a stranger's: one may say that it is its own base, also by way of others."""
     config, model = model_of(base)
-    settings_of_run = to_toml(config).replace(f"image_size = {SIZE}", "image_size = 32")
     paths = [tmp_path / str(n) / "checkpoints" / "step_00000002" for n in range(cycle)]
     for n, path in enumerate(paths):
         noted = {"place": str(paths[(n + 1) % cycle]), "sha256": "0" * 64}
         checkpoint.save(path.parent, 2, model, FACTS | {"base": noted}, runtime(), keep=1)
-        (path.parents[1] / "config.toml").write_text(settings_of_run)
+        (path.parents[1] / "config.toml").write_text(text_of(config))
     message = "it is the base of its own adapters" if cycle < 8 else "more than 8 runs of adapters"
     for use in (open_backbone, lambda path: restore_base(path, model.backbone, config, state_at)):
         with pytest.raises(CheckpointError, match=message) as refused:
