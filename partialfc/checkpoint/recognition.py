@@ -22,6 +22,10 @@ _SIZES = (112, 128, 96, 64, 48, 32, 160, 224)
 """Usual sizes of images, the most usual first."""
 
 _NAMED = 3
+_OTHERWISE = (
+    "Tensors alone do not say which network of timm or of a plug-in they are: give the folder of "
+    "its run, or what partialfc export --huggingface writes"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +98,7 @@ def _reason(nearest: Known | None, found: Mapping[str, tuple[int, ...]], image_s
     if nearest is None:
         return (
             f"its {len(found)} tensors ({_some([*found])}) are of no backbone that is known here. "
-            f"The backbones are: {', '.join(BACKBONES)}"
+            f"The backbones are: {', '.join(BACKBONES)}. {_OTHERWISE}"
         )
     name, dim = nearest.name, nearest.embedding_dim
     for size in _SIZES:
@@ -106,7 +110,7 @@ def _reason(nearest: Known | None, found: Mapping[str, tuple[int, ...]], image_s
     return (
         f"no backbone for images of {image_size} pixels has these {len(found)} tensors. The "
         f"nearest is {name}: {difference(shapes(nearest), found)}. The backbones are: "
-        f"{', '.join(BACKBONES)}"
+        f"{', '.join(BACKBONES)}. {_OTHERWISE}"
     )
 
 

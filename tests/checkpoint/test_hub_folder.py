@@ -3,6 +3,7 @@
 import json
 import re
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,12 @@ import yaml
 
 from partialfc import plugins
 from partialfc.backbones import build_backbone
-from partialfc.checkpoint import hub_folder
+from partialfc.checkpoint import hub_folder, recognition
 from partialfc.checkpoint.recognition import Known
 from partialfc.checkpoint.trained_backbone import TrainedBackbone, open_backbone
 from partialfc.checkpoint.warm_start import warm_start
 from partialfc.commands import export
-from partialfc.commands._export.card import front_matter
+from partialfc.commands._export.card import front_matter, write_card
 from partialfc.errors import ForeignError
 from partialfc.model.build import build
 from tests.support.models import runtime, settings
@@ -253,3 +254,25 @@ def test_formats_that_leave_out_the_folders_own_are_refused(model, tmp_path):
     with pytest.raises(ValueError, match="--huggingface safetensors must be among them"):
         export.main(words)
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_of_timm_alone_are_refused_with_what_is_read_instead(tmp_path):
+    """Their tensors are no backbone's here; the card of an export must not send anybody to them."""
+    known = Known("timm/test_vit", 8, 160)
+    trained = TrainedBackbone(tmp_path / "run", known, recognition.build(known).state_dict())
+    hub_folder.write_hub_folder(tmp_path / "hub", known, trained.state, {})
+    assert open_backbone(tmp_path / "hub").known == known
+    with pytest.raises(ForeignError, match=r"the folder of its run, or .* export --huggingface"):
+        open_backbone(tmp_path / "hub" / hub_folder.WEIGHTS)
+
+    row = {"file": "model.safetensors", "format": "safetensors", "mark": "", "fine": True}
+    row |= {"bytes": 1, "change": 0.0, "width": 0.0, "threshold_at_far": {}}
+    said = {}
+    for name in ("timm/test_vit", "convnet_s"):
+        named = replace(trained, known=replace(known, name=name))
+        more = {"inside": False, "licence": "CC0", "checked_on": "pairs", "flip": False}
+        write_card(tmp_path / "README.md", named, [row], **more)
+        said[name] = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "`partialfc export --huggingface` writes" in said["timm/test_vit"]
+    assert "takes the safetensors" not in said["timm/test_vit"]
+    assert "takes the safetensors" in said["convnet_s"]

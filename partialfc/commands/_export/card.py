@@ -7,6 +7,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from partialfc.backbones import BACKBONES
 from partialfc.checkpoint import hub_folder
 from partialfc.checkpoint.recognition import Known
 from partialfc.checkpoint.trained_backbone import TrainedBackbone
@@ -166,9 +167,15 @@ def _use(
         if thresholds
         else f"{checked_on} has too few pairs of different people for a threshold at a FAR."
     )
-    is_onnx = row["format"] in _ONNX
+    is_onnx, told = row["format"] in _ONNX, known.name in BACKBONES
+    if not (told or hub):
+        yield (
+            f"The safetensors do not say that they are {known.name}: give `partialfc embed` the "
+            "folder of the run, or what `partialfc export --huggingface` writes."
+        )
     if not (is_onnx or hub):
-        yield "`partialfc embed` takes the safetensors; `torch.export.load` the .pt2."
+        embeds = "`partialfc embed` takes the safetensors, " if told else ""
+        yield f"{embeds}`torch.export.load` takes the .pt2."
         return
     x, size = "pixels.transpose(2, 0, 1)", known.image_size
     x = x if inside and is_onnx else f"({x} - 127.5) / 127.5"
