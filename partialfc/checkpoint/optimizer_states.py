@@ -33,19 +33,26 @@ def restore_states(
 ) -> None:
     """Give every parameter that is trained its states, as :func:`named_states` returned them.
 
+    One that never had a gradient has none where the optimizer makes them at the first: it stays
+    without.
+
     Args:
         optimizer: Of the parameters; what it holds is replaced.
         parameters: By name, as the optimizer has them.
         found: Of a backbone that is divided, this rank's rows.
 
     Raises:
-        CheckpointError: If a parameter lacks a state that another has, or one has another shape.
+        CheckpointError: If a parameter lacks some of its states, or one has another shape.
     """
     trained = {name: one for name, one in parameters.items() if one.requires_grad}
     of_any = {name.rpartition(".")[2] for name in (*found, *named_states(optimizer, parameters))}
     # An optimizer that has its states from the start says which a parameter has; torch's AdamW
-    # makes those that the others have.
-    kinds = {name: [*optimizer.state.get(one, {})] or of_any for name, one in trained.items()}
+    # makes those that the others have, or none before the first gradient.
+    having = {name.rpartition(".")[0] for name in found}
+    kinds = {
+        name: [*optimizer.state.get(one, {})] or (of_any if name in having else ())
+        for name, one in trained.items()
+    }
     wanted = {f"{name}.{kind}" for name in trained for kind in kinds[name]}
     if missing := sorted(wanted - found.keys()):
         raise CheckpointError(f"it lacks the tensor {', '.join(missing)}")

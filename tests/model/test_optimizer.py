@@ -11,9 +11,12 @@ from torch import nn
 
 from partialfc import ArcFace, PartialFC, RowSGD
 from partialfc.backbones import BACKBONES, build_backbone
+from partialfc.checkpoint import loading as checkpoint
+from partialfc.checkpoint.optimizer_states import named_states, restore_states
 from partialfc.checkpoint.trained_backbone import open_backbone
 from partialfc.commands._estimate.backbone import backbone_parts, count
 from partialfc.config import ConfigError, load, to_toml
+from partialfc.errors import CheckpointError
 from partialfc.model.build import assemble
 from partialfc.model.frozen import freeze, frozen_words
 from partialfc.model.groups import layers_of, matrices_of
@@ -78,6 +81,41 @@ def test_rates_fall_from_layer_to_layer_and_by_name():
     set_rate(model.optimizer, 0.1)
     assert by_name(model, "lr")["stem.weight"] == pytest.approx(0.1 / 8)
     assert "rates times 0.125 to 1" in groups_in_words(model.optimizer)
+
+
+class WithUnused(Blocks):
+    """Its second head has no gradient, so torch's AdamW makes no state of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.Linear(16, 16)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion"])
+def test_a_parameter_without_gradients_has_states_or_none_in_a_checkpoint(tmp_path, name):
+    """AdamW makes states at the first gradient, so such a run could never be resumed."""
+
+    def model_of():
+        config = settings(optimizer={"name": name})
+        torch.manual_seed(0)
+        head = PartialFC(40, 16, ArcFace(scale=16), sample_rate=0.5, optimizer=RowSGD(lr=0.1))
+        return config, assemble(config, runtime(), WithUnused(), head)
+
+    config, model = model_of()
+    train_step(model, config, *batch(0, 24), 1e-3)
+    path = checkpoint.save(tmp_path, 1, model, {}, runtime(), keep=1)
+    _, again = model_of()
+    assert checkpoint.load(path, again, {}, runtime()) == 1
+    found, saved = (named_states(one.optimizer, one.parameters()) for one in (again, model))
+    assert found.keys() == saved.keys()
+    assert all(torch.equal(found[key], value) for key, value in saved.items())
+    assert any("unused" in key for key in saved) == (name == "lion")
+    for part in ("stem.weight.", "unused.bias.")[: 1 + (name == "lion")]:
+        key = next(key for key in saved if key.startswith(part))
+        lacking = {one: value for one, value in saved.items() if one != key}
+        _, fresh = model_of()
+        with pytest.raises(CheckpointError, match=f"lacks the tensor {key}"):
+            restore_states(fresh.optimizer, fresh.parameters(), lacking)
 
 
 def test_matrices_alone_decay():
