@@ -149,6 +149,13 @@ def shard(config: Config, backbone: nn.Module, runtime: Runtime) -> Shards:
             f'backbone.shard = "fsdp2": {scalars[0]} is one number, and what is divided has rows. '
             "Make it a parameter of shape [1], or leave backbone.shard out."
         )
+    names = {name for name, _ in backbone.named_parameters()}
+    every_name = (name for name, _ in backbone.named_parameters(remove_duplicate=False))
+    if tied := [name for name in every_name if name not in names]:
+        raise ConfigError(
+            f'backbone.shard = "fsdp2": {tied[0]} is a parameter that has another name too, and '
+            "what is divided has one. Give each layer its own, or leave backbone.shard out."
+        )
     ranks, device = runtime.ranks, runtime.device
     for tensor in (*backbone.parameters(), *backbone.buffers()):
         torch.distributed.broadcast(tensor.detach(), 0, group=ranks.group)

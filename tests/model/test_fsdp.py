@@ -13,7 +13,8 @@ from partialfc import ArcFace, PartialFC, RowSGD
 from partialfc.backbones import build_backbone
 from partialfc.backbones.vit import VisionTransformer, ViTShape
 from partialfc.checkpoint import loading as checkpoint
-from partialfc.config import Config
+from partialfc.config import Config, ConfigError
+from partialfc.model import fsdp
 from partialfc.model.batch_norm import statistics
 from partialfc.model.build import Model, assemble
 from partialfc.model.fsdp import Shards, blocks_of, rows_of
@@ -208,6 +209,22 @@ def test_a_checkpoint_of_ddp_goes_on_under_fsdp2_and_back(tmp_path):
     saved = load_file(tmp_path / "step_00000004" / "backbone.safetensors")
     for name, value in alone.state().items():
         assert torch.equal(value, saved[name]), name
+
+
+def tied_on_rank(rank, world_size):
+    network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    network[1].weight = network[0].weight
+    try:
+        fsdp.shard(config_of("fsdp2"), network, runtime())
+    except ConfigError as error:
+        return str(error)
+
+
+@pytest.mark.distributed
+def test_a_weight_with_two_names_is_refused_at_the_start():
+    """The first checkpoint would have ended the run."""
+    for told in run_on_ranks(2, tied_on_rank):
+        assert '"fsdp2": 1.weight is a parameter that has another name too' in told
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 7, 8])
