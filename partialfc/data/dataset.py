@@ -86,6 +86,13 @@ class DataSet:
         """Images of the packs that are no samples."""
         return len(self._skipped_S)
 
+    def skipped_of(self, number: int) -> NDArray[np.int64]:
+        """Return the image indices of a pack that are no samples, ascending."""
+        start, stop = self._start_P[number : number + 2]
+        first, last = np.searchsorted(self._skipped_S, (start, stop))
+        skipped: NDArray[np.int64] = self._skipped_S[first:last] - start
+        return skipped
+
     @cached_property
     def _identity_start_P(self) -> NDArray[np.int64]:
         return np.cumsum([0, *(self._identities_of(i) for i in range(len(self.packs)))])

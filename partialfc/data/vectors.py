@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from partialfc.data.packs.pack import Pack
-from partialfc.errors import DataError, in_words
+from partialfc.errors import in_words
 from partialfc.writing import opened, read_text, write_json
 
 if TYPE_CHECKING:  # they need Pillow, and who looks up embeddings none
@@ -95,7 +95,8 @@ class Vectors:
         dataset: Of the samples.
 
     Raises:
-        ValueError: If a file is none, damaged, or not of its pack; the message names it.
+        ValueError: If a file is none, damaged, not of its pack, or lacks a sample; the message
+            names it.
         OSError: If it cannot be read.
     """
 
@@ -107,6 +108,8 @@ class Vectors:
             )
         self._dataset = dataset
         self._parts = [_Part.of(*pair) for pair in zip(paths, dataset.packs, strict=True)]
+        for number, part in enumerate(self._parts):
+            part.refuse_missing(dataset.skipped_of(number))
         widths = {part.row_NL.shape[1] for part in self._parts}
         if len(widths) > 1:
             raise ValueError(
@@ -126,11 +129,7 @@ class Vectors:
         return digest.hexdigest()
 
     def of(self, sample_id_B: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Return the embeddings [B, L] of samples: a copy.
-
-        Raises:
-            DataError: If one has no row.
-        """
+        """Return the embeddings [B, L] of samples: a copy."""
         pack_B, image_B = self._dataset.places(sample_id_B)
         found_BL = np.empty((len(image_B), self.dim), np.float32)
         for number in np.unique(pack_B).tolist():
@@ -171,15 +170,19 @@ class _Part:
             )
         return cls(path, row_NL, origin, np.asarray(origin.left_out, np.int64))
 
+    def refuse_missing(self, skipped: NDArray[np.int64]) -> None:
+        """Refuse images without a row, but for those that are no samples."""
+        missing = np.setdiff1d(self.left_out_S, skipped)
+        if len(missing):
+            others = f" and {len(missing) - 1:,} others" if len(missing) > 1 else ""
+            raise ValueError(
+                f"{self.path}: it has no embedding of image {missing[0]}{others}, which partialfc "
+                f"embed could not use. Leave {'them' if others else 'it'} out with data.skip."
+            )
+
     def of_images(self, image_B: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return the rows [B, L] of images of the pack."""
         before_B = np.searchsorted(self.left_out_S, image_B)
-        missing = np.isin(image_B, self.left_out_S)
-        if missing.any():
-            raise DataError(
-                f"{self.path}: it has no embedding of image {image_B[missing][0]}, which partialfc "
-                "embed could not use. Leave it out with data.skip."
-            )
         return np.asarray(self.row_NL[image_B - before_B])
 
 

@@ -9,7 +9,6 @@ from partialfc.data.dataset import DataSet
 from partialfc.data.packs.pack import open_pack
 from partialfc.data.packs.writer import PackWriter
 from partialfc.data.vectors import Origin, Vectors, origin_path, write_origin
-from partialfc.errors import DataError
 
 
 def pack_of(path, images):
@@ -35,13 +34,26 @@ def test_every_sample_has_the_row_of_its_image(tmp_path):
         embedded(tmp_path / "a.npy", packs[0], left_out=(0, 4)),
         embedded(tmp_path / "b.npy", packs[1], first=100),
     ]
-    skipped = [np.array([0, 2]), np.array([8])]
+    skipped = [np.array([0, 2, 4]), np.array([8])]
     dataset = DataSet(packs, skipped)
     vectors = Vectors(paths, dataset)
-    samples = np.array([11, 0, 5, 3, 1])  # images b7, a1, b1, a5, a3
+    samples = np.array([10, 0, 4, 2, 1])  # images b7, a1, b1, a5, a3
     assert vectors.of(samples)[:, 0].tolist() == [107, 1, 101, 5, 3]
-    with pytest.raises(DataError, match=r"a\.npy: it has no embedding of image 4"):
-        vectors.of(np.array([0, 2]))
+
+
+def test_a_sample_without_a_row_is_refused_before_the_first_step(tmp_path):
+    """The run would end at the batch that has it, hours later and at every start."""
+    packs = [pack_of(tmp_path / f"{name}.rec", n) for name, n in (("a", 6), ("b", 9))]
+    paths = [
+        embedded(tmp_path / "a.npy", packs[0]),
+        embedded(tmp_path / "b.npy", packs[1], left_out=(0, 4, 7)),
+    ]
+    none = np.empty(0, np.int64)
+    with pytest.raises(ValueError, match=r"b\.npy: it has no embedding of image 0 and 1 others,"):
+        Vectors(paths, DataSet(packs, [np.array([0, 4]), np.array([4])]))
+    with pytest.raises(ValueError, match=r"b\.npy: .* of image 7, which .* data\.skip"):
+        Vectors(paths, DataSet(packs, [none, np.array([0, 4])]))
+    Vectors(paths, DataSet(packs, [none, np.array([0, 2, 4, 7])]))
 
 
 def test_another_file_or_other_values_have_another_digest(tmp_path):
