@@ -33,7 +33,7 @@ from partialfc.config.optimizers import (
     Wsd,
 )
 from partialfc.config.run import Checkpoint, EverySteps, Log, Run
-from partialfc.config.schema import Section, UserPath, nearest_multiples
+from partialfc.config.schema import OneOrMore, Section, UserPath, nearest_multiples
 from partialfc.config.wider import wider
 from partialfc.definitions import Range, Unit
 from partialfc.definitions.backbones import Backbone as BackboneName
@@ -92,7 +92,7 @@ class Backbone(Section):
     """Take BatchNorm statistics over the images of all ranks. Without it they depend on the batch
     per rank, and so on the number of ranks."""
 
-    freeze: tuple[str, ...] = Field(default=(), strict=False)
+    freeze: Annotated[tuple[str, ...], OneOrMore] = Field(default=(), strict=False)
     """Parts that are not trained, by the names of modules or parameters as a checkpoint has them:
     ``["conv1", "layer1"]``. The statistics of their BatchNorm stay as they are too."""
 

@@ -34,11 +34,9 @@ def must_match(
         "backbone.name": config.backbone.name,
         "backbone.options": _options(config),
         "backbone.embedding_dim": config.backbone.embedding_dim,
-        "backbone.freeze": list(config.backbone.freeze)
+        "backbone.freeze": sorted({*config.backbone.freeze})
         or None,  # as before there was such a setting
-        "backbone.lora": config.backbone.lora.model_dump(mode="json")
-        if config.backbone.lora.rank
-        else None,
+        "backbone.lora": _lora(config),
         "precision.compute": config.precision.compute,
         "optimizer.name": config.optimizer.name,
         "head.optimizer.name": config.head.optimizer.name,
@@ -60,6 +58,13 @@ def must_match(
 def _options(config: Config) -> dict[str, object] | None:
     """What a backbone takes besides, if not the defaults: a new option changes no older run."""
     return config.backbone.options.model_dump(mode="json", exclude_defaults=True) or None
+
+
+def _lora(config: Config) -> dict[str, object] | None:
+    """The adapters; their lists name parts of the network, in any order."""
+    lora = config.backbone.lora
+    lists = {name: sorted({*getattr(lora, name)}) for name in ("targets", "also_train")}
+    return lora.model_dump(mode="json") | lists if lora.rank else None
 
 
 def agreed_shards(config: Config, runtime: Runtime) -> int:

@@ -50,3 +50,20 @@ def test_options_of_a_backbone_at_their_defaults_are_what_older_checkpoints_have
     for options, expected in (({}, None), ({"masked": 0.1}, {"masked": 0.1})):
         config = settings(backbone={"name": "vit_b", "options": options})
         assert must_match(config, dataset)["backbone.options"] == expected
+
+
+def test_the_order_of_names_makes_no_other_run():
+    """What is frozen or adapted is a set of parts."""
+    found = []
+    for order in (1, -1):
+        parts = ["conv1", "layer1"][::order]
+        lora = {"rank": 4, "targets": parts, "also_train": parts}
+        found += [
+            must_match(settings(backbone={"freeze": parts}), PACK),
+            must_match(settings(backbone={"lora": lora}, run={"start_from": "base.pt"}), PACK),
+        ]
+    for one, other in zip(found[:2], found[2:], strict=True):
+        for name in ("backbone.freeze", "backbone.lora"):
+            assert one[name] == other[name]
+    one_word = settings(backbone={"freeze": "conv1"})
+    assert must_match(one_word, PACK)["backbone.freeze"] == ["conv1"]
