@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
+from partialfc.config.optimizers import Schedule
 from partialfc.config.schema import nearest_multiples
 from partialfc.definitions.backbones import TIMM, refused_size
+from partialfc.definitions.phrases import to_value
 from partialfc.head.options import Compute, Kernels, Memory, Precision, check_fit, check_inter_class
 from partialfc.head.plan import Machine, Plan, decide
 
@@ -70,6 +72,14 @@ def _of_the_optimizer(config: "Config") -> Iterator[str]:
             f"schedule.final_factor = {schedule.final_factor} with optimizer.name = "
             '"schedule_free": its rate stays as it is after the warm-up. Set final_factor = 1.'
         )
+    for key, field in type(schedule).model_fields.items():
+        value = getattr(schedule, key)
+        of_fall = key not in Schedule.model_fields and value != field.default
+        if optimizer.name == "schedule_free" and of_fall:
+            yield (
+                f'schedule.{key} = {to_value(value)} with optimizer.name = "schedule_free": has no '
+                f"effect, as its rate does not fall. Remove {key} and schedule.name."
+            )
     if optimizer.name == "schedule_free" and config.backbone.ema:
         yield (
             f'backbone.ema = {config.backbone.ema} with optimizer.name = "schedule_free": it has a '

@@ -223,6 +223,9 @@ def made(name, **sections):
             {"schedule": {"name": "linear", "final_factor": 1.0}, "backbone": {"ema": 0.9}},
             "a mean of the weights",
         ),
+        ({"schedule": {"name": "wsd", "final_factor": 1.0, "decay_steps": 9}}, "decay_steps = 9"),
+        ({"schedule": {"name": "wsd", "final_factor": 1.0, "shape": "cosine"}}, "shape = "),
+        ({"schedule": {"name": "polynomial", "final_factor": 1.0, "power": 3.0}}, "power = 3"),
     ],
 )
 def test_schedule_free_goes_with_no_schedule_and_no_other_mean(sections, message):
