@@ -18,6 +18,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from partialfc.definitions.backbones import NAMES, TIMM
+from partialfc.definitions.losses import LOSSES
+from partialfc.definitions.margins import MARGINS
 from partialfc.errors import ConfigError, in_words
 
 REGISTRIES = {
@@ -28,6 +31,15 @@ REGISTRIES = {
     "sink": "SINKS",
 }
 """What a plug-in may have, and the dictionary in which it says so by name."""
+
+_OURS = {
+    "backbone": {*NAMES},
+    "margin": {*MARGINS},
+    "loss": {*LOSSES, "center", "inter_class", "teacher"},
+    "row rule": {"sgd", "adamw", "adagrad"},
+    "sink": {"wandb", "mlflow"},
+}
+"""Names that settings have already: what a plug-in has by one of them could not be reached."""
 
 _loaded: dict[str, ModuleType] = {}
 
@@ -85,7 +97,8 @@ def load(modules: Iterable[str]) -> None:
     """Import modules whose code the user wants to run; each once in a process.
 
     Raises:
-        ConfigError: If there is no such module, or it fails when it is imported.
+        ConfigError: If there is no such module, it fails when it is imported, or it has one of our
+            names.
     """
     for name in modules:
         if name in _loaded:
@@ -110,6 +123,21 @@ def load(modules: Iterable[str]) -> None:
             raise ConfigError(
                 f"plug-in {name} cannot be imported: {type(error).__name__}: {error}"
             ) from error
+        if refused := _with_our_names(_loaded[name]):
+            del _loaded[name]
+            raise ConfigError(f"plug-in {name}: {refused}")
+
+
+def _with_our_names(module: ModuleType) -> str:
+    """What is wrong, if it has one; a dictionary of ours that it imports is none of its own."""
+    of_us = [code for name, code in sys.modules.items() if name.startswith("partialfc.")]
+    for kind, registry in REGISTRIES.items():
+        names = getattr(module, registry, None)
+        imported = any(names is vars(code).get(registry) for code in of_us)
+        for one in names if isinstance(names, Mapping) and not imported else ():
+            if one in _OURS[kind] or (kind == "backbone" and str(one).startswith(TIMM)):
+                return f'{registry} has "{one}", which is a {kind} of ours. Give it another name.'
+    return ""
 
 
 def refuse_strangers(settings: Mapping[str, Any]) -> None:

@@ -21,15 +21,16 @@ from partialfc.backbones import build_backbone
 from partialfc.checkpoint.recognition import Known
 from partialfc.checkpoint.trained_backbone import TrainedBackbone, open_backbone
 from partialfc.config import ConfigError, config_hash, load, to_toml
+from partialfc.config.losses import Losses
 from partialfc.config.tree import written
 from partialfc.data.source import open_source
 from partialfc.definitions import Range
 from partialfc.definitions.signatures import taken
-from partialfc.head.rows.rules import RowSGD
+from partialfc.head.rows.rules import ROW_RULES, RowSGD
 from partialfc.model.build import embedding_losses, margin_of, new_backbone, row_rule_of
 from partialfc.monitoring.monitor import Monitor
 from partialfc.records.ledger import Ledger
-from partialfc.records.sinks.run_sink import find
+from partialfc.records.sinks.run_sink import SINKS, find
 from partialfc.training.must_match import must_match
 from tests.support.models import runtime
 from tests.support.places import ROOT
@@ -166,20 +167,42 @@ def test_a_module_that_fails_is_told_in_one_line(folder):
 
 
 def test_names_of_a_plugin_are_names_in_settings_and_never_ours(folder):
-    Path("my_names.py").write_text(
-        CODE + "\nBACKBONES = {'patches': Patches, 'convnet_s': Patches}\nSINKS = {'csv': Csv}"
-    )
+    own = CODE + "\nBACKBONES = {'patches': Patches}\nSINKS = {'csv': Csv}"
+    Path("my_names.py").write_text(own)
     Path("own.toml").write_text(DATA + "[run]\nplugins = ['my_names']\n")
     config = load("own.toml", ["backbone.name=patches", "log.sinks=['csv']"])
     import my_names
 
     assert isinstance(new_backbone(config), my_names.Patches)
-    ours = load("own.toml", ["backbone.name=convnet_s"])
-    assert not isinstance(new_backbone(ours), my_names.Patches)
     assert find(config.log.sinks) == {"csv": my_names.Csv}
     Path("my_twins.py").write_text("from my_names import *")
     twice = ["run.plugins=['my_names', 'my_twins']", "backbone.name=patches"]
     assert "my_names and my_twins both have it in BACKBONES" in complaint(*twice, file="own.toml")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("backbone", "convnet_s"), ("backbone", "timm/x"), ("loss", "center"), ("row rule", "sgd")],
+)
+def test_a_plugin_with_one_of_our_names_is_refused(folder, kind, name):
+    """It would never be used, and nobody would be told."""
+    registry = plugins.REGISTRIES[kind]
+    Path("my_thief.py").write_text(f"{registry} = {{{name!r}: int}}")
+    for _ in range(2):  # the second time it is in memory
+        told = complaint("run.plugins=my_thief")
+        assert f'plug-in my_thief: {registry} has "{name}", which is a {kind} of ours' in told
+
+
+def test_a_plugin_may_look_at_our_dictionaries(folder):
+    Path("my_reader.py").write_text("from partialfc.losses import LOSSES")
+    assert load("mine.toml", ["run.plugins=my_reader"]).run.plugins == ("my_reader",)
+
+
+def test_our_names_are_those_that_settings_have():
+    ours = plugins._OURS
+    assert ours["row rule"] == {*ROW_RULES}
+    assert ours["sink"] == {*SINKS}
+    assert ours["loss"] == {*Losses.model_fields}
 
 
 def test_parameters_are_settings_if_a_file_can_have_them():
