@@ -86,13 +86,19 @@ def _groups(config: Config, backbone: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-def groups_in_words(optimizer: torch.optim.Optimizer) -> str:
-    """Return how weights are told apart, in words; ``""`` if all are trained alike."""
+def groups_in_words(optimizer: torch.optim.Optimizer, shards: Shards | None = None) -> str:
+    """Return how weights are told apart, in words; ``""`` if all are trained alike.
+
+    Args:
+        optimizer: Of the weights.
+        shards: Where it has this rank's rows only; the words are of whole weights.
+    """
     groups = optimizer.param_groups
     if len(groups) == 1 and groups[0]["lr_factor"] == 1:
         return ""
     factors = [group["lr_factor"] for group in groups]
-    sizes = [sum(one.numel() for one in group["params"]) for group in groups]
+    whole = {own: shards.divided[name] for name, own in shards.own.items()} if shards else {}
+    sizes = [sum(whole.get(one, one).numel() for one in group["params"]) for group in groups]
     still = sum(size for size, g in zip(sizes, groups, strict=True) if not g["weight_decay"])
     low, high = min(factors), max(factors)
     rates = f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"

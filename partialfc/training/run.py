@@ -160,7 +160,7 @@ def _warn(config: Config, model: Model, num_identities: int) -> None:
     words = (
         frozen_words(model.backbone, config.backbone.freeze),
         adapted_words(model.backbone, config.backbone.lora),
-        groups_in_words(model.optimizer),
+        groups_in_words(model.optimizer, model.shards),
     )
     if any(words):
         print(f"backbone: {'; '.join(filter(None, words))}", flush=True)

@@ -18,6 +18,7 @@ from partialfc.model import fsdp
 from partialfc.model.batch_norm import statistics
 from partialfc.model.build import Model, assemble
 from partialfc.model.fsdp import Shards, blocks_of, rows_of
+from partialfc.model.optimizer import groups_in_words
 from partialfc.model.step import train_step
 from tests.support.models import batch, runtime, settings, share
 from tests.support.processes import python
@@ -225,6 +226,21 @@ def test_a_weight_with_two_names_is_refused_at_the_start():
     """The first checkpoint would have ended the run."""
     for told in run_on_ranks(2, tied_on_rank):
         assert '"fsdp2": 1.weight is a parameter that has another name too' in told
+
+
+def words_on_rank(rank, world_size):
+    said = []
+    for kind in ("none", "fsdp2"):
+        model = model_of(config_of(kind, optimizer={"decay": "matrices"}))
+        said.append(groups_in_words(model.optimizer, model.shards))
+    return said
+
+
+@pytest.mark.distributed
+def test_groups_are_told_in_whole_weights():
+    for whole, divided in run_on_ranks(2, words_on_rank):
+        assert whole == divided
+        assert "weights without decay" in whole
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 7, 8])
