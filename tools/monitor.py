@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import IO
 import yaml
 
 from partialfc.cores import usable_cores
+from partialfc.status.run import has_run
 from tools.demo import ROOT, render
 
 _RUN = "run.folder"
@@ -68,17 +70,20 @@ def main(arguments: list[str]) -> int:
     page = ["launch/status.py", str(folder / "run"), f"--port={options.page_port}"]
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with ExitStack() as running:
-        running.enter_context(_process(sys.executable, *page, quiet=True))
-        print(f"\nstatus page   http://127.0.0.1:{options.page_port}")
-        if shutil.which("prometheus"):
-            running.enter_context(_process(*_prometheus(folder, port), quiet=True))
-            print(f"Prometheus    http://127.0.0.1:{port}/alerts and /graph?g0.expr=partialfc_loss")
-            print(f"Grafana       import configs/monitoring/dashboard.json, with :{port} as source")
-        else:
-            print("Prometheus    not installed: apt-get install prometheus, or prometheus.io")
-        print(f"metrics       http://127.0.0.1:{options.metrics_port}/metrics\n", flush=True)
         training = running.enter_context(_process(*train))
         try:
+            while training.poll() is None and not has_run(folder / "run"):
+                time.sleep(0.1)  # the page is of a run that has begun
+            running.enter_context(_process(sys.executable, *page, quiet=True))
+            print(f"\nstatus page   http://127.0.0.1:{options.page_port}")
+            if shutil.which("prometheus"):
+                running.enter_context(_process(*_prometheus(folder, port), quiet=True))
+                site = f"http://127.0.0.1:{port}"
+                print(f"Prometheus    {site}/alerts and /graph?g0.expr=partialfc_loss")
+                print(f"Grafana       import configs/monitoring/dashboard.json, source {site}")
+            else:
+                print("Prometheus    not installed: apt-get install prometheus, or prometheus.io")
+            print(f"metrics       http://127.0.0.1:{options.metrics_port}/metrics\n", flush=True)
             code = training.wait()
             print("The run has ended; Ctrl-C ends Prometheus and the page too.", flush=True)
             signal.pause()
