@@ -21,7 +21,6 @@ FLOORS = (
         "words",
         "writing",
         "numerics",
-        "plugins",
         "backbones",
         "protocols",
         "distributed",

@@ -16,7 +16,6 @@ import pytest
 import torch
 from torch import nn
 
-from partialfc import plugins
 from partialfc.backbones import build_backbone
 from partialfc.checkpoint.recognition import Known
 from partialfc.checkpoint.trained_backbone import TrainedBackbone, open_backbone
@@ -24,7 +23,7 @@ from partialfc.config import ConfigError, config_hash, load, to_toml
 from partialfc.config.losses import Losses
 from partialfc.config.tree import written
 from partialfc.data.source import open_source
-from partialfc.definitions import Range
+from partialfc.definitions import Range, plugins
 from partialfc.definitions.signatures import taken
 from partialfc.head.rows.rules import ROW_RULES, RowSGD
 from partialfc.model.build import embedding_losses, margin_of, new_backbone, row_rule_of

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from partialfc import plugins
 from partialfc.backbones import convnet, iresnet, mobilefacenet, vit
 from partialfc.backbones.timm_network import TimmNetwork
+from partialfc.definitions import plugins
 from partialfc.definitions.backbones import NAMES, OPTIONS, TIMM, refused_size
 from partialfc.definitions.signatures import call, parameters_of
 
@@ -48,8 +48,8 @@ def build_backbone(
     weights, under autocast too. torch's default generator decides the initial weights.
 
     Args:
-        name: A key of ``BACKBONES``, of a plug-in (:mod:`partialfc.plugins`), or timm/ and the name
-            of a network in timm.
+        name: A key of ``BACKBONES``, of a plug-in (:mod:`partialfc.definitions.plugins`), or timm/
+            and the name of a network in timm.
         embedding_dim: D, >= 1.
         image_size: S in pixels: a multiple of 16, for a ViT any size >= 24, for timm what the
             network takes.

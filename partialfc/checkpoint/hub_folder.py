@@ -17,9 +17,9 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from partialfc import plugins
 from partialfc.checkpoint import foreign, recognition
 from partialfc.checkpoint.recognition import Known
+from partialfc.definitions import plugins
 from partialfc.errors import ForeignError
 from partialfc.writing import atomic_write, read_text, write_json
 

@@ -26,12 +26,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from partialfc import plugins
 from partialfc.checkpoint import folder as checkpoint_folder
 from partialfc.checkpoint.disk import Disk
 from partialfc.checkpoint.folder import free_bytes, path_of
 from partialfc.checkpoint.optimizer_states import named_states
 from partialfc.checkpoint.tensor_file import size_of, write_tensors
+from partialfc.definitions import plugins
 from partialfc.distributed.agreement import words_of_any
 from partialfc.distributed.ranks import Ranks
 from partialfc.errors import CheckpointError

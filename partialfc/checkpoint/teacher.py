@@ -21,12 +21,14 @@ from partialfc.data.vectors import Vectors
 from partialfc.distributed.agreement import from_leader, words_of_any
 from partialfc.errors import in_words
 from partialfc.losses import Lesson
-from partialfc.model.build import _AUTOCAST
+from partialfc.model.adapted import digest_of
+from partialfc.model.build import AUTOCAST
 from partialfc.runtime.process import Runtime
 
 SampleIds = NDArray[np.int64]
 
-_CHUNK = 1 << 24
+_DIGITS = 16
+"""Of a digest, hexadecimal."""
 _LOOKED_AT = 8
 """Nodes of an ONNX file among which insightface looks for the normalisation of pixels."""
 
@@ -104,15 +106,11 @@ def trained_teacher(config: Config) -> TrainedBackbone:
 def autocast_of(config: Config) -> torch.dtype | None:
     """Return the compute dtype of a backbone that teaches; ``None`` for fp32."""
     compute = config.losses.teacher.compute
-    return _AUTOCAST[config.precision.compute if compute == "auto" else compute]
+    return AUTOCAST[config.precision.compute if compute == "auto" else compute]
 
 
 def _of_backbone(trained: TrainedBackbone, config: Config, runtime: Runtime) -> Teacher:
     network, autocast = trained.backbone().to(runtime.device), autocast_of(config)
-    digest = hashlib.blake2b(digest_size=8)
-    for name, tensor in sorted(trained.state.items()):
-        digest.update(f"{name} {tensor.dtype} {[*tensor.shape]}".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     if config.backbone.channels_last:
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -124,16 +122,14 @@ def _of_backbone(trained: TrainedBackbone, config: Config, runtime: Runtime) -> 
             embeddings: Tensor = network(images)
         return embeddings
 
-    return Teacher(embed, trained.known.embedding_dim, digest.hexdigest())
+    return Teacher(embed, trained.known.embedding_dim, digest_of(trained.state)[:_DIGITS])
 
 
 def _of_onnx(path: Path, config: Config) -> Teacher:
     """On the CPU, from wherever the images are: on a GPU every step waits for it."""
-    digest = hashlib.blake2b(digest_size=8)
     network = open_network(path, threads=torch.get_num_threads())
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:_DIGITS]
     pixels, size = _takes_pixels(path), config.data.image_size
 
     def embed(images: Tensor, _: SampleIds) -> Tensor:
@@ -149,7 +145,7 @@ def _of_onnx(path: Path, config: Config) -> Teacher:
             f"{path}: its outputs of 2 images are {[list(one.shape) for one in found]}, must be "
             "one [2, embedding]."
         )
-    return Teacher(embed, found[0].shape[1], digest.hexdigest())
+    return Teacher(embed, found[0].shape[1], digest)
 
 
 def _takes_pixels(path: Path) -> bool:

@@ -72,7 +72,7 @@ def open_backbone(path: Path, *, image_size: int = 112) -> TrainedBackbone:
     """Return the backbone of a run (its newest valid checkpoint), a checkpoint or a file.
 
     Nothing is changed, and nothing in a file is run: a plug-in that the settings of a run name must
-    have been loaded by its name (:mod:`partialfc.plugins`).
+    have been loaded by its name (:mod:`partialfc.definitions.plugins`).
 
     Args:
         path: A run's folder, a ``step_…`` folder in its ``checkpoints``; a folder in the layout of

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor
 from typing import TypeVar
 
-from partialfc import plugins
+from partialfc.definitions import plugins
 from partialfc.errors import (
     ConfigError,
     Preempted,

@@ -15,7 +15,6 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ModelWrapValidatorHandler, model_validator
 
-from partialfc import plugins
 from partialfc.config import schema as settings
 from partialfc.config.conflicts import conflicts
 from partialfc.config.data import Data
@@ -35,7 +34,7 @@ from partialfc.config.optimizers import (
 from partialfc.config.run import Checkpoint, EverySteps, Log, Run
 from partialfc.config.schema import OneOrMore, Section, UserPath, nearest_multiples
 from partialfc.config.wider import wider
-from partialfc.definitions import Range, Unit
+from partialfc.definitions import Range, Unit, plugins
 from partialfc.definitions.backbones import Backbone as BackboneName
 from partialfc.distributed.shares import Shares
 from partialfc.errors import ConfigError

@@ -14,14 +14,14 @@ from typing import Annotated, Any, Literal, TypeVar, get_origin
 
 from pydantic import Field, create_model
 
-from partialfc import plugins
 from partialfc.config import margins
 from partialfc.config.defined import section_of
 from partialfc.config.losses import OwnLoss
 from partialfc.config.optimizers import OfCenters
 from partialfc.config.schema import Section, UserPath, choices, tag_name, variants
-from partialfc.definitions import Definition, backbones
+from partialfc.definitions import Definition, backbones, plugins
 from partialfc.definitions.phrases import options_of, to_value
+from partialfc.definitions.plugins import at
 from partialfc.definitions.signatures import REQUIRED, parameters_of, taken
 from partialfc.errors import ConfigError
 from partialfc.records.metrics import NAMES
@@ -119,7 +119,7 @@ def _with(head: type[Section], key: str, base: type[Any], named: Named) -> Any:
 
 def _variant(head: type[Section], key: str, kind: str, settings: Mapping[str, Any]) -> Named | None:
     """The plug-in that a section of the head names, if it does."""
-    name = _at(settings, "head", key, "name")
+    name = at(settings, "head", key, "name")
     if not isinstance(name, str) or name in variants(head.model_fields[key]):
         return None
     found = _class(f"head.{key}.name", kind, name)
@@ -143,7 +143,7 @@ def _class(key: str, kind: str, name: Any) -> type[Definition] | None:
 
 def _losses(section: type[Section], settings: Mapping[str, Any]) -> Iterator[tuple[str, Named]]:
     """The losses of plug-ins and their labels, in one order whatever that of the file is."""
-    losses = _at(settings, "losses")
+    losses = at(settings, "losses")
     for label in sorted(losses if isinstance(losses, Mapping) else ()):
         if label in section.model_fields or not isinstance(losses[label], Mapping):
             continue
@@ -176,7 +176,7 @@ def _base(kind: str) -> type[Definition]:
 
 def _backbone(section: type[Section], settings: Mapping[str, Any]) -> Named | None:
     """A backbone that is a plug-in's or that takes options."""
-    name = _at(settings, "backbone", "name") or section.model_fields["name"].default
+    name = at(settings, "backbone", "name") or section.model_fields["name"].default
     if not isinstance(name, str):
         return None
     if (ours := backbones.options_of(name)) is not None:
@@ -222,9 +222,3 @@ def _as_setting(annotation: Any) -> Any:
 
 def _has_lists(annotation: Any) -> bool:
     return any(get_origin(one) is tuple for one in options_of(annotation))
-
-
-def _at(settings: Any, *keys: str) -> Any:
-    for key in keys:
-        settings = settings.get(key) if isinstance(settings, Mapping) else None
-    return settings

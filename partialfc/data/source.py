@@ -10,11 +10,11 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from partialfc import plugins
 from partialfc.data.files.image_files import ImageFiles, open_image_files
 from partialfc.data.files.index import NO_FILE
 from partialfc.data.packs.labels import labels, labels_fingerprint
 from partialfc.data.packs.pack import Pack, open_pack
+from partialfc.definitions import plugins
 
 Source: TypeAlias = Pack | ImageFiles
 """Images by index, with their identities and bytes."""

@@ -30,7 +30,8 @@ from partialfc.model.optimizer import build_optimizer
 from partialfc.model.updates import ScheduleFree, ScheduleFreeMean
 from partialfc.runtime.process import Runtime
 
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
+"""Compute dtype of a backbone by ``precision.compute``."""
 
 # Each rank keeps its own: model.batch_norm.mean_statistics. torch 2.13 renamed the option.
 _BUFFERS_STAY_LOCAL: dict[str, Any] = {
@@ -219,7 +220,7 @@ def assemble(config: Config, runtime: Runtime, backbone: nn.Module, head: Partia
             init_scale=getattr(config.precision, "initial_loss_scale", 1.0),
             enabled=config.precision.compute == "fp16",
         ),
-        autocast=_AUTOCAST[config.precision.compute],
+        autocast=AUTOCAST[config.precision.compute],
         channels_last=config.backbone.channels_last,
         average=_average(config, backbone, parameters, optimizer, own),
         own=own,

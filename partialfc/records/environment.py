@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from partialfc import plugins
 from partialfc.cores import usable_cores
+from partialfc.definitions import plugins
 
 
 def environment(device: torch.device) -> dict[str, str]:

@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from partialfc import plugins
 from partialfc.checkpoint import CONFIG_HASH
 from partialfc.checkpoint.folder import read_manifest
 from partialfc.config import Config, config_hash
 from partialfc.config.tree import changes, written
 from partialfc.data.order import Order
+from partialfc.definitions import plugins
 from partialfc.training.data import steps_of
 from partialfc.training.schedule import learning_rate
 

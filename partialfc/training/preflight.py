@@ -19,11 +19,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from partialfc import plugins
 from partialfc.config import Config, ConfigError
 from partialfc.data.dataset import DataSet
 from partialfc.data.loaders.stream import Batches
 from partialfc.data.source import files_of
+from partialfc.definitions import plugins
 from partialfc.distributed.agreement import all_agree, collective_device, words_of_any
 from partialfc.distributed.ranks import gather_rows, sum_to_owner
 from partialfc.model.build import new_backbone, row_rule_of

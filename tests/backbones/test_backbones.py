@@ -300,8 +300,11 @@ def test_channels_last_rounds_no_worse_than_contiguous(family: str) -> None:
 
 @pytest.mark.parametrize("family", SMALL)
 def test_autocast_gives_fp32_embeddings_closer_than_bf16_weights(family: str) -> None:
+    assert_autocast_keeps_fp32_embeddings(small(family).eval(), images())
+
+
+def assert_autocast_keeps_fp32_embeddings(model: nn.Module, x: Tensor) -> None:
     """The layers that make the embedding are fp32; the rest is as exact as plain bf16."""
-    model, x = small(family).eval(), images()
     truth = copy.deepcopy(model).double()(x.double())
     plain_bf16 = copy.deepcopy(model).bfloat16()(x.bfloat16())
     with torch.autocast("cpu", torch.bfloat16):

@@ -21,7 +21,11 @@ from partialfc.backbones.timm_import import timm
 from partialfc.backbones.timm_network import TimmNetwork, normalisation, with_sync_batch_norm
 from partialfc.definitions.backbones import TIMM
 from partialfc.model.groups import matrices_of
-from tests.backbones.test_backbones import assert_same_training, train_once
+from tests.backbones.test_backbones import (
+    assert_autocast_keeps_fp32_embeddings,
+    assert_same_training,
+    train_once,
+)
 from tests.support.processes import python
 
 FAMILIES = {
@@ -92,14 +96,7 @@ def test_every_position_makes_the_embedding_and_every_trainable_weight_gets_a_gr
 
 
 def test_autocast_gives_fp32_embeddings_closer_than_bf16_weights(network: TimmNetwork) -> None:
-    model, x = copy.deepcopy(network).eval(), images(network)
-    truth = copy.deepcopy(model).double()(x.double())
-    plain_bf16 = copy.deepcopy(model).bfloat16()(x.bfloat16())
-    with torch.autocast("cpu", torch.bfloat16):
-        embeddings = model(x)
-    assert embeddings.dtype == torch.float32
-    assert not torch.equal(embeddings, model(x))
-    assert (embeddings - truth).norm() <= 1.1 * (plain_bf16 - truth).norm()
+    assert_autocast_keeps_fp32_embeddings(copy.deepcopy(network).eval(), images(network))
 
 
 def test_channels_last_rounds_no_worse_than_contiguous(network: TimmNetwork) -> None:

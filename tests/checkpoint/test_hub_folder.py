@@ -11,7 +11,6 @@ import pytest
 import torch
 import yaml
 
-from partialfc import plugins
 from partialfc.backbones import build_backbone
 from partialfc.checkpoint import hub_folder, recognition
 from partialfc.checkpoint.recognition import Known
@@ -19,9 +18,10 @@ from partialfc.checkpoint.trained_backbone import TrainedBackbone, open_backbone
 from partialfc.checkpoint.warm_start import warm_start
 from partialfc.commands import export
 from partialfc.commands._export.card import front_matter, write_card
+from partialfc.definitions import plugins
 from partialfc.errors import ForeignError
 from partialfc.model.build import build
-from tests.support.models import runtime, settings
+from tests.support.models import runtime, settings, write_convnet
 from tests.support.places import FIXTURES
 
 SIZE, DIM = 48, 64
@@ -43,13 +43,7 @@ def offline(monkeypatch):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "model.pt"
-    torch.manual_seed(0)
-    backbone = build_backbone("convnet_s", embedding_dim=DIM, image_size=SIZE).train()
-    with torch.no_grad():
-        backbone(torch.randn(8, 3, SIZE, SIZE))
-    torch.save(backbone.state_dict(), path)
-    return path
+    return write_convnet(tmp_path_factory.mktemp("model") / "model.pt", size=SIZE, dim=DIM)
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from partialfc.data.images.formats import resize
 from partialfc.data.images.jpeg import decode
 from partialfc.data.sets.pairs import read_pairs
 from partialfc.protocols import unit_rows
+from tests.support.models import write_convnet
 from tests.support.places import FIXTURES
 
 onnx = pytest.importorskip("onnx")
@@ -33,15 +34,7 @@ SIZED = ["--image-size", str(SIZE)]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """Statistics of BatchNorm that are not those of a fresh network."""
-    path = tmp_path_factory.mktemp("model") / "model.pt"
-    torch.manual_seed(0)
-    backbone = build_backbone("convnet_s", embedding_dim=DIM, image_size=SIZE).train()
-    with torch.no_grad():
-        for _ in range(3):
-            backbone(torch.randn(8, 3, SIZE, SIZE))
-    torch.save(backbone.state_dict(), path)
-    return path
+    return write_convnet(tmp_path_factory.mktemp("model") / "model.pt", size=SIZE, dim=DIM)
 
 
 @pytest.fixture(scope="module", params=["outside", "inside"])

@@ -12,7 +12,7 @@ from tests.support.collectives import Collectives
 from tests.support.every_loss import EVERY_LOSS, found_of
 from tests.support.every_margin import EVERY_MARGIN
 from tests.support.heads import flat_head
-from tests.support.margin_heads import IDENTITIES, PLAIN, head_of, problem
+from tests.support.margin_heads import IDENTITIES, PLAIN, head_of, problem, step_of_rank
 from tests.support.ranks import run_on_ranks
 
 pytestmark = pytest.mark.distributed
@@ -50,15 +50,9 @@ def center_losses_on_rank(rank, world_size, inputs):
         dim = embeddings.shape[1]
         settings = {"sample_rate": rate, "optimizer": PLAIN, **WEIGHTS}
         head = flat_head(IDENTITIES, dim, margin, **settings)
-        mine = centers[head.owned_rows.start : head.owned_rows.stop]
-        head.centers.data.copy_(mine)
-        own = embeddings.chunk(world_size)[rank].clone().requires_grad_()
-        loss = head(own, labels.chunk(world_size)[rank])
-        loss.backward()
-        head.optimizer.step()
-        change = mine - head.centers.detach()
-        terms = {name: float(term) for name, term in head.terms.items()}
-        found[case] = loss.item(), (own.grad / world_size).numpy(), change.numpy(), terms
+        own = embeddings.chunk(world_size)[rank], labels.chunk(world_size)[rank]
+        done = step_of_rank(head, centers, *own)
+        found[case] = *done, {name: float(term) for name, term in head.terms.items()}
     return found
 
 

@@ -8,7 +8,16 @@ from partialfc import PartialFC
 from tests.support import loss_truth
 from tests.support.collectives import Collectives
 from tests.support.every_margin import EVERY_MARGIN
-from tests.support.margin_heads import BATCH, IDENTITIES, PLAIN, head_of, problem, settings_of
+from tests.support.margin_heads import (
+    BATCH,
+    IDENTITIES,
+    PLAIN,
+    head_of,
+    problem,
+    settings_of,
+    state_of,
+    step_of_rank,
+)
 from tests.support.ranks import run_on_ranks
 
 pytestmark = pytest.mark.distributed
@@ -25,16 +34,8 @@ def losses_on_rank(rank, world_size, inputs):
     found = {}
     for case, (margin, rate, centers, embeddings, labels) in inputs.items():
         head = PartialFC(IDENTITIES, embeddings.shape[1], margin, sample_rate=rate, optimizer=PLAIN)
-        per = head.centers_per_identity
-        mine = centers[head.owned.start * per : head.owned.stop * per]
-        head.centers.data.copy_(mine)
-        own = embeddings.chunk(world_size)[rank].clone().requires_grad_()
-        loss = head(own, labels.chunk(world_size)[rank])
-        loss.backward()
-        head.optimizer.step()
-        change = mine - head.centers.detach()
-        state = {name: float(value) for name, value in head.margin_state().items()}
-        found[case] = loss.item(), (own.grad / world_size).numpy(), change.numpy(), state
+        own = embeddings.chunk(world_size)[rank], labels.chunk(world_size)[rank]
+        found[case] = *step_of_rank(head, centers, *own), state_of(head)
     return found
 
 

@@ -13,7 +13,7 @@ from tests.support import several_truth
 from tests.support.collectives import Collectives
 from tests.support.every_margin import EVERY_MARGIN
 from tests.support.heads import flat_head
-from tests.support.margin_heads import IDENTITIES, PLAIN, head_of
+from tests.support.margin_heads import IDENTITIES, PLAIN, head_of, state_of, step, step_of_rank
 from tests.support.ranks import run_on_ranks
 from tests.support.reference import relative_error
 from tests.support.several_truth import MOST, batch, named, weights
@@ -46,15 +46,6 @@ def given_of(several):
     return weights() if several.loss == "soft" else None
 
 
-def step(head, embeddings, identities, given=None, weight=1.0):
-    """Loss and gradients by one plain step; a weight lifts a tiny one over rounding."""
-    own, before = embeddings.clone().requires_grad_(), head.centers.detach().clone()
-    loss = head(own, identities, weights=given)
-    (loss * weight).backward()
-    head.optimizer.step()
-    return loss.detach(), own.grad / weight, (before - head.centers.detach()) / weight
-
-
 @functools.cache
 def problem_of(case):
     """Centers of a fresh head, and loss and gradients of its first step."""
@@ -80,7 +71,7 @@ def test_loss_and_gradients_are_those_of_every_pair_written_out(case):
     head = head_of(margin, sample_rate=rate, positives=several)
     _, truth = problem_of(case)
     lift = 1 / float(truth[2].norm())
-    found = step(head, batch(), named(), given_of(several), weight=lift)
+    found = step(head, batch(), named(), weights=given_of(several), weight=lift)
     for value, expected in zip(found, truth, strict=True):
         assert relative_error(value, expected) < 1e-5
     pushes = bool(found[1][[2, 9, 23]].any())
@@ -95,17 +86,10 @@ def on_rank(rank, world_size, inputs, sizes):
         head = PartialFC(
             IDENTITIES, 32, margin, sample_rate=rate, optimizer=PLAIN, positives=several
         )
-        per = head.centers_per_identity
-        mine = centers[head.owned.start * per : head.owned.stop * per]
-        head.centers.data.copy_(mine)
-        own, given = batch()[rows].requires_grad_(), given_of(several)
-        given = None if given is None else given[rows]
-        loss = head(own, named()[rows], shares, given)
-        loss.backward()
-        head.optimizer.step()
-        change = mine - head.centers.detach()
-        state = {name: float(value) for name, value in head.margin_state().items()}
-        found[case] = loss.item(), (own.grad / world_size).numpy(), change.numpy(), state
+        given = given_of(several)
+        more = {"shares": shares, "weights": None if given is None else given[rows]}
+        done = step_of_rank(head, centers, batch()[rows], named()[rows], **more)
+        found[case] = *done, state_of(head)
     return found
 
 

@@ -15,23 +15,14 @@ from partialfc.config import ConfigError, load
 from partialfc.model.batch_norm import statistics
 from partialfc.model.build import assemble
 from partialfc.model.step import train_step
-from tests.support.models import batch, runtime, settings, share
+from tests.support.models import batch, normed_model, runtime, settings, train_and_stop
 from tests.support.places import ROOT
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import UNVERIFIED, killed_at, run
 
 DECAY = 0.3
 FACTS = {"seed": 2048}
-
-
-def normed_model(decay=DECAY):
-    config = settings(backbone={"ema": decay})
-    torch.manual_seed(0)
-    layers = (nn.Flatten(), nn.Linear(3 * 8 * 8, 16), nn.BatchNorm1d(16))
-    head = PartialFC(40, 16, ArcFace(scale=16), sample_rate=0.5, optimizer=RowSGD(lr=0.1))
-    model = assemble(config, runtime(), nn.Sequential(*layers), head)
-    model.backbone[1].bias.requires_grad_(True)
-    return config, model
+AVERAGED = {"backbone": {"ema": DECAY}}
 
 
 def floats(module):
@@ -46,7 +37,7 @@ def moved(average, live, step, decay=DECAY):
 
 
 def test_it_is_that_of_a_plain_loop_and_a_skipped_step_changes_nothing():
-    config, model = normed_model()
+    config, model = normed_model(**AVERAGED)
     expected = floats(model.backbone)
     for step in range(8):
         images, identities = batch(step, 24)
@@ -66,7 +57,7 @@ def test_it_is_that_of_a_plain_loop_and_a_skipped_step_changes_nothing():
 
 
 def test_the_average_is_measured_and_the_weights_come_back_to_the_bit():
-    config, model = normed_model()
+    config, model = normed_model(**AVERAGED)
     for step in range(3):
         train_step(model, config, *batch(step, 24), 0.05)
     live, average = floats(model.backbone), {k: v.clone() for k, v in model.average.tensors.items()}
@@ -93,20 +84,12 @@ def test_what_is_not_trained_is_not_averaged():
 
 
 def train_and_stop_on_rank(rank, world_size, folder, stops):
-    """Six steps; at each of ``stops`` the model is saved, and one new from its file goes on."""
-    config, model = normed_model()
-    for step in range(6):
-        images, identities = (share(part, rank, world_size) for part in batch(step, 24))
-        train_step(model, config, images, identities, 0.05)
-        if step in stops:
-            path = checkpoint.save(folder, step + 1, model, FACTS, runtime(), keep=9)
-            _, model = normed_model()
-            checkpoint.load(path, model, FACTS, runtime())
+    model = train_and_stop(rank, world_size, folder, stops, FACTS, **AVERAGED)
     return {name: value.numpy().copy() for name, value in model.average.tensors.items()}
 
 
 def load_on_rank(rank, world_size, path):
-    _, model = normed_model()
+    _, model = normed_model(**AVERAGED)
     checkpoint.load(path, model, FACTS, runtime())
     return {name: value.numpy().copy() for name, value in model.average.tensors.items()}
 
@@ -130,12 +113,12 @@ def test_a_resume_goes_on_with_it_bit_for_bit_and_on_any_number_of_ranks(tmp_pat
 
 
 def test_a_run_that_kept_none_goes_on_with_one_that_begins_at_its_weights(tmp_path):
-    config, model = normed_model(0.0)
+    config, model = normed_model()
     assert model.average is None
     train_step(model, config, *batch(0, 24), 0.05)
     path = checkpoint.save(tmp_path, 1, model, FACTS, runtime(), keep=9)
     assert "average.safetensors" not in checkpoint_folder.read_manifest(path)["files"]
-    _, other = normed_model()
+    _, other = normed_model(**AVERAGED)
     checkpoint.load(path, other, FACTS, runtime())
     trained = floats(model.backbone)
     for name, value in other.average.tensors.items():

@@ -44,16 +44,29 @@ def settings_of(head, labels):
     noise = normal(np.arange(BATCH), key(head.seed, "margin", 0, 0))
     rows = head.sampler(0, labels).rows
     return {
-        "state": {name: float(value) for name, value in head.margin_state().items()},
+        "state": state_of(head),
         "sampled": None if rows is None else rows.sort().values,
         "noise": torch.from_numpy(noise),
     }
 
 
-def step(head, embeddings, labels, weight=1.0):
+def step(head, embeddings, labels, *, weight=1.0, **more):
     """Loss and gradients by one plain step; a weight lifts a tiny one over rounding."""
     own, before = embeddings.clone().requires_grad_(), head.centers.detach().clone()
-    loss = head(own, labels)
+    loss = head(own, labels, **more)
     (loss * weight).backward()
     head.optimizer.step()
     return loss.detach(), own.grad / weight, (before - head.centers.detach()) / weight
+
+
+def step_of_rank(head, centers, embeddings, labels, **more):
+    """The same with a rank's rows of given centers; the batch is the rank's own."""
+    rows = head.owned_rows
+    head.centers.data.copy_(centers[rows.start : rows.stop])
+    loss, gradient, change = step(head, embeddings, labels, **more)
+    return loss.item(), (gradient / head.ranks.size).numpy(), change.numpy()
+
+
+def state_of(head):
+    """What the margin of a head remembers, as numbers."""
+    return {name: float(value) for name, value in head.margin_state().items()}

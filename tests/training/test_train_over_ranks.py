@@ -9,9 +9,7 @@ import torch
 from torch import nn
 
 from partialfc import (
-    ArcFace,
     CurricularFace,
-    PartialFC,
     RowAdagrad,
     RowSGD,
     Softmax,
@@ -21,9 +19,17 @@ from partialfc.checkpoint import folder as checkpoint_folder
 from partialfc.checkpoint import loading as checkpoint
 from partialfc.checkpoint.disk import Disk
 from partialfc.model.batch_norm import mean_statistics, statistics, with_mean_statistics
-from partialfc.model.build import assemble
 from partialfc.model.step import train_step
-from tests.support.models import batch, flat_model, runtime, settings, share, weights
+from tests.support.models import (
+    batch,
+    flat_model,
+    normed_model,
+    runtime,
+    settings,
+    share,
+    train_and_stop,
+    weights,
+)
 from tests.support.ranks import run_on_ranks
 
 pytestmark = pytest.mark.distributed
@@ -112,24 +118,8 @@ def test_batch_norm_statistics_are_averaged_for_use_and_stay_each_ranks_own():
     assert found == [([1.5] * 3, [1.5] * 3, [float(rank)] * 3) for rank in range(4)]
 
 
-def normed_model():
-    config = settings()
-    torch.manual_seed(0)
-    layers = (nn.Flatten(), nn.Linear(3 * 8 * 8, 16), nn.BatchNorm1d(16))
-    head = PartialFC(40, 16, ArcFace(scale=16), sample_rate=0.5, optimizer=RowSGD(lr=0.1))
-    return config, assemble(config, runtime(), nn.Sequential(*layers), head)
-
-
 def train_and_stop_on_rank(rank, world_size, folder, stops):
-    """Six steps; at each of ``stops`` the model is saved, and one new from its file goes on."""
-    config, model = normed_model()
-    for step in range(6):
-        images, identities = (share(part, rank, world_size) for part in batch(step, 24))
-        train_step(model, config, images, identities, 0.05)
-        if step in stops:
-            path = checkpoint.save(folder, step, model, FACTS, runtime(), keep=9)
-            _, model = normed_model()
-            checkpoint.load(path, model, FACTS, runtime())
+    model = train_and_stop(rank, world_size, folder, stops, FACTS)
     own = {name: value.numpy().copy() for name, value in statistics(model.backbone).items()}
     return own, [value.numpy() for value in weights(model)]
 
@@ -149,7 +139,7 @@ def test_where_a_run_was_stopped_decides_no_bit_of_batch_norm(tmp_path):
 def load_statistics_on_rank(rank, world_size, folder):
     _, model = normed_model()
     try:
-        checkpoint.load(folder / "step_00000002", model, FACTS, runtime())
+        checkpoint.load(folder / "step_00000003", model, FACTS, runtime())
     except checkpoint.CheckpointError as error:
         return str(error)
     return statistics(model.backbone)["2.running_mean"].tolist()
@@ -159,7 +149,7 @@ def test_another_number_of_ranks_goes_on_with_the_mean_of_their_statistics(tmp_p
     """And R3: as many ranks as wrote it do not go on without the file of one of them."""
     saved = run_on_ranks(3, train_and_stop_on_rank, tmp_path, (2,))
     assert len(saved) == 3
-    path = tmp_path / "step_00000002"
+    path = tmp_path / "step_00000003"
     own = run_on_ranks(3, load_statistics_on_rank, tmp_path)
     assert own[0] != own[1] != own[2]
     for found in run_on_ranks(2, load_statistics_on_rank, tmp_path):

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from partialfc.config import Config
-from partialfc.model.build import _AUTOCAST, new_backbone
+from partialfc.model.build import AUTOCAST, new_backbone
 from partialfc.model.frozen import freeze
 from partialfc.model.fsdp import blocks_of
 from partialfc.model.optimizer import kept_numbers, muon_matrices
@@ -237,7 +237,7 @@ def count_backbone(config: Config, world_size: int) -> NetworkCost:
     return count(
         network,
         (batch, 3, size, size),
-        autocast=_AUTOCAST[config.precision.compute],
+        autocast=AUTOCAST[config.precision.compute],
         channels_last=settings.channels_last,
         keeps_gradients=_keeps_gradients(config, world_size),
         inference_batch=config.verification.batch,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from partialfc import plugins
+from partialfc.definitions import plugins
 from partialfc.records.metrics import Values
 
 SINKS = {

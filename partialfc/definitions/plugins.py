@@ -65,7 +65,7 @@ def named_in(settings: Mapping[str, Any]) -> list[str]:
         settings: By section, as a file has them or as they are resolved; what is of a wrong type is
             left to who checks it.
     """
-    listed = _at(settings, "run", "plugins")
+    listed = at(settings, "run", "plugins")
     found = [listed] if isinstance(listed, str) else _strings(listed)
     for name in _names(settings):
         if isinstance(name, str) and (place := place_of(name)):
@@ -75,15 +75,16 @@ def named_in(settings: Mapping[str, Any]) -> list[str]:
 
 def _names(settings: Mapping[str, Any]) -> Iterator[Any]:
     """Whatever stands where a plug-in may."""
-    yield _at(settings, "backbone", "name")
-    yield _at(settings, "head", "margin", "name")
-    yield _at(settings, "head", "optimizer", "name")
-    losses = _at(settings, "losses")
+    yield at(settings, "backbone", "name")
+    yield at(settings, "head", "margin", "name")
+    yield at(settings, "head", "optimizer", "name")
+    losses = at(settings, "losses")
     for label in losses if isinstance(losses, Mapping) else ():
-        yield _at(losses, label, "name")
+        yield at(losses, label, "name")
 
 
-def _at(settings: Any, *keys: str) -> Any:
+def at(settings: Any, *keys: str) -> Any:
+    """Return what settings have at keys below each other; ``None`` if nothing, or no section."""
     for key in keys:
         settings = settings.get(key) if isinstance(settings, Mapping) else None
     return settings
