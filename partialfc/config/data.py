@@ -1,11 +1,13 @@
 """Settings of the training images."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from partialfc.config.defined import Defined, section_of
 from partialfc.config.schema import OneOrMore, Section, UserPath, nearest_multiples
+from partialfc.config.sets import Set, Sets, images_of_sets, refuse_conflicts
 from partialfc.definitions import Range, Unit
 from partialfc.definitions import augment as definitions
 from partialfc.definitions.augment import CHANGES, Probability, Shift
@@ -78,6 +80,23 @@ class Data(Section):
     prefetch: Annotated[int, Range(ge=1), Unit("batches")] = 2
     """Batches prepared ahead on each rank. More of them ride out a slow disk and cost memory."""
 
+    sets: Sets = Field(default_factory=Sets)
+
+    @property
+    def by_set(self) -> dict[str, Set]:
+        """The sets by name, in the order of their identities; empty with ``train`` alone."""
+        return dict(self.sets)
+
+    @property
+    def images_of_sets(self) -> tuple[int, ...]:
+        """How many images of every global batch are of each set; with ``train`` all of one."""
+        return images_of_sets(self)
+
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        """All that is trained on, in the order of its identities."""
+        return self.train + tuple(path for one in self.by_set.values() for path in one.train)
+
     @model_validator(mode="after")
     def _identities_are_whole(self) -> "Data":
         repeated, batch = self.images_per_identity or 1, self.global_batch
@@ -86,6 +105,11 @@ class Data(Section):
                 f"images_per_identity = {repeated}: must divide data.global_batch = {batch}. "
                 f"Nearest batches: {nearest_multiples(batch, repeated)}."
             )
+        return self
+
+    @model_validator(mode="after")
+    def _sets_go_together(self) -> "Data":
+        refuse_conflicts(self)
         return self
 
     @model_validator(mode="after")

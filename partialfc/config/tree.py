@@ -276,8 +276,8 @@ _CHANGES_NO_RESULT: dict[str, Any] = {
         "plugins",
     },
     "losses": {"teacher": {"from"}},  # its digest stands for its place
-    # The data's fingerprint stands for its paths.
-    "data": {"train", "skip", "bad_share", "threads", "prefetch", "uneven"},
+    # The data's fingerprint stands for its paths, and a fact of checkpoints for the sets.
+    "data": {"train", "skip", "bad_share", "threads", "prefetch", "uneven", "sets"},
     "backbone": {"shard", "reshard", "offload"},
     "verification": True,
     "checkpoint": True,
@@ -361,9 +361,13 @@ def to_toml(config: Config) -> str:
     return settings.to_toml(config)
 
 
+_EXAMPLE = {"data": {"train": "train.rec", "sets": {"NAME": {}}}}
+"""Settings that name all sections whose names are free."""
+
+
 def help_text(width: int = 100) -> str:
     """Return every setting with its default, type, range, unit and meaning, ``width`` wide."""
-    return settings.help_text(Config, width)
+    return settings.help_text(wider(Config, _EXAMPLE), width)
 
 
 def config_hash(config: Config) -> str:

@@ -18,7 +18,8 @@ from partialfc.config import margins
 from partialfc.config.defined import section_of
 from partialfc.config.losses import OwnLoss
 from partialfc.config.optimizers import OfCenters
-from partialfc.config.schema import Section, UserPath, choices, tag_name, variants
+from partialfc.config.schema import OneOrMore, Section, UserPath, choices, tag_name, variants
+from partialfc.config.sets import Set
 from partialfc.definitions import Definition, backbones, plugins
 from partialfc.definitions.phrases import options_of, to_value
 from partialfc.definitions.plugins import at
@@ -51,6 +52,8 @@ def wider(schema: type[S], settings: Mapping[str, Any]) -> type[S]:
         _variant(head, "margin", "margin", settings),
         _variant(head, "optimizer", "row rule", settings),
         tuple(_losses(_section(schema, "losses"), settings)),
+        tuple(_sets(settings)),
+        bool(at(settings, "data", "train")),
     )
 
 
@@ -61,6 +64,8 @@ def _wider(
     margin: Named | None,
     rule: Named | None,
     losses: tuple[tuple[str, Named], ...],
+    sets: tuple[str, ...],
+    trains: bool,
 ) -> type[S]:
     """Equal settings have one schema, and so are equal."""
     changed: dict[str, Any] = {}
@@ -85,6 +90,8 @@ def _wider(
         sections = {label: section_of(kind, OwnLoss, name=name) for label, (name, kind) in losses}
         fields = {label: (one, Field(default_factory=one)) for label, one in sections.items()}
         changed["losses"] = _derived(_section(schema, "losses"), **fields)
+    if sets:
+        changed["data"] = _with_sets(_section(schema, "data"), sets, required=trains)
     if not changed:
         return schema
     fields = {key: (one, Field(default_factory=one)) for key, one in changed.items()}
@@ -157,6 +164,28 @@ def _losses(section: type[Section], settings: Mapping[str, Any]) -> Iterator[tup
                 "is called. Choose another."
             )
         yield label, (name, found)
+
+
+def _sets(settings: Mapping[str, Any]) -> Iterator[str]:
+    """The names of the sets of images, in the order of the file, which is that of identities."""
+    sets = at(settings, "data", "sets")
+    for name in sets if isinstance(sets, Mapping) else ():
+        if not name.isidentifier() or name.startswith("_") or hasattr(Section, name):
+            raise ConfigError(
+                f"[data.sets.{name}]: it must be a word of letters, digits and _. Choose another."
+            )
+        yield name
+
+
+def _with_sets(data: type[Section], names: tuple[str, ...], *, required: bool) -> type[Section]:
+    """The section of images with these sets, which stand for ``train``."""
+    base = _section(data, "sets")
+    fields: dict[str, Any] = {"sets": (_derived(base, **dict.fromkeys(names, (Set, ...))), ...)}
+    if not required:
+        train = data.model_fields["train"]
+        kind: Any = Annotated[tuple[UserPath, ...], OneOrMore]
+        fields["train"] = (kind, Field((), strict=False, description=train.description))
+    return _derived(data, **fields)
 
 
 def _base(kind: str) -> type[Definition]:
