@@ -31,6 +31,7 @@ from partialfc.commands._estimate.backbone import (
 )
 from partialfc.commands._estimate.head import head_parts, shard_of
 from partialfc.commands._estimate.losses import LossCost, count_losses, loss_parts
+from partialfc.commands._estimate.start import refuse_other_centers
 from partialfc.commands._estimate.step_time import (
     ALLOCATOR_SLACK,
     CPU_BANDWIDTH,
@@ -257,6 +258,7 @@ def main(arguments: list[str]) -> int:
     config, cluster = load(options.config, options.override), cluster_of(options)
     config.check(cluster.ranks)
     identities = identities_of(config, options.identities)
+    refuse_other_centers(config, identities)
     shard = shard_of(config, identities, cluster.ranks, cluster.device)
     counted = count_backbone(config, cluster.ranks)
     teacher = count_teacher(config, counted, cluster.ranks, cluster.device)

@@ -1,17 +1,36 @@
 """Settings of the class centers and the softmax over them."""
 
-from typing import Annotated, Literal
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from partialfc.config.margins import SECTIONS, AnyMargin
 from partialfc.config.optimizers import AnyOfCenters, SgdOfCenters
-from partialfc.config.schema import Section, UserPath
+from partialfc.config.schema import Section, UserPath, absolute
 from partialfc.definitions import Range, Unit
+from partialfc.definitions.phrases import to_value
+
+_STARTS = ("random", "pack:mean")
+_ENDINGS = (".npy", ".safetensors")
+
+
+def _with_its_folder(value: Any) -> Any:
+    """A file is named from the current folder on, as every path."""
+    if isinstance(value, str) and value.endswith(_ENDINGS):
+        return str(absolute(value))
+    return value
 
 
 class Head(Section):
     """The class centers, one per identity, and the softmax over them."""
+
+    start: Annotated[str, BeforeValidator(_with_its_folder)] = "random"
+    """What the class centers of a new run begin with: random, a .npy or .safetensors file of
+    directions [identities, embedding_dim] in any precision, or pack:mean, the mean embedding of
+    each identity's images by the backbone that the run begins with. Lengths are those of random
+    centers, and a center without a direction stays random."""
 
     sample_rate: Annotated[float, Range(gt=0, le=1)] = 1.0
     """Fraction of the class centers used per step, the batch's own included. 1 uses all."""
@@ -57,3 +76,19 @@ class Head(Section):
 
     margin: AnyMargin = Field(default_factory=SECTIONS["arcface"])
     optimizer: AnyOfCenters = Field(default_factory=SgdOfCenters)
+
+    @model_validator(mode="after")
+    def _begins_with_something(self) -> "Head":
+        if self.start not in _STARTS and self.start_file is None:
+            near = difflib.get_close_matches(self.start, _STARTS, n=1)
+            meant = f" Did you mean {to_value(near[0])}?" if near else ""
+            raise ValueError(
+                f'start = {to_value(self.start)}: must be "random", "pack:mean", or a file ending '
+                f"in .npy or .safetensors.{meant}"
+            )
+        return self
+
+    @property
+    def start_file(self) -> Path | None:
+        """The file of ``start``, if it is one."""
+        return Path(self.start) if self.start.endswith(_ENDINGS) else None

@@ -31,7 +31,8 @@ class Section(BaseModel):
     )
 
 
-def _absolute(value: object) -> Path:
+def absolute(value: object) -> Path:
+    """Return a path as a user writes it, absolute; ValueError for what is none."""
     if not isinstance(value, str | Path) or not str(value).strip():
         raise ValueError("not a path")
     try:
@@ -40,7 +41,7 @@ def _absolute(value: object) -> Path:
         raise ValueError(str(error)) from error
 
 
-UserPath = Annotated[Path, BeforeValidator(_absolute)]
+UserPath = Annotated[Path, BeforeValidator(absolute)]
 """A path as a user writes it, made absolute: relative to the current directory, ``~`` expanded."""
 
 OneOrMore = BeforeValidator(lambda value: (value,) if isinstance(value, str | Path) else value)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # they need Pillow, and who looks up embeddings none
     from partialfc.data.dataset import DataSet
     from partialfc.data.source import Source
 
+_DTYPES = {"fp16": "<f2", "fp32": "<f4", "fp64": "<f8"}
 _MOST_BYTES = 1 << 30
 _LOOKED_AT = 1024
 """Rows of a file that its digest has: all of them would take minutes at every start."""
@@ -186,18 +187,27 @@ class _Part:
         return np.asarray(self.row_NL[image_B - before_B])
 
 
-def mapped(path: Path) -> NDArray[np.float32]:
-    """Return an ``.npy`` of embeddings [N, L], mapped; the file is as long as its header says.
+def mapped(path: Path, formats: Sequence[str] = ("fp32",)) -> NDArray[Any]:
+    """Return an ``.npy`` of rows [N, L], mapped; the file is as long as its header says.
+
+    Args:
+        path: Of embeddings, or of other vectors.
+        formats: That its numbers may have: fp16, fp32, fp64.
 
     Raises:
         ValueError: If it is another array, or none.
         OSError: If it cannot be read.
     """
     os.close(opened(path, os.O_RDONLY))
-    row_NL = np.lib.format.open_memmap(path, mode="r")
-    if row_NL.ndim != 2 or row_NL.dtype != np.dtype("<f4") or not row_NL.flags.c_contiguous:
+    try:
+        row_NL = np.lib.format.open_memmap(path, mode="r")
+    except (OverflowError, TypeError) as error:  # of a header that says more than there can be
+        raise ValueError(f"is no array: {error}.") from None
+    allowed = [np.dtype(_DTYPES[name]) for name in formats]
+    if row_NL.ndim != 2 or row_NL.dtype not in allowed or not row_NL.flags.c_contiguous:
         raise ValueError(
-            f"holds {row_NL.dtype} {list(row_NL.shape)}, must be fp32 [images, embedding] in rows."
+            f"holds {row_NL.dtype} {list(row_NL.shape)}, must be {' or '.join(formats)} "
+            "[rows, embedding], row by row."
         )
     if not row_NL.size or path.stat().st_size != row_NL.offset + row_NL.nbytes:
         raise ValueError(

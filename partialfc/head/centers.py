@@ -1,10 +1,14 @@
 """Class centers as rows of a matrix: their first values, and the own ones of a batch.
 
 Shape suffixes: B = rows of the gathered batch, C = rows of the centers at hand, D = embedding, K =
-positives of a row, N = centers of an identity, P = K * B.
+positives of a row, N = centers of an identity, P = K * B, n = identities at hand.
 """
 
+import math
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from partialfc.head.rows.formats import decode
@@ -35,6 +39,49 @@ def fill_initial_(centers: Tensor, rows: range, *, seed: int, device: torch.devi
         low, high = max(start, rows.start), min(start + _INITIAL_BLOCK, rows.stop)
         part = drawn[low - start : high - start].mul_(_CENTER_STD)
         centers[low - rows.start : high - rows.start] = part
+
+
+def begin_at_(
+    centers_CD: Tensor,
+    owned: range,
+    first: int,
+    direction_nD: NDArray[np.float64],
+    *,
+    per_identity: int = 1,
+) -> int:
+    """Turn the centers of identities to directions, at the length of random ones.
+
+    A row becomes ``0.01 * sqrt(D)`` times its direction, rounded to the nearest number of the
+    centers' format: a function of the direction alone, whatever rows are at hand. A direction of
+    zeros leaves its center as it is. Of several centers of an identity the first is turned.
+
+    Args:
+        centers_CD: Of this rank, before the first step; on any device. What is behind D stays.
+        owned: Identities of this rank.
+        first: The first identity of those that are given; they follow one another.
+        direction_nD: Of any length.
+        per_identity: Centers of an identity.
+
+    Returns:
+        How many identities have a direction of zeros.
+
+    Raises:
+        ValueError: If a length is not finite; the message names the identity.
+    """
+    length_n1 = np.linalg.norm(direction_nD, axis=1, keepdims=True)
+    wrong_n = np.flatnonzero(~np.isfinite(length_n1))
+    if len(wrong_n):
+        raise ValueError(
+            f"row {first + wrong_n[0]:,} has the length {length_n1[wrong_n[0], 0]}; it must be "
+            "finite."
+        )
+    has_n = np.flatnonzero(length_n1)
+    dim = direction_nD.shape[1]
+    row_nD = direction_nD[has_n] / length_n1[has_n] * (_CENTER_STD * math.sqrt(dim))
+    at_n = torch.from_numpy((has_n + (first - owned.start)) * per_identity)
+    turned_nD = torch.from_numpy(row_nD).float().to(centers_CD.dtype)
+    centers_CD[at_n.to(centers_CD.device), :dim] = turned_nD.to(centers_CD.device)
+    return len(direction_nD) - len(has_n)
 
 
 def stored_centers(centers_CD: Tensor, states: States) -> Tensor:

@@ -46,6 +46,7 @@ from partialfc.training.must_match import agreed_shards, must_match
 from partialfc.training.preflight import Finding, preflight, report
 from partialfc.training.recorder import Recorder
 from partialfc.training.schedule import learning_rate, weight_factor
+from partialfc.training.start import begin_centers, refuse_two_starts
 from partialfc.writing import write_text
 
 
@@ -92,7 +93,7 @@ def _train(config: Config, runtime: Runtime) -> None:
             runtime.watchdog.follow(ledger)
         _refuse_crash_loop(config, runtime, ledger.before, digest)
         with ledger.spending("restore"):
-            step, base = _restore(config, runtime, model, facts, data)
+            step, base = _restore(config, runtime, model, facts, data, evaluation)
         ledger.at(step, now=True)
         summary = folder / "summary.json"
         if step >= data.steps and summary.exists():
@@ -197,7 +198,12 @@ def _refuse_crash_loop(
 
 
 def _restore(
-    config: Config, runtime: Runtime, model: Model, facts: dict[str, object], data: TrainingData
+    config: Config,
+    runtime: Runtime,
+    model: Model,
+    facts: dict[str, object],
+    data: TrainingData,
+    evaluation: Evaluation,
 ) -> tuple[int, dict[str, object]]:
     """Load what the run goes on from or begins with; return the steps taken, and the base of its
     adapters as a fact for checkpoints."""
@@ -211,21 +217,29 @@ def _restore(
             for sentence in what_changed(found, config, data.order):
                 print(f"warning: {sentence}", flush=True)
         return step, restore_base(found, model.backbone, config, state_at)
+    refuse_two_starts(config)
+    base = _begin(config, runtime, model, data)
+    begin_centers(config, runtime, model, data.dataset, evaluation)
+    return 0, base
+
+
+def _begin(config: Config, runtime: Runtime, model: Model, data: TrainingData) -> dict[str, object]:
+    """Give a new run what it begins with; return the base of its adapters."""
     if config.run.start_from is not None:
         place = warm_start(config.run.start_from, config, model, runtime, data.dataset)
         if runtime.leads and (sentence := may_vanish(place, config)):
             print(f"warning: {sentence}", flush=True)
-        return 0, fact_of(place, model.backbone, config)
+        return fact_of(place, model.backbone, config)
     if config.backbone.pretrained is not None:
         load_pretrained(config.backbone.pretrained, config, model)
-        return 0, fact_of(config.backbone.pretrained, model.backbone, config)
+        return fact_of(config.backbone.pretrained, model.backbone, config)
     if config.backbone.freeze and runtime.leads:
         print(
             "warning: backbone.freeze without run.start_from or backbone.pretrained: what is "
             "frozen stays as it was drawn at random.",
             flush=True,
         )
-    return 0, {}
+    return {}
 
 
 @dataclass(frozen=True, slots=True)

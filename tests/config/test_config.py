@@ -211,7 +211,7 @@ def keys_of(names, prefix: str) -> Iterator[str]:
             MINIMAL + "[head]\nembedding_dim = 256\n",
             [],
             "head.embedding_dim = 256: unknown setting. Did you mean backbone.embedding_dim? "
-            "[head] takes sample_rate, canonical_shards, compute, center_format, keep_mib, "
+            "[head] takes start, sample_rate, canonical_shards, compute, center_format, keep_mib, "
             "centers_in, states_in, host_folder, fused, overlap, [head.margin], [head.optimizer].",
         ),
         (  # unknown section

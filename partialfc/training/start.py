@@ -1,0 +1,180 @@
+"""What the class centers of a new run begin with: ``head.start``.
+
+Any number of ranks gets the same bits: a row is a function of the file's row alone, or of the mean
+of embeddings that are summed in the order of the samples.
+
+Shape suffixes: C = identities of this rank, D = embedding, n = samples or rows at hand.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import Progress
+
+from partialfc.checkpoint.center_file import open_centers
+from partialfc.checkpoint.trained_backbone import is_start
+from partialfc.config import Config, ConfigError
+from partialfc.data.dataset import DataSet
+from partialfc.data.images.formats import decode_image
+from partialfc.definitions.phrases import to_value
+from partialfc.distributed.agreement import total, words_of_any
+from partialfc.distributed.ranks import sum_over_ranks
+from partialfc.errors import in_words
+from partialfc.evaluation.sets import Evaluation
+from partialfc.head import PartialFC
+from partialfc.head.centers import begin_at_
+from partialfc.head.rows.staging import host_tensor
+from partialfc.model.build import Model
+from partialfc.runtime.process import Runtime
+
+_SAMPLES = 4096
+"""Embedded at once; a constant, so that sums are the same on any number of ranks."""
+_ROWS = 4096
+
+Pieces = Iterator[tuple[int, NDArray[np.float64]]]
+"""The first identity of some that follow one another, and their directions [n, D]."""
+
+
+def refuse_two_starts(config: Config) -> None:
+    """Refuse ``head.start`` beside a ``run.start_from`` that has class centers, too.
+
+    Raises:
+        ConfigError: If it is so.
+    """
+    place = config.run.start_from
+    if config.head.start != "random" and place is not None and is_start(place):
+        raise ConfigError(
+            f"head.start = {to_value(config.head.start)} with run.start_from = {to_value(place)}: "
+            "that folder has class centers, of added identities too. Remove head.start, or name "
+            "the run itself, for its backbone alone."
+        )
+
+
+def begin_centers(
+    config: Config, runtime: Runtime, model: Model, dataset: DataSet, evaluation: Evaluation
+) -> None:
+    """Put what ``head.start`` names into the centers of a new run. Collective.
+
+    Memory: a piece of the file; for the mean of images, fp32 rows of this rank's identities.
+
+    Args:
+        config: Of the run.
+        runtime: This rank.
+        model: With the backbone that the run begins with.
+        dataset: What it trains on.
+        evaluation: Embeds.
+
+    Raises:
+        ConfigError: If the file does not fit, is damaged or has a number that is not finite.
+    """
+    settings, head = config.head, model.head
+    if settings.start == "random":
+        return
+    if settings.start_file is None:
+        pieces = _means(config, runtime, model, dataset, evaluation)
+    else:
+        pieces = _rows(settings.start_file, head)
+    without, problem = 0, ""
+    try:
+        head.optimizer.settle()
+        for first, direction_nD in pieces:
+            without += begin_at_(
+                head.centers.data,
+                head.owned,
+                first,
+                direction_nD,
+                per_identity=head.centers_per_identity,
+            )
+    except (OSError, ValueError) as error:
+        problem = in_words(error)
+    if problem := words_of_any(problem, runtime.ranks):
+        raise ConfigError(f"head.start = {to_value(settings.start)}: {problem}")
+    without = total(without, runtime.ranks)
+    if runtime.leads:
+        count = head.sharding.num_identities
+        others = f"; {without:,} without one stay random" if without else ""
+        print(
+            f"class centers begin at {settings.start}: {count - without:,} of {count:,}{others}",
+            flush=True,
+        )
+
+
+def _rows(path: Path, head: PartialFC) -> Pieces:
+    file = open_centers(path, head.sharding.num_identities, head.embedding_dim)
+    for start in range(head.owned.start, head.owned.stop, file.piece):
+        yield start, file.rows(start, min(start + file.piece, head.owned.stop))
+
+
+def _means(
+    config: Config, runtime: Runtime, model: Model, dataset: DataSet, evaluation: Evaluation
+) -> Pieces:
+    """The sums of unit embeddings of each own identity. Collective, before the first piece.
+
+    Two collectives for every ``_SAMPLES`` images. What cannot be decoded is left out.
+    """
+    head, unusable = model.head, 0
+    owned = head.owned
+    size = len(owned), head.embedding_dim
+    sum_CD = host_tensor("start", size, torch.float32, config.head.host_folder, pinned=False)
+    with Progress(console=Console(stderr=True), disable=not runtime.leads) as bar:
+        task = bar.add_task("class centers: embedding", total=len(dataset))
+        for start in range(0, len(dataset), _SAMPLES):
+            sample_n = np.arange(start, min(start + _SAMPLES, len(dataset)))
+            reading = _Reading(dataset, sample_n, config.data.image_size)
+            row_nD = evaluation.embed(model, dataset.name, len(sample_n), reading)
+            times_n = torch.from_numpy(reading.bad_n).to(runtime.device, torch.int32)
+            bad_n = sum_over_ranks(times_n, runtime.ranks).cpu().numpy() > 0
+            unusable += int(bad_n.sum())
+            identity_n = _identities(dataset, sample_n)
+            own_n = ~bad_n & (identity_n >= owned.start) & (identity_n < owned.stop)
+            row_nD = row_nD[own_n]
+            length_n1 = np.linalg.norm(row_nD, axis=1, keepdims=True)
+            unit_nD = np.divide(row_nD, length_n1, out=np.zeros_like(row_nD), where=length_n1 != 0)
+            at_n = torch.from_numpy(identity_n[own_n] - owned.start)
+            sum_CD.index_add_(0, at_n, torch.from_numpy(unit_nD).float())
+            bar.advance(task, len(sample_n))
+    if unusable and runtime.leads:
+        print(f"warning: head.start: {unusable:,} images cannot be used, and count in no mean.")
+    for start in range(0, len(owned), _ROWS):
+        yield owned.start + start, sum_CD[start : start + _ROWS].double().numpy()
+
+
+class _Reading:
+    """Reads the images of some samples; one that cannot be used is black, and noted.
+
+    Args:
+        dataset: Of them.
+        sample_n: Their numbers.
+        size: In pixels.
+    """
+
+    def __init__(self, dataset: DataSet, sample_n: NDArray[np.int64], size: int) -> None:
+        self._dataset, self._sample_n, self._size = dataset, sample_n, size
+        self.bad_n = np.zeros(len(sample_n), np.bool_)
+
+    def __call__(self, number: int) -> NDArray[np.uint8]:
+        try:
+            view = self._dataset.jpeg_view(int(self._sample_n[number]))
+            return decode_image(view, self._size)
+        except (OSError, ValueError):
+            self.bad_n[number] = True
+            return np.zeros((self._size, self._size, 3), np.uint8)
+
+
+def _identities(dataset: DataSet, sample_n: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Of samples; -1 where the record is damaged."""
+    try:
+        return dataset.identities(sample_n)
+    except ValueError:
+        return np.array([_identity(dataset, sample) for sample in sample_n], np.int64)
+
+
+def _identity(dataset: DataSet, sample: np.int64) -> int:
+    try:
+        return int(dataset.identities([int(sample)])[0])
+    except ValueError:
+        return -1
