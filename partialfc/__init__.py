@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from partialfc.distributed.shares import Shares
-    from partialfc.head.options import Kernels, Memory, Precision, Several
+    from partialfc.head.options import Kernels, Memory, Precision, Sets, Several
     from partialfc.head.partial_fc import PartialFC
     from partialfc.head.rows.rules import RowAdagrad, RowAdamW, RowSGD
     from partialfc.losses.over_ranks import EmbeddingLosses
@@ -55,6 +55,7 @@ __all__ = [
     "RowAdagrad",
     "RowAdamW",
     "RowSGD",
+    "Sets",
     "Several",
     "Shares",
     "Softmax",
@@ -73,6 +74,7 @@ _HOME = {
     "RowAdamW": "head.rows.rules",
     "RowSGD": "head.rows.rules",
     "Several": "head.options",
+    "Sets": "head.options",
     "Shares": "distributed.shares",
     "EmbeddingLosses": "losses.over_ranks",
 }

@@ -17,6 +17,7 @@ from partialfc.head.options import Compute
 from partialfc.head.plan import Path
 from partialfc.head.row_set import RowSet
 from partialfc.head.several import Labels
+from partialfc.head.tiles.set_mask import SetMask
 from partialfc.head.tiles.workspace import Workspace
 from partialfc.margins import Margin, State
 from partialfc.numerics import operand_dtype, unit
@@ -65,6 +66,7 @@ class Batch:
         centers_CD: Class centers at hand, as they are stored.
         rows: The sampled ones.
         labels: Whom the rows name.
+        mask: Sets of identities that rows leave out; ``None`` for none.
         target_P: Place among the sampled of the first row of each own identity, or ``NOT_LOCAL``.
         margin: What the logits are.
         state: What the margin remembers; the batch's own copy.
@@ -88,6 +90,7 @@ class Batch:
     centers_CD: Tensor
     rows: RowSet
     labels: Labels
+    mask: SetMask | None
     target_P: Tensor
     margin: Margin
     state: State

@@ -84,7 +84,7 @@ def inter_class_loss(
         target_B: Place of that key among the sampled, or ``NOT_LOCAL``.
         centers_CD: This rank's class centers.
         sample: Sampled rows, and the place of the first row of each own identity.
-        logits: Precision of the products, and K.
+        logits: Precision of the products, K, and which sets of identities a row leaves out.
         workspace: Buffers of the tiles.
         ranks: Those that share the centers.
     """
@@ -99,6 +99,8 @@ def inter_class_loss(
                 row_B = sample.target_B + number - start
                 row_B = torch.where(target_B == NOT_LOCAL, NOT_LOCAL, row_B)
                 leave_out_(cosine_TB, row_B.unsqueeze(0))
+            if logits.mask is not None:
+                logits.mask.leave_out_(cosine_TB, start)
             nearest_B, row_B = cosine_TB.max(0)
             nearer_B = nearest_B > largest_B
             largest_B = torch.where(nearer_B, nearest_B.float(), largest_B)

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from partialfc.head.options import Kernels, Memory, Precision, Several, check_inter_class
+from partialfc.head.options import Kernels, Memory, Precision, Sets, Several, check_inter_class
 from partialfc.head.rows.rules import RowRule
 from partialfc.margins import Margin
 
@@ -18,6 +18,7 @@ def refuse_other_kinds(
     memory: object,
     kernels: object,
     positives: object,
+    sets: object,
 ) -> None:
     """Refuse arguments of ``PartialFC`` that are of another type; all but the margin may be
     ``None``.
@@ -32,6 +33,7 @@ def refuse_other_kinds(
         ("memory", memory, Memory, "Memory(keep_mib=64)"),
         ("kernels", kernels, Kernels, "Kernels(fused=True)"),
         ("positives", positives, Several, "Several(most=8)"),
+        ("sets", sets, Sets, "Sets(sizes=(10, 20))"),
     ):
         if isinstance(value, kind) or (value is None and name != "margin"):
             continue
@@ -90,6 +92,29 @@ def refuse_several(several: Several, margin: Margin, center_losses: float) -> No
         raise ValueError(
             f"{given}: label_smoothing = {margin.label_smoothing} is shared out for one positive "
             f"at a time. Set it to 0, or {remedy}."
+        )
+
+
+def refuse_sets(sets: Sets, margin: Margin, num_identities: int) -> None:
+    """Refuse sets that are not those of the identities, and what counts all negatives alike.
+
+    Args:
+        sets: The cut of the identities.
+        margin: What the logits are.
+        num_identities: C.
+
+    Raises:
+        ValueError: With the name of the option first.
+    """
+    if sum(sets.sizes) != num_identities:
+        raise ValueError(
+            f"sets.sizes = {sets.sizes} are {sum(sets.sizes)} identities, and num_identities is "
+            f"{num_identities}. Give the size of every set, in the order of the identities."
+        )
+    if margin.label_smoothing:
+        raise ValueError(
+            f"sets = {sets}: label_smoothing = {margin.label_smoothing} is shared out to all "
+            "sampled centers, also to those that a row leaves out. Set it to 0."
         )
 
 

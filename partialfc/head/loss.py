@@ -162,6 +162,7 @@ def _logits(batch: Batch, own: _Own, state: State) -> Logits:
         per_identity=margin.centers_per_identity,
         bend=margin.bend(state, own.first),
         offset=margin.offset(state),
+        mask=batch.mask,
         path=batch.path,
     )
 

@@ -6,6 +6,7 @@ refused by the same code before a machine is booked.
 
 import math
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -140,6 +141,44 @@ class Several:
             if getattr(self, name) not in get_args(kind):
                 names = ", ".join(get_args(kind))
                 raise ValueError(f"{name} must be one of {names}, got {getattr(self, name)!r}.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sets:
+    """Sets of identities that were numbered apart, so that two of them may have the same person.
+
+    A row is told from the negatives of its own sets, those of its identities, and not from the
+    negatives of a set that may have the same people: one of them may be the person of the row.
+
+    Attributes:
+        sizes: Identities of each set, which follow one another; >= 0 each, ``num_identities``
+            together.
+        may_share: Pairs of numbers of sets that may have the same people; ``None`` for all pairs.
+
+    Raises:
+        ValueError: If a value is outside its range.
+    """
+
+    sizes: tuple[int, ...]
+    may_share: tuple[tuple[int, int], ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.sizes or any(type(size) is not int or size < 0 for size in self.sizes):
+            raise ValueError(f"sizes must be one integer >= 0 for each set, got {self.sizes!r}.")
+        last = len(self.sizes) - 1
+        for pair in self.may_share or ():
+            known = [number for number in pair if type(number) is int and 0 <= number <= last]
+            if len(pair) != 2 or len(set(known)) != 2:
+                raise ValueError(
+                    f"may_share must be pairs of two different sets, numbered from 0 to {last}, "
+                    f"got {pair!r}."
+                )
+
+    @property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """The pairs of sets that may have the same people."""
+        every = tuple(combinations(range(len(self.sizes)), 2))
+        return every if self.may_share is None else self.may_share
 
 
 def check_fit(

@@ -6,10 +6,8 @@ https://arxiv.org/abs/2203.15565. The data flow, and where each part lives:
     (tiles) -> distributed softmax (push) -> gradients (loss, tiles) -> rows (rows)
 
 Shape suffixes: b = rows of this rank's batch, B = rows of the gathered batch, C = rows of the
-centers at hand, D = embedding, K = identities of a row, P = K * B.
+centers at hand, D = embedding, K = identities of a row, P = K * B, n = sampled rows.
 """
-
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -24,19 +22,21 @@ from partialfc.head.checks import (
     refuse_batch,
     refuse_center_losses,
     refuse_other_kinds,
+    refuse_sets,
     refuse_several,
 )
 from partialfc.head.forgotten import Forgotten
 from partialfc.head.gathering import Gathering
 from partialfc.head.loss import MarginLoss, Outcome, margin_loss
 from partialfc.head.machine import machine_of
-from partialfc.head.options import Kernels, Memory, Precision, Several, check_fit
+from partialfc.head.options import Kernels, Memory, Precision, Sets, Several, check_fit
 from partialfc.head.plan import Plan, decide
 from partialfc.head.rows.formats import DTYPES
 from partialfc.head.rows.optimizer import RowOptimizer
 from partialfc.head.rows.rules import RowRule, RowSGD
 from partialfc.head.rows.staging import host_tensor, row_tensor
-from partialfc.head.sampling import KeyedSampler, Sample, refuse_unfixed
+from partialfc.head.sampling import KeyedSampler, Sample, StepSample, refuse_unfixed
+from partialfc.head.set_masks import SetMasks
 from partialfc.head.shard import Shard, refuse_copies
 from partialfc.head.sharding import Sharding, default_canonical_shards
 from partialfc.keyed import key
@@ -61,6 +61,8 @@ class PartialFC(Shard):
         kernels: What a GPU does faster at a price.
         positives: What rows of several identities, or of none, are to the loss; ``None``: every
             row has one.
+        sets: Sets of identities that may have the same people, whom a row is not told from;
+            ``None``: a row is told from all other identities.
         seed: Initial centers, negatives and rounding are functions of it and of global ids.
         center_weight: Of the mean of 1 - cos(theta) to the own center, added to the loss; >= 0.
         inter_class_weight: Of the mean cosine of the batch's centers and the nearest other sampled
@@ -88,6 +90,7 @@ class PartialFC(Shard):
         memory: Memory | None = None,
         kernels: Kernels | None = None,
         positives: Several | None = None,
+        sets: Sets | None = None,
         center_weight: float = 0.0,
         inter_class_weight: float = 0.0,
         seed: int = 2048,
@@ -103,6 +106,7 @@ class PartialFC(Shard):
             memory=memory,
             kernels=kernels,
             positives=positives,
+            sets=sets,
         )
         if embedding_dim < 1:
             raise ValueError(f"embedding_dim must be >= 1, got {embedding_dim}.")
@@ -121,7 +125,9 @@ class PartialFC(Shard):
         refuse_center_losses(margin, center_weight, inter_class_weight)
         if positives is not None:
             refuse_several(positives, margin, max(center_weight, inter_class_weight))
-        self.several = positives
+        if sets is not None:
+            refuse_sets(sets, margin, num_identities)
+        self.several, self.sets = positives, sets
         self.ranks = Ranks.of(group)
         self.sharding = Sharding(
             num_identities=num_identities,
@@ -176,11 +182,12 @@ class PartialFC(Shard):
             every_row=sample_rate == 1,
         )
         self._gathering = Gathering(self.ranks, num_identities, positives, binary=margin.binary)
+        self._masks = SetMasks(sets, self.owned, self.centers_per_identity, self.device)
         self._forgotten, self._first = Forgotten(), True
         self.center_weight, self.inter_class_weight = center_weight, inter_class_weight
         self.terms: dict[str, Tensor] = {}
         """Losses beside the softmax in the last forward pass, without their weights."""
-        self._step_sample: _StepSample | None = None
+        self._step_sample: StepSample | None = None
 
     def extra_repr(self) -> str:
         """Sizes for ``print(head)``."""
@@ -210,7 +217,7 @@ class PartialFC(Shard):
         identities_P, fraction = self._gathering.step(identities, shares)
         step = self.optimizer.steps
         rows = expand(self.sampler(step, identities_P), self.centers_per_identity).rows
-        self._step_sample = _StepSample(step, identities_P, rows, fraction)
+        self._step_sample = StepSample(step, identities_P, rows, fraction)
 
     @_disable_dynamo
     def prefetch(self, identities: Tensor, shares: Shares | None = None) -> None:
@@ -329,6 +336,7 @@ class PartialFC(Shard):
             centers_CD=centers_CD,
             rows=rows,
             labels=gathered.labels,
+            mask=self._masks(gathered.identities_P, gathered.labels.most, rows.row_n),
             target_P=sample.target_B,
             margin=margin,
             state=state,
@@ -365,7 +373,7 @@ class PartialFC(Shard):
         every = expand(self.sampler(fixed.step, known_P), self.centers_per_identity)
         return Sample(fixed.rows, every.target_B[len(fixed.identities_P) :])
 
-    def _fixed(self) -> "_StepSample | None":
+    def _fixed(self) -> StepSample | None:
         fixed = self._step_sample
         return None if fixed is None or fixed.step != self.optimizer.steps else fixed
 
@@ -378,19 +386,10 @@ class PartialFC(Shard):
             centers_per_identity=self.margin.centers_per_identity,
             binary=self.margin.binary,
             positives=1 if self.several is None else self.several.most,
+            sets=self.sets is not None,
             sgd=type(rule) is RowSGD,  # a kernel knows nothing of a subclass's update
             compute=self.compute,
             fused=fused,
         )
         plan.refuse(fused=fused)
         return plan
-
-
-@dataclass(frozen=True, slots=True)
-class _StepSample:
-    """A sample that several micro-batches share."""
-
-    step: int
-    identities_P: Tensor
-    rows: Tensor | None
-    fraction: Tensor | None

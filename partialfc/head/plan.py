@@ -70,6 +70,7 @@ def decide(
     compute: str,
     fused: bool,
     positives: int = 1,
+    sets: bool = False,
 ) -> Plan:
     """Return how a head is computed; the path is ``"fused"`` only if ``fused`` and possible.
 
@@ -83,6 +84,7 @@ def decide(
         compute: Precision of the matrix products.
         fused: Whether the fused kernels are asked for.
         positives: Most identities of a row.
+        sets: Whether rows leave out negatives of other sets of identities.
     """
     known = machine or Machine("cuda", True, _HOPPER)
     row_kernel = known.has_kernels and sgd and unit_centers
@@ -97,6 +99,8 @@ def decide(
         reason = "they know a softmax over unit centers, one an identity"
     elif positives > 1:
         reason = f"they know one positive a row, and positives.most is {positives}"
+    elif sets:
+        reason = "they tell a row from all sampled centers, and sets leave some out"
     elif dim > LARGEST_DIM:
         reason = f"they hold embeddings of up to {LARGEST_DIM} elements, not {dim}"
     elif not sgd:

@@ -40,6 +40,23 @@ class Sample:
     target_B: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class StepSample:
+    """A sample that several micro-batches share.
+
+    Attributes:
+        step: Optimizer steps taken so far.
+        identities_P: int64 identities of all of them; -1 is none.
+        rows: int64 rows of this rank; ``None`` for all in order.
+        fraction: Of the rows of all of them that name any; ``None`` where all do.
+    """
+
+    step: int
+    identities_P: Tensor
+    rows: Tensor | None
+    fraction: Tensor | None
+
+
 class KeyedSampler:
     """Samples this rank's rows as a function of seed, step, canonical shard and positives.
 

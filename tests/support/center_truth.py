@@ -7,11 +7,14 @@ from tests.support import loss_truth
 from tests.support.margin_heads import IDENTITIES, settings_of
 
 
-def truth_of(head, embeddings, labels):
-    """Loss and gradients: the margin's equation and two terms written out."""
+def truth_of(head, embeddings, labels, left_out=None):
+    """Loss and gradients: the margin's equation and two terms written out; ``left_out`` [B, C]."""
     embeddings = embeddings.double().requires_grad_()
     centers = head.centers.detach().double().requires_grad_()
     settings = settings_of(head, labels)
+    if left_out is not None and settings["sampled"] is not None:
+        left_out = left_out[:, settings["sampled"]]
+    settings["left_out"] = left_out
     loss = loss_truth.loss_of(head.margin, embeddings, centers, labels, **settings)
     per, dim = head.centers_per_identity, head.embedding_dim
     near = F.normalize(centers[:, :dim])
@@ -26,6 +29,8 @@ def truth_of(head, embeddings, labels):
         rows = (sampled.unsqueeze(1) * per + torch.arange(per)).flatten()
         cosine = own @ near[rows].T
         alike = (rows // per) == labels.unsqueeze(1)
+        if left_out is not None:
+            alike = alike | left_out.repeat_interleave(per, 1)
         nearest = cosine.masked_fill(alike, -torch.inf).amax(1)
         loss = loss + head.inter_class_weight * nearest.mean()
     loss.backward()

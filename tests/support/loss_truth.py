@@ -29,6 +29,7 @@ def loss_of(
     state=None,
     noise=None,
     product=exact_product,
+    left_out=None,
 ):
     """Mean loss of a batch over the sampled identities.
 
@@ -41,6 +42,7 @@ def loss_of(
         state: Moving averages before the step.
         noise: [B] standard normal numbers of ElasticFace.
         product: Of embeddings and centers.
+        left_out: bool [B, n], the sampled identities that a row is not told from; ``None``: none.
     """
     name = type(margin).__name__
     per_identity = getattr(margin, "sub_centers", 1)
@@ -49,6 +51,8 @@ def loss_of(
     own = F.one_hot(torch.searchsorted(sampled, identities), len(sampled)).bool()
     norm = embeddings.norm(dim=1)
     logits = logits_of(margin, embeddings, centers, own, sampled, state, noise, product)
+    if left_out is not None:
+        logits = logits.masked_fill(left_out, -1e9)
     if name == "UniFace":
         bias = state["bias"]
         each = torch.where(own, F.softplus(bias - logits), F.softplus(logits - bias))

@@ -53,6 +53,7 @@ def loss_of(
     kind="mean",
     without="push",
     given=None,
+    left_out=None,
 ):
     """The loss of ``Several(loss=kind, without=without)``; arguments as in ``loss_truth``."""
     per = getattr(margin, "sub_centers", 1)
@@ -75,7 +76,10 @@ def loss_of(
             continue
         its = row_of == row
         positive = logits[own & its.unsqueeze(1)]
-        negative = logits[its][-1][~own[its].any(0)]
+        told_from = ~own[its].any(0)
+        if left_out is not None:
+            told_from = told_from & ~left_out[row]
+        negative = logits[its][-1][told_from]
         weight = torch.tensor([weight for weight, _ in pairs.values()], dtype=torch.float64)
         losses.append(row_loss(margin, positive, negative, weight, state, kind))
         if hasattr(margin, "norm_weight"):

@@ -284,7 +284,7 @@ def _update(
         present_n = None if part == "only" else torch.ones(64, dtype=torch.bool)
         fused_update_kernels.update_(
             _stored(centers, momentum, "y", dim, count=64, sampled=64),
-            MicroBatch(one, number_B, present_n),
+            MicroBatch(one, one.logits, number_B, present_n),
             fused_update_kernels.TileGradient(
                 start=0,
                 stop=64,

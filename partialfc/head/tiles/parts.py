@@ -5,13 +5,14 @@ sample or of pass 2, P = any rows, or K * B positives, K a row, 1 = one for each
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from partialfc.head.options import Compute
 from partialfc.head.plan import Path
+from partialfc.head.tiles.set_mask import SetMask
 from partialfc.margins.base import Bend
 
 _LARGEST_PLAIN_LOGIT = 64.0
@@ -31,6 +32,7 @@ class Logits:
         bend: Another logit above a threshold, or ``None``.
         offset: Scalar; every negative then has a loss of its own, log(1 + exp(logit - offset)),
             and the sigmoid of the same takes the place of the exponential. ``None``: a softmax.
+        mask: Sets of identities that rows leave out; ``None`` for none.
         path: Which code computes them.
     """
 
@@ -41,6 +43,7 @@ class Logits:
     per_identity: int = 1
     bend: Bend | None = None
     offset: Tensor | None = None
+    mask: SetMask | None = None
     path: Path = "torch"
 
     @property
@@ -155,21 +158,25 @@ class MicroBatch:
 
     Attributes:
         kept: What pass 1 left.
+        logits: Its own, whose mask is one of those rows.
         target_P: Place of each own center among the rows of pass 2, or ``NOT_LOCAL``.
         present_n: Which of those rows it sampled; ``None`` for all.
     """
 
     kept: Kept
+    logits: Logits
     target_P: Tensor
     present_n: Tensor | None
 
     @classmethod
     def of(cls, kept: Kept, row_n: Tensor | None) -> "MicroBatch":
         """Return it as rows ``row_n`` of the shard see it; ``None`` for all."""
-        present_n = None
+        present_n, logits = None, kept.logits
+        if logits.mask is not None and kept.row_n is not row_n:
+            logits = replace(logits, mask=logits.mask.among(row_n))
         if kept.row_n is not row_n and row_n is not None and kept.row_n is not None:
             present_n = torch.isin(row_n, kept.row_n)
-        return cls(kept, align(kept.target_P, kept.row_n, row_n), present_n)
+        return cls(kept, logits, align(kept.target_P, kept.row_n, row_n), present_n)
 
 
 def by_row(target_P: Tensor, batch: int) -> Tensor:

@@ -94,9 +94,8 @@ def first_pass(
                 key_sum_D.add_(unit_TD.sum(0, dtype=torch.float32))
             column_KB = by_row(target_P, len(sum_B)) - start
             keep_bytes -= len(key_TD) * query_BD.shape[0] * query_BD.element_size()
-            logit_TB = _logits(
-                key_TD, factor_T1, query_BD, column_KB, logits, workspace, lend=keep_bytes >= 0
-            )
+            products = key_TD, factor_T1, query_BD, start
+            logit_TB = _logits(*products, column_KB, logits, workspace, lend=keep_bytes >= 0)
             logit_TB, slope_TB, bend = _bent_first(logit_TB, column_KB, logits, workspace)
             if maximum_B is not None:
                 larger_B = torch.maximum(maximum_B, _largest(logit_TB, column_KB))
@@ -145,7 +144,7 @@ def second_pass(
         factor_T1: Tensor | None = None
         for part in parts:
             one, weighted_BD = part.one, part.weighted_BD
-            query_BD, logits, maximum_B = one.kept.query_BD, one.kept.logits, one.kept.maximum_B
+            query_BD, logits, maximum_B = one.kept.query_BD, one.logits, one.kept.maximum_B
             with precision(logits.compute, device):
                 if number < len(part.exponentials):
                     tile = part.exponentials[number]
@@ -160,7 +159,8 @@ def second_pass(
                             centers_CD, place_n, start, stop, dtype, logits, workspace
                         )
                     column_KB = by_row(one.target_P, len(query_BD)) - start
-                    logit_TB = _logits(key_TD, factor_T1, query_BD, column_KB, logits, workspace)
+                    products = key_TD, factor_T1, query_BD, start
+                    logit_TB = _logits(*products, column_KB, logits, workspace)
                     logit_TB, slope_TB, bend = _bent_first(logit_TB, column_KB, logits, workspace)
                     exp_TB = _exponentials(
                         logit_TB,
@@ -297,13 +297,15 @@ def _logits(
     key_TD: Tensor,
     factor_T1: Tensor | None,
     query_BD: Tensor,
+    start: int,
     column_KB: Tensor,
     logits: Logits,
     workspace: Workspace,
     *,
     lend: bool = False,
 ) -> Tensor:
-    """The logits of a tile; -inf at all but the nearest of an identity's K centers.
+    """The logits of a tile at ``start``; -inf at what a row leaves out, and at all but the nearest
+    of an identity's K centers.
 
     In fp32 they are in a buffer that E will take over: one to ``lend``, or that of every tile.
     """
@@ -317,6 +319,8 @@ def _logits(
         logit_TB.mul_(factor_T1)
     if logits.per_identity > 1:
         torch_steps.keep_nearest_(logit_TB, column_KB, logits.per_identity)
+    if logits.mask is not None:
+        logits.mask.leave_out_(logit_TB, start)
     return logit_TB
 
 
