@@ -28,12 +28,13 @@ from numpy.typing import NDArray
 
 from partialfc.config import Config, load
 from partialfc.data.augment import Augmentation
-from partialfc.data.dataset import DataSet, open_dataset
+from partialfc.data.dataset import DataSet
 from partialfc.data.loaders.loader import open_batches
 from partialfc.data.loaders.stream import Stream
 from partialfc.data.order import Order, Samples
 from partialfc.definitions.augment import CHANGES
 from partialfc.training.data import augmentation_of
+from partialfc.training.images import open_images
 
 ROWS, COLUMNS = 8, 10
 
@@ -62,7 +63,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--each", action="store_true", help="a row for each change")
     options = parser.parse_intermixed_args(arguments)
     config = load(options.config, options.overrides)
-    dataset = open_dataset(config.data.train, config.data.skip)
+    dataset = open_images(config)
     (draw_each if options.each else draw_epochs)(config, dataset, options.out)
     return 0
 

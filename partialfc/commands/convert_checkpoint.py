@@ -30,12 +30,11 @@ from partialfc.commands._convert_checkpoint import layouts, settings
 from partialfc.commands._convert_checkpoint.fill import fill
 from partialfc.config import Config, ConfigError, load, to_toml
 from partialfc.config.file import with_override
-from partialfc.data.dataset import open_dataset
 from partialfc.definitions.phrases import to_value
-from partialfc.errors import in_words
 from partialfc.model.build import Model, build
 from partialfc.records.console import from_here
 from partialfc.runtime.process import Runtime, running
+from partialfc.training.images import open_images, sets_of_identities
 from partialfc.training.must_match import must_match
 from partialfc.writing import atomic_write, write_text
 
@@ -86,13 +85,13 @@ def bring_in(options: argparse.Namespace) -> int:
     step = (layout.step or 0) if options.step is None else options.step
     with running(config) as runtime:
         try:
-            dataset = open_dataset(config.data.train, config.data.skip)
-        except (OSError, ValueError) as error:
+            dataset = open_images(config)
+        except ConfigError as error:
             raise ConfigError(
-                f"data.train: {in_words(error).rstrip('.')}. A checkpoint belongs to the pack that "
-                "it goes on with."
+                f"{str(error).rstrip('.')}. A checkpoint belongs to the pack that it goes on with."
             ) from error
-        model = build(config, runtime, dataset.num_identities)
+        sets = sets_of_identities(config, dataset)
+        model = build(config, runtime, dataset.num_identities, sets=sets)
         fill(model, layout, step)
         path = checkpoint.save(folder, step, model, must_match(config, dataset), runtime, keep=1)
         _finish(config, layout, model, path, notes, runtime)

@@ -52,8 +52,7 @@ from partialfc.commands._estimate.step_time import (
 from partialfc.commands._estimate.teacher import TeacherCost, count_teacher
 from partialfc.config import Config, ConfigError, load
 from partialfc.cores import usable_cores
-from partialfc.data.dataset import open_dataset
-from partialfc.errors import in_words
+from partialfc.training.images import open_images
 from partialfc.writing import write_json
 
 # --- Memory
@@ -135,7 +134,7 @@ def data_parts(config: Config, world_size: int, device: Device) -> list[MemoryIt
         )
     ]
     if device == "cpu":
-        files = [*data.train, *sets.pairs, *sets.identification]
+        files = [*data.sources, *sets.pairs, *sets.identification]
         mapped = sum(path.stat().st_size for path in files if path.exists())
         parts.append(
             MemoryItem.always("packs and sets", mapped, "those of their files that are here")
@@ -230,10 +229,10 @@ def identities_of(config: Config, given: int | None) -> int:
     if given is not None:
         return given
     try:
-        return open_dataset(config.data.train, config.data.skip).num_identities
-    except (OSError, ValueError) as error:
+        return open_images(config).num_identities
+    except ConfigError as error:
         raise ConfigError(
-            f"data.train: {in_words(error).rstrip('.')}. The number of identities is the pack's: "
+            f"{str(error).rstrip('.')}. The number of identities is the pack's: "
             "point data.train at a pack on this machine, or give --identities."
         ) from error
 

@@ -26,8 +26,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from partialfc.config import Config, load
-from partialfc.data.dataset import open_dataset
+from partialfc.config import Config, ConfigError, load
 from partialfc.margins import MARGINS, Margin
 from partialfc.margins.guidance import (
     WANTED_POSTERIOR,
@@ -39,6 +38,7 @@ from partialfc.margins.guidance import (
     warnings,
 )
 from partialfc.model.build import margin_of
+from partialfc.training.images import open_images
 
 DEGREES = (0, 15, 30, 45, 60, 75, 90, 120, 150, 180)
 NORMS = (5.0, 20.0, 60.0, 100.0)
@@ -63,9 +63,9 @@ def main(arguments: list[str]) -> int:
     identities = options.identities
     try:
         if identities is None:
-            identities = open_dataset(config.data.train, config.data.skip).num_identities
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{error}\nWithout the pack, say --identities N.") from error
+            identities = open_images(config).num_identities
+    except ConfigError as error:
+        raise ConfigError(f"{error}\nWithout the pack, say --identities N.") from error
     if identities < 2:
         raise ValueError(f"--identities {identities}: a softmax needs two.")
     explain(config, margin, identities)

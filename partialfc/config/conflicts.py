@@ -43,6 +43,7 @@ def conflicts(config: "Config") -> Iterator[str]:
             "counts is known after the backbone's backward only. Use bf16, or remove head.overlap."
         )
     yield from _of_shards(config)
+    yield from _of_the_sets(config)
     yield from _of_the_head(config)
 
 
@@ -151,6 +152,26 @@ def _of_pretrained(config: "Config") -> Iterator[str]:
         )
 
 
+def _of_the_sets(config: "Config") -> Iterator[str]:
+    """What takes images of other identities for those of other people."""
+    unknown = [name for name, one in config.data.by_set.items() if one.same_people == "unknown"]
+    if not unknown:
+        return
+    key = f'data.sets.{unknown[0]}.same_people = "unknown"'
+    for loss in ("triplet", "contrastive", "uniformity"):
+        if getattr(config.losses, loss).weight:
+            yield (
+                f"{key} with losses.{loss}: it parts all images of different identities, which may "
+                f"be one person in two sets. Remove losses.{loss}, or map the sets onto each other."
+            )
+    smoothing = getattr(config.head.margin, "label_smoothing", 0)
+    if smoothing:
+        yield (
+            f"{key} with head.margin.label_smoothing = {smoothing}: it is shared out to the "
+            "centers of all sets. Set it to 0."
+        )
+
+
 def _of_the_head(config: "Config") -> Iterator[str]:
     """What the head says itself."""
     settings = config.head
@@ -196,6 +217,7 @@ def plan_of(config: "Config", machine: Machine | None) -> Plan:
         sgd=config.head.optimizer.name == "sgd",
         compute=head_compute(config, machine.device if machine else "cuda"),
         fused=config.head.fused,
+        sets=any(one.same_people == "unknown" for one in config.data.by_set.values()),
     )
 
 

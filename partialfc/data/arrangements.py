@@ -16,6 +16,7 @@ from partialfc.keyed import key, keys, permute
 
 def arrangement(
     dataset: DataSet,
+    samples: range | None = None,
     *,
     images_per_identity: int | None = None,
     block: int | None = None,
@@ -23,12 +24,21 @@ def arrangement(
 ) -> Arrangement | None:
     """Return the arrangement that the settings of a run ask for; ``None`` is one permutation.
 
+    Args:
+        dataset: Whose images are arranged.
+        samples: Those of one of its sets, which the arrangement numbers from 0; all by default.
+        images_per_identity: K; an epoch is every identity once, with K images.
+        block: Images of a block that stay neighbours.
+        block_window: Blocks that are shuffled together.
+
     Raises:
         ValueError: If a label of the data is bad.
     """
+    samples = samples or range(len(dataset))
     if images_per_identity is not None:
-        return IdentityBalanced.of(dataset.labels(), images_per_identity)
-    return None if block is None else Blocks(len(dataset), block, block_window)
+        labels = dataset.labels()[samples.start : samples.stop]
+        return IdentityBalanced.of(labels, images_per_identity)
+    return None if block is None else Blocks(len(samples), block, block_window)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,8 @@ from partialfc.data.packs.pack import Pack
 from partialfc.data.packs.recordio import RecordError
 from partialfc.data.skip_list import BadRecord, read_skip_lists
 from partialfc.data.source import Source, labels_fingerprint_of, labels_of, open_source
+
+T = TypeVar("T")
 
 _CHUNK = 1 << 20
 
@@ -37,6 +40,20 @@ def open_dataset(packs: Sequence[Path], skip: Sequence[Path] = ()) -> "DataSet":
     """
     opened = [open_source(path) for path in packs]
     return DataSet(opened, read_skip_lists(skip, opened) if skip else None)
+
+
+class Part(NamedTuple):
+    """A set within a data set.
+
+    Attributes:
+        name: "" where it is the only one and has none.
+        samples: Those of its images.
+        identities: Those that are its own: the people whom no set before it has.
+    """
+
+    name: str
+    samples: range
+    identities: range
 
 
 class DataSet:
@@ -101,6 +118,16 @@ class DataSet:
     def num_identities(self) -> int:
         """Number of identities C of all packs; those without a sample count."""
         return int(self._identity_start_P[-1])
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The sets that the samples are of: one, unless it is a
+        :class:`~partialfc.data.joined.JoinedSets`."""
+        return (Part("", range(len(self)), range(self.num_identities)),)
+
+    def by_identity(self, of_packs: list[T]) -> list[T]:
+        """Return what the packs say of their identities, one after the other, by identity [C]."""
+        return of_packs
 
     @cached_property
     def fingerprint(self) -> str:

@@ -62,7 +62,7 @@ def names_of(dataset: DataSet) -> Names | None:
         if own is None:
             return None
         names += own
-    return names
+    return dataset.by_identity(names)
 
 
 def own_names(source: Source) -> Names | None:

@@ -160,21 +160,40 @@ class Order:
         Raises:
             ValueError: If an argument is outside its range.
         """
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank must be in [0, {world_size}), the world size, got {rank}.")
-        if self.global_batch % world_size and self.uneven_by is None:
-            lower = self.global_batch // world_size * world_size
-            nearest = f"{lower} or {lower + world_size}" if lower else f"{world_size}"
-            raise ValueError(
-                f"data.global_batch must be a multiple of the {world_size} ranks, got "
-                f"{self.global_batch}: the nearest is {nearest}."
-            )
-        own = Shares.of(self.global_batch, world_size, self.uneven_by or 1).rows(rank)
+        own = own_places(self.global_batch, rank, world_size, self.uneven_by)
         start = self._batch(samples_seen)[1] * self.global_batch
         return np.arange(start + own.start, start + own.stop)
+
+    def following(self, position: int, ahead: int) -> int:
+        """Return the position so far behind another in the same epoch, as :meth:`at` takes it."""
+        return position + ahead
 
     def _batch(self, samples_seen: int) -> tuple[int, int]:
         """Epoch, and batch of that epoch."""
         if samples_seen < 0:
             raise ValueError(f"samples_seen must be >= 0, got {samples_seen}.")
         return divmod(samples_seen // self.global_batch, self.steps_per_epoch)
+
+
+def own_places(global_batch: int, rank: int, world_size: int, uneven_by: int | None) -> slice:
+    """Return where a rank's images are in a global batch.
+
+    Args:
+        global_batch: B, images.
+        rank: In [0, world_size).
+        world_size: Ranks that share the batch; divides B, unless ``uneven_by`` is set.
+        uneven_by: As of :class:`Order`.
+
+    Raises:
+        ValueError: If an argument is outside its range.
+    """
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be in [0, {world_size}), the world size, got {rank}.")
+    if global_batch % world_size and uneven_by is None:
+        lower = global_batch // world_size * world_size
+        nearest = f"{lower} or {lower + world_size}" if lower else f"{world_size}"
+        raise ValueError(
+            f"data.global_batch must be a multiple of the {world_size} ranks, got "
+            f"{global_batch}: the nearest is {nearest}."
+        )
+    return Shares.of(global_batch, world_size, uneven_by or 1).rows(rank)

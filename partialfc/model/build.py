@@ -17,6 +17,7 @@ from partialfc.config.conflicts import head_compute, memory_of
 from partialfc.config.losses import OwnLoss
 from partialfc.definitions.phrases import to_value
 from partialfc.head import Kernels, PartialFC, Precision
+from partialfc.head.options import Sets
 from partialfc.head.rows.rules import ROW_RULES, RowRule
 from partialfc.head.sharding import GROWTH, default_canonical_shards
 from partialfc.losses import LOSSES, Distillation
@@ -120,7 +121,14 @@ class Model:
         return self.average.in_use() if self.average else nullcontext()
 
 
-def build(config: Config, runtime: Runtime, num_identities: int, *, kept_shards: int = 0) -> Model:
+def build(
+    config: Config,
+    runtime: Runtime,
+    num_identities: int,
+    *,
+    kept_shards: int = 0,
+    sets: Sets | None = None,
+) -> Model:
     """Return the model of a run, on its device. Collective: DDP copies rank 0's weights to all.
 
     Args:
@@ -128,12 +136,14 @@ def build(config: Config, runtime: Runtime, num_identities: int, *, kept_shards:
         runtime: This rank.
         num_identities: Of the training images.
         kept_shards: Canonical shards of the checkpoint that it goes on from; 0 if it begins anew.
+        sets: Of identities that may be the same people; ``None`` if none may.
 
     Raises:
         ConfigError: If this machine cannot do what the settings ask of it.
     """
     backbone = new_backbone(config)
-    model = assemble(config, runtime, backbone, _head(config, runtime, num_identities, kept_shards))
+    head = _head(config, runtime, num_identities, kept_shards, sets)
+    model = assemble(config, runtime, backbone, head)
     if isinstance(model.replica, DistributedDataParallel):
         _arrange_buckets(model, config, runtime)
     return model
@@ -275,7 +285,13 @@ def embedding_losses(config: Config) -> EmbeddingLosses:
     return EmbeddingLosses(losses)
 
 
-def _head(config: Config, runtime: Runtime, num_identities: int, kept_shards: int) -> PartialFC:
+def _head(
+    config: Config,
+    runtime: Runtime,
+    num_identities: int,
+    kept_shards: int,
+    sets: Sets | None = None,
+) -> PartialFC:
     settings = config.head
     room_to_grow = default_canonical_shards(num_identities, GROWTH * runtime.ranks.size)
     margin = margin_of(config)
@@ -294,6 +310,7 @@ def _head(config: Config, runtime: Runtime, num_identities: int, kept_shards: in
             kernels=Kernels(fused=settings.fused, overlap=settings.overlap),
             center_weight=config.losses.center.weight,
             inter_class_weight=config.losses.inter_class.weight,
+            sets=sets,
             seed=config.run.seed,
             canonical_shards=settings.canonical_shards or kept_shards or room_to_grow,
             device=runtime.device,

@@ -8,13 +8,13 @@ from partialfc.checkpoint import CONFIG_HASH
 from partialfc.checkpoint.folder import read_manifest
 from partialfc.config import Config, config_hash
 from partialfc.config.tree import changes, written
-from partialfc.data.order import Order
+from partialfc.data.order_of_sets import AnyOrder
 from partialfc.definitions import plugins
 from partialfc.training.data import steps_of
 from partialfc.training.schedule import learning_rate
 
 
-def what_changed(found: Path, config: Config, order: Order) -> Iterator[str]:
+def what_changed(found: Path, config: Config, order: AnyOrder) -> Iterator[str]:
     """Yield a sentence for what a run does otherwise than the checkpoint that it goes on from.
 
     Args:
@@ -53,7 +53,7 @@ def _plugins_changed(found: Path, versions: Any) -> Iterator[str]:
         yield f"{found}: it was written without the plug-in {name}, {now[name]}."
 
 
-def _rate(config: Config, step: int, order: Order) -> float:
+def _rate(config: Config, step: int, order: AnyOrder) -> float:
     total = steps_of(config, order)
     return learning_rate(
         min(step, total),

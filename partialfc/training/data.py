@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from partialfc.config import Config, ConfigError
-from partialfc.data.arrangements import arrangement
 from partialfc.data.augment import Augmentation
-from partialfc.data.dataset import DataSet, open_dataset
+from partialfc.data.dataset import DataSet
 from partialfc.data.loaders import loader
 from partialfc.data.loaders.stream import Batch, Batches, Stream
 from partialfc.data.order import Order
+from partialfc.data.order_of_sets import AnyOrder, OrderOfSets
 from partialfc.distributed.agreement import from_leader, words_of_any
-from partialfc.errors import DataError, in_words
+from partialfc.errors import DataError
 from partialfc.runtime.process import Runtime
+from partialfc.training.images import open_images, order_of
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,34 @@ class TrainingData:
     """
 
     dataset: DataSet
-    order: Order
+    order: AnyOrder
     steps: int
+
+    @property
+    def sets(self) -> dict[str, Order]:
+        """The sets of the run by name, and the order of each."""
+        orders = self.order.orders if isinstance(self.order, OrderOfSets) else (self.order,)
+        parts = self.dataset.parts
+        return {part.name: one for part, one in zip(parts, orders, strict=True)}
+
+    @property
+    def steps_of_sets(self) -> dict[str, int]:
+        """Steps of one pass over each of several sets; empty where there is one."""
+        sets = self.sets.items()
+        return {name: order.steps_per_epoch for name, order in sets} if len(sets) > 1 else {}
+
+
+def sets_in_words(data: TrainingData) -> str:
+    """Say what a run sees of each of several sets; "" where there is one."""
+    if len(data.sets) == 1:
+        return ""
+    parts = zip(data.dataset.parts, data.sets.values(), strict=True)
+    return "; ".join(
+        f"{part.name} {order.global_batch} images of a batch of {data.order.global_batch}, "
+        f"{len(part.samples):,} in all, {len(part.identities):,} identities of its own, "
+        f"{data.steps / order.steps_per_epoch:.1f} epochs"
+        for part, order in parts
+    )
 
 
 def open_training_data(config: Config, runtime: Runtime) -> TrainingData:
@@ -39,24 +66,8 @@ def open_training_data(config: Config, runtime: Runtime) -> TrainingData:
         ConfigError: If an image source or the order cannot be, another rank has other images, or
             the warm-up is no shorter than the run.
     """
-    try:
-        data = config.data
-        dataset = open_dataset(data.train, data.skip)
-        order = Order(
-            len(dataset),
-            data.global_batch,
-            config.run.seed,
-            data.last_batch,
-            arrangement(
-                dataset,
-                images_per_identity=data.images_per_identity,
-                block=data.block,
-                block_window=data.block_window,
-            ),
-            uneven_by=config.optimizer.accumulation if data.uneven else None,
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"data.train: {in_words(error)}") from error
+    dataset = open_images(config)
+    order = order_of(config, dataset)
     _refuse_other_images(dataset, runtime)
     steps = steps_of(config, order)
     if config.schedule.warmup_steps >= steps:
@@ -73,8 +84,8 @@ def open_training_data(config: Config, runtime: Runtime) -> TrainingData:
     return TrainingData(dataset, order, steps)
 
 
-def steps_of(config: Config, order: Order) -> int:
-    """Return the steps of a whole run."""
+def steps_of(config: Config, order: AnyOrder) -> int:
+    """Return the steps of a whole run; epochs are those of the first set."""
     if config.run.steps is not None:
         return config.run.steps
     assert config.run.epochs is not None

@@ -20,7 +20,7 @@ def must_match(
         dataset: Its images.
         teacher: Left out where a run is only looked at.
     """
-    facts = {
+    facts: dict[str, object] = {
         CONFIG_HASH: config_hash(config),
         "pack": dataset.fingerprint,
         LABELS: dataset.labels_fingerprint,
@@ -48,6 +48,11 @@ def must_match(
         "head.margin": config.head.margin.model_dump(mode="json"),
         "losses": config.losses.model_dump(mode="json", exclude={"teacher"}),
     }
+    if len(sets := config.data.by_set) > 1:  # the fingerprints say which images
+        facts["data.sets"] = [
+            {"images": images, "same_people": one.same_people}
+            for images, one in zip(config.data.images_of_sets, sets.values(), strict=True)
+        ]
     settings = config.losses.teacher
     if teacher is not None:  # wherever it lies
         settings_of_it = settings.model_dump(mode="json", exclude={"from"})

@@ -10,10 +10,11 @@ from partialfc.checkpoint import loading as checkpoint
 from partialfc.checkpoint.base import restore_base
 from partialfc.checkpoint.trained_backbone import state_at
 from partialfc.config import Config, ConfigError, load
-from partialfc.data.dataset import DataSet, open_dataset
+from partialfc.data.dataset import DataSet
 from partialfc.evaluation.sets import Evaluation
 from partialfc.model.build import Model, build
 from partialfc.runtime.process import running
+from partialfc.training.images import open_images, sets_of_identities
 from partialfc.training.must_match import agreed_shards, must_match
 
 
@@ -46,11 +47,17 @@ def open_run(folder: Path) -> Iterator[OpenRun]:
     config = load(folder / "config.toml", own=False)
     with running(config) as runtime:
         try:
-            dataset = open_dataset(config.data.train, config.data.skip)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"data.train of {folder}: {error}") from error
+            dataset = open_images(config)
+        except ConfigError as error:
+            raise ConfigError(f"{folder}: {error}") from error
         shards = agreed_shards(config, runtime)
-        model = build(config, runtime, dataset.num_identities, kept_shards=shards)
+        model = build(
+            config,
+            runtime,
+            dataset.num_identities,
+            kept_shards=shards,
+            sets=sets_of_identities(config, dataset),
+        )
         newest = checkpoint.newest(folder / "checkpoints", runtime, tidy=False)
         if newest is None:
             raise ConfigError(f"{folder}: it has no checkpoint.")

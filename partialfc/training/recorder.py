@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from types import TracebackType
@@ -49,6 +49,7 @@ class Recorder:
         total_steps: Steps of the run.
         steps_per_epoch: Steps of one pass over the data.
         ledger: Where the time goes.
+        sets: Steps of one pass over each of several sets; empty where there is one.
     """
 
     def __init__(
@@ -59,10 +60,12 @@ class Recorder:
         total_steps: int,
         steps_per_epoch: int,
         ledger: Ledger,
+        sets: Mapping[str, int] | None = None,
     ) -> None:
         self.ledger = ledger
         self._config, self._runtime = config, runtime
         self._total, self._steps_per_epoch = total_steps, steps_per_epoch
+        self._sets = sets or {}
         self._step = self._first = self._recorded = step
         self._clock, self._waited, self._trained = time.monotonic(), 0.0, 0.0
         device = runtime.device
@@ -156,6 +159,7 @@ class Recorder:
             "learning_rate": rate,
             "gradient_norm": norm,
             "epoch": step / self._steps_per_epoch,
+            **{f"epoch_{name}": epochs for name, epochs in self._epochs(step).items()},
             "samples_seen": step * self._config.data.global_batch,
             "throughput": count * self._config.data.global_batch / seconds,
             "step_seconds": seconds / count,
@@ -179,6 +183,10 @@ class Recorder:
         self._write(step, {name: value for name, value in values.items() if math.isfinite(value)})
         self._loss.zero_()
         self._recorded, self._clock, self._waited = step, time.monotonic(), 0.0
+
+    def _epochs(self, step: int) -> dict[str, float]:
+        """Passes so far over each of several sets."""
+        return {name: step / own for name, own in self._sets.items()}
 
     def refuse_unsound(self) -> int:
         """Return the images that were replaced; raise if they, or steps that fail, are too many.
@@ -276,6 +284,7 @@ class Recorder:
             "steps_of_this_process": steps,
             "samples_seen": self._step * self._config.data.global_batch,
             "loss": losses[-1] if losses else None,
+            "epochs_of_sets": self._epochs(self._step),
             "torch": torch.__version__,
             "environment": environment(self._runtime.device),
         }

@@ -41,7 +41,14 @@ from partialfc.runtime.folder_lock import locked
 from partialfc.runtime.place import elastic_warning, own_place
 from partialfc.runtime.process import Runtime
 from partialfc.training.changes import what_changed
-from partialfc.training.data import TrainingData, open_batches, open_training_data, with_next
+from partialfc.training.data import (
+    TrainingData,
+    open_batches,
+    open_training_data,
+    sets_in_words,
+    with_next,
+)
+from partialfc.training.images import sets_of_identities
 from partialfc.training.must_match import agreed_shards, must_match
 from partialfc.training.preflight import Finding, preflight, report
 from partialfc.training.recorder import Recorder
@@ -77,9 +84,17 @@ def _train(config: Config, runtime: Runtime) -> None:
     data = open_training_data(config, runtime)
     evaluation = Evaluation(config, runtime)
     teacher = open_teacher(config, data.dataset, runtime)
-    model = build(config, runtime, data.dataset.num_identities, kept_shards=shards)
+    model = build(
+        config,
+        runtime,
+        data.dataset.num_identities,
+        kept_shards=shards,
+        sets=sets_of_identities(config, data.dataset),
+    )
     facts = must_match(config, data.dataset, teacher)
     if runtime.leads:
+        if words := sets_in_words(data):
+            print(f"sets: {words}", flush=True)
         _warn(config, model, data.dataset.num_identities)
     if not config.run.resume and checkpoint.exist(folder / "checkpoints"):
         raise ConfigError(
@@ -108,7 +123,13 @@ def _train(config: Config, runtime: Runtime) -> None:
                     write_text(folder / NAMES, json.dumps(names, indent=0) + "\n")
         with (
             Recorder(
-                config, runtime, step, data.steps, data.order.steps_per_epoch, ledger
+                config,
+                runtime,
+                step,
+                data.steps,
+                data.order.steps_per_epoch,
+                ledger,
+                data.steps_of_sets,
             ) as recorder,
             Saver(
                 folder / "checkpoints",

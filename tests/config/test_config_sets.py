@@ -92,6 +92,14 @@ def test_data_train_is_one_set_as_before() -> None:
         (["data.sets.third.share=0.1"], r"data\.sets\.third\.train: required"),
         (["data.sets.first.shar=0.1"], r"Did you mean data\.sets\.first\.share"),
         (
+            ["data.sets.first.same_people=unknown", "losses.triplet.weight=1"],
+            r"data\.sets\.first\.same_people = \"unknown\" with losses\.triplet",
+        ),
+        (
+            ["data.sets.first.same_people=unknown", "head.margin.label_smoothing=0.1"],
+            r"same_people = \"unknown\" with head\.margin\.label_smoothing",
+        ),
+        (
             ["data.sets={a={train='a.rec', share=1.0, same_people='unknown'}}"],
             r"data\.sets\.a\.same_people = \"unknown\": there is no other set",
         ),

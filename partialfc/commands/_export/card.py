@@ -201,7 +201,7 @@ def _training(trained: TrainedBackbone, licence: str) -> list[str]:
     if trained.config is None:
         return [f"Unknown: only the weights were given. Licence of the training data: {licence}."]
     config = trained.config
-    names = ", ".join(path.name for path in config.data.train)
+    names = ", ".join(path.name for path in config.data.sources)
     decay = config.backbone.ema
     averaged = f"; the moving average of the weights, of decay {decay:g}" if decay else ""
     if config.optimizer.name == "schedule_free":

@@ -19,7 +19,7 @@ from partialfc.data.arrangements import Blocks
 from partialfc.data.augment import Augmentation, Draw, draw
 from partialfc.data.dataset import DataSet
 from partialfc.data.images.formats import check_image, plain_image
-from partialfc.data.order import Order
+from partialfc.data.order_of_sets import AnyOrder
 from partialfc.data.skip_list import BadRecord
 from partialfc.data.source import Source
 
@@ -101,7 +101,7 @@ class Stream:
     """
 
     dataset: DataSet
-    order: Order
+    order: AnyOrder
     augmentation: Augmentation
     image_size: int
     rank: int = 0
@@ -182,9 +182,10 @@ class Stream:
         return found
 
     def _replacement(self, epoch: int, position: int) -> tuple[int, _Usable]:
-        """The sample at the next position of the epoch that has a usable one."""
-        for following in range(position + 1, position + 1 + MOST_IN_A_ROW):
-            sample_id_B = self.order.at(epoch, np.array([following])).sample_id_B
+        """The next usable sample of the epoch: with several sets, of the same set."""
+        for ahead in range(1, 1 + MOST_IN_A_ROW):
+            following = np.array([self.order.following(position, ahead)])
+            sample_id_B = self.order.at(epoch, following).sample_id_B
             (found,) = self._look(sample_id_B)
             if isinstance(found, _Usable):
                 return int(sample_id_B[0]), found

@@ -108,6 +108,10 @@ def _headline(runs: Sequence[RunFiles]) -> list[list[str]]:
         cells = [_of(run, form, *keys) for run in runs]
         if any(cells):
             rows.append([label, *(cell or "–" for cell in cells)])
+    sets = dict.fromkeys(name for run in runs for name in run.summary.get("epochs_of_sets", {}))
+    for name in sets:
+        cells = [_of(run, "{:,.1f}".format, "epochs_of_sets", name) for run in runs]
+        rows.append([f"epochs of {name}", *(cell or "–" for cell in cells)])
     return rows if len(runs) > 1 else [[*row, ""] for row in rows]
 
 

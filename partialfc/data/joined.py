@@ -1,0 +1,160 @@
+"""Several sets of images as one data set, whose identities may be the same people.
+
+Shape suffixes: N = samples, B = images asked for, P = packs, C = identities, the sets' one after
+the other, M = those of a file that maps them.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from partialfc.data.dataset import DataSet, Part
+from partialfc.data.identity_map import IdentityMap, numbering, read_identity_map
+
+T = TypeVar("T")
+
+
+class JoinedSets(DataSet):
+    """Sets of images, one after the other: samples and identities are numbered on.
+
+    An identity that a map says is one of a set before it has that one's number, and those behind
+    it move up. Memory is that of the sets, and 8 bytes for each identity where there are maps.
+
+    Args:
+        sets: By name, in the order of their samples; at least two.
+        maps: Of each set, files of :mod:`~partialfc.data.identity_map`.
+
+    Raises:
+        ValueError: If a pack is in two sets, or a map is not of its set and one before it; the
+            message begins with the set's name.
+        OSError: If a map cannot be read.
+    """
+
+    def __init__(self, sets: dict[str, DataSet], maps: dict[str, Sequence[Path]]) -> None:
+        self._sets = sets
+        super().__init__(
+            [pack for one in sets.values() for pack in one.packs],
+            [one.skipped_of(n) for one in sets.values() for n in range(len(one.packs))],
+        )
+        self._number_C, self._own = _numbered(sets, maps)
+
+    @cached_property
+    def _identity_start_P(self) -> NDArray[np.int64]:
+        counts = [np.diff(one._identity_start_P) for one in self._sets.values()]
+        return np.cumsum(np.concatenate([[0], *counts]))
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The sets, in order; their ranges of identities are contiguous."""
+        starts = accumulate(map(len, self._sets.values()), initial=0)
+        return tuple(
+            Part(name, range(start, start + len(one)), own)
+            for (name, one), start, own in zip(self._sets.items(), starts, self._own, strict=False)
+        )
+
+    @property
+    def num_identities(self) -> int:
+        """Number of identities of all sets, each counted once."""
+        return self._own[-1].stop
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits, a function of those of the sets, in their order."""
+        prints = " ".join(one.fingerprint for one in self._sets.values())
+        return hashlib.blake2b(f"sets {prints}".encode(), digest_size=8).hexdigest()
+
+    @cached_property
+    def labels_fingerprint(self) -> str:
+        """16 hexadecimal digits of the identities of the images, as they are numbered here."""
+        prints = " ".join(one.labels_fingerprint for one in self._sets.values())
+        digest = hashlib.blake2b(prints.encode(), digest_size=8)
+        if self._number_C is not None:
+            digest.update(self._number_C.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def records(self, samples: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.uint8]] | str]:
+        """Yield identity and JPEG bytes of each sample [B], or what is wrong with its record."""
+        for found in super().records(samples):
+            if self._number_C is None or isinstance(found, str):
+                yield found
+            else:
+                yield int(self._number_C[found[0]]), found[1]
+
+    def identities(self, samples: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the identities [B] of samples [B], in [0, num_identities)."""
+        return self._numbers(super().identities(samples))
+
+    def labels(self) -> NDArray[np.int64]:
+        """Return the identities [N] of all samples."""
+        return self._numbers(super().labels())
+
+    def by_identity(self, of_packs: list[T]) -> list[T]:
+        """Return what packs say of their identities [C], by identity: the first set's word."""
+        if self._number_C is None:
+            return of_packs
+        _, first = np.unique(self._number_C, return_index=True)
+        return [of_packs[place] for place in first.tolist()]
+
+    def _numbers(self, identities: NDArray[np.int64]) -> NDArray[np.int64]:
+        return identities if self._number_C is None else self._number_C[identities]
+
+
+def _numbered(
+    sets: dict[str, DataSet], maps: dict[str, Sequence[Path]]
+) -> tuple[NDArray[np.int64] | None, tuple[range, ...]]:
+    """The number [C] of each identity, ``None`` if each is its own, and those of each set."""
+    number_of: dict[str, NDArray[np.int64]] = {}
+    own, next_free = [], 0
+    prints = {
+        name: numbering(DataSet(one.packs)) for name, one in sets.items() if any(maps.values())
+    }
+    for name, one in sets.items():
+        number_C = np.full(one.num_identities, -1, np.int64)
+        for path in maps[name]:
+            found = read_identity_map(path)
+            if found.of != prints[name]:
+                raise ValueError(
+                    f"{name}.map: {path}: it is of other images than this set, or they have other "
+                    "identities now. Make it again with partialfc overlap."
+                )
+            before = [other for other in number_of if prints[other] == found.onto]
+            if not before:
+                raise ValueError(
+                    f"{name}.map: {path}: its second column is of no set above this one: "
+                    f"{', '.join(number_of)}. Put that set above, or make the map again with "
+                    "partialfc overlap."
+                )
+            _take(number_C, found, number_of[before[0]], f"{name}.map: {path}")
+        free = np.flatnonzero(number_C < 0)
+        number_C[free] = next_free + np.arange(len(free))
+        own.append(range(next_free, next_free + len(free)))
+        next_free += len(free)
+        number_of[name] = number_C
+    changed = any(maps.values())
+    return np.concatenate([*number_of.values()]) if changed else None, tuple(own)
+
+
+def _take(
+    number_C: NDArray[np.int64], found: IdentityMap, onto_C: NDArray[np.int64], where: str
+) -> None:
+    """Give identities of a set the numbers that their map says."""
+    for column_M, count in ((found.identity_M, len(number_C)), (found.onto_M, len(onto_C))):
+        if len(column_M) and column_M.max() >= count:
+            raise ValueError(
+                f"{where}: identity {column_M.max()} must be in [0, {count}), the identities of "
+                "the set."
+            )
+    new_M, old_M = onto_C[found.onto_M], number_C[found.identity_M]
+    other_M = np.flatnonzero((old_M >= 0) & (old_M != new_M))
+    if len(other_M):
+        raise ValueError(
+            f"{where}: identity {found.identity_M[other_M[0]]} is one person by this map and "
+            "another by the map before it. Remove it from one of them."
+        )
+    number_C[found.identity_M] = new_M

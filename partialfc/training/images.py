@@ -1,0 +1,85 @@
+"""The images of a run, opened as its settings name them, and the order in which they come."""
+
+from itertools import combinations
+
+from partialfc.config import Config, ConfigError
+from partialfc.data.arrangements import arrangement
+from partialfc.data.dataset import DataSet, open_dataset
+from partialfc.data.joined import JoinedSets
+from partialfc.data.order import Order
+from partialfc.data.order_of_sets import AnyOrder, OrderOfSets
+from partialfc.errors import in_words
+from partialfc.head.options import Sets
+from partialfc.keyed import key
+
+
+def open_images(config: Config) -> DataSet:
+    """Return the images that the settings name; of several sets a
+    :class:`~partialfc.data.joined.JoinedSets`.
+
+    Raises:
+        ConfigError: If they cannot be opened; the message begins with the key.
+    """
+    data, where = config.data, "data.train: "
+    try:
+        if not data.by_set:
+            return open_dataset(data.train, data.skip)
+        sets = {}
+        for name, one in data.by_set.items():
+            where = f"data.sets.{name}.train: "
+            sets[name] = open_dataset(one.train, one.skip)
+        if len(sets) == 1:
+            return sets[name]
+        where = "data.sets."
+        return JoinedSets(sets, {name: one.map for name, one in data.by_set.items()})
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{where}{in_words(error)}") from error
+
+
+def order_of(config: Config, dataset: DataSet) -> AnyOrder:
+    """Return the order in which a run sees its images.
+
+    Raises:
+        ConfigError: If the settings and the number of images do not go together.
+    """
+    data, seed = config.data, config.run.seed
+    uneven_by = config.optimizer.accumulation if data.uneven else None
+    images, parts, orders = data.images_of_sets, dataset.parts, []
+    where = "data.train: "
+    try:
+        for number, part in enumerate(parts):
+            if len(parts) > 1:
+                where = f"data.sets.{part.name}, {images[number]} images of a batch: "
+            orders.append(
+                Order(
+                    len(part.samples),
+                    images[number],
+                    seed if len(parts) == 1 else key(seed, "set", number),
+                    data.last_batch,
+                    arrangement(
+                        dataset,
+                        part.samples,
+                        images_per_identity=data.images_per_identity,
+                        block=data.block,
+                        block_window=data.block_window,
+                    ),
+                    uneven_by=uneven_by,
+                )
+            )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{where}{in_words(error)}") from error
+    if len(orders) == 1:
+        return orders[0]
+    return OrderOfSets(tuple(orders), seed, data.images_per_identity or 1, uneven_by)
+
+
+def sets_of_identities(config: Config, dataset: DataSet) -> Sets | None:
+    """Return which identities may be the same people unknown; ``None`` if none may."""
+    unknown = [one.same_people == "unknown" for one in config.data.by_set.values()]
+    if not any(unknown):
+        return None
+    pairs = combinations(range(len(unknown)), 2)
+    return Sets(
+        sizes=tuple(len(part.identities) for part in dataset.parts),
+        may_share=tuple(pair for pair in pairs if any(unknown[number] for number in pair)),
+    )
