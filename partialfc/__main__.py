@@ -33,6 +33,7 @@ COMMANDS = {
     "report": "make the page of one run or of several",
     "embed": "turn images into embeddings",
     "search": "find faces in files of embeddings",
+    "cluster": "group embeddings into clusters to train on",
     "export": "write a model as ONNX, INT8, torch.export or safetensors",
     "identities": "carry class centers over to other identities",
     "convert-checkpoint": "read and write checkpoints of arcface_torch",

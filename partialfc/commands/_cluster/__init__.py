@@ -1,0 +1,1 @@
+"""What ``partialfc cluster`` is made of."""
