@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ SIGTERM before the first step, 143, may be either: torchrun sends it to all rank
 died. An ``end`` that knows better says ``"asked": true``.
 """
 _LAST = 2**63
+EVENTS = (b'"event": "start"', b'"event": "end"')
+"""What is read of a ledger of months, each with the last sign of life before it."""
 
 
 Entry = Mapping[str, Any]
@@ -77,7 +79,7 @@ class Ledger:
         self._past: dict[str, float] | None = None
         if path is not None:
             with unessential(path):
-                self.before, damaged = read_lines(path, is_sound)
+                self.before, damaged = read_lines(path, is_sound, EVENTS)
                 if damaged:
                     print(f"{path}: {damaged} damaged lines are left out.", file=sys.stderr)
             self._lines = Lines(path)
@@ -168,7 +170,7 @@ def keeping(path: Path | None, *, ranks: int, settings: str) -> Iterator[Ledger]
 
 def read_ledger(path: Path) -> list[dict[str, Any]]:
     """Return the entries of a ledger; lines that are damaged or cut short are left out."""
-    return read_lines(path, is_sound)[0]
+    return read_lines(path, is_sound, EVENTS)[0]
 
 
 def is_sound(entry: dict[str, Any]) -> bool:
@@ -259,9 +261,10 @@ def goodput(entries: Sequence[Entry]) -> dict[str, float]:
     """
     seconds = dict.fromkeys(KINDS, 0.0)
     every = starts(entries)
-    for number, start in enumerate(every):
-        resumed = [at for later in every[number + 1 :] if (at := later.resumed_at) is not None]
-        counted = [entry for entry in start.entries if entry["step"] <= min(resumed, default=_LAST)]
+    resumed = [_LAST if (at := start.resumed_at) is None else at for start in every]
+    later = list(accumulate([_LAST, *reversed(resumed)], min))  # the least of those after each
+    for start, least in zip(every, reversed(later[:-1]), strict=True):
+        counted = [entry for entry in start.entries if entry["step"] <= least]
         kept = counted[-1]["seconds"] if counted else {}
         for kind, value in kept.items():
             seconds[kind] += value

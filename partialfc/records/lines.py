@@ -4,16 +4,21 @@ import errno
 import json
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from partialfc.records.unessential import unessential
 from partialfc.writing import opened
 
-_LONGEST_LINE = 1 << 20
+LONGEST_LINE = 1 << 20
+_BLOCK = 1 << 16
 _SECONDS_TO_WAIT = 5.0
+WHOLE_BYTES = 32 << 20
+"""A longer file is not read line for line;"""
+SOME_LINES = 20_000
+"""but about so many of it, spread evenly: more than any picture has points."""
 
 
 class Lines:
@@ -68,16 +73,22 @@ class Lines:
             self._let_go()
 
 
+Sound = Callable[[dict[str, Any]], bool]
+"""Whether an object is what its line should hold."""
+
+
 def read_lines(
-    path: Path, is_sound: Callable[[dict[str, Any]], bool]
+    path: Path, is_sound: Sound, always: tuple[bytes, ...] = ()
 ) -> tuple[list[dict[str, Any]], int]:
     """Return the objects of a file, none where there is no file, and how many lines are damaged.
 
-    A last line that a kill cut short counts as damaged, an empty one does not.
+    A last line that a kill cut short counts as damaged, an empty one does not. Of a file above
+    ``WHOLE_BYTES``, see :func:`some_lines`.
 
     Args:
         path: A file of :class:`Lines`.
         is_sound: Whether an object is what its line should hold.
+        always: As in :func:`some_lines`.
 
     Raises:
         OSError: If there is a file and it cannot be read, or it is none.
@@ -88,17 +99,85 @@ def read_lines(
     except FileNotFoundError:
         return [], 0
     with os.fdopen(descriptor, "rb") as file:
-        while line := file.readline(_LONGEST_LINE):
-            try:
-                entry = json.loads(line.decode())
-            except (ValueError, RecursionError):
-                damaged += bool(line.strip())
-                continue
-            if isinstance(entry, dict) and is_sound(entry):
+        for line in some_lines(file, os.fstat(descriptor).st_size, always):
+            if (entry := parsed(line, is_sound)) is not None:
                 entries.append(entry)
             else:
-                damaged += 1
+                damaged += bool(line.strip())
     return entries, damaged
+
+
+def some_lines(file: BinaryIO, size: int, always: tuple[bytes, ...] = ()) -> Iterator[bytes]:
+    """Yield the lines of a file in order: all, or of a long one those that tell most of it.
+
+    That is ``SOME_LINES`` spread evenly, the last, and those that hold one of some words, each with
+    the line before it.
+
+    Args:
+        file: At its first line.
+        size: Bytes of it, from there.
+        always: The words.
+    """
+    stride = size / SOME_LINES if size > WHOLE_BYTES else 0.0
+    at, due, before = 0, 0.0, b""
+    while line := file.readline(LONGEST_LINE):
+        at += len(line)
+        if wanted := any(word in line for word in always) if stride else False:
+            yield from filter(None, [before])
+        before = b""
+        if at > due or wanted:
+            due += stride * (at > due)
+            yield line
+        else:
+            before = line
+    yield from filter(None, [before])
+
+
+def parsed(line: bytes, is_sound: Sound) -> dict[str, Any] | None:
+    """Return the object of a line, or ``None`` if it is damaged."""
+    try:
+        entry = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    return entry if isinstance(entry, dict) and is_sound(entry) else None
+
+
+def cut_after(path: Path, is_sound: Sound, belongs: Callable[[dict[str, Any]], bool]) -> None:
+    """Drop the lines behind the last one that belongs to a file, if there is the file.
+
+    Only what is dropped is read.
+
+    Raises:
+        OSError: If it cannot be read or written, or is no file.
+    """
+    try:
+        descriptor = opened(path, os.O_RDWR)
+    except FileNotFoundError:
+        return
+    with os.fdopen(descriptor, "rb") as file:
+        for end, line in _backwards(file):
+            entry = parsed(line, is_sound)
+            if entry is not None and belongs(entry):
+                os.ftruncate(descriptor, end)
+                return
+        os.ftruncate(descriptor, 0)
+
+
+def _backwards(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines of a file from its last to its first, and where each ends."""
+    start, rest = file.seek(0, os.SEEK_END), b""
+    while start:
+        end, start = start, max(0, start - _BLOCK)
+        file.seek(start)
+        rest = file.read(end - start) + rest
+        place = start + len(rest)
+        lines = rest.splitlines(keepends=True)
+        rest = lines.pop(0) if start and lines else b""  # it may begin further ahead
+        for line in reversed(lines):
+            yield place, line
+            place -= len(line)
+        if len(rest) > LONGEST_LINE:  # damaged, and so are its pieces
+            rest = b""
 
 
 def is_number(value: object) -> bool:

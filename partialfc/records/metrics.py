@@ -5,7 +5,6 @@ Records are written by rank 0 every ``log.every_steps`` steps; verification writ
 
 import json
 import math
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from partialfc.records.ledger import KINDS
-from partialfc.records.lines import Lines, is_number, is_step, read_lines
+from partialfc.records.lines import Lines, cut_after, is_number, is_step, read_lines
 from partialfc.records.unessential import unessential
 from partialfc.writing import write_text
 
@@ -99,6 +98,8 @@ TABLE = (
     Metric("identification_rank_1", "", "Rank-1 rate on the first identification set"),
 )
 NAMES = {metric.name for metric in TABLE}
+MEASURES = (b'"verification_', b'"identification_')
+"""What the lines of held-out sets hold; they are few."""
 
 
 class Sink(Protocol):
@@ -119,11 +120,10 @@ class JsonLines:
 
     def __init__(self, path: Path, step: int) -> None:
         with unessential(path):
-            found, damaged = read_lines(path, is_sound) if step else ([], 0)
-            kept = [line for line in found if line["step"] <= step]
-            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-            if damaged:
-                print(f"{path}: {damaged} damaged lines were left out.", file=sys.stderr)
+            if step:
+                cut_after(path, is_sound, lambda record: record["step"] <= step)
+            else:
+                write_text(path, "")
         self._lines = Lines(path)
 
     def write(self, step: int, values: Values) -> None:
@@ -136,8 +136,12 @@ class JsonLines:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Return the records of a metrics.jsonl; lines that are damaged or cut short are left out."""
-    return read_lines(path, is_sound)[0]
+    """Return the records of a metrics.jsonl; lines that are damaged or cut short are left out.
+
+    Of one that has grown for weeks, some that are spread over it and all of held-out sets; see
+    :func:`~partialfc.records.lines.some_lines`.
+    """
+    return read_lines(path, is_sound, MEASURES)[0]
 
 
 def is_sound(record: dict[str, Any]) -> bool:

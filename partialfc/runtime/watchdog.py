@@ -8,20 +8,18 @@ thread, the guard, writes nothing and ends the process when its time is over.
 """
 
 import faulthandler
-import json
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store
+from torch.distributed import Store
 
 from partialfc.distributed import ranks as collectives
 from partialfc.distributed.ranks import Ranks
@@ -29,6 +27,7 @@ from partialfc.errors import HangError, LostRankError, exit_code_of, record_for_
 from partialfc.records.ledger import Ledger
 from partialfc.runtime import preemption
 from partialfc.runtime.beats import OUTSIDE, Beat, Sight, verdict
+from partialfc.runtime.board import Board, Verdict
 from partialfc.words import names_of
 from partialfc.writing import opened
 
@@ -57,7 +56,7 @@ class Watchdog:
 
     def __init__(self, ranks: Ranks, folder: Path, seconds: float, store: Store | None) -> None:
         self._ranks, self._folder, self._seconds = ranks, folder, seconds
-        self._store = None if store is None else PrefixStore("watchdog", store)
+        self._board = None if store is None else Board(store, ranks)
         self.interval = min(2.0, seconds / 6)
         self._stderr = _never_waiting_stderr()
         self._ledger: Ledger | None = None
@@ -84,10 +83,10 @@ class Watchdog:
         If it is only that another rank is gone, the answer names that rank. Takes up to a few
         beats. From here on the process has ``15 s`` to leave by itself.
         """
-        if self._store is not None and _is_lost(error):
-            error = LostRankError(f"{self._culprit()} ({str(error).splitlines()[0]})")
-        elif self._store is not None:
-            self._tell_failure(error)
+        if self._board is not None and _is_lost(error):
+            error = LostRankError(f"{self._culprit(self._board)} ({str(error).splitlines()[0]})")
+        elif self._board is not None:
+            self._tell_failure(self._board, error)
         self._leave_by = (time.monotonic() + _SECONDS_TO_LEAVE, exit_code_of(error))
         return error
 
@@ -108,7 +107,7 @@ class Watchdog:
         looks = 0
         while not self._ended.wait(self.interval):
             now = time.monotonic()
-            silence = now - self._answered
+            silence = now - self._last_answer()
             looks = looks + 1 if silence > self._seconds else 0
             if self._leave_by is not None and (looks > 3 or now > self._leave_by[0]):
                 os._exit(self._leave_by[1])
@@ -126,18 +125,22 @@ class Watchdog:
                 self._seen, self._answered = {}, now
             try:
                 self._beat()
-                if self._store is None:
+                if self._board is None:
                     self._look({self._ranks.rank: self._own()}, now)
                 else:
-                    self._look_around(self._store, now)
+                    self._look_around(self._board, now)
                 self._answered = now
             except Exception as error:  # whatever it is, a hang must still find its end
-                silent = time.monotonic() - self._answered
+                silent = time.monotonic() - self._last_answer()
                 if silent > self._seconds:
                     problem = (str(error) or type(error).__name__).splitlines()[0]
                     self._no_answer(silent, problem)
             if self._ended.wait(self.interval):
                 return
+
+    def _last_answer(self) -> float:
+        """A store that answers is not lost, however slow it is."""
+        return max(self._answered, self._board.answered if self._board else self._answered)
 
     def _no_answer(self, seconds: float, problem: str) -> NoReturn:
         self._leave_by = (time.monotonic() + _SECONDS_TO_LEAVE, LostRankError.exit_code)
@@ -162,125 +165,126 @@ class Watchdog:
     def _beat(self) -> None:
         self._number += 1
         with self._telling:
-            if self._store is not None and not self._leaving:
-                self._store.set(f"beat/{self._ranks.rank}", json.dumps(astuple(self._own())))
+            if self._board is not None and not self._leaving:
+                self._board.beat(self._own())
 
-    def _look_around(self, store: Store, now: float) -> None:
-        """Read what others have found; look at all beats while this rank itself stands still."""
-        if store.check(["verdict"]):
-            self._hang(store, store.get("verdict").decode())
-        if store.check(["failure"]) and self._leave_by is None:
-            failure = json.loads(store.get("failure"))
-            if failure["rank"] != self._ranks.rank:
-                self._note(failure)
-                saving = self._saver is not None and self._saver.pending
-                wait = _SECONDS_TO_SAVE if saving else _SECONDS_TO_LEAVE
-                self._failed = self._failed or now
-                if now - self._failed > wait:
-                    self._stop(LostRankError(_of(failure)))
+    def _look_around(self, board: Board, now: float) -> None:
+        """Read what others have found; look at beats while this rank itself stands still."""
+        if board.news():
+            if found := board.verdict():
+                self._hang(board, found)
+            self._heed(board.failure(), now)
         own = self._seen.setdefault(self._ranks.rank, Sight(self._own(), now, now))
         own.update(self._own(), now)
-        if now - own.moved > 2 * self.interval:
-            self._look(self._beats(store), now)
-        else:
+        if now - own.moved <= 2 * self.interval:
             self._seen = {self._ranks.rank: own}
+            return
+        watched = {self._ranks.rank, *board.observers}
+        if not board.observes:
+            self._sight(board.beats(sorted(watched)), now, among=watched)
+        if board.observes or self._nobody_observes(board, now):
+            self._look(board.beats(range(self._ranks.size)), now)
 
-    def _look(self, beats: Mapping[int, Beat], now: float) -> None:
+    def _heed(self, failure: Mapping[str, Any] | None, now: float) -> None:
+        """Wait for a rank that fails to end the others, and leave if it does not."""
+        if failure is None or failure["rank"] == self._ranks.rank or self._leave_by is not None:
+            return
+        self._note(failure)
+        saving = self._saver is not None and self._saver.pending
+        wait = _SECONDS_TO_SAVE if saving else _SECONDS_TO_LEAVE
+        self._failed = self._failed or now
+        if now - self._failed > wait:
+            self._stop(LostRankError(_of(failure)))
+
+    def _nobody_observes(self, board: Board, now: float) -> bool:
+        seen = [self._seen[rank] for rank in board.observers if rank in self._seen]
+        return all(now - one.alive > self._seconds for one in seen)
+
+    def _sight(self, beats: Mapping[int, Beat], now: float, *, among: Collection[int]) -> None:
+        """Take a newer look at some ranks; those that are not there have left."""
         for rank, beat in beats.items():
             self._seen.setdefault(rank, Sight(beat, now, now)).update(beat, now)
-        for rank in self._seen.keys() - beats.keys():
+        for rank in self._seen.keys() & set(among) - beats.keys():
             del self._seen[rank]
+
+    def _look(self, beats: Mapping[int, Beat], now: float) -> None:
+        self._sight(beats, now, among=self._seen.keys())
         patience = self._seconds
         if preemption.received(signal.SIGTERM):  # who sent it kills before long
             patience = min(patience, _SECONDS_TO_LEAVE)
         found = verdict(self._seen, now, patience)
         if found is None:
             return
-        if self._store is None:
-            self._hang(None, found[1])
-        if self._ranks.rank not in found[0] or len(found[0]) == len(self._seen):
-            assert self._store is not None
-            self._store.compare_set("verdict", "", found[1])
-            self._hang(self._store, self._store.get("verdict").decode())
-
-    def _beats(self, store: Store) -> dict[int, Beat]:
-        """The beats of all ranks that are there and have not left; two requests, as a rule."""
-        ranks = list(range(self._ranks.size))
-        if not store.check([f"beat/{rank}" for rank in ranks]):
-            ranks = [rank for rank in ranks if store.check([f"beat/{rank}"])]
-        values = store.multi_get([f"beat/{rank}" for rank in ranks]) if ranks else []
-        told = {rank: json.loads(value) for rank, value in zip(ranks, values, strict=True)}
-        return {rank: Beat(*fields) for rank, fields in told.items() if fields}
+        living = sum(now - one.alive < 3 * self.interval for one in self._seen.values())
+        pronounced = Verdict(found[1], living)
+        self._hang(self._board, self._board.pronounce(pronounced) if self._board else pronounced)
 
     def _say_goodbye(self) -> None:
         """Nobody waits for this rank any more."""
         with self._telling:
             self._leaving = True
-            self._tell(f"beat/{self._ranks.rank}", "[]")
+            if self._board is not None:
+                with suppress(RuntimeError):  # to ask it fails too, and that is looked at
+                    self._board.beat(None)
 
-    def _culprit(self) -> str:
-        """Who was lost: the rank that told why, or the one whose beats end."""
-        assert self._store is not None
+    def _culprit(self, board: Board) -> str:
+        """Who was lost: the rank that told why, or the one whose beats end.
+
+        A few ranks look at the beats of all, and the others wait for what they find.
+        """
         self._say_goodbye()
-        watch_until = time.monotonic() + 4 * self.interval
-        first: dict[int, Beat] | None = None
-        while True:
-            try:
-                if self._store.check(["failure"]):
-                    return _of(json.loads(self._store.get("failure")))
-                beats = self._beats(self._store)
-            except RuntimeError:
-                return "the host of rank 0 was lost, and the store of the ranks with it"
-            first = first or beats
-            if time.monotonic() > watch_until or preemption.received(signal.SIGTERM):
-                break
-            time.sleep(self.interval / 4)
-        silent = [rank for rank, beat in first.items() if beats.get(rank) == beat]
-        if not silent or preemption.received(signal.SIGTERM):
-            return "a rank was lost; the log of its host says which"
-        beat = beats[silent[0]]
-        return f"{names_of(silent)} was lost at step {beat.step} ({beat.kind})"
+        everyone = range(self._ranks.size)
+        try:
+            first = board.beats(everyone) if board.may_look() else None
+            until = time.monotonic() + (4 if first is None else 3) * self.interval
+            while True:
+                if failure := board.failure():
+                    return _of(failure)
+                if lost := board.lost():
+                    return lost
+                if time.monotonic() > until or preemption.received(signal.SIGTERM):
+                    break
+                time.sleep(self.interval / 4)
+            if first is not None and not preemption.received(signal.SIGTERM):
+                now = board.beats(everyone)
+                if silent := [rank for rank, beat in first.items() if now.get(rank) == beat]:
+                    beat = first[silent[0]]
+                    words = f"{names_of(silent)} was lost at step {beat.step} ({beat.kind})"
+                    board.found_lost(words)
+                    return words
+        except RuntimeError:
+            return "the host of rank 0 was lost, and the store of the ranks with it"
+        return "a rank was lost; the log of its host says which"
 
-    def _tell_failure(self, error: BaseException) -> None:
-        step = self._own().step
+    def _tell_failure(self, board: Board, error: BaseException) -> None:
         failure = {
             "rank": self._ranks.rank,
-            "step": step,
+            "step": self._own().step,
             "message": f"{type(error).__name__}: {error}",
             "code": exit_code_of(error),
         }
-        if self._store is None:
-            return
-        try:
-            self._store.compare_set("failure", "", json.dumps(failure))
+        with suppress(RuntimeError):
+            board.fail(failure)
             if self._ranks.rank == 0:  # its ledger has the error
-                self._tell("noted", "1")
+                board.note()
             deadline = time.monotonic() + 2 * self.interval + 1
-            while time.monotonic() < deadline and not self._store.check(["noted"]):
-                time.sleep(self.interval / 10)
-        except RuntimeError:
-            return
+            while time.monotonic() < deadline and not board.noted():
+                time.sleep(self.interval / 4)
 
     def _note(self, failure: Mapping[str, Any]) -> None:
         """Write another rank's error to the ledger: torchrun kills rank 0 when that one leaves."""
         if self._ranks.rank == 0 and self._failed is None:
             if self._ledger is not None:
                 self._ledger.end(f"rank {failure['rank']}: {failure['message']}", failure["code"])
-            self._tell("noted", "1")
+            if self._board is not None:
+                self._board.note()
 
-    def _tell(self, name: str, value: str) -> None:
-        if self._store is not None:
-            try:
-                self._store.set(name, value)
-            except RuntimeError:
-                return  # reading it back fails too, and that is looked at
-
-    def _hang(self, store: Store | None, sentence: str) -> NoReturn:
+    def _hang(self, board: Board | None, found: Verdict) -> NoReturn:
         """Write the stacks and leave."""
         self._leave_by = (time.monotonic() + _SECONDS_TO_LEAVE, HangError.exit_code)
         folder = self._dump().parent
-        error = HangError(f"{sentence}. The stacks of the ranks that live are in {folder}")
-        self._stop(error, store)
+        error = HangError(f"{found.sentence}. The stacks of the ranks that live are in {folder}")
+        self._stop(error, lambda: self._wait_for_dumps(board, found.living))
 
     def _dump(self) -> Path:
         """Write the stacks of all threads to the run's folder, or where that fails, to stderr."""
@@ -296,29 +300,18 @@ class Watchdog:
                     faulthandler.dump_traceback(self._stderr)
         return path
 
-    def _wait_for_dumps(self, store: Store) -> None:
+    def _wait_for_dumps(self, board: Board | None, living: int) -> None:
         """The first rank to leave makes torchrun end the others: wait until they are ready."""
-        try:
-            self._tell(f"dumped/{self._ranks.rank}", "1")
-            living = [r for r, one in self._beats(store).items() if self._is_living(r, one)]
-            deadline = time.monotonic() + _SECONDS_TO_DUMP
-            while time.monotonic() < deadline:
-                if all(store.check([f"dumped/{rank}"]) for rank in living):
-                    return
-                time.sleep(self.interval / 4)
-        except RuntimeError:
+        if board is None:
             return
+        board.dump()
+        deadline = time.monotonic() + _SECONDS_TO_DUMP
+        while time.monotonic() < deadline and board.dumped() < living:
+            time.sleep(self.interval / 2)
 
-    def _is_living(self, rank: int, beat: Beat) -> bool:
-        """A rank whose beat this one has seen change lately; all where it has not looked."""
-        one = self._seen.get(rank)
-        return (
-            one is None
-            or beat.number != one.beat.number
-            or (time.monotonic() - one.alive < 3 * self.interval)
-        )
-
-    def _stop(self, error: HangError | LostRankError, store: Store | None = None) -> NoReturn:
+    def _stop(
+        self, error: HangError | LostRankError, before: Callable[[], None] = lambda: None
+    ) -> NoReturn:
         """Say why, and leave without the main thread, which may never come back.
 
         What is written may fail, and then the rest is written all the same; or hang, and then the
@@ -333,8 +326,7 @@ class Watchdog:
         with suppress(Exception):
             print(f"rank {self._ranks.rank}: {error}", file=sys.stderr, flush=True)
         with suppress(Exception):
-            if store is not None:
-                self._wait_for_dumps(store)
+            before()
         with suppress(Exception):
             sys.stdout.flush()
         os._exit(error.exit_code)

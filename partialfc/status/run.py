@@ -3,13 +3,12 @@
 metrics.jsonl and ledger.jsonl grow; they are read on from where the last look ended.
 """
 
-import json
 import os
 import shutil
 import ssl
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from partialfc.config import Config, ConfigError, load
 from partialfc.config.monitor import Monitor
 from partialfc.monitoring.targets import Target, read_targets, targets_path
 from partialfc.records import ledger, metrics
-from partialfc.records.lines import is_number
+from partialfc.records.lines import LONGEST_LINE, SOME_LINES, Sound, is_number, parsed, some_lines
 from partialfc.writing import opened
 
 _THREADS = 64
@@ -35,6 +34,7 @@ _LONGEST_ANSWER = 1 << 20
 _OF_A_STEP = ("last_step_timestamp_seconds", "steps_total")
 _WAIT = "partialfc_collective_wait_seconds_total"
 _SECONDS_BETWEEN_LOOKS_AT_RANKS = 5.0
+_MOST_ENTRIES = 4 * SOME_LINES
 
 
 BEGUN = ("config.toml", "ledger.jsonl", "metrics.jsonl", ".lock", "checkpoints")
@@ -53,33 +53,31 @@ class Growing:
     Args:
         path: One object a line.
         is_sound: Whether an object is what its line should hold; any other is left out.
+        always: What is read of a long file; see :func:`~partialfc.records.lines.some_lines`.
     """
 
-    def __init__(self, path: Path, is_sound: Callable[[dict[str, Any]], bool]) -> None:
+    def __init__(self, path: Path, is_sound: Sound, always: tuple[bytes, ...]) -> None:
         self._path, self._position, self._file = path, 0, -1
-        self._is_sound = is_sound
+        self._is_sound, self._always = is_sound, always
         self.entries: list[dict[str, Any]] = []
 
     def read(self) -> list[dict[str, Any]]:
-        """Return all entries so far; a line that is not complete yet is left for the next call."""
+        """Return the entries so far; a line that is not complete yet is left for the next call."""
         try:
             status = self._path.stat()
-            if status.st_ino != self._file or status.st_size < self._position:
+            anew = status.st_ino != self._file or status.st_size < self._position
+            if anew or len(self.entries) > _MOST_ENTRIES:
                 self._position, self._file, self.entries = 0, status.st_ino, []
             with os.fdopen(opened(self._path, os.O_RDONLY), "rb") as file:
                 file.seek(self._position)
-                text = file.read()
+                line = b"\n"
+                for line in some_lines(file, status.st_size - self._position, self._always):
+                    if (entry := parsed(line, self._is_sound)) and line.endswith(b"\n"):
+                        self.entries.append(entry)
+                cut = 0 if line.endswith(b"\n") or len(line) == LONGEST_LINE else len(line)
+                self._position = file.tell() - cut
         except OSError:
             return self.entries
-        whole = text[: text.rfind(b"\n") + 1]
-        self._position += len(whole)
-        for line in whole.splitlines():
-            try:
-                entry = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(entry, dict) and self._is_sound(entry):
-                self.entries.append(entry)
         return self.entries
 
 
@@ -164,8 +162,8 @@ class RunFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._metrics = Growing(folder / "metrics.jsonl", metrics.is_sound)
-        self._ledger = Growing(folder / "ledger.jsonl", ledger.is_sound)
+        self._metrics = Growing(folder / "metrics.jsonl", metrics.is_sound, metrics.MEASURES)
+        self._ledger = Growing(folder / "ledger.jsonl", ledger.is_sound, ledger.EVENTS)
         self._ranks: tuple[float, list[RankAnswer] | None] = (0.0, [])
         self._config: Config | None = None
         self._config_stamp: tuple[int, int] | None = None

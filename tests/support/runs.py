@@ -1,9 +1,9 @@
 """Small runs of launch/train.py on real handwriting, as a user starts them."""
 
-import json
 import subprocess
 import sys
 
+from partialfc.records.metrics import read_metrics
 from tests.support.processes import python
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -66,6 +66,5 @@ def killed_at(step, packs, folder, *overrides, ranks=2) -> subprocess.CompletedP
 
 def losses(folder):
     """The loss of each step that a run has noted."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
+    records = read_metrics(folder / "metrics.jsonl")
     return {record["step"]: record["loss"] for record in records if "loss" in record}
