@@ -14,8 +14,8 @@ clusters. OUT gets
   cluster.json   how it was made, and the sizes of the clusters
 
 A stopped run goes on with the same words, from its last iteration or its last 16,384 images, and
-ends with the same bytes on the same machine and number of threads. Memory: the centers three times,
-and 8 bytes for each row that k-means looks at.
+ends with the same bytes on the same machine and number of threads. Memory: five times the centers,
+a piece of rows, and 8 bytes for each row that k-means looks at.
 """
 
 # Shape suffixes: N = images, K = clusters of an image, n = images at hand, C = clusters,
@@ -64,13 +64,10 @@ def main(arguments: list[str]) -> int:
     }
     options.out.mkdir(parents=True, exist_ok=True)
     journal = Journal(options.out / "cluster.json", made)
-    if journal.results is None:
-        status = in_pieces("cluster", lambda: _cluster(rows, made, options.out, journal))
-    else:
-        status = 0
     if journal.results is not None:
-        print(f"{options.out}: {_in_words(rows, options.clusters, journal.results)}")
-    return status
+        print(f"{options.out}: it is made already; cluster.json has its numbers.")
+        return 0
+    return in_pieces("cluster", lambda: _cluster(rows, made, options.out, journal))
 
 
 def _cluster(rows: Rows, made: dict[str, Any], folder: Path, journal: Journal) -> int:
@@ -92,8 +89,15 @@ def _cluster(rows: Rows, made: dict[str, Any], folder: Path, journal: Journal) -
             np.save(file, now.center_CD)
         task = bar.add_task("labels", total=rows.images)
         assign(rows, now.center_CD, made["top"], folder, journal, lambda n: bar.advance(task, n))
-    journal.reached(rows.images, _results(folder, clusters, now))
+    results = _results(folder, clusters, now)
+    journal.reached(rows.images, results)
     state.unlink(missing_ok=True)
+    sizes = results["images_of_a_cluster"]
+    print(
+        f"{folder}: {rows.count:,} of {rows.images:,} images in {clusters:,} clusters of "
+        f"{sizes['least']:,} to {sizes['most']:,} images, {sizes['median']:,} in the middle; "
+        f"k-means took {now.iteration} iterations"
+    )
     return 0
 
 
@@ -111,15 +115,6 @@ def _results(folder: Path, clusters: int, found: kmeans.Clusters) -> dict[str, A
         "empty": int((count == 0).sum()),
         "images_of_a_cluster": dict(zip(("least", "median", "most"), share, strict=True)),
     }
-
-
-def _in_words(rows: Rows, clusters: int, results: dict[str, Any]) -> str:
-    sizes = results["images_of_a_cluster"]
-    return (
-        f"{rows.count:,} of {rows.images:,} images in {clusters:,} clusters of "
-        f"{sizes['least']:,} to {sizes['most']:,} images, {sizes['median']:,} in the middle; "
-        f"k-means took {results['iterations']} iterations"
-    )
 
 
 def _parser() -> argparse.ArgumentParser:

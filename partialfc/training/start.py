@@ -3,7 +3,8 @@
 Any number of ranks gets the same bits: a row is a function of the file's row alone, or of the mean
 of embeddings that are summed in the order of the samples.
 
-Shape suffixes: C = identities of this rank, D = embedding, n = samples or rows at hand.
+Shape suffixes: C = identities of this rank, D = embedding, n = samples, rows or pairs of a sample
+and an identity at hand.
 """
 
 from collections.abc import Iterator
@@ -129,13 +130,11 @@ def _means(
             times_n = torch.from_numpy(reading.bad_n).to(runtime.device, torch.int32)
             bad_n = sum_over_ranks(times_n, runtime.ranks).cpu().numpy() > 0
             unusable += int(bad_n.sum())
-            identity_n = _identities(dataset, sample_n)
-            own_n = ~bad_n & (identity_n >= owned.start) & (identity_n < owned.stop)
-            row_nD = row_nD[own_n]
-            length_n1 = np.linalg.norm(row_nD, axis=1, keepdims=True)
-            unit_nD = np.divide(row_nD, length_n1, out=np.zeros_like(row_nD), where=length_n1 != 0)
+            unit_nD = _unit(row_nD)
+            of_n, identity_n = _pairs(dataset, sample_n)
+            own_n = ~bad_n[of_n] & (identity_n >= owned.start) & (identity_n < owned.stop)
             at_n = torch.from_numpy(identity_n[own_n] - owned.start)
-            sum_CD.index_add_(0, at_n, torch.from_numpy(unit_nD).float())
+            sum_CD.index_add_(0, at_n, torch.from_numpy(unit_nD[of_n[own_n]]))
             bar.advance(task, len(sample_n))
     if unusable and runtime.leads:
         print(f"warning: head.start: {unusable:,} images cannot be used, and count in no mean.")
@@ -165,12 +164,25 @@ class _Reading:
             return np.zeros((self._size, self._size, 3), np.uint8)
 
 
-def _identities(dataset: DataSet, sample_n: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Of samples; -1 where the record is damaged."""
+def _unit(row_nD: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Rows divided by their lengths; one of zeros stays."""
+    length_n1 = np.linalg.norm(row_nD, axis=1, keepdims=True)
+    return np.asarray(row_nD / np.where(length_n1 == 0, 1, length_n1), np.float32)
+
+
+def _pairs(
+    dataset: DataSet, sample_n: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Places in ``sample_n`` and the identities of these samples, each pair once, in order."""
     try:
-        return dataset.identities(sample_n)
-    except ValueError:
-        return np.array([_identity(dataset, sample) for sample in sample_n], np.int64)
+        identities = dataset.identities(sample_n)
+    except ValueError:  # a record is damaged
+        identities = np.array([_identity(dataset, sample) for sample in sample_n], np.int64)
+    of_n = np.repeat(np.arange(len(sample_n)), identities.size // len(sample_n))
+    pair_n2 = np.stack([of_n, identities.ravel()], axis=1)
+    if identities.ndim > 1:
+        pair_n2 = np.unique(pair_n2, axis=0)
+    return pair_n2[:, 0], pair_n2[:, 1]
 
 
 def _identity(dataset: DataSet, sample: np.int64) -> int:

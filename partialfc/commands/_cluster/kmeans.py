@@ -64,7 +64,7 @@ def improve(
     """Return the clusters after one iteration more: each center is the mean of its rows, as a unit.
 
     A cluster without a row gets half of a large one: the first of them of the largest, and so on.
-    Memory: centers in fp32 and sums in fp64.
+    Memory: five times the centers in fp32, with those that are there, and one piece of rows.
     """
     sum_CD = np.zeros(now.center_CD.shape)
     count_C = np.zeros(len(sum_CD), np.int64)
@@ -78,8 +78,8 @@ def improve(
     still_C = (count_C > 0) & ~sum_CD.any(1)  # rows that cancel have no mean
     sum_CD[still_C] = now.center_CD[still_C]
     _split(sum_CD, count_C)
-    center_CD = sum_CD / np.linalg.norm(sum_CD, axis=1, keepdims=True)
-    return Clusters(center_CD.astype(np.float32), now.iteration + 1, cosine / len(place_M))
+    sum_CD /= np.sqrt(np.einsum("cd,cd->c", sum_CD, sum_CD))[:, None]
+    return Clusters(sum_CD.astype(np.float32), now.iteration + 1, cosine / len(place_M))
 
 
 def nearest_to(
