@@ -22,7 +22,7 @@ class Set(Section):
     """As ``data.train``, which is left out."""
 
     skip: Annotated[tuple[UserPath, ...], OneOrMore] = Field(default=(), strict=False)
-    """As ``data.skip``, of this set's images."""
+    """Lists of images of this set to leave out. ``data.skip`` may have lists of all sets."""
 
     images: Annotated[int | None, Range(ge=1), Unit("images")] = None
     """How many of a global batch are of this set, in every step. All sets have this, or all have
@@ -121,12 +121,11 @@ def refuse_conflicts(data: "Data") -> None:
     images_of_sets(data)
     if not sets:
         return
-    for key in ("train", "skip"):
-        if getattr(data, key):
-            raise ValueError(
-                f"{key} = {to_value(getattr(data, key))} with data.sets: each set has its own. "
-                f"Move it to data.sets.NAME.{key}."
-            )
+    if data.train:
+        raise ValueError(
+            f"train = {to_value(data.train)} with data.sets: each set has its own. Move it to "
+            "data.sets.NAME.train."
+        )
     first, one = next(iter(sets.items()))
     if one.map:
         raise ValueError(

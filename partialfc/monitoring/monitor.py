@@ -28,8 +28,10 @@ _RECORDS = {metric.name: (metric.exported or metric.name, dict(metric.labels)) f
 _OF_RECORDS = tuple(Exported(metric.exported or metric.name, metric.help) for metric in TABLE)
 
 
-def _of_a_plugin(name: str) -> tuple[str, dict[str, str]]:
-    """Its losses have names that nobody knew."""
+def _named_by_settings(name: str) -> tuple[str, dict[str, str]]:
+    """Sets of images, and losses of plug-ins, have names that nobody knew."""
+    if name.startswith("epoch_"):
+        return "epoch_of_set", {"set": name.removeprefix("epoch_")}
     return "loss_of_plugin", {"loss": name.removeprefix("loss_")}
 
 
@@ -82,7 +84,7 @@ class Monitor:
             exporter.set("collective_wait_seconds_total", seconds, collective=kind)
         for name, value in values.items():
             if self._runtime.leads or name == "peak_memory_bytes":
-                exported, labels = _RECORDS.get(name) or _of_a_plugin(name)
+                exported, labels = _RECORDS.get(name) or _named_by_settings(name)
                 exporter.set(exported, value, **labels)
 
     def close(self) -> None:

@@ -1,6 +1,10 @@
 """The images of a run, opened as its settings name them, and the order in which they come."""
 
+from collections.abc import Sequence
 from itertools import combinations
+from pathlib import Path
+
+import numpy as np
 
 from partialfc.config import Config, ConfigError
 from partialfc.data.arrangements import arrangement
@@ -8,6 +12,7 @@ from partialfc.data.dataset import DataSet, open_dataset
 from partialfc.data.joined import JoinedSets
 from partialfc.data.order import Order
 from partialfc.data.order_of_sets import AnyOrder, OrderOfSets
+from partialfc.data.skip_list import read_skip_lists
 from partialfc.errors import in_words
 from partialfc.head.options import Sets
 from partialfc.keyed import key
@@ -28,12 +33,26 @@ def open_images(config: Config) -> DataSet:
         for name, one in data.by_set.items():
             where = f"data.sets.{name}.train: "
             sets[name] = open_dataset(one.train, one.skip)
+        where = "data.skip: "
+        sets = _without(sets, data.skip)
         if len(sets) == 1:
             return sets[name]
         where = "data.sets."
         return JoinedSets(sets, {name: one.map for name, one in data.by_set.items()})
     except (OSError, ValueError) as error:
         raise ConfigError(f"{where}{in_words(error)}") from error
+
+
+def _without(sets: dict[str, DataSet], skip: Sequence[Path]) -> dict[str, DataSet]:
+    """The sets without the images of lists that name those of any of them."""
+    if not skip:
+        return sets
+    listed = iter(read_skip_lists(skip, [pack for one in sets.values() for pack in one.packs]))
+    skipped = {
+        name: [np.union1d(one.skipped_of(n), next(listed)) for n in range(len(one.packs))]
+        for name, one in sets.items()
+    }
+    return {name: DataSet(one.packs, skipped[name]) for name, one in sets.items()}
 
 
 def order_of(config: Config, dataset: DataSet) -> AnyOrder:

@@ -77,7 +77,6 @@ def test_data_train_is_one_set_as_before() -> None:
     ("overrides", "words"),
     [
         (["data.train=x.rec"], r"data\.train = .* with data\.sets: each set has its own"),
-        (["data.skip=x"], r"data\.skip = .* Move it to data\.sets\.NAME\.skip"),
         (["data.sets.first.share=0.2"], r"0\.7 \+ 0\.2 = 0\.9, must be 1 together"),
         (["data.sets.first.share="], r"data\.sets\.first\.images and share: .* neither"),
         (["data.sets.first.images=3"], r"data\.sets\.first\.images and share: .* both"),

@@ -14,6 +14,7 @@ from partialfc.data.loaders.stream import Stream
 from partialfc.data.names import names_of
 from partialfc.data.packs.writer import PackWriter
 from partialfc.data.parts import parts_of_batch
+from partialfc.data.skip_list import write_skip_list
 from partialfc.training.images import open_images, order_of, sets_of_identities
 from tests.support.images import encoded, face
 
@@ -198,6 +199,24 @@ def test_sets_are_other_data_than_one_set_of_the_same_packs(made):
     sets = open_images(config(made))
     assert joined.fingerprint != sets.fingerprint
     assert joined.labels().tolist() == sets.labels().tolist()
+
+
+def test_a_list_of_a_run_leaves_out_images_of_any_set(made, tmp_path):
+    """It names images of all sets, as training writes it; a set's own list those of the set."""
+    plain = open_images(config(made))
+    for path, samples in ((tmp_path / "run", [3, 70, 126]), (tmp_path / "own", [71])):
+        write_skip_list(path, [plain.bad(sample, "bad") for sample in samples])
+    settings = config(made, skip=[tmp_path / "run"])
+    assert [len(part.samples) for part in open_images(settings).parts] == [69, 23, 32]
+    sets = settings.model_dump()["data"]["sets"]
+    sets["b"]["skip"] = [tmp_path / "own"]
+    found = open_images(config(made, skip=[tmp_path / "run"], sets=sets))
+    assert [len(part.samples) for part in found.parts] == [69, 22, 32]
+    left = np.delete(plain.labels(), [3, 70, 71, 126])
+    np.testing.assert_array_equal(found.labels(), left)
+    sets["b"]["skip"] = [tmp_path / "run"]
+    with pytest.raises(ConfigError, match=r"data\.sets\.b\.train: .* of none of the packs"):
+        open_images(config(made, sets=sets))
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,7 @@ def test_a_run_of_one_rank_exports_its_records_phases_and_checkpoint(tmp_path):
     (target,) = json.loads(next((tmp_path / "targets").iterdir()).read_text())
     monitor.stepped(8)
     monitor.write(8, {"loss": 2.5, "goodput": 0.75, "spent_save_seconds": 3.0, "skipped_steps": 1})
+    monitor.write(8, {"epoch": 1.5, "epoch_small": 4.25})
     found = read(target["targets"][0].rpartition(":")[2])
     for name, value in {
         ("partialfc_step",): 8,
@@ -74,6 +75,8 @@ def test_a_run_of_one_rank_exports_its_records_phases_and_checkpoint(tmp_path):
         ("partialfc_images_total",): config.data.global_batch,
         ("partialfc_planned_steps",): 100,
         ("partialfc_loss",): 2.5,
+        ("partialfc_epoch",): 1.5,
+        ("partialfc_epoch_of_set", ("set", "small")): 4.25,
         ("partialfc_goodput_ratio",): 0.75,
         ("partialfc_skipped_steps_total",): 1,
         ("partialfc_spent_seconds", ("kind", "save")): 3.0,
