@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 
 from partialfc.commands._estimate.backbone import GIB, NetworkCost, count_backbone
-from partialfc.commands._estimate.head import shard_of
+from partialfc.commands._estimate.head import heads_of
 from partialfc.commands._estimate.losses import count_losses
 from partialfc.commands._estimate.step_time import GPUS as MODULES
 from partialfc.commands._estimate.step_time import Cluster, seconds_of
@@ -256,10 +256,10 @@ def predict(folder: Path, data: str, network: str, gpus: int = 8, gpu: str = "h1
     counted = _counted(
         folder, network, config.data.global_batch // gpus // parts, gpus > 1, parts > 1
     )
-    shard = shard_of(config, images.identities, gpus, "cuda")
-    losses = count_losses(config, shard, gpus, "cuda")
-    needed = max(totals(memory_of(config, counted, losses, images.identities, cluster)))
-    step = sum(seconds for _, seconds, _ in seconds_of(config, counted, losses, shard, cluster))
+    heads = heads_of(config, {"": images.identities}, gpus, "cuda")
+    losses = count_losses(config, heads, gpus, "cuda")
+    needed = max(totals(memory_of(config, counted, losses, heads, cluster)))
+    step = sum(seconds for _, seconds, _ in seconds_of(config, counted, losses, heads, cluster))
     steps = images.images // config.data.global_batch * (config.run.epochs or 0)
     return Predicted(needed, needed <= cluster.gpu.memory, step, steps * step / 3600)
 

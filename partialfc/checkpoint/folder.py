@@ -10,6 +10,7 @@
         optimizer.safetensors         its optimizer's states, "<parameter>.<state>"
         centers_0000000000.safetensors  "centers" and row states of one rank, named by first row
         head.safetensors              state of the head that all ranks share, if any
+        centers_NAME_….safetensors, head_NAME.safetensors  the same of each of several heads
         manifest.json                 sizes, SHA-256 and tensors of the files, and all that is no
                                       tensor: step, world size, facts, settings, versions
 
@@ -50,7 +51,8 @@ KEYS = {
 _THREADS = 4
 _LONGEST_MANIFEST = 256 << 20
 _PART = re.compile(
-    r"(backbone|average|optimizer|head|statistics_\d{6,}|centers_\d{10,})\.safetensors"
+    r"(backbone|average|optimizer|head(_[A-Za-z][A-Za-z0-9_]*)?|statistics_\d{6,}"
+    r"|centers_([A-Za-z][A-Za-z0-9_]*_)?\d{10,})\.safetensors"
 )
 
 
@@ -62,6 +64,17 @@ def path_of(folder: Path, step: int) -> Path:
 def statistics_of(rank: int) -> str:
     """The name, without its ending, of the file of a rank's own BatchNorm statistics."""
     return f"statistics_{rank:06d}"
+
+
+def head_of(name: str) -> str:
+    """The name, without its ending, of the file of what all ranks share of a head."""
+    return f"head_{name}" if name else "head"
+
+
+def centers_of(name: str, first: int | None = None) -> str:
+    """The name, without its ending, of the file of a head's rows from one on; or its beginning."""
+    begin = f"centers_{name}_" if name else "centers_"
+    return begin if first is None else f"{begin}{first:010d}"
 
 
 AVERAGE = "average."
@@ -124,6 +137,14 @@ def _misshapen(manifest: Mapping[str, Any]) -> str | None:
     for key in ("step", "world_size", "num_identities", "canonical_shards"):
         if type(manifest[key]) is not int or not 0 <= manifest[key] < 2**63:
             return f"{key} is {manifest[key]!r:.50}, must be a count"
+    heads = manifest.get("heads", {})
+    if not isinstance(heads, dict):
+        return f"heads is {heads!r:.50}, must be an object"
+    for name, about in heads.items():
+        sizes = about if isinstance(about, dict) else {}
+        for key in ("num_identities", "canonical_shards"):
+            if type(sizes.get(key)) is not int or not 0 <= sizes[key] < 2**63:
+                return f"{key} of head {name[:80]!a} must be a count"
     for key in ("facts", "scaler", "files"):
         if not isinstance(manifest[key], dict):
             return f"{key} is {manifest[key]!r:.50}, must be an object"

@@ -17,6 +17,8 @@ from partialfc.checkpoint.disk import Disk
 from partialfc.checkpoint.folder import (
     AVERAGE,
     BY_NUMBER,
+    centers_of,
+    head_of,
     leftovers,
     path_of,
     read_manifest,
@@ -27,13 +29,14 @@ from partialfc.checkpoint.folder import (
     verify,
 )
 from partialfc.checkpoint.optimizer_states import restore_states, with_names
-from partialfc.checkpoint.saving import Saver
+from partialfc.checkpoint.saving import Saver, sizes_of
 from partialfc.distributed.agreement import from_leader, words_of_any
 from partialfc.errors import CheckpointError, OtherFormatError
 from partialfc.head import PartialFC
 from partialfc.model.batch_norm import statistics
 from partialfc.model.build import Model
 from partialfc.model.fsdp import Shards
+from partialfc.model.heads import Heads
 from partialfc.runtime.process import Runtime
 
 __all__ = [
@@ -133,8 +136,8 @@ def load(path: Path, model: Model, facts: Mapping[str, Any], runtime: Runtime) -
         CheckpointError: If the checkpoint is of another run, or something is not in it: the message
             names what.
     """
-    manifest, head = read_manifest(path), model.head
-    _same_run(path, manifest, head, facts, runtime)
+    manifest = read_manifest(path)
+    _same_run(path, manifest, model.heads, facts)
     device = str(runtime.device)
     try:
         found = read_tensors(path, "backbone", manifest, device, model.shards)
@@ -147,10 +150,12 @@ def load(path: Path, model: Model, facts: Mapping[str, Any], runtime: Runtime) -
         if manifest["format"] == BY_NUMBER:
             states = with_names(states, model.parameters())
         restore_states(model.optimizer, model.parameters(), states)
-        read_centers(path, manifest, head)
-        head.optimizer.param_groups[0]["steps"] = manifest["step"]
-        if shared := head.shared_state():
-            head.load_shared_state(_complete(shared, read_tensors(path, "head", manifest, device)))
+        for name, head in model.heads.items():
+            read_centers(path, manifest, head, name)
+            head.optimizer.param_groups[0]["steps"] = manifest["step"]
+            if shared := head.shared_state():
+                found = read_tensors(path, head_of(name), manifest, device)
+                head.load_shared_state(_complete(shared, found))
         if model.scaler.is_enabled():
             model.scaler.load_state_dict(manifest["scaler"])
     except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
@@ -211,7 +216,12 @@ def _read_average(path: Path, manifest: Mapping[str, Any], model: Model, runtime
 
 
 def read_centers(
-    path: Path, manifest: Mapping[str, Any], head: PartialFC, *, with_states: bool = True
+    path: Path,
+    manifest: Mapping[str, Any],
+    head: PartialFC,
+    name: str = "",
+    *,
+    with_states: bool = True,
 ) -> None:
     """Fill this rank's centers and row states from the files that hold its rows.
 
@@ -221,6 +231,7 @@ def read_centers(
         path: Of the checkpoint.
         manifest: Of it.
         head: Whose centers and states are filled.
+        name: Of the head, if it is one of several.
         with_states: Without them, the centers alone are filled, and rounded to their format.
 
     Raises:
@@ -229,12 +240,14 @@ def read_centers(
     head.optimizer.settle()
     filled = {"centers": head.centers.data, **(head.optimizer.states() if with_states else {})}
     done, owned = 0, head.owned_rows
-    for name in sorted(manifest["files"]):
-        if not name.startswith("centers_"):
+    begin = centers_of(name)
+    for part_file in sorted(manifest["files"]):
+        digits = part_file.removeprefix(begin).removesuffix(".safetensors")
+        if not (part_file.startswith(begin) and digits.isdecimal()):
             continue
-        first = int(name.removeprefix("centers_").removesuffix(".safetensors"))
-        with safe_open(path / name, framework="pt", device="cpu") as file:
-            _complete(dict.fromkeys(filled), _listed(name, file.keys(), manifest))
+        first = int(digits)
+        with safe_open(path / part_file, framework="pt", device="cpu") as file:
+            _complete(dict.fromkeys(filled), _listed(part_file, file.keys(), manifest))
             slices = {tensor: file.get_slice(tensor) for tensor in filled}
             rows = slices["centers"].get_shape()[0]
             low, high = max(first, owned.start), min(first + rows, owned.stop)
@@ -244,7 +257,8 @@ def read_centers(
                     piece = part[start - first : stop - first]
                     if piece.dtype != into.dtype and with_states:
                         raise CheckpointError(
-                            f"{name}: {tensor} is {piece.dtype}, and the settings want {into.dtype}"
+                            f"{part_file}: {tensor} is {piece.dtype}, and the settings want "
+                            f"{into.dtype}"
                         )
                     into[start - owned.start : stop - owned.start] = piece.to(into.device)
             done += max(0, high - low)
@@ -274,17 +288,9 @@ def _problem_of(path: Path, runtime: Runtime) -> str:
 
 
 def _same_run(
-    path: Path,
-    manifest: Mapping[str, Any],
-    head: PartialFC,
-    facts: Mapping[str, Any],
-    runtime: Runtime,
+    path: Path, manifest: Mapping[str, Any], heads: Heads, facts: Mapping[str, Any]
 ) -> None:
-    expected = {
-        "num_identities": head.sharding.num_identities,
-        "canonical_shards": head.sharding.canonical_shards,
-        **facts,
-    }
+    expected = {"heads": None, **sizes_of(heads), **facts}
     saved = {**manifest, **manifest["facts"]}
     differ = [
         f"{name} = {json.dumps(saved.get(name))}, this run has {json.dumps(value)}"

@@ -38,6 +38,7 @@ from partialfc.errors import CheckpointError
 from partialfc.model.batch_norm import mean_over_ranks, mean_statistics, statistics
 from partialfc.model.build import Model
 from partialfc.model.fsdp import Shards
+from partialfc.model.heads import Heads
 from partialfc.runtime.process import Runtime
 
 _SLOWEST_RANK = timedelta(hours=2)
@@ -139,8 +140,7 @@ class Saver:
         manifest = {
             "step": step,
             "world_size": self._ranks.size,
-            "num_identities": model.head.sharding.num_identities,
-            "canonical_shards": model.head.sharding.canonical_shards,
+            **sizes_of(model.heads),
             "facts": self._facts,
             "scaler": model.scaler.state_dict(),  # host sync
             "settings": self._settings,
@@ -178,8 +178,9 @@ class Saver:
 
     def _files(self, model: Model) -> Staged:
         """The files of this rank, of the live tensors. Collective."""
-        head, files = model.head, {}
-        head.optimizer.settle()
+        files: Staged = {}
+        for head in model.heads.values():
+            head.optimizer.settle()
         ranks, average = self._runtime.ranks, model.average
         means = mean_statistics(model.backbone, ranks)
         averages = average.statistics() if average else {}
@@ -200,11 +201,12 @@ class Saver:
             of_backbone = self._whole(of_backbone, model.shards)
         if self._runtime.leads:
             files |= of_backbone
-            if shared := head.shared_state():
-                files["head"] = shared
-        if len(head.owned):
-            name = f"centers_{head.owned_rows.start:010d}"
-            files[name] = {"centers": head.centers, **head.optimizer.states()}
+        for name, head in model.heads.items():
+            if self._runtime.leads and (shared := head.shared_state()):
+                files[checkpoint_folder.head_of(name)] = shared
+            if len(head.owned):
+                file = checkpoint_folder.centers_of(name, head.owned_rows.start)
+                files[file] = {"centers": head.centers, **head.optimizer.states()}
         return {
             f"{file}.safetensors": {name: tensor.detach() for name, tensor in tensors.items()}
             for file, tensors in files.items()
@@ -314,6 +316,24 @@ class Saver:
         own = "" if problem is None else str(problem) or type(problem).__name__
         if reason := words_of_any(own, self._ranks):
             raise CheckpointError(f"{final} was not written: {reason}") from problem
+
+
+def sizes_of(heads: Heads) -> dict[str, Any]:
+    """Return what a manifest says of the identities: of one head, or summed and of each."""
+    each = {
+        name: {
+            "num_identities": head.sharding.num_identities,
+            "canonical_shards": head.sharding.canonical_shards,
+        }
+        for name, head in heads.items()
+    }
+    if "" in each:
+        return each[""]
+    return {
+        "num_identities": sum(one["num_identities"] for one in each.values()),
+        "canonical_shards": min(one["canonical_shards"] for one in each.values()),
+        "heads": each,
+    }
 
 
 def _yield_to_training() -> None:

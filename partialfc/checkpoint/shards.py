@@ -1,5 +1,6 @@
 """How many ranks can go on from a run's checkpoints."""
 
+from collections.abc import Mapping
 from contextlib import suppress
 
 from partialfc.checkpoint.folder import read_manifest, steps
@@ -7,8 +8,9 @@ from partialfc.config import Config, ConfigError
 from partialfc.errors import CheckpointError
 
 
-def kept_shards(config: Config) -> int:
-    """Return the canonical shards of the checkpoint that a run goes on from; 0 if it begins anew.
+def kept_shards(config: Config) -> dict[str, int]:
+    """Return the canonical shards of each head in the checkpoint that a run goes on from, by name;
+    none if it begins anew.
 
     By the newest manifest that can be read: all checkpoints of a run have the same number.
     """
@@ -17,17 +19,20 @@ def kept_shards(config: Config) -> int:
         paths.append(config.run.resume_from)
     for path in paths:
         with suppress(CheckpointError):
-            return int(read_manifest(path)["canonical_shards"])
-    return 0
+            manifest = read_manifest(path)
+            heads = manifest.get("heads") or {"": manifest}
+            return {name: int(one["canonical_shards"]) for name, one in heads.items()}
+    return {}
 
 
-def refuse_more_ranks(config: Config, shards: int, ranks: int) -> None:
-    """Refuse to go on from ``shards`` canonical shards with more ranks.
+def refuse_more_ranks(config: Config, kept: Mapping[str, int], ranks: int) -> None:
+    """Refuse to go on from the canonical shards of any head with more ranks.
 
     Raises:
         ConfigError: If there are more.
     """
-    if 0 < shards < ranks:
+    shards = min(filter(None, kept.values()), default=ranks)
+    if shards < ranks:
         raise ConfigError(
             f"run.folder = {str(config.run.folder)!r}: its checkpoints have {shards} canonical "
             f"shards, for at most as many ranks, and there are {ranks}. Go on with fewer, or begin "

@@ -54,6 +54,12 @@ def warm_start(
         _fill(path, model, trained.state, config)
         return trained.place
     checkpoint.named(path, runtime)
+    if len(model.heads) > 1:
+        raise ConfigError(
+            f"run.start_from = {str(path)!r}: it has the class centers of one head, and this run "
+            f"has the heads {', '.join(model.heads)}. Take over the backbone alone: name a run's "
+            "folder."
+        )
     manifest, head = read_manifest(path), model.head
     has = manifest["num_identities"]
     if has != head.sharding.num_identities:

@@ -34,7 +34,7 @@ from partialfc.definitions.phrases import to_value
 from partialfc.model.build import Model, build
 from partialfc.records.console import from_here
 from partialfc.runtime.process import Runtime, running
-from partialfc.training.images import open_images, sets_of_identities
+from partialfc.training.images import numberings, open_images
 from partialfc.training.must_match import must_match
 from partialfc.writing import atomic_write, write_text
 
@@ -90,8 +90,7 @@ def bring_in(options: argparse.Namespace) -> int:
             raise ConfigError(
                 f"{str(error).rstrip('.')}. A checkpoint belongs to the pack that it goes on with."
             ) from error
-        sets = sets_of_identities(config, dataset)
-        model = build(config, runtime, dataset.num_identities, sets=sets)
+        model = build(config, runtime, numberings(config, dataset))
         fill(model, layout, step)
         path = checkpoint.save(folder, step, model, must_match(config, dataset), runtime, keep=1)
         _finish(config, layout, model, path, notes, runtime)

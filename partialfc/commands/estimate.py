@@ -11,7 +11,7 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -29,7 +29,7 @@ from partialfc.commands._estimate.backbone import (
     backbone_parts,
     count_backbone,
 )
-from partialfc.commands._estimate.head import head_parts, shard_of
+from partialfc.commands._estimate.head import OfHead, head_parts, heads_of
 from partialfc.commands._estimate.losses import LossCost, count_losses, loss_parts
 from partialfc.commands._estimate.start import refuse_other_centers
 from partialfc.commands._estimate.step_time import (
@@ -51,8 +51,9 @@ from partialfc.commands._estimate.step_time import (
 )
 from partialfc.commands._estimate.teacher import TeacherCost, count_teacher
 from partialfc.config import Config, ConfigError, load
+from partialfc.config.heads import each_head, section_of_head
 from partialfc.cores import usable_cores
-from partialfc.training.images import open_images
+from partialfc.training.images import numberings, open_images
 from partialfc.writing import write_json
 
 # --- Memory
@@ -62,21 +63,24 @@ def memory_of(
     config: Config,
     counted: NetworkCost,
     losses: Sequence[LossCost],
-    identities: int,
+    heads: Sequence[OfHead],
     cluster: Cluster,
     teacher: TeacherCost | None = None,
 ) -> dict[str, list[MemoryItem]]:
-    """Return the parts of a rank's memory by group; identities decide the head's only."""
-    shard = shard_of(config, identities, cluster.ranks, cluster.device)
+    """Return the parts of a rank's memory by group."""
     parts = {
-        "head": head_parts(config, shard, cluster.ranks, cluster.device),
+        **{
+            head.group: head_parts(head.config, head.shard, cluster.ranks, cluster.device)
+            for head in heads
+        },
         "losses": loss_parts(config, losses),
         "backbone": backbone_parts(config, counted, cluster.ranks, cluster.device),
         "data": data_parts(config, cluster.ranks, cluster.device),
     }
     if teacher is not None:
         parts["teacher"] = teacher.items
-    moving = max(counted.saved, counted.backward, counted.inference) + shard.kept
+    moving = max(counted.saved, counted.backward, counted.inference)
+    moving += sum(head.shard.kept for head in heads)
     moving += sum(loss.peak for loss in losses)
     return {**parts, "process": process_parts(config, cluster, moving)}
 
@@ -91,13 +95,18 @@ def most_identities(
     config: Config,
     counted: NetworkCost,
     losses: Sequence[LossCost],
+    heads: Sequence[OfHead],
     cluster: Cluster,
     teacher: TeacherCost | None = None,
 ) -> int:
-    """Return the largest number of identities that fits, 0 if none does."""
+    """Return the largest number of identities that fits, 0 if none does; of several heads all
+    together, in the proportions that they have."""
+    total = sum(head.identities for head in heads)
 
     def fits(identities: int) -> bool:
-        parts = memory_of(config, counted, losses, identities, cluster, teacher)
+        each = {head.name: max(1, identities * head.identities // total) for head in heads}
+        grown = heads_of(config, each, cluster.ranks, cluster.device)
+        parts = memory_of(config, counted, losses, grown, cluster, teacher)
         return max(totals(parts)) <= cluster.gpu.memory
 
     low = max(1, cluster.ranks)
@@ -224,12 +233,17 @@ def cluster_of(options: argparse.Namespace) -> Cluster:
     return Cluster(gpu, "cpu", options.nodes, share, network)
 
 
-def identities_of(config: Config, given: int | None) -> int:
-    """Return the number that was given, or the pack's."""
+def identities_of(config: Config, given: Mapping[str, int] | None) -> dict[str, int]:
+    """Return the number of each head that was given, or that of the packs."""
+    heads = each_head(config)
     if given is not None:
-        return given
+        if given.keys() != heads.keys():
+            named = ",".join(f"{name}=N" for name in heads if name) or "N"
+            raise ConfigError(f"--identities: it must be --identities {named} for this run.")
+        return dict(given)
     try:
-        return open_images(config).num_identities
+        every = numberings(config, open_images(config))
+        return {name: one.count for name, one in every.items()}
     except ConfigError as error:
         raise ConfigError(
             f"{str(error).rstrip('.')}. The number of identities is the pack's: "
@@ -245,7 +259,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--nodes", type=_positive(int), default=1)
     parser.add_argument("--gpus-per-node", type=_positive(int), default=1, help="ranks of a node")
     parser.add_argument("--gpu", choices=[*GPUS, "cpu"], required=True)
-    parser.add_argument("--identities", type=_positive(int), help="instead of the pack's")
+    parser.add_argument(
+        "--identities",
+        type=_identities,
+        metavar="N",
+        help="instead of the pack's; of several heads NAME=N,NAME=N",
+    )
     parser.add_argument(
         "--network-gbps",
         type=_positive(float),
@@ -256,16 +275,18 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_intermixed_args(arguments)
     config, cluster = load(options.config, options.override), cluster_of(options)
     config.check(cluster.ranks)
-    identities = identities_of(config, options.identities)
-    refuse_other_centers(config, identities)
-    shard = shard_of(config, identities, cluster.ranks, cluster.device)
+    of_heads = identities_of(config, options.identities)
+    for name, one in each_head(config).items():
+        refuse_other_centers(one, of_heads[name], section_of_head(name))
+    heads = heads_of(config, of_heads, cluster.ranks, cluster.device)
+    identities = sum(of_heads.values())
     counted = count_backbone(config, cluster.ranks)
     teacher = count_teacher(config, counted, cluster.ranks, cluster.device)
     dim = teacher.dim if teacher else None
-    losses = count_losses(config, shard, cluster.ranks, cluster.device, dim)
-    parts = memory_of(config, counted, losses, identities, cluster, teacher)
-    times = seconds_of(config, counted, losses, shard, cluster, teacher)
-    most = most_identities(config, counted, losses, cluster, teacher)
+    losses = count_losses(config, heads, cluster.ranks, cluster.device, dim)
+    parts = memory_of(config, counted, losses, heads, cluster, teacher)
+    times = seconds_of(config, counted, losses, heads, cluster, teacher)
+    most = most_identities(config, counted, losses, heads, cluster, teacher)
     needed, memory = totals(parts), cluster.gpu.memory
     images = config.data.global_batch / sum(seconds for _, seconds, _ in times)
     fits = max(needed) <= memory
@@ -285,6 +306,7 @@ def main(arguments: list[str]) -> int:
             "command": [options.config, *options.override],
             "cluster": asdict(cluster),
             "identities": identities,
+            **({"heads": of_heads} if "" not in of_heads else {}),
             "memory": {group: [asdict(part) for part in found] for group, found in parts.items()},
             "moments": dict(zip(MOMENTS, needed, strict=True)),
             "bytes": max(needed),
@@ -296,6 +318,15 @@ def main(arguments: list[str]) -> int:
         }
         write_json(options.json, record)
     return 0 if fits else 1
+
+
+def _identities(text: str) -> dict[str, int]:
+    """N, or NAME=N of each head with commas between."""
+    number = _positive(int)
+    if "=" not in text:
+        return {"": int(number(text))}
+    pairs = (one.partition("=") for one in text.split(","))
+    return {name.strip(): int(number(count)) for name, _, count in pairs}
 
 
 def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:

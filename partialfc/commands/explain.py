@@ -27,6 +27,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from partialfc.config import Config, ConfigError, load
+from partialfc.config.heads import each_head
 from partialfc.margins import MARGINS, Margin
 from partialfc.margins.guidance import (
     WANTED_POSTERIOR,
@@ -38,7 +39,7 @@ from partialfc.margins.guidance import (
     warnings,
 )
 from partialfc.model.build import margin_of
-from partialfc.training.images import open_images
+from partialfc.training.images import numberings, open_images
 
 DEGREES = (0, 15, 30, 45, 60, 75, 90, 120, 150, 180)
 NORMS = (5.0, 20.0, 60.0, 100.0)
@@ -51,6 +52,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings on top of it")
     parser.add_argument("--list", action="store_true", help="print the names of all margins")
     parser.add_argument("--identities", type=int, help="default: those of data.train")
+    parser.add_argument("--head", default="", metavar="NAME", help="which of several heads")
     parser.add_argument("--png", type=Path, help="draw the curve")
     options = parser.parse_intermixed_args(arguments)
     if options.list:
@@ -58,12 +60,18 @@ def main(arguments: list[str]) -> int:
         return 0
     if options.config is None:
         parser.error("a settings file is needed, or --list")
-    config = load(options.config, options.overrides)
+    whole = load(options.config, options.overrides)
+    heads = each_head(whole)
+    if options.head not in heads:
+        named = ", ".join(filter(None, heads))
+        raise ConfigError(
+            f"--head {options.head}: name one of {named}." if named else "--head: there is [head]."
+        )
+    config, identities = heads[options.head], options.identities
     margin = margin_of(config)
-    identities = options.identities
     try:
         if identities is None:
-            identities = open_images(config).num_identities
+            identities = numberings(whole, open_images(whole))[options.head].count
     except ConfigError as error:
         raise ConfigError(f"{error}\nWithout the pack, say --identities N.") from error
     if identities < 2:

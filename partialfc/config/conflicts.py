@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
+from partialfc.config.heads import conflicts_of_heads, each_head, section_of_head
 from partialfc.config.optimizers import Schedule
 from partialfc.config.schema import nearest_multiples
 from partialfc.definitions.backbones import TIMM, refused_size
@@ -37,14 +38,11 @@ def conflicts(config: "Config") -> Iterator[str]:
             f"schedule.warmup_steps = {config.schedule.warmup_steps}: must be fewer than run.steps "
             f"= {config.run.steps}, or the warm-up never ends."
         )
-    if config.head.overlap and config.precision.compute == "fp16":
-        yield (
-            'head.overlap = true with precision.compute = "fp16": whether a step with a loss scale '
-            "counts is known after the backbone's backward only. Use bf16, or remove head.overlap."
-        )
     yield from _of_shards(config)
     yield from _of_the_sets(config)
-    yield from _of_the_head(config)
+    yield from conflicts_of_heads(config)
+    for name, one in each_head(config).items():
+        yield from _of_a_head(one, section_of_head(name))
 
 
 def _of_the_adapters(config: "Config") -> Iterator[str]:
@@ -164,19 +162,26 @@ def _of_the_sets(config: "Config") -> Iterator[str]:
                 f"{key} with losses.{loss}: it parts all images of different identities, which may "
                 f"be one person in two sets. Remove losses.{loss}, or map the sets onto each other."
             )
-    smoothing = getattr(config.head.margin, "label_smoothing", 0)
-    if smoothing:
-        yield (
-            f"{key} with head.margin.label_smoothing = {smoothing}: it is shared out to the "
-            "centers of all sets. Set it to 0."
-        )
+    for name, one in each_head(config).items():
+        smoothing = getattr(one.head.margin, "label_smoothing", 0)
+        if smoothing:
+            yield (
+                f"{key} with {section_of_head(name)}.margin.label_smoothing = {smoothing}: it is "
+                "shared out to the centers of all sets. Set it to 0."
+            )
 
 
-def _of_the_head(config: "Config") -> Iterator[str]:
-    """What the head says itself."""
+def _of_a_head(config: "Config", key: str) -> Iterator[str]:
+    """What a head says itself; ``key`` is its section."""
     settings = config.head
+    if settings.overlap and config.precision.compute == "fp16":
+        yield (
+            f'{key}.overlap = true with precision.compute = "fp16": whether a step with a loss '
+            f"scale counts is known after the backbone's backward only. Use bf16, or remove "
+            f"{key}.overlap."
+        )
     unit_centers = settings.margin.definition.unit_centers
-    margin = f'head.margin.name = "{settings.margin.name}"'
+    margin = f'{key}.margin.name = "{settings.margin.name}"'
     on_cpu = config.run.device == "cpu"
     machine = Machine("cpu", has_kernels=False) if on_cpu else None
     try:
@@ -191,7 +196,7 @@ def _of_the_head(config: "Config") -> Iterator[str]:
         )
         plan_of(config, machine).refuse(fused=settings.fused)
     except ValueError as error:
-        yield f"head.{error}"
+        yield f"{key}.{error}"
     weight = config.losses.inter_class.weight
     try:
         name = "losses.inter_class.weight"

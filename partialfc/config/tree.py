@@ -13,13 +13,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ModelWrapValidatorHandler, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, create_model, model_validator
 
 from partialfc.config import schema as settings
 from partialfc.config.conflicts import conflicts
 from partialfc.config.data import Data
 from partialfc.config.file import load_settings
 from partialfc.config.head import Head
+from partialfc.config.heads import Heads, HeadsInHelp, few_images, few_shards
 from partialfc.config.lora import Lora
 from partialfc.config.losses import Losses
 from partialfc.config.monitor import Monitor
@@ -185,6 +186,7 @@ class Config(Section):
     backbone: Backbone = Field(default_factory=Backbone)
     precision: AnyPrecision = Field(default_factory=Bf16)
     head: Head = Field(default_factory=Head)
+    heads: Heads = Field(default_factory=Heads)
     losses: Losses = Field(default_factory=Losses)
     optimizer: AnyOfBackbone = Field(default_factory=SgdOfBackbone)
     schedule: Annotated[Linear | Polynomial | Cosine | Wsd, Field(discriminator="name")] = Field(
@@ -254,16 +256,12 @@ class Config(Section):
                 f"of a rank's micro-batch ({batch} / {world_size} ranks / optimizer.accumulation "
                 f"{accumulation}), or losses that compare pairs of one identity lose some."
             )
-        shards = self.head.canonical_shards
-        if shards is not None and shards < world_size:
-            problems.append(
-                f"head.canonical_shards = {shards}: must be at least the number of ranks, "
-                f"{world_size}. Leave it out, or set the largest number the run will ever have."
-            )
-        if problems:
+        problems += few_shards(self, world_size)
+        if problems := problems or [*few_images(self, world_size)]:
             raise ConfigError("\n".join(problems))
 
 
+_HOW_A_HEAD_COMPUTES = {"keep_mib", "fused", "overlap", "centers_in", "states_in", "host_folder"}
 _CHANGES_NO_RESULT: dict[str, Any] = {
     "run": {
         "folder",
@@ -283,8 +281,15 @@ _CHANGES_NO_RESULT: dict[str, Any] = {
     "checkpoint": True,
     "log": True,
     "monitor": True,
-    "head": {"keep_mib", "fused", "overlap", "centers_in", "states_in", "host_folder"},
+    "head": _HOW_A_HEAD_COMPUTES,
 }
+
+
+def _results_of(config: Config) -> dict[str, Any]:
+    """The settings that may change a result; as before there were heads, if there is one."""
+    heads = {name: _HOW_A_HEAD_COMPUTES for name, _ in config.heads}
+    exclude = {**_CHANGES_NO_RESULT, "heads": heads or True}
+    return config.model_dump(mode="json", exclude=exclude)
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), *, own: bool = True) -> Config:
@@ -338,9 +343,7 @@ def written(text: str) -> Config | None:
 
 def changes(before: Config, after: Config) -> list[str]:
     """Return "key = value, was value" for each setting that may change a result."""
-    old, new = (
-        _flat(one.model_dump(mode="json", exclude=_CHANGES_NO_RESULT)) for one in (before, after)
-    )
+    old, new = (_flat(_results_of(one)) for one in (before, after))
     return [
         f"{key} = {json.dumps(new.get(key))}, was {json.dumps(old.get(key))}"
         for key in sorted(old.keys() | new.keys())
@@ -367,7 +370,9 @@ _EXAMPLE = {"data": {"train": "train.rec", "sets": {"NAME": {}}}}
 
 def help_text(width: int = 100) -> str:
     """Return every setting with its default, type, range, unit and meaning, ``width`` wide."""
-    return settings.help_text(wider(Config, _EXAMPLE), width)
+    named: Any = {"heads": (HeadsInHelp, ...)}  # what they share with [head] is there
+    schema = create_model("Config", __base__=wider(Config, _EXAMPLE), **named)
+    return settings.help_text(schema, width)
 
 
 def config_hash(config: Config) -> str:
@@ -375,5 +380,5 @@ def config_hash(config: Config) -> str:
 
     Settings that change no result are left out: paths, CPU threads, verification, checkpoints, log.
     """
-    values = config.model_dump(mode="json", exclude=_CHANGES_NO_RESULT)
+    values = _results_of(config)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

@@ -16,6 +16,7 @@ from pydantic import Field, create_model
 
 from partialfc.config import margins
 from partialfc.config.defined import section_of
+from partialfc.config.heads import NamedHead, name_problem
 from partialfc.config.losses import OwnLoss
 from partialfc.config.optimizers import OfCenters
 from partialfc.config.schema import OneOrMore, Section, UserPath, choices, tag_name, variants
@@ -30,6 +31,8 @@ from partialfc.records.metrics import NAMES
 S = TypeVar("S", bound=Section)
 Named = tuple[str, Any]
 """What settings call something, and what it is."""
+OfHead = tuple[Named | None, Named | None]
+"""The margin and the row rule of a head, where they are plug-ins'."""
 
 _COMMON = ("embedding_dim", "image_size", "checkpoint_activations")
 """Keywords of every backbone; the settings have them elsewhere."""
@@ -49,8 +52,8 @@ def wider(schema: type[S], settings: Mapping[str, Any]) -> type[S]:
     return _wider(
         schema,
         _backbone(_section(schema, "backbone"), settings),
-        _variant(head, "margin", "margin", settings),
-        _variant(head, "optimizer", "row rule", settings),
+        _of_head(head, settings, "head"),
+        tuple(_heads(head, settings)),
         tuple(_losses(_section(schema, "losses"), settings)),
         tuple(_sets(settings)),
         bool(at(settings, "data", "train")),
@@ -61,8 +64,8 @@ def wider(schema: type[S], settings: Mapping[str, Any]) -> type[S]:
 def _wider(
     schema: type[S],
     backbone: Named | None,
-    margin: Named | None,
-    rule: Named | None,
+    head: OfHead,
+    heads: tuple[tuple[str, OfHead], ...],
     losses: tuple[tuple[str, Named], ...],
     sets: tuple[str, ...],
     trains: bool,
@@ -79,13 +82,14 @@ def _wider(
             name=(Literal[words], Field(default=name.default, description=name.description)),
             options=(options, Field(default_factory=options)),
         )
-    of_head = {
-        key: _with(_section(schema, "head"), key, base, named)
-        for key, base, named in (("margin", margins.Margin, margin), ("optimizer", OfCenters, rule))
-        if named is not None
-    }
-    if of_head:
-        changed["head"] = _derived(_section(schema, "head"), **of_head)
+    if any(head):
+        changed["head"] = _head(_section(schema, "head"), head)
+    if heads:
+        named = {name: _head(NamedHead, one) for name, one in heads}
+        of_names: dict[str, Any] = {
+            name: (one, Field(default_factory=one)) for name, one in named.items()
+        }
+        changed["heads"] = _derived(_section(schema, "heads"), **of_names)
     if losses:
         sections = {label: section_of(kind, OwnLoss, name=name) for label, (name, kind) in losses}
         fields = {label: (one, Field(default_factory=one)) for label, one in sections.items()}
@@ -115,6 +119,17 @@ def _section(schema: type[Section], key: str) -> type[Any]:
     return section
 
 
+def _head(section: type[S], named: OfHead) -> type[S]:
+    """The section of a head with the variants of plug-ins that it names."""
+    bases = ("margin", margins.Margin), ("optimizer", OfCenters)
+    fields = {
+        key: _with(section, key, base, one)
+        for (key, base), one in zip(bases, named, strict=True)
+        if one is not None
+    }
+    return _derived(section, **fields) if fields else section
+
+
 def _with(head: type[Section], key: str, base: type[Any], named: Named) -> Any:
     """The field of a key of the head with one variant more."""
     field, (name, kind) = head.model_fields[key], named
@@ -124,12 +139,32 @@ def _with(head: type[Section], key: str, base: type[Any], named: Named) -> Any:
     return tagged, Field(default_factory=next(iter(variants(field).values())))
 
 
-def _variant(head: type[Section], key: str, kind: str, settings: Mapping[str, Any]) -> Named | None:
-    """The plug-in that a section of the head names, if it does."""
-    name = at(settings, "head", key, "name")
+def _of_head(head: type[Section], settings: Mapping[str, Any], *section: str) -> OfHead:
+    """The plug-ins that a section of a head names."""
+    return (
+        _variant(head, "margin", "margin", settings, *section),
+        _variant(head, "optimizer", "row rule", settings, *section),
+    )
+
+
+def _heads(head: type[Section], settings: Mapping[str, Any]) -> Iterator[tuple[str, OfHead]]:
+    """The names of several heads, in the order of the file, and the plug-ins that each names."""
+    heads = at(settings, "heads")
+    losses = at(settings, "losses")
+    for name in heads if isinstance(heads, Mapping) else ():
+        if problem := name_problem(name, losses if isinstance(losses, Mapping) else {}):
+            raise ConfigError(problem)
+        yield name, _of_head(head, settings, "heads", name)
+
+
+def _variant(
+    head: type[Section], key: str, kind: str, settings: Mapping[str, Any], *section: str
+) -> Named | None:
+    """The plug-in that a section of a head names, if it does."""
+    name = at(settings, *section, key, "name")
     if not isinstance(name, str) or name in variants(head.model_fields[key]):
         return None
-    found = _class(f"head.{key}.name", kind, name)
+    found = _class(".".join((*section, key, "name")), kind, name)
     return None if found is None else (name, found)
 
 

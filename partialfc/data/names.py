@@ -24,6 +24,11 @@ Names = list[str | None]
 """Of identities 0...C-1; ``None`` for one that nobody named."""
 
 
+def names_file(head: str = "") -> str:
+    """Return the name of the file of the names of one of several heads, in a run's folder."""
+    return f"{head}.{NAMES}" if head else NAMES
+
+
 def names_path(pack: Path) -> Path:
     """Return where the names of a pack are, if it has any."""
     return pack.with_suffix(f".{NAMES}")

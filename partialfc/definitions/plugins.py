@@ -76,8 +76,11 @@ def named_in(settings: Mapping[str, Any]) -> list[str]:
 def _names(settings: Mapping[str, Any]) -> Iterator[Any]:
     """Whatever stands where a plug-in may."""
     yield at(settings, "backbone", "name")
-    yield at(settings, "head", "margin", "name")
-    yield at(settings, "head", "optimizer", "name")
+    heads = at(settings, "heads")
+    named = (at(heads, name) for name in (heads if isinstance(heads, Mapping) else ()))
+    for head in (at(settings, "head"), *named):
+        yield at(head, "margin", "name")
+        yield at(head, "optimizer", "name")
     losses = at(settings, "losses")
     for label in losses if isinstance(losses, Mapping) else ():
         yield at(losses, label, "name")

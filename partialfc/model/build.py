@@ -14,12 +14,14 @@ from partialfc.backbones import build_backbone
 from partialfc.backbones.timm_network import with_sync_batch_norm
 from partialfc.config import Config, ConfigError
 from partialfc.config.conflicts import head_compute, memory_of
+from partialfc.config.heads import each_head, section_of_head
 from partialfc.config.losses import OwnLoss
 from partialfc.definitions.phrases import to_value
 from partialfc.head import Kernels, PartialFC, Precision
 from partialfc.head.options import Sets
 from partialfc.head.rows.rules import ROW_RULES, RowRule
 from partialfc.head.sharding import GROWTH, default_canonical_shards
+from partialfc.keyed import key
 from partialfc.losses import LOSSES, Distillation
 from partialfc.losses.over_ranks import EmbeddingLosses, Weighted
 from partialfc.margins import MARGINS, Margin
@@ -27,6 +29,7 @@ from partialfc.model.adapted import adapted, own_names, still_norms
 from partialfc.model.average import Average
 from partialfc.model.frozen import freeze
 from partialfc.model.fsdp import Shards, shard
+from partialfc.model.heads import Heads, Numbering
 from partialfc.model.optimizer import build_optimizer
 from partialfc.model.updates import ScheduleFree, ScheduleFreeMean
 from partialfc.runtime.process import Runtime
@@ -50,7 +53,7 @@ class Model:
         backbone: The bare module; its parameters are the run's result.
         replica: The backbone as the ranks share it: its backward averages gradients over ranks.
         optimizer: Of the backbone.
-        head: With its own optimizer.
+        heads: Each with its own optimizer.
         losses: On the embeddings, beside the head's.
         own: Names of the backbone's tensors that checkpoints hold; ``None`` for all of them.
         average: Of the backbone's weights, which is what is measured; ``None`` without one.
@@ -64,7 +67,7 @@ class Model:
     backbone: nn.Module
     replica: nn.Module
     optimizer: torch.optim.Optimizer
-    head: PartialFC
+    heads: Heads
     losses: EmbeddingLosses
     scaler: torch.amp.GradScaler
     autocast: torch.dtype | None
@@ -73,6 +76,11 @@ class Model:
     own: frozenset[str] | None = None
     frozen: tuple[nn.Module, ...] = ()
     shards: Shards | None = None
+
+    @property
+    def head(self) -> PartialFC:
+        """The head of a run that has one; ConfigError if it has several."""
+        return self.heads.only
 
     def train(self) -> None:
         """Put the backbone into training mode, and what is frozen of it into evaluation mode."""
@@ -124,26 +132,36 @@ class Model:
 def build(
     config: Config,
     runtime: Runtime,
-    num_identities: int,
+    identities: int | Mapping[str, Numbering],
     *,
-    kept_shards: int = 0,
-    sets: Sets | None = None,
+    kept_shards: Mapping[str, int] | None = None,
 ) -> Model:
     """Return the model of a run, on its device. Collective: DDP copies rank 0's weights to all.
 
     Args:
         config: Settings of the run.
         runtime: This rank.
-        num_identities: Of the training images.
-        kept_shards: Canonical shards of the checkpoint that it goes on from; 0 if it begins anew.
-        sets: Of identities that may be the same people; ``None`` if none may.
+        identities: Of the training images; of several heads how each numbers them.
+        kept_shards: Canonical shards of each head in the checkpoint that it goes on from.
 
     Raises:
         ConfigError: If this machine cannot do what the settings ask of it.
     """
-    backbone = new_backbone(config)
-    head = _head(config, runtime, num_identities, kept_shards, sets)
-    model = assemble(config, runtime, backbone, head)
+    backbone, kept = new_backbone(config), kept_shards or {}
+    if isinstance(identities, int):
+        identities = {"": Numbering((range(identities),))}
+    heads = {
+        name: _head(
+            one,
+            runtime,
+            identities[name].count,
+            kept.get(name, 0),
+            name,
+            identities[name].sets,
+        )
+        for name, one in each_head(config).items()
+    }
+    model = assemble(config, runtime, backbone, Heads(heads, identities))
     if isinstance(model.replica, DistributedDataParallel):
         _arrange_buckets(model, config, runtime)
     return model
@@ -188,8 +206,10 @@ def _arrange_buckets(model: Model, config: Config, runtime: Runtime) -> None:
         buffer.copy_(old)
 
 
-def assemble(config: Config, runtime: Runtime, backbone: nn.Module, head: PartialFC) -> Model:
-    """Return the model of any backbone and head, as the settings share and optimize them."""
+def assemble(
+    config: Config, runtime: Runtime, backbone: nn.Module, head: PartialFC | Heads
+) -> Model:
+    """Return the model of any backbone and heads, as the settings share and optimize them."""
     if config.backbone.sync_batch_norm:
         if runtime.device.type == "cpu" and runtime.ranks.size > 1:
             raise ConfigError(
@@ -223,7 +243,7 @@ def assemble(config: Config, runtime: Runtime, backbone: nn.Module, head: Partia
         backbone=backbone,
         replica=replica,
         optimizer=optimizer,
-        head=head,
+        heads=head if isinstance(head, Heads) else Heads({"": head}),
         losses=embedding_losses(config),
         scaler=torch.amp.GradScaler(
             runtime.device.type,
@@ -285,13 +305,20 @@ def embedding_losses(config: Config) -> EmbeddingLosses:
     return EmbeddingLosses(losses)
 
 
+def seed_of(config: Config, head: str) -> int:
+    """Return the seed of a head: that of the run, or one of its own for each of several."""
+    return key(config.run.seed, f"head {head}") if head else config.run.seed
+
+
 def _head(
     config: Config,
     runtime: Runtime,
     num_identities: int,
     kept_shards: int,
+    name: str = "",
     sets: Sets | None = None,
 ) -> PartialFC:
+    """The head of a name, whose settings are ``config.head``."""
     settings = config.head
     room_to_grow = default_canonical_shards(num_identities, GROWTH * runtime.ranks.size)
     margin = margin_of(config)
@@ -311,9 +338,9 @@ def _head(
             center_weight=config.losses.center.weight,
             inter_class_weight=config.losses.inter_class.weight,
             sets=sets,
-            seed=config.run.seed,
+            seed=seed_of(config, name),
             canonical_shards=settings.canonical_shards or kept_shards or room_to_grow,
             device=runtime.device,
         )
     except ValueError as error:
-        raise ConfigError(f"[head] {error}") from error
+        raise ConfigError(f"[{section_of_head(name)}] {error}") from error

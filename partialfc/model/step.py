@@ -25,7 +25,7 @@ class Step:
         gradient_norm: Of the backbone, before clipping.
         skipped: 1.0 where loss or gradient is not finite and nothing was changed, else 0.0.
         loss_scale: Of fp16; 1 without it.
-        terms: Losses beside the softmax, without their weights.
+        terms: Losses beside the softmax, and those of each of several heads, without their weights.
     """
 
     loss: Tensor
@@ -53,25 +53,28 @@ def train_step(
         model: What is trained.
         config: Accumulation, clipping and the rate of the centers.
         images: [b, 3, S, S] on the device.
-        identities: int64 [b].
+        identities: int64 [b] of the run.
         rate: Learning rate of the backbone.
         lesson_of: Returns what the teacher says of images that are these rows of the batch.
     """
-    head, optimizer, scaler = model.head, model.optimizer, model.scaler
-    parts, step = config.optimizer.accumulation, head.optimizer.steps
+    heads, optimizer, scaler = model.heads, model.optimizer, model.scaler
+    parts, step, ranks = config.optimizer.accumulation, heads.steps, heads.ranks
     set_rate(optimizer, rate)
-    head.optimizer.param_groups[0]["lr"] = rate * config.head.optimizer.lr_factor
+    for name, route in heads.routes(config).items():
+        factor = route.config.head.optimizer.lr_factor
+        heads[name].optimizer.param_groups[0]["lr"] = rate * factor
 
     # Dropout and drop path are functions of seed, step and rank too, so that a resume repeats them.
-    torch.manual_seed(key(config.run.seed, "dropout", step, head.ranks.rank))
-    buffers = (*model.backbone.buffers(), *head.buffers())
+    torch.manual_seed(key(config.run.seed, "dropout", step, ranks.rank))
+    of_heads = (buffer for head in heads.values() for buffer in head.buffers())
+    buffers = (*model.backbone.buffers(), *of_heads)
     statistics = [buffer for buffer in buffers if buffer.is_floating_point()]
     before = [buffer.clone() for buffer in statistics]
     loss = torch.zeros((), device=images.device)
     terms: dict[str, Tensor] = {}
-    shares = config.uneven_shares(head.ranks.size)
+    shares = config.uneven_shares(ranks.size)
     if parts > 1:
-        head.sample_step(identities, shares)
+        heads.sample_step(config, identities)
         shares = shares and shares.of_each(parts)
     pieces = zip(images.chunk(parts), identities.chunk(parts), strict=True)
     for number, (part, own) in enumerate(pieces, 1):
@@ -79,12 +82,12 @@ def train_step(
         lesson = lesson_of(part, rows) if lesson_of else None  # before there are activations
         with _gradients_stay_local(model, number < parts):
             embeddings = model.embed(part)
-            part_loss = head(embeddings, own, shares)
+            part_loss, found = heads.loss(config, number - 1, embeddings, own)
             part_loss = part_loss + model.losses(embeddings, own, shares, lesson)
             part_loss = part_loss / parts
             scaler.scale(part_loss).backward()
         loss += part_loss.detach()
-        for name, value in {**head.terms, **model.losses.terms}.items():
+        for name, value in {**found, **model.losses.terms}.items():
             terms[name] = terms.get(name, 0) + value / parts
 
     if model.shards:
@@ -100,10 +103,12 @@ def train_step(
         found_inf=model.shards.near(skipped) if model.shards else skipped,
     )
     loss_scale = scaler.scale(torch.ones_like(loss))
-    if not config.head.overlap:  # the verdict is known after the backbone's backward only
-        _tell(head.optimizer, grad_scale=loss_scale, found_inf=skipped)
+    for name, route in heads.routes(config).items():
+        if not route.config.head.overlap:  # the verdict is known after the backbone's backward only
+            _tell(heads[name].optimizer, grad_scale=loss_scale, found_inf=skipped)
     optimizer.step()
-    head.optimizer.step()
+    for head in heads.values():
+        head.optimizer.step()
     scaler.update()
     optimizer.zero_grad()
     for buffer, old in zip(statistics, before, strict=True):  # they saw the bad batch already

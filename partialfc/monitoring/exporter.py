@@ -57,7 +57,7 @@ OF_RANK_0 = (
     Exported("checkpoint_last_step", "Step of the newest complete checkpoint"),
     Exported("checkpoint_last_timestamp_seconds", "When the newest checkpoint was complete"),
     Exported("checkpoint_size_bytes", "Size of the newest checkpoint"),
-    Exported("loss_of_plugin", "Loss of a plug-in of this step, without its weight"),
+    Exported("loss_of_plugin", "Loss of a plug-in or a head at this step, without its weight"),
     Exported("epoch_of_set", "Passes over the images of one of several sets so far"),
     Exported("checkpoint_interval_steps", "Steps between checkpoints; 0 saves at the end only"),
     Exported("folder_free_bytes", "Free space where the run's folder is"),

@@ -13,6 +13,7 @@ import torch
 
 from partialfc.checkpoint import folder as checkpoint_folder
 from partialfc.config import Config, ConfigError, config_hash
+from partialfc.config.heads import each_head
 from partialfc.distributed.agreement import collective_device
 from partialfc.distributed.ranks import gather_rows, wait_seconds
 from partialfc.monitoring.exporter import OF_EVERY_RANK, OF_RANK_0, Exported, Exporter
@@ -29,7 +30,7 @@ _OF_RECORDS = tuple(Exported(metric.exported or metric.name, metric.help) for me
 
 
 def _named_by_settings(name: str) -> tuple[str, dict[str, str]]:
-    """Sets of images, and losses of plug-ins, have names that nobody knew."""
+    """Sets of images, and losses of plug-ins and of heads, have names that nobody knew."""
     if name.startswith("epoch_"):
         return "epoch_of_set", {"set": name.removeprefix("epoch_")}
     return "loss_of_plugin", {"loss": name.removeprefix("loss_")}
@@ -135,7 +136,7 @@ class Monitor:
             "run_info",
             1,
             backbone=config.backbone.name,
-            margin=config.head.margin.name,
+            margin=", ".join(one.head.margin.name for one in each_head(config).values()),
             device=self._runtime.device.type,
             config_hash=config_hash(config),
         )

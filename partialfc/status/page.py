@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
+from partialfc.config.heads import each_head
 from partialfc.records.ledger import Start, was_stopped
 from partialfc.records.pages import Series, line_chart, render, time_parts
 from partialfc.status.alarms import alarms
@@ -65,8 +66,10 @@ def _what(run: Snapshot) -> str:
     return " · ".join(
         (
             config.backbone.name,
-            config.head.margin.name,
-            f"sample rate {config.head.sample_rate:g}",
+            *(
+                f"{name} {one.head.margin.name} · sample rate {one.head.sample_rate:g}".lstrip()
+                for name, one in each_head(config).items()
+            ),
             f"batch {config.data.global_batch:,}",
             config.precision.compute,
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from partialfc.config import Config, ConfigError
+from partialfc.config.heads import sets_of
 from partialfc.data.arrangements import arrangement
 from partialfc.data.dataset import DataSet, open_dataset
 from partialfc.data.joined import JoinedSets
@@ -16,6 +17,7 @@ from partialfc.data.skip_list import read_skip_lists
 from partialfc.errors import in_words
 from partialfc.head.options import Sets
 from partialfc.keyed import key
+from partialfc.model.heads import Numbering
 
 
 def open_images(config: Config) -> DataSet:
@@ -92,13 +94,35 @@ def order_of(config: Config, dataset: DataSet) -> AnyOrder:
     return OrderOfSets(tuple(orders), seed, data.images_per_identity or 1, uneven_by)
 
 
-def sets_of_identities(config: Config, dataset: DataSet) -> Sets | None:
-    """Return which identities may be the same people unknown; ``None`` if none may."""
-    unknown = [one.same_people == "unknown" for one in config.data.by_set.values()]
-    if not any(unknown):
-        return None
-    pairs = combinations(range(len(unknown)), 2)
-    return Sets(
-        sizes=tuple(len(part.identities) for part in dataset.parts),
-        may_share=tuple(pair for pair in pairs if any(unknown[number] for number in pair)),
-    )
+def numberings(config: Config, dataset: DataSet) -> dict[str, Numbering]:
+    """Return how each head numbers the identities of a run, by its name."""
+    if not dict(config.heads):
+        whole = (range(dataset.num_identities),)
+        return {"": Numbering(whole, sets_of_identities(config, dataset))}
+    spans = {
+        name: part.identities for name, part in zip(config.data.by_set, dataset.parts, strict=True)
+    }
+    return {
+        head: Numbering(
+            tuple(spans[name] for name in names), sets_of_identities(config, dataset, names)
+        )
+        for head, names in sets_of(config).items()
+    }
+
+
+def sets_of_identities(
+    config: Config, dataset: DataSet, names: Sequence[str] | None = None
+) -> Sets | None:
+    """Return which identities of a head may be the same people unknown; ``None`` if none may.
+
+    Args:
+        config: Of the run.
+        dataset: Its images.
+        names: Of the sets of the head; all of them by default.
+    """
+    sets = zip(config.data.by_set.items(), dataset.parts, strict=False)
+    found = {name: (one.same_people == "unknown", part) for (name, one), part in sets}
+    own = [found[name] for name in (found if names is None else names)]
+    pairs = [pair for pair in combinations(range(len(own)), 2) if any(own[n][0] for n in pair)]
+    sizes = tuple(len(part.identities) for _, part in own)
+    return Sets(sizes=sizes, may_share=tuple(pairs)) if pairs else None

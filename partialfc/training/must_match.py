@@ -5,6 +5,7 @@ from partialfc.checkpoint.loading import LABELS
 from partialfc.checkpoint.shards import kept_shards, refuse_more_ranks
 from partialfc.checkpoint.teacher import Teacher
 from partialfc.config import Config, config_hash
+from partialfc.config.heads import each_head, section_of_head, sets_of
 from partialfc.data.dataset import DataSet
 from partialfc.distributed.agreement import from_leader
 from partialfc.runtime.process import Runtime
@@ -39,13 +40,12 @@ def must_match(
         "backbone.lora": _lora(config),
         "precision.compute": config.precision.compute,
         "optimizer.name": config.optimizer.name,
-        "head.optimizer.name": config.head.optimizer.name,
-        "head.optimizer.momentum_format": getattr(config.head.optimizer, "momentum_format", None),
-        "head.optimizer.unsampled": _unsampled(config),
-        "head.sample_rate": config.head.sample_rate,
-        "head.compute": config.head.compute,
-        "head.center_format": config.head.center_format,
-        "head.margin": config.head.margin.model_dump(mode="json"),
+        **{
+            f"{section_of_head(name)}.{key}": value
+            for name, one in each_head(config).items()
+            for key, value in _of_a_head(one).items()
+        },
+        **{f"heads.{name}.sets": [*sets] for name, sets in sets_of(config).items()},
         "losses": config.losses.model_dump(mode="json", exclude={"teacher"}),
     }
     if len(sets := config.data.by_set) > 1:  # the fingerprints say which images
@@ -60,6 +60,19 @@ def must_match(
     return facts if settings.weight else {**facts, "losses.teacher": None}
 
 
+def _of_a_head(config: Config) -> dict[str, object]:
+    head = config.head
+    return {
+        "optimizer.name": head.optimizer.name,
+        "optimizer.momentum_format": getattr(head.optimizer, "momentum_format", None),
+        "optimizer.unsampled": _unsampled(config),
+        "sample_rate": head.sample_rate,
+        "compute": head.compute,
+        "center_format": head.center_format,
+        "margin": head.margin.model_dump(mode="json"),
+    }
+
+
 def _options(config: Config) -> dict[str, object] | None:
     """What a backbone takes besides, if not the defaults: a new option changes no older run."""
     return config.backbone.options.model_dump(mode="json", exclude_defaults=True) or None
@@ -72,13 +85,15 @@ def _lora(config: Config) -> dict[str, object] | None:
     return lora.model_dump(mode="json") | lists if lora.rank else None
 
 
-def agreed_shards(config: Config, runtime: Runtime) -> int:
-    """Return the canonical shards of the checkpoint to go on from; 0 if there is none. Collective.
+def agreed_shards(config: Config, runtime: Runtime) -> dict[str, int]:
+    """Return the canonical shards of each head in the checkpoint to go on from; none if there is
+    none, or it has not this head. Collective.
 
     Raises:
         ConfigError: If there are more ranks than shards.
     """
-    shards = from_leader(kept_shards(config) if runtime.leads else 0, runtime.ranks)
+    kept = kept_shards(config) if runtime.leads else {}
+    shards = {name: from_leader(kept.get(name, 0), runtime.ranks) for name in each_head(config)}
     refuse_more_ranks(config, shards, runtime.ranks.size)
     return shards
 

@@ -14,7 +14,7 @@ from partialfc.data.dataset import DataSet
 from partialfc.evaluation.sets import Evaluation
 from partialfc.model.build import Model, build
 from partialfc.runtime.process import running
-from partialfc.training.images import open_images, sets_of_identities
+from partialfc.training.images import numberings, open_images
 from partialfc.training.must_match import agreed_shards, must_match
 
 
@@ -51,13 +51,7 @@ def open_run(folder: Path) -> Iterator[OpenRun]:
         except ConfigError as error:
             raise ConfigError(f"{folder}: {error}") from error
         shards = agreed_shards(config, runtime)
-        model = build(
-            config,
-            runtime,
-            dataset.num_identities,
-            kept_shards=shards,
-            sets=sets_of_identities(config, dataset),
-        )
+        model = build(config, runtime, numberings(config, dataset), kept_shards=shards)
         newest = checkpoint.newest(folder / "checkpoints", runtime, tidy=False)
         if newest is None:
             raise ConfigError(f"{folder}: it has no checkpoint.")
@@ -66,5 +60,6 @@ def open_run(folder: Path) -> Iterator[OpenRun]:
             model.average.install()
         restore_base(newest, model.backbone, config, state_at)
         merge(model.backbone)
-        model.head.optimizer.catch_up(None)  # rows that move unsampled
+        for head in model.heads.values():
+            head.optimizer.catch_up(None)  # rows that move unsampled
         yield OpenRun(config, dataset, model, Evaluation(config, runtime))

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from partialfc.config import Config, ConfigError
+from partialfc.config.heads import each_head
 from partialfc.data.dataset import DataSet
 from partialfc.data.loaders.stream import Batches
 from partialfc.data.source import files_of
@@ -28,6 +29,7 @@ from partialfc.distributed.agreement import all_agree, collective_device, words_
 from partialfc.distributed.ranks import gather_rows, sum_to_owner
 from partialfc.model.build import new_backbone, row_rule_of
 from partialfc.model.frozen import freeze, frozen_words
+from partialfc.model.heads import Numbering
 from partialfc.model.optimizer import kept_numbers, muon_matrices
 from partialfc.records.console import show_table
 from partialfc.records.environment import package_version
@@ -62,7 +64,11 @@ class Finding:
 
 
 def preflight(
-    config: Config, runtime: Runtime, dataset: DataSet, open_batches: Callable[[], Batches]
+    config: Config,
+    runtime: Runtime,
+    dataset: DataSet,
+    identities: Mapping[str, Numbering],
+    open_batches: Callable[[], Batches],
 ) -> list[Finding]:
     """Check everything; return the findings on every rank. Collective.
 
@@ -70,6 +76,7 @@ def preflight(
         config: Settings of the run.
         runtime: This rank.
         dataset: Its images.
+        identities: Those of each head.
         open_batches: Opens this rank's batches from the start of the run.
     """
     checks = (
@@ -79,7 +86,7 @@ def preflight(
         _collectives(config, runtime),
         _decoding(runtime, open_batches),
         _pack(runtime, dataset),
-        _disk(config, runtime, dataset),
+        _disk(config, runtime, identities),
     )
     return [finding for check in checks for finding in check]
 
@@ -256,7 +263,9 @@ def _read_speed(files: Iterable[Path]) -> float:
     return max(count, 1) / (time.monotonic() - start)
 
 
-def _disk(config: Config, runtime: Runtime, dataset: DataSet) -> Iterator[Finding]:
+def _disk(
+    config: Config, runtime: Runtime, identities: Mapping[str, Numbering]
+) -> Iterator[Finding]:
     folder = config.run.folder
     bytes_per_second = 0.0
     problem = ""
@@ -277,7 +286,8 @@ def _disk(config: Config, runtime: Runtime, dataset: DataSet) -> Iterator[Findin
         )
         return
     speed = writers[:, 0][writers[:, 0] > 0].min().item()
-    needed = checkpoint_bytes(config, dataset.num_identities, runtime.ranks.size)
+    of_heads = {name: one.count for name, one in identities.items()}
+    needed = checkpoint_bytes(config, of_heads, runtime.ranks.size)
     free = _of_all([float(shutil.disk_usage(folder).free)], runtime).min().item()
     kept = config.checkpoint.keep + 1
     value = (
@@ -318,8 +328,14 @@ def _backbone(config: Config) -> nn.Module:
         return new_backbone(config)
 
 
-def checkpoint_bytes(config: Config, num_identities: int, ranks: int) -> int:
-    """Return the size of a checkpoint to within a few percent: weights and their momenta."""
+def checkpoint_bytes(config: Config, identities: int | Mapping[str, int], ranks: int) -> int:
+    """Return the size of a checkpoint to within a few percent: weights and their momenta.
+
+    Args:
+        config: Settings of the run.
+        identities: Of the head, or of each of several.
+        ranks: World size.
+    """
     backbone = _backbone(config)
     freeze(backbone, config.backbone.freeze)
     sizes = {name: p.numel() for name, p in backbone.named_parameters() if p.requires_grad}
@@ -331,13 +347,19 @@ def checkpoint_bytes(config: Config, num_identities: int, ranks: int) -> int:
     lora = config.backbone.lora.rank > 0  # what is not trained is not in it
     weights = trained if lora else sum(parameter.numel() for parameter in backbone.parameters())
     buffers = sum(buffer.numel() for buffer in backbone.buffers())
-    width = 4 if config.head.center_format == "fp32" else 2
-    center = torch.empty(1, config.backbone.embedding_dim, device="meta")
-    row = sum(state.nbytes for state in row_rule_of(config).new_states(center).values())
-    row += config.backbone.embedding_dim * width
     buffers *= 1 + ranks * (ranks > 1)  # their mean, and each rank's own
     of_backbone = 4 * (weights + kept + buffers)
-    return of_backbone + num_identities * row
+    of_heads = identities if isinstance(identities, Mapping) else {"": identities}
+    each = each_head(config)
+    return of_backbone + sum(count * _row_bytes(each[name]) for name, count in of_heads.items())
+
+
+def _row_bytes(config: Config) -> int:
+    """A center and its states."""
+    center = torch.empty(1, config.backbone.embedding_dim, device="meta")
+    states = row_rule_of(config).new_states(center).values()
+    width = 4 if config.head.center_format == "fp32" else 2
+    return sum(state.nbytes for state in states) + config.backbone.embedding_dim * width
 
 
 def _of_all(values: list[float], runtime: Runtime) -> Tensor:

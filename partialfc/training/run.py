@@ -4,9 +4,10 @@ import hashlib
 import json
 import math
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ from partialfc.checkpoint.trained_backbone import state_at
 from partialfc.checkpoint.warm_start import warm_start
 from partialfc.config import Config, ConfigError, to_toml
 from partialfc.config.conflicts import head_compute
+from partialfc.config.heads import each_head
 from partialfc.data.loaders.stream import Batches
-from partialfc.data.names import NAMES, names_of
+from partialfc.data.names import NAMES, Names, names_file, names_of
 from partialfc.distributed.agreement import any_rank, words_of_any
 from partialfc.errors import CrashLoopError, Preempted
 from partialfc.evaluation.sets import Evaluation
@@ -30,6 +32,7 @@ from partialfc.margins import guidance
 from partialfc.model.adapted import adapted_words
 from partialfc.model.build import Model, build
 from partialfc.model.frozen import frozen_words
+from partialfc.model.heads import Numbering
 from partialfc.model.optimizer import groups_in_words
 from partialfc.model.step import train_step
 from partialfc.records.console import from_here
@@ -48,7 +51,7 @@ from partialfc.training.data import (
     sets_in_words,
     with_next,
 )
-from partialfc.training.images import sets_of_identities
+from partialfc.training.images import numberings
 from partialfc.training.must_match import agreed_shards, must_match
 from partialfc.training.preflight import Finding, preflight, report
 from partialfc.training.recorder import Recorder
@@ -84,18 +87,13 @@ def _train(config: Config, runtime: Runtime) -> None:
     data = open_training_data(config, runtime)
     evaluation = Evaluation(config, runtime)
     teacher = open_teacher(config, data.dataset, runtime)
-    model = build(
-        config,
-        runtime,
-        data.dataset.num_identities,
-        kept_shards=shards,
-        sets=sets_of_identities(config, data.dataset),
-    )
+    numbered = numberings(config, data.dataset)
+    model = build(config, runtime, numbered, kept_shards=shards)
     facts = must_match(config, data.dataset, teacher)
     if runtime.leads:
         if words := sets_in_words(data):
             print(f"sets: {words}", flush=True)
-        _warn(config, model, data.dataset.num_identities)
+        _warn(config, model)
     if not config.run.resume and checkpoint.exist(folder / "checkpoints"):
         raise ConfigError(
             f"run.resume = false with run.folder = {str(folder)!r}, which holds checkpoints of a "
@@ -120,7 +118,7 @@ def _train(config: Config, runtime: Runtime) -> None:
                 write_text(folder / "config.toml", settings)
             with unessential(folder / NAMES):
                 if step == 0 and (names := names_of(data.dataset)):
-                    write_text(folder / NAMES, json.dumps(names, indent=0) + "\n")
+                    _write_names(folder, names, numbered)
         with (
             Recorder(
                 config,
@@ -160,7 +158,20 @@ def look_before(config: Config, runtime: Runtime) -> list[Finding]:
     """Return what a look at the machines finds, before a run or instead of it. Collective."""
     agreed_shards(config, runtime)
     data = open_training_data(config, runtime)
-    return preflight(config, runtime, data.dataset, lambda: open_batches(config, runtime, data, 0))
+    return preflight(
+        config,
+        runtime,
+        data.dataset,
+        numberings(config, data.dataset),
+        lambda: open_batches(config, runtime, data, 0),
+    )
+
+
+def _write_names(folder: Path, names: Names, numbered: Mapping[str, Numbering]) -> None:
+    """Whom each head's identities are, in a file for each of several."""
+    for head, numbering in numbered.items():
+        own = [names[number] for span in numbering.spans for number in span]
+        write_text(folder / names_file(head), json.dumps(own, indent=0) + "\n")
 
 
 def _announce(config: Config, runtime: Runtime) -> None:
@@ -168,17 +179,18 @@ def _announce(config: Config, runtime: Runtime) -> None:
     ranks, device = runtime.ranks.size, runtime.device
     name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     threads = torch.get_num_threads()
+    of_heads = (head_compute(one, device.type) for one in each_head(config).values())
     print(
         f"{ranks} rank{'s' * (ranks > 1)} on {device.type}{name}, {threads} thread"
         f"{'s' * (threads > 1)} each; backbone {config.precision.compute}, head "
-        f"{head_compute(config, device.type)}",
+        f"{', '.join(dict.fromkeys(of_heads))}",
         flush=True,
     )
     if sentence := elastic_warning(config, own_place()):
         print(f"warning: {sentence}", flush=True)
 
 
-def _warn(config: Config, model: Model, num_identities: int) -> None:
+def _warn(config: Config, model: Model) -> None:
     words = (
         frozen_words(model.backbone, config.backbone.freeze),
         adapted_words(model.backbone, config.backbone.lora),
@@ -188,9 +200,8 @@ def _warn(config: Config, model: Model, num_identities: int) -> None:
         print(f"backbone: {'; '.join(filter(None, words))}", flush=True)
     losses = model.losses.losses.items()
     pairs = [name for name, one in losses if one.loss.compares_pairs]
-    sampled = max(2, math.ceil(num_identities * config.head.sample_rate))
     for sentence in (
-        *guidance.warnings(model.head.margin, sampled, config.backbone.embedding_dim),
+        *_of_margins(config, model),
         *(
             ['backbone.shard = "fsdp2": on one rank there is nothing to divide the backbone among.']
             if config.backbone.shard == "fsdp2" and model.shards is None
@@ -199,6 +210,14 @@ def _warn(config: Config, model: Model, num_identities: int) -> None:
         *guidance.pair_warnings(pairs, config.data.images_per_identity),
     ):
         print(f"warning: {sentence}", flush=True)
+
+
+def _of_margins(config: Config, model: Model) -> Iterator[str]:
+    for name, one in each_head(config).items():
+        head = model.heads[name]
+        sampled = max(2, math.ceil(head.sharding.num_identities * one.head.sample_rate))
+        for sentence in guidance.warnings(head.margin, sampled, config.backbone.embedding_dim):
+            yield f"heads.{name}: {sentence}" if name else sentence
 
 
 def _refuse_crash_loop(
@@ -278,12 +297,13 @@ class _Loop:
 
     def run(self, step: int, total_steps: int, asked_to_stop: Callable[[], bool]) -> int:
         """Go from ``step`` to the end, or to where it is asked to stop; return the step reached."""
-        config, head, recorder = self.config, self.model.head, self.recorder
+        config, heads, recorder = self.config, self.model.heads, self.recorder
         ledger = recorder.ledger
         if step == 0 or step >= total_steps:
             self._verify(step)
         ledger.switch("train")
-        stop, pairs = False, with_next(self.batches, want_next=head.memory.uses_host)
+        uses_host = any(head.memory.uses_host for head in heads.values())
+        stop, pairs = False, with_next(self.batches, want_next=uses_host)
         while step < total_steps and not stop:
             with recorder.waiting():
                 batch, next_identities = next(pairs)
@@ -296,7 +316,7 @@ class _Loop:
             )
             self.saver.check()
             if next_identities is not None:
-                head.prefetch(next_identities, config.uneven_shares(head.ranks.size))
+                heads.prefetch(config, next_identities)
             lesson_of = None
             if self.teacher is not None:
                 final_factor = config.losses.teacher.final_factor

@@ -19,6 +19,7 @@ from rich.progress import Progress
 from partialfc.checkpoint.center_file import open_centers
 from partialfc.checkpoint.trained_backbone import is_start
 from partialfc.config import Config, ConfigError
+from partialfc.config.heads import each_head, section_of_head
 from partialfc.data.dataset import DataSet
 from partialfc.data.images.formats import decode_image
 from partialfc.definitions.phrases import to_value
@@ -47,18 +48,20 @@ def refuse_two_starts(config: Config) -> None:
         ConfigError: If it is so.
     """
     place = config.run.start_from
-    if config.head.start != "random" and place is not None and is_start(place):
-        raise ConfigError(
-            f"head.start = {to_value(config.head.start)} with run.start_from = {to_value(place)}: "
-            "that folder has class centers, of added identities too. Remove head.start, or name "
-            "the run itself, for its backbone alone."
-        )
+    for name, one in each_head(config).items():
+        if one.head.start != "random" and place is not None and is_start(place):
+            key = f"{section_of_head(name)}.start"
+            raise ConfigError(
+                f"{key} = {to_value(one.head.start)} with run.start_from = {to_value(place)}: "
+                f"that folder has class centers, of added identities too. Remove {key}, or name "
+                "the run itself, for its backbone alone."
+            )
 
 
 def begin_centers(
     config: Config, runtime: Runtime, model: Model, dataset: DataSet, evaluation: Evaluation
 ) -> None:
-    """Put what ``head.start`` names into the centers of a new run. Collective.
+    """Put what ``head.start`` names into the centers of a new run, head by head. Collective.
 
     Memory: a piece of the file; for the mean of images, fp32 rows of this rank's identities.
 
@@ -72,11 +75,24 @@ def begin_centers(
     Raises:
         ConfigError: If the file does not fit, is damaged or has a number that is not finite.
     """
-    settings, head = config.head, model.head
-    if settings.start == "random":
-        return
+    for name, one in each_head(config).items():
+        if one.head.start != "random":
+            _begin(one, runtime, model, name, dataset, evaluation)
+
+
+def _begin(
+    config: Config,
+    runtime: Runtime,
+    model: Model,
+    name: str,
+    dataset: DataSet,
+    evaluation: Evaluation,
+) -> None:
+    """Of the head of a name, whose settings are ``config.head``."""
+    settings, head = config.head, model.heads[name]
+    key = f"{section_of_head(name)}.start"
     if settings.start_file is None:
-        pieces = _means(config, runtime, model, dataset, evaluation)
+        pieces = _means(config, runtime, model, name, dataset, evaluation)
     else:
         pieces = _rows(settings.start_file, head)
     without, problem = 0, ""
@@ -93,13 +109,14 @@ def begin_centers(
     except (OSError, ValueError) as error:
         problem = in_words(error)
     if problem := words_of_any(problem, runtime.ranks):
-        raise ConfigError(f"head.start = {to_value(settings.start)}: {problem}")
+        raise ConfigError(f"{key} = {to_value(settings.start)}: {problem}")
     without = total(without, runtime.ranks)
     if runtime.leads:
         count = head.sharding.num_identities
         others = f"; {without:,} without one stay random" if without else ""
         print(
-            f"class centers begin at {settings.start}: {count - without:,} of {count:,}{others}",
+            f"class centers{name and f' of {name}'} begin at {settings.start}: "
+            f"{count - without:,} of {count:,}{others}",
             flush=True,
         )
 
@@ -111,13 +128,18 @@ def _rows(path: Path, head: PartialFC) -> Pieces:
 
 
 def _means(
-    config: Config, runtime: Runtime, model: Model, dataset: DataSet, evaluation: Evaluation
+    config: Config,
+    runtime: Runtime,
+    model: Model,
+    name: str,
+    dataset: DataSet,
+    evaluation: Evaluation,
 ) -> Pieces:
     """The sums of unit embeddings of each own identity. Collective, before the first piece.
 
     Two collectives for every ``_SAMPLES`` images. What cannot be decoded is left out.
     """
-    head, unusable = model.head, 0
+    head, unusable = model.heads[name], 0
     owned = head.owned
     size = len(owned), head.embedding_dim
     sum_CD = host_tensor("start", size, torch.float32, config.head.host_folder, pinned=False)
@@ -131,7 +153,8 @@ def _means(
             bad_n = sum_over_ranks(times_n, runtime.ranks).cpu().numpy() > 0
             unusable += int(bad_n.sum())
             unit_nD = _unit(row_nD)
-            of_n, identity_n = _pairs(dataset, sample_n)
+            of_n, of_run_n = _pairs(dataset, sample_n)
+            identity_n = model.heads.numbered(name, torch.from_numpy(of_run_n)).numpy()
             own_n = ~bad_n[of_n] & (identity_n >= owned.start) & (identity_n < owned.stop)
             at_n = torch.from_numpy(identity_n[own_n] - owned.start)
             sum_CD.index_add_(0, at_n, torch.from_numpy(unit_nD[of_n[own_n]]))

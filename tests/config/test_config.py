@@ -218,8 +218,8 @@ def keys_of(names, prefix: str) -> Iterator[str]:
             MINIMAL + "[sched]\nname = 'linear'\n",
             [],
             'sched = {name = "linear"}: unknown section. Did you mean schedule? The file takes '
-            "[run], [data], [backbone], [precision], [head], [losses], [optimizer], [schedule], "
-            "[verification], [checkpoint], [log], [monitor].",
+            "[run], [data], [backbone], [precision], [head], [heads], [losses], [optimizer], "
+            "[schedule], [verification], [checkpoint], [log], [monitor].",
         ),
         (  # out of range
             MINIMAL + "[head]\nsample_rate = 1.5\n",

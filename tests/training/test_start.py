@@ -52,7 +52,7 @@ def begun(rank, world_size, path, margin=None, center_format="fp32"):
     config = settings(head={"start": str(path)})
     precision = Precision(center_format=center_format)
     head = PartialFC(C, D, margin or ArcFace(), precision=precision, canonical_shards=4)
-    start.begin_centers(config, runtime(), SimpleNamespace(head=head), None, None)
+    start.begin_centers(config, runtime(), SimpleNamespace(heads={"": head}), None, None)
     return head.centers.detach().clone()
 
 

@@ -6,6 +6,7 @@ Shape suffixes: B = images of the global micro-batch, D = embedding, n = sampled
 T = rows of a tile.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -17,6 +18,7 @@ from partialfc.commands._estimate.backbone import Device, MemoryItem, TensorMete
 from partialfc.commands._estimate.start import start_parts
 from partialfc.config import Config, ConfigError, conflicts
 from partialfc.config.conflicts import head_compute, memory_of
+from partialfc.config.heads import each_head, rows_of_heads, section_of_head
 from partialfc.head.plan import Machine, Plan
 from partialfc.head.rows.formats import DTYPES
 from partialfc.head.rows.optimizer import RowOptimizer
@@ -44,6 +46,55 @@ class ShardSizes:
     """Bytes of exponentials kept between the passes."""
     exponentials: int
     """Bytes of all of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class OfHead:
+    """One head of a run.
+
+    Attributes:
+        name: "" for the head of a run without ``[heads]``.
+        config: The settings as if it were the only head, and its images the whole batch.
+        identities: C.
+        shard: What the largest rank has of it.
+    """
+
+    name: str
+    config: Config
+    identities: int
+    shard: ShardSizes
+
+    @property
+    def group(self) -> str:
+        """What its parts are listed under."""
+        return section_of_head(self.name)
+
+
+def heads_of(
+    config: Config, identities: Mapping[str, int], world_size: int, device: Device
+) -> list[OfHead]:
+    """Return the heads of a run.
+
+    Args:
+        config: Settings of the run.
+        identities: Of each head, by name.
+        world_size: Ranks.
+        device: Of them.
+
+    Raises:
+        ConfigError: As of :func:`shard_of`.
+    """
+    found, parts = [], config.optimizer.accumulation
+    rows = rows_of_heads(config)
+    for name, one in each_head(config).items():
+        own_B = rows[name]
+        if own_B is not None:
+            batch = -(-int(own_B.sum()) // parts) * parts
+            data = one.data.model_copy(update={"global_batch": batch})
+            one = one.model_copy(update={"data": data})
+        count = identities[name]
+        found.append(OfHead(name, one, count, shard_of(one, count, world_size, device)))
+    return found
 
 
 def shard_of(config: Config, identities: int, world_size: int, device: Device) -> ShardSizes:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from partialfc.commands._estimate.backbone import Device, MemoryItem, TensorMeter
-from partialfc.commands._estimate.head import ShardSizes, dim_of
+from partialfc.commands._estimate.head import OfHead, dim_of
 from partialfc.config import Config
 from partialfc.config.conflicts import head_compute
 from partialfc.distributed.ranks import Ranks
@@ -51,7 +51,7 @@ class LossCost:
 
 def count_losses(
     config: Config,
-    shard: ShardSizes,
+    heads: Sequence[OfHead],
     world_size: int,
     device: Device,
     teacher_dim: int | None = None,
@@ -59,8 +59,7 @@ def count_losses(
     """Return what the losses that have a weight take on a rank; a teacher's embeddings have a
     length."""
     batch = config.data.global_batch // config.optimizer.accumulation
-    dim, margin = config.backbone.embedding_dim, margin_of(config)
-    compute = head_compute(config, device)
+    dim = config.backbone.embedding_dim
     whole = 4 * batch * dim
     found = []
     losses = embedding_losses(config).losses
@@ -83,14 +82,25 @@ def count_losses(
         kept, moved = whole // world_size, 2 * whole + taught
         names = ", ".join(losses)
         found.append(LossCost(names, peak + gathered, kept, 0, flops, made, moved))
-    row = dim_of(config, margin)
+    for head in heads:
+        found += _of_centers(head, device)
+    return found
+
+
+def _of_centers(head: OfHead, device: Device) -> list[LossCost]:
+    """Of the losses on a head's centers."""
+    config, shard, name = head.config, head.shard, head.name and f"{head.name} "
+    batch = config.data.global_batch // config.optimizer.accumulation
+    dim, compute = config.backbone.embedding_dim, head_compute(config, device)
+    whole, row = 4 * batch * dim, dim_of(config, margin_of(config))
+    found = []
     vectors = [((batch, row), operand_dtype(compute)), ((batch, row), torch.float32)]
     if config.losses.center.weight:
 
         def center(query_BD: Tensor, own_BD: Tensor) -> CenterTerm:
             return center_loss(query_BD, own_BD, _targets(batch), dim, Ranks())
 
-        found.append(LossCost("center", *_with_pulls(_count(center, vectors), 1, whole), 4))
+        found.append(LossCost(f"{name}center", *_with_pulls(_count(center, vectors), 1, whole), 4))
     if config.losses.inter_class.weight:
         logits = Logits(
             scale=1.0, unit=True, largest=1.0, compute=compute, per_identity=shard.per_identity
@@ -106,7 +116,8 @@ def count_losses(
         peak, flops, made = _count(inter_class, [*vectors, tile])
         tiles = max(1, shard.sampled // max(1, shard.tile))
         of_tiles = peak, flops * tiles, made * tiles
-        found.append(LossCost("inter_class", *_with_pulls(of_tiles, 2, whole), 2 * whole, compute))
+        costs = _with_pulls(of_tiles, 2, whole)
+        found.append(LossCost(f"{name}inter_class", *costs, 2 * whole, compute))
     return found
 
 

@@ -10,8 +10,8 @@ _COPIES = 3
 """Of a piece in fp64: its rows, the turned ones, and these in their format."""
 
 
-def refuse_other_centers(config: Config, identities: int) -> None:
-    """Refuse a file that does not fit, where it is on this machine.
+def refuse_other_centers(config: Config, identities: int, key: str = "head") -> None:
+    """Refuse a file that does not fit, where it is on this machine; ``key`` is the head's section.
 
     Raises:
         ConfigError: If it has another shape or dtype, or is damaged.
@@ -22,7 +22,7 @@ def refuse_other_centers(config: Config, identities: int) -> None:
     try:
         open_centers(path, identities, config.backbone.embedding_dim)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"head.start = {to_value(path)}: {in_words(error)}") from error
+        raise ConfigError(f"{key}.start = {to_value(path)}: {in_words(error)}") from error
 
 
 def start_parts(config: Config, identities: int, device: Device) -> list[MemoryItem]:

@@ -11,7 +11,7 @@ from partialfc.commands._estimate.backbone import (
     exchanged_bytes,
     is_divided,
 )
-from partialfc.commands._estimate.head import ShardSizes, head_parts
+from partialfc.commands._estimate.head import OfHead, head_parts
 from partialfc.commands._estimate.losses import LossCost
 from partialfc.commands._estimate.teacher import TeacherCost
 from partialfc.config import Config
@@ -98,46 +98,23 @@ def seconds_of(
     config: Config,
     counted: NetworkCost,
     losses: Sequence[LossCost],
-    shard: ShardSizes,
+    heads: Sequence[OfHead],
     cluster: Cluster,
     teacher: TeacherCost | None = None,
 ) -> list[tuple[str, float, str]]:
     """Return (name, seconds, arithmetic) of the parts of a step, which add up to it."""
     gpu, ranks = cluster.gpu, cluster.ranks
-    batch, dim = config.data.global_batch, config.backbone.embedding_dim
     parts = config.optimizer.accumulation
-    compute = head_compute(config, cluster.device)
     backbone: str = config.precision.compute
     if backbone == "fp32" and config.precision.tf32 and cluster.device == "cuda":
         backbone = "tf32"
     share = BACKBONE if cluster.device == "cuda" else CPU_BACKBONE
     flops = counted.flops * parts
     backbone_seconds = flops / (getattr(gpu, backbone) * share)
-
-    products = 4 - shard.kept / max(1, shard.exponentials)
-    head_flops = products * 2 * batch * shard.sampled * dim
-    head_rate = getattr(gpu, compute) * PRODUCTS * HEAD_SHARE
-    (_, states, *_) = head_parts(config, shard, ranks, cluster.device)
-    center_bytes = {"fp32": 4, "bf16": 2, "fp16": 2}[config.head.center_format] * dim
-    state_bytes = states.bytes[0] / max(1, shard.rows)
-    moves = getattr(config.head.optimizer, "unsampled", "stay") == "move"
-    caught_up = 2 * (moves and config.head.sample_rate < 1)  # read and written before pass 1
-    times = 4 + caught_up, 2 + caught_up
-    row_bytes = shard.sampled * (times[0] * center_bytes + times[1] * state_bytes)
     trained = counted.trained // (ranks if is_divided(config, ranks) else 1)
     weight_bytes = trained * _PASSES[config.optimizer.name]
     # The average: its distance to the weights, the distance times a factor, their sum.
     weight_bytes += (trained + counted.buffers) * (3 + 2 + 3) * (config.backbone.ema > 0)
-
-    operand = 2 if compute == "bf16" else 4
-    moved = {
-        "all-gather": batch * (dim * operand + 8),
-        "all-reduce of sums": 2 * 2 * batch * 4 // parts,
-        "reduce-scatter": batch * dim * 4,
-    }
-    hop = LATENCY if cluster.nodes == 1 else NETWORK_LATENCY
-    if losses:
-        moved["losses' collectives"] = parts * sum(loss.moved for loss in losses)
     found = [
         (
             "backbone",
@@ -145,18 +122,7 @@ def seconds_of(
             f"{flops / TERA:.2f} TFLOP counted / ({getattr(gpu, backbone) / TERA:.4g} TFLOP/s "
             f"{backbone} x {share})",
         ),
-        (
-            "head: products",
-            head_flops / head_rate,
-            f"{products:.2f} x 2 x {batch:,} x {shard.sampled:,} x {dim} FLOP / "
-            f"({getattr(gpu, compute) / TERA:.4g} TFLOP/s {compute} x {PRODUCTS} x {HEAD_SHARE})",
-        ),
-        (
-            "head: rows",
-            row_bytes / (gpu.bandwidth * MEMORY),
-            f"{row_bytes / GIGA:.2f} GB: centers {times[0]} times, states {times[1]} / "
-            f"({gpu.bandwidth / TERA:.4g} TB/s x {MEMORY})",
-        ),
+        *(one for head in heads for one in _products_and_rows(head, cluster)),
         (
             "backbone's update",
             weight_bytes / (gpu.bandwidth * MEMORY),
@@ -180,10 +146,18 @@ def seconds_of(
             )
         )
     if ranks > 1:
+        moved = {
+            f"{head.group}: {name}": size
+            for head in heads
+            for name, size in _moved(head, cluster).items()
+        }
+        if losses:
+            moved["head: losses' collectives"] = parts * sum(loss.moved for loss in losses)
+        hop = LATENCY if cluster.nodes == 1 else NETWORK_LATENCY
         turns = (ranks - 1) / ranks
         for name, size in moved.items():
             seconds = size * turns / cluster.ring + parts * (ranks - 1) * hop
-            found.append((f"head: {name}", seconds, f"{size / MIB:.2f} MiB in a ring"))
+            found.append((name, seconds, f"{size / MIB:.2f} MiB in a ring"))
         exchanged = exchanged_bytes(config, counted, ranks)
         whole = exchanged * turns / cluster.ring + 2 * (ranks - 1) * hop
         exposed = max(0.0, whole - HIDDEN * backbone_seconds / parts)
@@ -191,7 +165,7 @@ def seconds_of(
             ("gradients' all-reduce", exposed, f"{whole * 1e3:.2f} ms, beside backward if it can")
         )
     if cluster.device == "cpu":
-        images, own_cores = batch / ranks, usable_cores() / cluster.gpus_per_node
+        images, own_cores = config.data.global_batch / ranks, usable_cores() / cluster.gpus_per_node
         found.append(
             (
                 "decoding",
@@ -200,6 +174,48 @@ def seconds_of(
             )
         )
     return found
+
+
+def _products_and_rows(head: OfHead, cluster: Cluster) -> list[tuple[str, float, str]]:
+    config, shard, gpu = head.config, head.shard, cluster.gpu
+    batch, dim = config.data.global_batch, config.backbone.embedding_dim
+    compute = head_compute(config, cluster.device)
+    products = 4 - shard.kept / max(1, shard.exponentials)
+    head_flops = products * 2 * batch * shard.sampled * dim
+    head_rate = getattr(gpu, compute) * PRODUCTS * HEAD_SHARE
+    (_, states, *_) = head_parts(config, shard, cluster.ranks, cluster.device)
+    center_bytes = {"fp32": 4, "bf16": 2, "fp16": 2}[config.head.center_format] * dim
+    state_bytes = states.bytes[0] / max(1, shard.rows)
+    moves = getattr(config.head.optimizer, "unsampled", "stay") == "move"
+    caught_up = 2 * (moves and config.head.sample_rate < 1)  # read and written before pass 1
+    times = 4 + caught_up, 2 + caught_up
+    row_bytes = shard.sampled * (times[0] * center_bytes + times[1] * state_bytes)
+    return [
+        (
+            f"{head.group}: products",
+            head_flops / head_rate,
+            f"{products:.2f} x 2 x {batch:,} x {shard.sampled:,} x {dim} FLOP / "
+            f"({getattr(gpu, compute) / TERA:.4g} TFLOP/s {compute} x {PRODUCTS} x {HEAD_SHARE})",
+        ),
+        (
+            f"{head.group}: rows",
+            row_bytes / (gpu.bandwidth * MEMORY),
+            f"{row_bytes / GIGA:.2f} GB: centers {times[0]} times, states {times[1]} / "
+            f"({gpu.bandwidth / TERA:.4g} TB/s x {MEMORY})",
+        ),
+    ]
+
+
+def _moved(head: OfHead, cluster: Cluster) -> dict[str, int]:
+    """Bytes that the collectives of a head give to every rank."""
+    config = head.config
+    batch, dim = config.data.global_batch, config.backbone.embedding_dim
+    operand = 2 if head_compute(config, cluster.device) == "bf16" else 4
+    return {
+        "all-gather": batch * (dim * operand + 8),
+        "all-reduce of sums": 2 * 2 * batch * 4 // config.optimizer.accumulation,
+        "reduce-scatter": batch * dim * 4,
+    }
 
 
 def assumptions(cluster: Cluster) -> list[str]:

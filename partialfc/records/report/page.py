@@ -4,11 +4,12 @@ Nothing is loaded from anywhere: the page works from a folder, by mail and witho
 phone and on a desktop, in light and in dark.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from partialfc.records.metrics import NAMES
 from partialfc.records.pages import Series, line_chart, render, steps_of, time_parts
 from partialfc.records.report.read import RunFiles
 from partialfc.words import duration, size
@@ -93,7 +94,7 @@ def write_report(path: Path, runs: Sequence[RunFiles]) -> None:
         checkpoints=[
             (run.name, f"{step:,}", size(count)) for run in runs for step, count in run.checkpoints
         ],
-        people=[_people(run) for run in runs if run.people],
+        people=[row for run in runs for row in _people(run)],
         settings=settings,
         differing=[row for row in settings if len(set(row[1:])) > 1 and row[0] != "run.folder"],
         environment=_by_key([run.summary.get("environment", {}) for run in runs]),
@@ -119,7 +120,8 @@ def _training(runs: Sequence[RunFiles]) -> list[Figure]:
     figures: list[Figure] = []
     names = dict.fromkeys(name for run in runs for record in run.metrics for name in record)
     terms = [name for name in names if name.startswith("loss_") and name != "loss_scale"]
-    beside = [(name, f"losses.{name[5:]}, without its weight", None, False) for name in terms]
+    heads = {key.split(".")[1] for run in runs for key in run.settings if key.startswith("heads.")}
+    beside = [(name, _title(name.removeprefix("loss_"), heads), None, False) for name in terms]
     for name, title, form, log in (_CURVES[0], *beside, *_CURVES[1:]):
         series = [Series(run.name, *run.values(name), colour) for colour, run in enumerate(runs)]
         if name == "loss_scale" and all(set(one.y) <= {1.0} for one in series):
@@ -127,6 +129,14 @@ def _training(runs: Sequence[RunFiles]) -> list[Figure]:
         if chart := line_chart(series, x_label="step", form=form, log_y=log):
             figures.append((title, chart))
     return figures
+
+
+def _title(term: str, heads: Collection[str]) -> str:
+    """Of the chart of a loss that is a part of the sum."""
+    of = (name for name in heads if term == name or term.startswith(f"{name}_"))
+    head = "" if f"loss_{term}" in NAMES else max(of, key=len, default="")
+    inner = term.removeprefix(head).replace("_", ": ", 1) if head else term
+    return f"{f'heads.{head}' if head else 'losses.'}{inner}, without its weight"
 
 
 def _sets(runs: Sequence[RunFiles]) -> list[str]:
@@ -192,12 +202,14 @@ def _verified(runs: Sequence[RunFiles]) -> list[list[str]]:
     return rows
 
 
-def _people(run: RunFiles) -> tuple[str, str, str]:
-    """Name of the run, how many people it was trained on, and who, by number."""
-    shown = enumerate(run.people[:_PEOPLE])
-    words = ", ".join(f"{number} {'–' if name is None else name}" for number, name in shown)
-    more = len(run.people) - _PEOPLE
-    return run.name, f"{len(run.people):,}", words + (f", and {more:,} more" if more > 0 else "")
+def _people(run: RunFiles) -> Iterator[tuple[str, str, str]]:
+    """Name of the run and the head, how many people it was trained on, and who, by number."""
+    for head, names in run.people.items():
+        shown = enumerate(names[:_PEOPLE])
+        words = ", ".join(f"{number} {'–' if name is None else name}" for number, name in shown)
+        more = len(names) - _PEOPLE
+        name = f"{run.name}, heads.{head}" if head else run.name
+        yield name, f"{len(names):,}", words + (f", and {more:,} more" if more > 0 else "")
 
 
 def _by_key(values: Sequence[dict[str, Any]]) -> list[list[str]]:

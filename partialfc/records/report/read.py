@@ -24,7 +24,8 @@ class RunFiles:
         summary: summary.json, or nothing while it runs.
         curves: curves.json: ROC and histogram of each verification set.
         checkpoints: Step and bytes of each, oldest first.
-        people: Names of the identities that it was trained on, if its data has names.
+        people: Names of the identities that it was trained on, if its data has names; by head, ""
+            for the only one.
     """
 
     name: str
@@ -33,7 +34,7 @@ class RunFiles:
     summary: Json
     curves: Json
     checkpoints: list[tuple[int, int]]
-    people: Names
+    people: dict[str, Names]
 
     def values(self, name: str) -> tuple[list[float], list[float]]:
         """Return steps and values of a metric."""
@@ -62,8 +63,14 @@ def read_run(folder: Path) -> RunFiles:
         summary=_json(folder / "summary.json"),
         curves=_json(folder / "curves.json"),
         checkpoints=_checkpoints(folder / "checkpoints"),
-        people=read_names(folder / NAMES) if (folder / NAMES).is_file() else [],
+        people=_people(folder),
     )
+
+
+def _people(folder: Path) -> dict[str, Names]:
+    files = [folder / NAMES, *sorted(folder.glob(f"*.{NAMES}"))]
+    found = (path for path in files if path.is_file())
+    return {path.name.removesuffix(NAMES).removesuffix("."): read_names(path) for path in found}
 
 
 def _json(path: Path) -> Json:
