@@ -25,6 +25,7 @@ COMMANDS = {
     "validate": "check every image of a pack",
     "convert": "change, merge and cut packs and sets of pairs",
     "split": "split a folder by identity",
+    "overlap": "find the people that two data sets have in common",
     "clean": "list the images that a run doubts",
     "augment": "draw what augmentation does to images",
     "estimate": "say what a run needs: memory, time, GPUs",

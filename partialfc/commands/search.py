@@ -158,24 +158,26 @@ def _parser() -> argparse.ArgumentParser:
     parser = command_parser("search", __doc__)
     parser.add_argument("gallery", type=Path, help="embeddings to search in")
     parser.add_argument("queries", type=Path, help="embeddings to search for")
-    parser.add_argument("--top", type=_positive, help="nearest of each query (1)")
+    parser.add_argument("--top", type=positive, help="nearest of each query (1)")
     parser.add_argument("--pairs", action="store_true", help="row i against row i instead")
     parser.add_argument(
-        "--threshold", type=_cosine, help="cosine that is exceeded by the same person"
+        "--threshold", type=cosine, help="cosine that is exceeded by the same person"
     )
     parser.add_argument("--calibrate", type=Path, help="embeddings that give the threshold")
-    parser.add_argument("--far", type=_rate, help=f"false accept rate of --calibrate ({FAR:g})")
+    parser.add_argument("--far", type=rate, help=f"false accept rate of --calibrate ({FAR:g})")
     parser.add_argument("--out", type=Path, help="a .csv file for all results")
     return parser
 
 
-def _positive(word: str) -> int:
+def positive(word: str) -> int:
+    """Read an integer >= 1, for argparse."""
     if not word.isdecimal() or int(word) < 1:
         raise argparse.ArgumentTypeError(f"{word}: must be an integer >= 1")
     return int(word)
 
 
-def _cosine(word: str) -> float:
+def cosine(word: str) -> float:
+    """Read a cosine, for argparse."""
     try:
         value = float(word)
     except ValueError:
@@ -187,7 +189,8 @@ def _cosine(word: str) -> float:
     return value
 
 
-def _rate(word: str) -> float:
+def rate(word: str) -> float:
+    """Read a rate in (0, 1), for argparse."""
     try:
         value = float(word)
     except ValueError:
