@@ -1,9 +1,15 @@
 """Several heads of a run are those that would be trained on their rows alone."""
 
+import shutil
+
+import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from partialfc import PartialFC
+from partialfc.checkpoint import loading as checkpoint
+from partialfc.checkpoint.folder import centers_of, read_manifest
 from partialfc.config import Config, ConfigError
 from partialfc.config.heads import each_head, rows_of_heads
 from partialfc.model.build import assemble, build, margin_of, row_rule_of, seed_of
@@ -148,6 +154,49 @@ def test_ranks_and_micro_batches_change_rounding_alone(ranks, accumulation):
     for name, value in whole[2].items():
         centers = torch.cat([centers[name] for _, _, centers in parted])
         assert (centers - value).norm() <= 1e-5 * value.norm(), name
+
+
+def legs(rank, world_size, folder, more):
+    """Go on from the newest checkpoint of the folder, if there is one; save at the end."""
+    config = settings()
+    torch.manual_seed(0)
+    model = assemble(config, runtime(), Flat(8, 16), new_heads(config))
+    found, first = checkpoint.newest(folder, runtime()), 0
+    if found is not None:
+        first = checkpoint.load(found, model, {}, runtime())
+    losses = []
+    for step in range(first, first + more):
+        images, identities = (share(one, rank, world_size) for one in composed(step, config))
+        losses.append(train_step(model, config, images, identities, 0.05).loss.item())
+    checkpoint.save(folder, first + max(more, 1), model, {}, runtime(), keep=9)
+    return losses
+
+
+def rows(path, head):
+    """All rows of a head and of its states, whatever number of ranks wrote them."""
+    begin = centers_of(head)
+    files = [load_file(file) for file in sorted(path.glob(f"{begin}[0-9]*.safetensors"))]
+    return {name: np.concatenate([file[name] for file in files]) for name in files[0]}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("saved_at", "loaded_at"), [(1, 2), (2, 3), (3, 1)])
+def test_a_checkpoint_of_heads_is_read_on_any_number_of_ranks(saved_at, loaded_at, tmp_path):
+    """Rows and states as bytes, each head's under its name; the steps behind it to rounding."""
+    (straight, *_) = run_on_ranks(1, legs, tmp_path / "straight", 5)
+    (before, *_) = run_on_ranks(saved_at, legs, tmp_path / "legs", 3)
+    run_on_ranks(loaded_at, legs, tmp_path / "legs", 0)
+    written, again = (tmp_path / "legs" / f"step_{step:08d}" for step in (3, 4))
+    assert sorted(read_manifest(written)["heads"]) == ["people", "things"]
+    for head, count in (("people", 55), ("things", 20)):
+        found, other = rows(written, head), rows(again, head)
+        assert len(found["centers"]) == count
+        assert found.keys() == other.keys()
+        for name, value in found.items():
+            assert value.tobytes() == other[name].tobytes(), (head, name)
+    shutil.rmtree(again)
+    (after, *_) = run_on_ranks(loaded_at, legs, tmp_path / "legs", 2)
+    assert before + after == pytest.approx(straight, rel=1e-5)
 
 
 def test_heads_do_not_begin_with_the_same_centers_or_negatives():
