@@ -147,18 +147,20 @@ def _means(
         task = bar.add_task("class centers: embedding", total=len(dataset))
         for start in range(0, len(dataset), _SAMPLES):
             sample_n = np.arange(start, min(start + _SAMPLES, len(dataset)))
+            bar.advance(task, len(sample_n))
+            of_n, of_run_n = _pairs(dataset, sample_n)
+            identity_n = model.heads.numbered(name, torch.from_numpy(of_run_n)).numpy()
+            if not ((identity_n >= 0) & (identity_n < head.sharding.num_identities)).any():
+                continue  # all are of other heads
             reading = _Reading(dataset, sample_n, config.data.image_size)
             row_nD = evaluation.embed(model, dataset.name, len(sample_n), reading)
             times_n = torch.from_numpy(reading.bad_n).to(runtime.device, torch.int32)
             bad_n = sum_over_ranks(times_n, runtime.ranks).cpu().numpy() > 0
             unusable += int(bad_n.sum())
             unit_nD = _unit(row_nD)
-            of_n, of_run_n = _pairs(dataset, sample_n)
-            identity_n = model.heads.numbered(name, torch.from_numpy(of_run_n)).numpy()
             own_n = ~bad_n[of_n] & (identity_n >= owned.start) & (identity_n < owned.stop)
             at_n = torch.from_numpy(identity_n[own_n] - owned.start)
             sum_CD.index_add_(0, at_n, torch.from_numpy(unit_nD[of_n[own_n]]))
-            bar.advance(task, len(sample_n))
     if unusable and runtime.leads:
         print(f"warning: head.start: {unusable:,} images cannot be used, and count in no mean.")
     for start in range(0, len(owned), _ROWS):

@@ -22,6 +22,7 @@ from partialfc.margins import MARGINS
 from partialfc.model.build import build, new_backbone
 from partialfc.runtime.process import running
 from partialfc.training import start
+from partialfc.training.images import numberings, open_images
 from partialfc.training.run import train
 from tests.support.models import runtime, settings
 from tests.support.ranks import run_on_ranks
@@ -217,6 +218,31 @@ def test_the_mean_of_images_is_the_same_bits_on_any_number_of_ranks(packs, tmp_p
     random = PartialFC(len(alone), 16, ArcFace(), seed=config.run.seed).centers
     expected[WITHOUT] = random[WITHOUT]
     assert (alone - expected).abs().max() < 1e-6
+
+
+def test_each_head_begins_at_the_mean_of_its_own_images(packs, tmp_path, monkeypatch):
+    """As if it were alone, and the other head stays random; not all pieces have images of it."""
+    monkeypatch.setattr(start, "_SAMPLES", 320)
+    sets = "".join(
+        f"{name}={{train='{packs / pack}', images=12}}, "
+        for name, pack in (("letters", "train.rec"), ("others", "heldout.rec"))
+    )
+    several = ("data.train=", f"data.sets={{{sets[:-2]}}}", "heads.letters={}")
+    several = (*several, "heads.others.start=pack:mean", "head=")
+    alone = (f"data.train={packs / 'heldout.rec'}", "head.start=pack:mean")
+    found, state = [], None
+    for words_of in (several, alone):
+        config = config_of(packs, tmp_path, *words_of)
+        dataset = open_images(config)
+        model = build(config, runtime(), numberings(config, dataset))
+        state = state or model.backbone.state_dict()
+        model.backbone.load_state_dict(state)
+        before = {name: head.centers.detach().clone() for name, head in model.heads.items()}
+        start.begin_centers(config, runtime(), model, dataset, Evaluation(config, runtime()))
+        found.append({name: head.centers.detach() for name, head in model.heads.items()})
+        assert "letters" not in before or torch.equal(before["letters"], found[0]["letters"])
+    assert found[0]["others"].shape == found[1][""].shape
+    assert (found[0]["others"] - found[1][""]).abs().max() < 1e-6
 
 
 def trained(packs, folder, *overrides):
