@@ -56,6 +56,11 @@ def main(arguments: list[str]) -> int:
                 f"{options.run}: its margin {run.config.head.margin.name!r} has one center an "
                 'identity; train with head.margin.name = "subcenter_arcface".'
             )
+        if run.dataset.most is not None:
+            raise ConfigError(
+                f"{options.run}: its data.labels may give an image several identities, or none, "
+                "and which of them is wrong is not asked here. Train with one label an image."
+            )
         degrees = angles_to_dominant(run)
         dataset = run.dataset
         identities = dataset.identities(np.arange(len(dataset)))

@@ -307,6 +307,7 @@ def main(arguments: list[str]) -> int:
             "cluster": asdict(cluster),
             "identities": identities,
             **({"heads": of_heads} if "" not in of_heads else {}),
+            "positives": max(head.shard.positives for head in heads),
             "memory": {group: [asdict(part) for part in found] for group, found in parts.items()},
             "moments": dict(zip(MOMENTS, needed, strict=True)),
             "bytes": max(needed),

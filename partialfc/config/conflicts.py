@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
-from partialfc.config.heads import conflicts_of_heads, each_head, section_of_head
+from partialfc.config.heads import conflicts_of_heads, each_head, labelled_of, section_of_head
 from partialfc.config.optimizers import Schedule
 from partialfc.config.schema import nearest_multiples
 from partialfc.definitions.backbones import TIMM, refused_size
@@ -43,6 +43,7 @@ def conflicts(config: "Config") -> Iterator[str]:
     yield from conflicts_of_heads(config)
     for name, one in each_head(config).items():
         yield from _of_a_head(one, section_of_head(name))
+        yield from _of_labels(one, name)
 
 
 def _of_the_adapters(config: "Config") -> Iterator[str]:
@@ -136,6 +137,25 @@ def _of_shards(config: "Config") -> Iterator[str]:
         )
 
 
+def _of_labels(config: "Config", head: str) -> Iterator[str]:
+    """What a head takes images for, and what their labels are."""
+    several, key = config.head.several, f"{section_of_head(head)}.several"
+    labelled = labelled_of(config, head)
+    weights = [one.label_weights for one in labelled if one.label_weights is not None]
+    if (several.loss == "soft") != bool(weights):
+        given = f'with label_weights = "{weights[0]}"' if weights else "without data.label_weights"
+        yield (
+            f'{key}.loss = "{several.loss}" {given}: "soft" takes weights, and no other loss does. '
+            "Set both, or neither."
+        )
+    for name, field in type(several).model_fields.items():
+        if not labelled and (value := getattr(several, name)) != field.default:
+            yield (
+                f'{key}.{name} = "{value}": it is for images of several identities, or of none, '
+                f"and a pack has one for each. Set data.labels, or remove {name}."
+            )
+
+
 def _of_pretrained(config: "Config") -> Iterator[str]:
     path, name = config.backbone.pretrained, config.backbone.name
     if path is not None and not name.startswith(TIMM):
@@ -210,7 +230,7 @@ def memory_of(config: "Config") -> Memory:
     return Memory(**config.head.model_dump(include={field.name for field in fields(Memory)}))
 
 
-def plan_of(config: "Config", machine: Machine | None) -> Plan:
+def plan_of(config: "Config", machine: Machine | None, positives: int = 1) -> Plan:
     """Return which code computes the head; ``machine`` is ``None`` if it is not known yet."""
     margin = config.head.margin.made(config.head.margin.definition)
     return decide(
@@ -223,6 +243,7 @@ def plan_of(config: "Config", machine: Machine | None) -> Plan:
         compute=head_compute(config, machine.device if machine else "cuda"),
         fused=config.head.fused,
         sets=any(one.same_people == "unknown" for one in config.data.by_set.values()),
+        positives=positives,
     )
 
 

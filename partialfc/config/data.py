@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, model_validator
 
 from partialfc.config.defined import Defined, section_of
-from partialfc.config.schema import OneOrMore, Section, UserPath, nearest_multiples
+from partialfc.config.labels import Labelled
+from partialfc.config.schema import OneOrMore, UserPath, nearest_multiples
 from partialfc.config.sets import Set, Sets, images_of_sets, refuse_conflicts
 from partialfc.definitions import Range, Unit
 from partialfc.definitions import augment as definitions
@@ -18,7 +19,7 @@ else:
     Augment = section_of(definitions.Augment, Defined)
 
 
-class Data(Section):
+class Data(Labelled):
     """The training images and how they reach the backbone."""
 
     train: Annotated[tuple[UserPath, ...], OneOrMore, Field(strict=False, min_length=1)]
@@ -91,6 +92,12 @@ class Data(Section):
     def images_of_sets(self) -> tuple[int, ...]:
         """How many images of every global batch are of each set; with ``train`` all of one."""
         return images_of_sets(self)
+
+    @property
+    def labelled(self) -> tuple[Labelled, ...]:
+        """The images, or the sets of them, that have labels beside them."""
+        every: tuple[Labelled, ...] = (self, *self.by_set.values())
+        return tuple(one for one in every if one.labels is not None)
 
     @property
     def sources(self) -> tuple[Path, ...]:

@@ -11,6 +11,7 @@ from partialfc.config.optimizers import AnyOfCenters, SgdOfCenters
 from partialfc.config.schema import Section, UserPath, absolute
 from partialfc.definitions import Range, Unit
 from partialfc.definitions.phrases import to_value
+from partialfc.head.options import SeveralLoss, Without
 
 _STARTS = ("random", "pack:mean")
 _ENDINGS = (".npy", ".safetensors")
@@ -21,6 +22,18 @@ def _with_its_folder(value: Any) -> Any:
     if isinstance(value, str) and value.endswith(_ENDINGS):
         return str(absolute(value))
     return value
+
+
+class Several(Section):
+    """What images of several identities, or of none, are to the softmax: those of data.labels."""
+
+    loss: SeveralLoss = "mean"
+    """mean: the mean of -log p over the identities of an image, each told from the negatives alone.
+    any: -log of the sum of their p. soft: -sum of weight * log p, with data.label_weights."""
+
+    without: Without = "push"
+    """What an image of no identity does. push: the centers that it is near to are pushed off.
+    leave_out: nothing."""
 
 
 class Head(Section):
@@ -74,6 +87,7 @@ class Head(Section):
     backbone that is not finite stops the run after the centers have moved in memory; nothing of
     that step is saved."""
 
+    several: Several = Field(default_factory=Several)
     margin: AnyMargin = Field(default_factory=SECTIONS["arcface"])
     optimizer: AnyOfCenters = Field(default_factory=SgdOfCenters)
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from partialfc.config.head import Head
+from partialfc.config.labels import Labelled
 from partialfc.config.schema import OneOrMore, Section
 from partialfc.data.parts import parts_of_batch
 from partialfc.definitions import Range
@@ -74,6 +75,16 @@ def section_of_head(name: str) -> str:
 def sets_of(config: "Config") -> dict[str, tuple[str, ...]]:
     """Return the names of the sets of each head of several."""
     return {name: head.sets or (name,) for name, head in config.heads}
+
+
+def labelled_of(config: "Config", head: str) -> list[Labelled]:
+    """Return the images of a head, or the sets of them, that have labels beside them."""
+    if not head:
+        return [*config.data.labelled]
+    sets = config.data.by_set
+    named = dict(config.heads).get(head) or config.head
+    wanted = getattr(named, "sets", ()) or (head,)
+    return [sets[one] for one in wanted if one in sets and sets[one].labels is not None]
 
 
 def name_problem(name: str, losses: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from partialfc.config.labels import Labelled
 from partialfc.config.schema import OneOrMore, Section, UserPath, nearest_multiples
 from partialfc.definitions import Range, Unit
 from partialfc.definitions.phrases import to_value
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from partialfc.config.data import Data
 
 
-class Set(Section):
+class Set(Labelled):
     """Images that have their share of every batch, an order and epochs of their own. NAME is a word
     of yours. Identities of the sets follow one another in the order of the file, and
     ``run.epochs`` are those of the first."""
@@ -38,6 +39,15 @@ class Set(Section):
     same_people: Literal["none", "unknown"] = "none"
     """Whether people of this set may be in other sets too, where no map says so. ``unknown``: they
     may, so its images push away no class center of another set, and theirs none of this one."""
+
+    @model_validator(mode="after")
+    def _labels_are_of_nobody_else(self) -> "Set":
+        if self.labels is not None and self.map:
+            raise ValueError(
+                f"map = {to_value(self.map)} with labels beside it: a map is of the identities of "
+                "packs. Remove one of the two."
+            )
+        return self
 
     @model_validator(mode="after")
     def _has_one_size(self) -> "Set":
@@ -121,11 +131,12 @@ def refuse_conflicts(data: "Data") -> None:
     images_of_sets(data)
     if not sets:
         return
-    if data.train:
-        raise ValueError(
-            f"train = {to_value(data.train)} with data.sets: each set has its own. Move it to "
-            "data.sets.NAME.train."
-        )
+    for key in ("train", "labels"):
+        if getattr(data, key):
+            raise ValueError(
+                f"{key} = {to_value(getattr(data, key))} with data.sets: each set has its own. "
+                f"Move it to data.sets.NAME.{key}."
+            )
     first, one = next(iter(sets.items()))
     if one.map:
         raise ValueError(

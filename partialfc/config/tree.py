@@ -275,7 +275,18 @@ _CHANGES_NO_RESULT: dict[str, Any] = {
     },
     "losses": {"teacher": {"from"}},  # its digest stands for its place
     # The data's fingerprint stands for its paths, and a fact of checkpoints for the sets.
-    "data": {"train", "skip", "bad_share", "threads", "prefetch", "uneven", "sets"},
+    "data": {
+        "train",
+        "skip",
+        "labels",
+        "label_weights",
+        "identities",
+        "bad_share",
+        "threads",
+        "prefetch",
+        "uneven",
+        "sets",
+    },
     "backbone": {"shard", "reshard", "offload"},
     "verification": True,
     "checkpoint": True,

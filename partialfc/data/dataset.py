@@ -16,6 +16,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from partialfc.data.label_file import LabelFile
 from partialfc.data.packs.labels import BAD
 from partialfc.data.packs.pack import Pack
 from partialfc.data.packs.recordio import RecordError
@@ -27,19 +28,34 @@ T = TypeVar("T")
 _CHUNK = 1 << 20
 
 
-def open_dataset(packs: Sequence[Path], skip: Sequence[Path] = ()) -> "DataSet":
+def open_dataset(
+    packs: Sequence[Path],
+    skip: Sequence[Path] = (),
+    *,
+    labels: Path | None = None,
+    weights: Path | None = None,
+    num_identities: int | None = None,
+) -> "DataSet":
     """Open packs as one data set.
 
     Args:
         packs: ``.rec`` files, folders of folders and lists, in the order of their identities.
         skip: Lists of images that are left out; see :mod:`partialfc.data.skip_list`.
+        labels: Whom the images show, instead of what the packs say; see
+            :mod:`partialfc.data.label_file`.
+        weights: Of these labels.
+        num_identities: Of these labels; left out, it follows from them.
 
     Raises:
-        ValueError: If a pack or a list breaks a rule, or no image is left.
+        ValueError: If a pack, a list or a label breaks a rule, or no image is left.
         OSError: If a file cannot be read.
     """
     opened = [open_source(path) for path in packs]
-    return DataSet(opened, read_skip_lists(skip, opened) if skip else None)
+    own = None
+    if labels is not None:
+        images = sum(map(len, opened))
+        own = LabelFile(labels, images, weights=weights, num_identities=num_identities)
+    return DataSet(opened, read_skip_lists(skip, opened) if skip else None, own)
 
 
 class Part(NamedTuple):
@@ -49,11 +65,18 @@ class Part(NamedTuple):
         name: "" where it is the only one and has none.
         samples: Those of its images.
         identities: Those that are its own: the people whom no set before it has.
+        most: As of :class:`DataSet`.
     """
 
     name: str
     samples: range
     identities: range
+    most: int | None
+
+
+def most_of(found: Sequence[int | None]) -> int | None:
+    """Return K of data sets together, each as :attr:`DataSet.most`."""
+    return max(one or 1 for one in found) if any(found) else None
 
 
 class DataSet:
@@ -65,15 +88,19 @@ class DataSet:
     Args:
         packs: At least one.
         skipped: Sorted image indices of each pack that are no samples.
+        own_labels: Whom the images show, if not whom the packs say.
 
     Raises:
         ValueError: If a pack comes twice, or no image is left.
     """
 
     def __init__(
-        self, packs: Sequence[Source], skipped: Sequence[NDArray[np.int64]] | None = None
+        self,
+        packs: Sequence[Source],
+        skipped: Sequence[NDArray[np.int64]] | None = None,
+        own_labels: LabelFile | None = None,
     ) -> None:
-        self.packs = tuple(packs)
+        self.packs, self.own_labels = tuple(packs), own_labels
         prints = [pack.fingerprint for pack in self.packs]
         for pack, print_ in zip(self.packs, prints, strict=True):
             if prints.count(print_) > 1:
@@ -112,18 +139,22 @@ class DataSet:
 
     @cached_property
     def _identity_start_P(self) -> NDArray[np.int64]:
+        if self.own_labels is not None:  # nobody asks for those of the packs
+            return np.zeros(len(self.packs) + 1, np.int64)
         return np.cumsum([0, *(self._identities_of(i) for i in range(len(self.packs)))])
 
     @property
     def num_identities(self) -> int:
         """Number of identities C of all packs; those without a sample count."""
+        if self.own_labels is not None:
+            return self.own_labels.num_identities
         return int(self._identity_start_P[-1])
 
     @property
     def parts(self) -> tuple[Part, ...]:
         """The sets that the samples are of: one, unless it is a
         :class:`~partialfc.data.joined.JoinedSets`."""
-        return (Part("", range(len(self)), range(self.num_identities)),)
+        return (Part("", range(len(self)), range(self.num_identities), self.most),)
 
     def by_identity(self, of_packs: list[T]) -> list[T]:
         """Return what the packs say of their identities, one after the other, by identity [C]."""
@@ -142,6 +173,8 @@ class DataSet:
     @cached_property
     def labels_fingerprint(self) -> str:
         """16 hexadecimal digits of the identities of the images, which ``fingerprint`` has not."""
+        if self.own_labels is not None:
+            return self.own_labels.digest
         prints = [labels_fingerprint_of(pack) for pack in self.packs]
         return hashlib.blake2b(" ".join(prints).encode(), digest_size=8).hexdigest()
 
@@ -186,7 +219,12 @@ class DataSet:
                 yield starts[number] + identity, jpeg
 
     def identities(self, samples: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the identities [B] of samples [B], in [0, num_identities)."""
+        """Return the identities [B] of samples [B], in [0, num_identities).
+
+        With labels of one's own, [B, K] of several; see :class:`LabelFile`.
+        """
+        if self.own_labels is not None:
+            return self.own_labels.identities(self._images(np.asarray(samples, np.int64)))
         pack_B, image_B = self.places(np.asarray(samples, np.int64))
         identity_B = np.empty(len(image_B), np.int64)
         for number in np.unique(pack_B).tolist():
@@ -200,21 +238,51 @@ class DataSet:
 
         Raises:
             RecordError: If the record of a sample breaks a rule.
+            ValueError: If a sample may have several identities, or none.
         """
+        if (own := self.own_labels) is not None:
+            if own.several:
+                raise ValueError(
+                    f"{own.path}: an image may have several identities or none, and each must have "
+                    "one to be drawn by its identity. Remove data.images_per_identity."
+                )
+            return self.identities(np.arange(len(self)))
         starts = self._identity_start_P[:-1].tolist()
         of_packs = [self._labels_of(number) for number in range(len(self.packs))]
         return np.concatenate(
             [label_N + np.int64(s) for label_N, s in zip(of_packs, starts, strict=True)]
         )
 
+    def weights(self, samples: NDArray[np.int64]) -> NDArray[np.float32] | None:
+        """Return what each of :meth:`identities` counts for; ``None`` where nobody says so."""
+        return None if self.own_labels is None else self.own_labels.weights(self._images(samples))
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the identities are not those of the packs."""
+        return self.own_labels is not None
+
+    @property
+    def most(self) -> int | None:
+        """K, the most identities of a sample; ``None`` where each has one and no weight."""
+        own = self.own_labels
+        return own.most if own is not None and own.several else None
+
     def places(self, sample_B: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the numbers of the packs of samples [B], and their image indices there."""
+        image_B = self._images(sample_B)
+        pack_B = np.searchsorted(self._start_P, image_B, side="right") - 1
+        return pack_B, image_B - self._start_P[pack_B]
+
+    def _images(self, sample_B: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return where samples [B] stand among the images of all packs, the skipped ones too."""
         wrong = np.flatnonzero((sample_B < 0) | (sample_B >= len(self)))
         if len(wrong):
             raise IndexError(f"{self.name}: sample {sample_B[wrong[0]]} not in [0, {len(self)}).")
-        image_B = sample_B + np.searchsorted(self._before_S, sample_B, side="right")
-        pack_B = np.searchsorted(self._start_P, image_B, side="right") - 1
-        return pack_B, image_B - self._start_P[pack_B]
+        image_B: NDArray[np.int64] = sample_B + np.searchsorted(
+            self._before_S, sample_B, side="right"
+        )
+        return image_B
 
     def _identities_of(self, number: int) -> int:
         """Of one pack; a plain one has those of its samples, as skipped images may be damaged."""

@@ -1,21 +1,22 @@
 """Several sets of images as one data set, whose identities may be the same people.
 
-Shape suffixes: N = samples, B = images asked for, P = packs, C = identities, the sets' one after
-the other, M = those of a file that maps them.
+Shape suffixes: N = samples, B = images asked for, b = those of one set, K = identities of an image,
+P = packs, C = identities, the sets' one after the other, M = those of a file that maps them.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from partialfc.data.dataset import DataSet, Part
+from partialfc.data.dataset import DataSet, Part, most_of
 from partialfc.data.identity_map import IdentityMap, numbering, read_identity_map
+from partialfc.data.label_file import NONE
 
 T = TypeVar("T")
 
@@ -54,7 +55,7 @@ class JoinedSets(DataSet):
         """The sets, in order; their ranges of identities are contiguous."""
         starts = accumulate(map(len, self._sets.values()), initial=0)
         return tuple(
-            Part(name, range(start, start + len(one)), own)
+            Part(name, range(start, start + len(one)), own, one.most)
             for (name, one), start, own in zip(self._sets.items(), starts, self._own, strict=False)
         )
 
@@ -81,18 +82,72 @@ class JoinedSets(DataSet):
     def records(self, samples: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.uint8]] | str]:
         """Yield identity and JPEG bytes of each sample [B], or what is wrong with its record."""
         for found in super().records(samples):
-            if self._number_C is None or isinstance(found, str):
+            if self._number_C is None or isinstance(found, str) or self.labelled:
                 yield found
             else:
                 yield int(self._number_C[found[0]]), found[1]
 
     def identities(self, samples: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the identities [B] of samples [B], in [0, num_identities)."""
-        return self._numbers(super().identities(samples))
+        """Return the identities [B] of samples [B], in [0, num_identities); [B, K] of several."""
+        if not self.labelled:
+            return self._numbers(super().identities(samples))
+
+        sets = [*self._sets.values()]
+        starts = [*accumulate((one.num_identities for one in sets), initial=0)]
+
+        def numbers(number: int, own_b: NDArray[np.int64]) -> NDArray[np.int64]:
+            found = sets[number].identities(own_b)
+            return np.where(found == NONE, NONE, self._numbers(found + starts[number]))
+
+        return self._by_set(np.asarray(samples, np.int64), numbers, np.int64(NONE))
 
     def labels(self) -> NDArray[np.int64]:
         """Return the identities [N] of all samples."""
-        return self._numbers(super().labels())
+        if not self.labelled:
+            return self._numbers(super().labels())
+        for one in self._sets.values():
+            one.labels()  # says why there are none
+        return self.identities(np.arange(len(self)))
+
+    def weights(self, samples: NDArray[np.int64]) -> NDArray[np.float32] | None:
+        """Return what each of :meth:`identities` counts for: 1 where the set does not say."""
+        sets = [*self._sets.values()]
+        if not any(one.own_labels is not None and one.own_labels.weighted for one in sets):
+            return None
+
+        def of_set(number: int, own_b: NDArray[np.int64]) -> NDArray[np.float32]:
+            found = sets[number].weights(own_b)
+            if found is None:
+                found = (sets[number].identities(own_b) != NONE).astype(np.float32)
+            return found
+
+        return self._by_set(samples, of_set, np.float32(0))
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the identities of a set are not those of its packs."""
+        return any(one.labelled for one in self._sets.values())
+
+    @property
+    def most(self) -> int | None:
+        """K of the set that has most; ``None`` where each sample has one and no weight."""
+        return most_of([one.most for one in self._sets.values()])
+
+    def _by_set(
+        self,
+        sample_B: NDArray[np.int64],
+        of_set: Callable[[int, NDArray[np.int64]], NDArray[Any]],
+        filling: np.generic,
+    ) -> NDArray[Any]:
+        """What each set says of its samples, filled up to [B, K], or [B] where K is 1."""
+        most = self.most or 1
+        found_BK = np.full((len(sample_B), most), filling)
+        for number, part in enumerate(self.parts):
+            own_B = (sample_B >= part.samples.start) & (sample_B < part.samples.stop)
+            row_b = of_set(number, sample_B[own_B] - part.samples.start)
+            row_bK = row_b[:, None] if row_b.ndim == 1 else row_b
+            found_BK[own_B, : row_bK.shape[1]] = row_bK
+        return found_BK[:, 0] if most == 1 else found_BK
 
     def by_identity(self, of_packs: list[T]) -> list[T]:
         """Return what packs say of their identities [C], by identity: the first set's word."""

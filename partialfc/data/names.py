@@ -55,12 +55,14 @@ def read_names(path: Path) -> Names:
 
 
 def names_of(dataset: DataSet) -> Names | None:
-    """Return the names [C] of all identities; ``None`` if a pack, or a list, has none.
+    """Return the names [C] of all identities; ``None`` if a pack, a list or the labels have none.
 
     Raises:
         OSError: If a file of names cannot be read.
         ValueError: If it is none, or has not one for each identity.
     """
+    if dataset.labelled:  # its identities are not those of the packs
+        return None
     names: Names = []
     for source in dataset.packs:
         own = own_names(source)

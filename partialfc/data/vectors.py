@@ -8,7 +8,6 @@ Shape suffixes: N = rows of a file, L = embedding, B = samples asked for, S = im
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from partialfc.data.npy import mapped_array
 from partialfc.data.packs.pack import Pack
 from partialfc.errors import in_words
-from partialfc.writing import opened, read_text, write_json
+from partialfc.writing import read_text, write_json
 
 if TYPE_CHECKING:  # they need Pillow, and who looks up embeddings none
     from partialfc.data.dataset import DataSet
@@ -151,7 +151,7 @@ class _Part:
     def of(cls, path: Path, pack: "Source") -> "_Part":
         try:
             row_NL, origin = mapped(path), read_origin(path)
-        except (ValueError, EOFError) as error:
+        except ValueError as error:
             raise ValueError(f"{path}: {in_words(error)}") from None
         if not isinstance(pack, Pack) or (pack.fingerprint, len(pack)) != (
             origin.fingerprint,
@@ -203,19 +203,11 @@ def mapped(path: Path, formats: Sequence[str] = ("fp32",)) -> NDArray[Any]:
         ValueError: If it is another array, or none.
         OSError: If it cannot be read.
     """
-    os.close(opened(path, os.O_RDONLY))
-    try:
-        row_NL = np.lib.format.open_memmap(path, mode="r")
-    except (OverflowError, TypeError) as error:  # of a header that says more than there can be
-        raise ValueError(f"is no array: {error}.") from None
+    row_NL = mapped_array(path)
     allowed = [np.dtype(_DTYPES[name]) for name in formats]
-    if row_NL.ndim != 2 or row_NL.dtype not in allowed or not row_NL.flags.c_contiguous:
+    if row_NL.ndim != 2 or row_NL.dtype not in allowed:
         raise ValueError(
             f"holds {row_NL.dtype} {list(row_NL.shape)}, must be {' or '.join(formats)} "
             "[rows, embedding], row by row."
-        )
-    if not row_NL.size or path.stat().st_size != row_NL.offset + row_NL.nbytes:
-        raise ValueError(
-            f"{path.stat().st_size:,} bytes, and its header says {row_NL.offset + row_NL.nbytes:,}."
         )
     return row_NL

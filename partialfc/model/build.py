@@ -31,6 +31,7 @@ from partialfc.model.frozen import freeze
 from partialfc.model.fsdp import Shards, shard
 from partialfc.model.heads import Heads, Numbering
 from partialfc.model.optimizer import build_optimizer
+from partialfc.model.several import several_of
 from partialfc.model.updates import ScheduleFree, ScheduleFreeMean
 from partialfc.runtime.process import Runtime
 
@@ -158,6 +159,7 @@ def build(
             kept.get(name, 0),
             name,
             identities[name].sets,
+            identities[name].most,
         )
         for name, one in each_head(config).items()
     }
@@ -317,11 +319,13 @@ def _head(
     kept_shards: int,
     name: str = "",
     sets: Sets | None = None,
+    most: int | None = None,
 ) -> PartialFC:
     """The head of a name, whose settings are ``config.head``."""
     settings = config.head
     room_to_grow = default_canonical_shards(num_identities, GROWTH * runtime.ranks.size)
     margin = margin_of(config)
+    positives = several_of(config, most, margin, embedding_losses(config))
     try:
         return PartialFC(
             num_identities,
@@ -335,6 +339,7 @@ def _head(
             ),
             memory=memory_of(config),
             kernels=Kernels(fused=settings.fused, overlap=settings.overlap),
+            positives=positives,
             center_weight=config.losses.center.weight,
             inter_class_weight=config.losses.inter_class.weight,
             sets=sets,

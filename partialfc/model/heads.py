@@ -30,10 +30,12 @@ class Numbering:
     Attributes:
         spans: Identities of the run of each set.
         sets: Which of the sets may have the same people unknown; ``None`` if none may.
+        most: K, the most identities of one of its images; ``None`` where each has one.
     """
 
     spans: tuple[range, ...]
     sets: Sets | None = None
+    most: int | None = None
 
     @property
     def count(self) -> int:
@@ -146,7 +148,7 @@ class Heads(Mapping[str, PartialFC]):
 
         Args:
             config: Settings of the run.
-            identities: int64 [b] of the run, of all micro-batches of this rank.
+            identities: int64 [b] of the run, of all micro-batches of this rank; or [b, K].
         """
         for name, route in self.routes(config).items():
             own_h = self.numbered(name, route.step.of(identities))
@@ -159,7 +161,12 @@ class Heads(Mapping[str, PartialFC]):
             self[name].prefetch(own_h, route.step.shares)
 
     def loss(
-        self, config: Config, part: int, embeddings: Tensor, identities: Tensor
+        self,
+        config: Config,
+        part: int,
+        embeddings: Tensor,
+        identities: Tensor,
+        weights: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted sum of the heads' losses, and its terms. Collective: as each head.
 
@@ -167,7 +174,8 @@ class Heads(Mapping[str, PartialFC]):
             config: Settings of the run.
             part: Number of the micro-batch.
             embeddings: [b, D] of this rank's micro-batch.
-            identities: int64 [b] of the run.
+            identities: int64 [b] of the run, or [b, K].
+            weights: Of the identities, for the heads whose loss is ``"soft"``.
 
         Returns:
             loss: Of the micro-batch, fp32, the same on all ranks; the mean over the micro-batches
@@ -179,9 +187,10 @@ class Heads(Mapping[str, PartialFC]):
         terms: dict[str, Tensor] = {}
         for name, route in self.routes(config).items():
             rows, head = route.parts[part], self[name]
-            loss: Tensor = head(
-                rows.of(embeddings), self.numbered(name, rows.of(identities)), rows.shares
-            )
+            own_h, weight_h = self.numbered(name, rows.of(identities)), None
+            if weights is not None and head.several is not None and head.several.loss == "soft":
+                weight_h = self._columns(name, rows.of(weights))
+            loss: Tensor = head(rows.of(embeddings), own_h, rows.shares, weight_h)
             if not name:
                 return loss, head.terms
             loss = loss if rows.factor == 1 else loss * rows.factor
@@ -195,7 +204,14 @@ class Heads(Mapping[str, PartialFC]):
     def numbered(self, name: str, identities: Tensor) -> Tensor:
         """Return a head's numbers for identities of the run; see :class:`Numbering`."""
         numbering = self._numberings.get(name) if name else None
-        return identities if numbering is None else numbering(identities)
+        return identities if numbering is None else numbering(self._columns(name, identities))
+
+    def _columns(self, name: str, value: Tensor) -> Tensor:
+        """What a head's images may have of [h, K]; another head's may have more."""
+        several = self[name].several
+        if value.ndim == 1:
+            return value
+        return value[:, 0] if several is None else value[:, : several.most]
 
     def _route(self, config: Config) -> dict[str, Route]:
         ranks, routes = self.ranks, {}

@@ -42,6 +42,7 @@ def train_step(
     identities: Tensor,
     rate: float,
     lesson_of: Callable[[Tensor, slice], Lesson] | None = None,
+    weights: Tensor | None = None,
 ) -> Step:
     """Take one optimizer step on this rank's part of the global batch. Collective.
 
@@ -53,9 +54,10 @@ def train_step(
         model: What is trained.
         config: Accumulation, clipping and the rate of the centers.
         images: [b, 3, S, S] on the device.
-        identities: int64 [b] of the run.
+        identities: int64 [b] of the run, or [b, K] of several.
         rate: Learning rate of the backbone.
         lesson_of: Returns what the teacher says of images that are these rows of the batch.
+        weights: What each of the identities counts for, if the head wants to know.
     """
     heads, optimizer, scaler = model.heads, model.optimizer, model.scaler
     parts, step, ranks = config.optimizer.accumulation, heads.steps, heads.ranks
@@ -82,8 +84,10 @@ def train_step(
         lesson = lesson_of(part, rows) if lesson_of else None  # before there are activations
         with _gradients_stay_local(model, number < parts):
             embeddings = model.embed(part)
-            part_loss, found = heads.loss(config, number - 1, embeddings, own)
-            part_loss = part_loss + model.losses(embeddings, own, shares, lesson)
+            counted = None if weights is None else weights[rows]
+            part_loss, found = heads.loss(config, number - 1, embeddings, own, counted)
+            one = own if own.ndim == 1 else own[:, 0]  # a teacher does not ask whom images show
+            part_loss = part_loss + model.losses(embeddings, one, shares, lesson)
             part_loss = part_loss / parts
             scaler.scale(part_loss).backward()
         loss += part_loss.detach()

@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from partialfc.config import Config, ConfigError
+from partialfc.config.data import Data
 from partialfc.config.heads import sets_of
+from partialfc.config.sets import Set
 from partialfc.data.arrangements import arrangement
-from partialfc.data.dataset import DataSet, open_dataset
+from partialfc.data.dataset import DataSet, most_of, open_dataset
 from partialfc.data.joined import JoinedSets
 from partialfc.data.order import Order
 from partialfc.data.order_of_sets import AnyOrder, OrderOfSets
@@ -30,11 +32,11 @@ def open_images(config: Config) -> DataSet:
     data, where = config.data, "data.train: "
     try:
         if not data.by_set:
-            return open_dataset(data.train, data.skip)
+            return _opened(data)
         sets = {}
         for name, one in data.by_set.items():
             where = f"data.sets.{name}.train: "
-            sets[name] = open_dataset(one.train, one.skip)
+            sets[name] = _opened(one)
         where = "data.skip: "
         sets = _without(sets, data.skip)
         if len(sets) == 1:
@@ -43,6 +45,16 @@ def open_images(config: Config) -> DataSet:
         return JoinedSets(sets, {name: one.map for name, one in data.by_set.items()})
     except (OSError, ValueError) as error:
         raise ConfigError(f"{where}{in_words(error)}") from error
+
+
+def _opened(one: Data | Set) -> DataSet:
+    return open_dataset(
+        one.train,
+        one.skip,
+        labels=one.labels,
+        weights=one.label_weights,
+        num_identities=one.identities,
+    )
 
 
 def _without(sets: dict[str, DataSet], skip: Sequence[Path]) -> dict[str, DataSet]:
@@ -54,7 +66,7 @@ def _without(sets: dict[str, DataSet], skip: Sequence[Path]) -> dict[str, DataSe
         name: [np.union1d(one.skipped_of(n), next(listed)) for n in range(len(one.packs))]
         for name, one in sets.items()
     }
-    return {name: DataSet(one.packs, skipped[name]) for name, one in sets.items()}
+    return {name: DataSet(one.packs, skipped[name], one.own_labels) for name, one in sets.items()}
 
 
 def order_of(config: Config, dataset: DataSet) -> AnyOrder:
@@ -98,13 +110,13 @@ def numberings(config: Config, dataset: DataSet) -> dict[str, Numbering]:
     """Return how each head numbers the identities of a run, by its name."""
     if not dict(config.heads):
         whole = (range(dataset.num_identities),)
-        return {"": Numbering(whole, sets_of_identities(config, dataset))}
-    spans = {
-        name: part.identities for name, part in zip(config.data.by_set, dataset.parts, strict=True)
-    }
+        return {"": Numbering(whole, sets_of_identities(config, dataset), dataset.most)}
+    parts = dict(zip(config.data.by_set, dataset.parts, strict=True))
     return {
         head: Numbering(
-            tuple(spans[name] for name in names), sets_of_identities(config, dataset, names)
+            tuple(parts[name].identities for name in names),
+            sets_of_identities(config, dataset, names),
+            most_of([parts[name].most for name in names]),
         )
         for head, names in sets_of(config).items()
     }

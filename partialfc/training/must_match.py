@@ -5,7 +5,7 @@ from partialfc.checkpoint.loading import LABELS
 from partialfc.checkpoint.shards import kept_shards, refuse_more_ranks
 from partialfc.checkpoint.teacher import Teacher
 from partialfc.config import Config, config_hash
-from partialfc.config.heads import each_head, section_of_head, sets_of
+from partialfc.config.heads import each_head, labelled_of, section_of_head, sets_of
 from partialfc.data.dataset import DataSet
 from partialfc.distributed.agreement import from_leader
 from partialfc.runtime.process import Runtime
@@ -53,6 +53,9 @@ def must_match(
             {"images": images, "same_people": one.same_people}
             for images, one in zip(config.data.images_of_sets, sets.values(), strict=True)
         ]
+    for name, one in each_head(config).items():
+        if labelled_of(config, name):
+            facts[f"{section_of_head(name)}.several"] = one.head.several.model_dump(mode="json")
     settings = config.losses.teacher
     if teacher is not None:  # wherever it lies
         settings_of_it = settings.model_dump(mode="json", exclude={"from"})

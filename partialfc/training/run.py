@@ -322,7 +322,15 @@ class _Loop:
                 final_factor = config.losses.teacher.final_factor
                 factor = weight_factor(step, total_steps, final_factor)
                 lesson_of = self.teacher.lessons(batch.sample_ids, factor)
-            done = train_step(self.model, config, batch.images, batch.identities, rate, lesson_of)
+            done = train_step(
+                self.model,
+                config,
+                batch.images,
+                batch.identities,
+                rate,
+                lesson_of,
+                batch.weights,
+            )
             step += 1
             ledger.at(step)
             recorder.stepped(step, done, rate)

@@ -93,7 +93,7 @@ def test_what_is_not_of_the_training_data_is_refused(tmp_path):
         (lambda data: b"not an array", "magic"),
         (lambda data: data.replace(b"(6, 2)", b"(9, 2)"), "size|bytes"),
         (lambda data: data.replace(b"<f4", b"<i4"), "holds int32"),
-        (lambda data: data.replace(b"False", b"True "), "must be fp32"),
+        (lambda data: data.replace(b"False", b"True "), "must be row by row"),
         (lambda data: data.replace(b"'<f4'", b"'|O' "), "[Oo]bject|Python"),
         (lambda data: b"", "empty|EOF|magic|mmap"),
     ],

@@ -18,7 +18,9 @@ from partialfc.commands._estimate.backbone import Device, MemoryItem, TensorMete
 from partialfc.commands._estimate.start import start_parts
 from partialfc.config import Config, ConfigError, conflicts
 from partialfc.config.conflicts import head_compute, memory_of
-from partialfc.config.heads import each_head, rows_of_heads, section_of_head
+from partialfc.config.heads import each_head, labelled_of, rows_of_heads, section_of_head
+from partialfc.data.label_file import shape_of
+from partialfc.errors import in_words
 from partialfc.head.plan import Machine, Plan
 from partialfc.head.rows.formats import DTYPES
 from partialfc.head.rows.optimizer import RowOptimizer
@@ -27,7 +29,8 @@ from partialfc.head.sharding import GROWTH, Sharding, default_canonical_shards
 from partialfc.head.tiles import fused, passes
 from partialfc.head.tiles.parts import Logits
 from partialfc.margins import Margin
-from partialfc.model.build import margin_of, row_rule_of
+from partialfc.model.build import embedding_losses, margin_of, row_rule_of
+from partialfc.model.several import several_of
 from partialfc.numerics import operand_dtype
 
 
@@ -46,6 +49,8 @@ class ShardSizes:
     """Bytes of exponentials kept between the passes."""
     exponentials: int
     """Bytes of all of them."""
+    positives: int = 1
+    """Most identities of an image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +98,37 @@ def heads_of(
             data = one.data.model_copy(update={"global_batch": batch})
             one = one.model_copy(update={"data": data})
         count = identities[name]
-        found.append(OfHead(name, one, count, shard_of(one, count, world_size, device)))
+        shard = shard_of(one, count, world_size, device, positives_of(config, name))
+        found.append(OfHead(name, one, count, shard))
     return found
 
 
-def shard_of(config: Config, identities: int, world_size: int, device: Device) -> ShardSizes:
-    """Return the sizes of the largest rank's part of the head.
+def positives_of(config: Config, head: str) -> int:
+    """Return the most identities of an image of a head.
+
+    Raises:
+        ConfigError: If the labels are not on this machine, or something cannot take several.
+    """
+    most, path, one = 1, None, each_head(config)[head]
+    try:
+        for labelled in labelled_of(config, head):
+            path = labelled.labels
+            assert path is not None
+            most = max(most, shape_of(path)[1])
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{path}: {in_words(error).rstrip('.')}. Labels say how many identities an image has: "
+            "the estimate needs them on this machine."
+        ) from error
+    if most > 1:
+        several_of(one, most, margin_of(one), embedding_losses(one))
+    return most
+
+
+def shard_of(
+    config: Config, identities: int, world_size: int, device: Device, positives: int = 1
+) -> ShardSizes:
+    """Return the sizes of the largest rank's part of the head, for images of some identities each.
 
     Raises:
         ConfigError: If the centers cannot be cut for so many ranks, or not go by fused kernels.
@@ -114,10 +144,10 @@ def shard_of(config: Config, identities: int, world_size: int, device: Device) -
     rows = max(len(sharding.owned(rank)) for rank in range(world_size))
     sampled = rows
     if settings.sample_rate < 1:
-        positives = -(-batch // shards)  # of a canonical shard, on average
+        found = -(-batch * positives // shards)  # of a canonical shard, on average
         sizes = [sharding.start(v + 1) - sharding.start(v) for v in range(shards)]
         quotas = [
-            max(sharding.quota(v, settings.sample_rate), min(positives, sizes[v]))
+            max(sharding.quota(v, settings.sample_rate), min(found, sizes[v]))
             for v in range(shards)
         ]
         owned = (sharding.shards(rank) for rank in range(world_size))
@@ -131,7 +161,7 @@ def shard_of(config: Config, identities: int, world_size: int, device: Device) -
         query_BD = torch.empty(micro_batch, dim_of(config, margin), device=device)
         rows_n = torch.empty(sampled, dtype=torch.int64)
         _, tile = next(passes.tiles(query_BD, query_BD, rows_n, per_identity), (0, 0))
-    fused_tile, path = 0, _plan(config, device).path
+    fused_tile, path = 0, _plan(config, device, positives).path
     if path == "fused":
         _, fused_tile = next(fused.tiles(micro_batch, sampled), (0, 0))
     budget_bytes = memory_of(config).keep_bytes(device)
@@ -142,16 +172,16 @@ def shard_of(config: Config, identities: int, world_size: int, device: Device) -
         kept = budget_bytes // one * one
     if path == "fused" and _needs_maximum(margin):
         kept = 0
-    return ShardSizes(rows, sampled, tile, fused_tile, per_identity, kept, exponentials)
+    return ShardSizes(rows, sampled, tile, fused_tile, per_identity, kept, exponentials, positives)
 
 
-def _plan(config: Config, device: Device) -> Plan:
+def _plan(config: Config, device: Device, positives: int) -> Plan:
     """Return which code computes the head, on a GPU of the kind that the fused kernels need.
 
     Raises:
         ConfigError: If the fused kernels are asked for and cannot do it.
     """
-    plan = conflicts.plan_of(config, _machine(device))
+    plan = conflicts.plan_of(config, _machine(device), positives)
     try:
         plan.refuse(fused=config.head.fused)
     except ValueError as error:
@@ -201,6 +231,7 @@ def head_parts(
     # in pass 2 the operands weighted, unless fused, and once more for the positives.
     between = parts * (unit + own)
     first = between + 4 * whole + 3 * own + (unit if world_size > 1 else 0)
+    first += 2 * (shard.positives - 1) * whole  # centers of all pairs, and what comes of them
     weighted = 1 if shard.fused else 2
     second = between + weighted * parts * unit + (2 * whole if operand < 4 else 0)
 

@@ -210,10 +210,11 @@ def _moved(head: OfHead, cluster: Cluster) -> dict[str, int]:
     """Bytes that the collectives of a head give to every rank."""
     config = head.config
     batch, dim = config.data.global_batch, config.backbone.embedding_dim
+    most = head.shard.positives
     operand = 2 if head_compute(config, cluster.device) == "bf16" else 4
     return {
-        "all-gather": batch * (dim * operand + 8),
-        "all-reduce of sums": 2 * 2 * batch * 4 // config.optimizer.accumulation,
+        "all-gather": batch * (dim * operand + 8 * most),
+        "all-reduce of sums": 2 * (1 + most) * batch * 4 // config.optimizer.accumulation,
         "reduce-scatter": batch * dim * 4,
     }
 

@@ -84,7 +84,10 @@ def dali_batches(
             # No copy: DALI's default executor never writes to an output again.
             images, identities = (from_dlpack(output.as_tensor()) for output in outputs)
             batch = under_way.pop(start)
-            yield Batch(images, identities, batch.replaced, batch.sample_id_B)
+            weights = None
+            if batch.weight_B is not None:
+                weights = torch.from_numpy(batch.weight_B).to(device, non_blocking=True)
+            yield Batch(images, identities, batch.replaced, batch.sample_id_B, weights)
     finally:
         del pipeline  # the only reference: this ends its threads
 

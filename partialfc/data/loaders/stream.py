@@ -40,16 +40,18 @@ class Batch(NamedTuple):
 
     Attributes:
         images: float32 [B, 3, S, S], RGB, (value - 127.5) / 127.5.
-        identities: int64 [B].
+        identities: int64 [B], or [B, K] of several, -1 for none.
         replaced: The samples that others stand for.
         sample_ids: int64 [B] of the data set, of an image that stands for another its own; on the
             host.
+        weights: float32, what each of the identities counts for; ``None`` where nobody says so.
     """
 
     images: Tensor
     identities: Tensor
     replaced: tuple[Replaced, ...]
     sample_ids: NDArray[np.int64]
+    weights: Tensor | None = None
 
 
 Batches: TypeAlias = Generator[Batch, None, None]
@@ -65,9 +67,10 @@ class Encoded(NamedTuple):
         jpegs: B images as they are stored, views of a pack's bytes; of one that is not plain, a PNG
             of the upright image [S, S, 3].
         resize_B: Which images are not S x S yet.
-        identity_B: int64, in [0, num_identities).
+        identity_B: int64, in [0, num_identities); or [B, K] of several, -1 for none.
         draw: What happens to each image.
         replaced: The samples that others stand for.
+        weight_B: fp32, what each identity counts for; ``None`` where nobody says so.
     """
 
     sample_id_B: NDArray[np.int64]
@@ -76,6 +79,7 @@ class Encoded(NamedTuple):
     identity_B: NDArray[np.int64]
     draw: Draw
     replaced: tuple[Replaced, ...]
+    weight_B: NDArray[np.float32] | None
 
 
 class _Usable(NamedTuple):
@@ -142,11 +146,14 @@ class Stream:
                 replaced.append(Replaced(sample, *self.dataset.bad(sample, found)))
                 sample_id_B[i], found = self._replacement(epoch, int(positions[i]))
             usable.append(found)
+        identity_B = np.array([one.identity for one in usable], np.int64)
+        if self.dataset.labelled:
+            identity_B = self.dataset.identities(sample_id_B)
         return Encoded(
             sample_id_B=sample_id_B,
             jpegs=[one.jpeg for one in usable],
             resize_B=np.array([one.resize for one in usable]),
-            identity_B=np.array([one.identity for one in usable], np.int64),
+            identity_B=identity_B,
             draw=draw(
                 self.augmentation,
                 self.order.seed,
@@ -155,6 +162,7 @@ class Stream:
                 self.image_size,
             ),
             replaced=tuple(replaced),
+            weight_B=self.dataset.weights(sample_id_B),
         )
 
     def cannot_decode(self, sample_id: int, problem: str) -> None:

@@ -45,8 +45,11 @@ def torch_batches(
         while True:
             batch = pending.popleft().result()
             pending.append(pool.submit(decoded_batch, stream, next(starts)))
-            images, identities = batch.images.to(device), batch.identities.to(device)
-            yield batch._replace(images=images, identities=identities)
+            yield batch._replace(
+                images=batch.images.to(device),
+                identities=batch.identities.to(device),
+                weights=None if batch.weights is None else batch.weights.to(device),
+            )
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -68,8 +71,14 @@ def decoded_batch(stream: Stream, samples_seen: int) -> Batch:
                 pixels = resize(pixels, size)
             normalise(_augment(pixels, batch.draw, i, size), images[i])
         if complete:
-            identities = torch.from_numpy(batch.identity_B)
-            return Batch(torch.from_numpy(images), identities, batch.replaced, batch.sample_id_B)
+            weights = None if batch.weight_B is None else torch.from_numpy(batch.weight_B)
+            return Batch(
+                torch.from_numpy(images),
+                torch.from_numpy(batch.identity_B),
+                batch.replaced,
+                batch.sample_id_B,
+                weights,
+            )
 
 
 def normalise(pixels: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
