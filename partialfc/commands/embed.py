@@ -49,6 +49,7 @@ from partialfc.data.names import Names, own_names
 from partialfc.data.packs.labels import BAD
 from partialfc.data.packs.pack import open_pack
 from partialfc.data.source import labels_of
+from partialfc.data.tars.places import refuse_tars
 from partialfc.data.vectors import Origin
 from partialfc.distributed.ranks import sum_over_ranks
 from partialfc.evaluation.embedding import embed_images
@@ -186,6 +187,7 @@ def _bad_on_any(reading: _Reading, count: int, runtime: Runtime) -> NDArray[np.b
 
 def _images(options: argparse.Namespace, size: int) -> Images:
     path, landmarks = options.images, options.landmarks
+    refuse_tars(path)
     if options.align and landmarks is not None:
         raise ValueError("--landmarks has the points of the faces; leave --align out.")
     if path.suffix == ".rec":

@@ -53,6 +53,8 @@ from partialfc.commands._estimate.teacher import TeacherCost, count_teacher
 from partialfc.config import Config, ConfigError, load
 from partialfc.config.heads import each_head, section_of_head
 from partialfc.cores import usable_cores
+from partialfc.data.tars.ahead import images_kept
+from partialfc.definitions.urls import url_of
 from partialfc.training.images import numberings, open_images
 from partialfc.writing import write_json
 
@@ -142,6 +144,14 @@ def data_parts(config: Config, world_size: int, device: Device) -> list[MemoryIt
             f"{ahead} batches of {batch} x 3 x {data.image_size}², {who}",
         )
     ]
+    if any(url_of(path) for path in data.sources):
+        parts.append(
+            MemoryItem.always(
+                "images asked for ahead",
+                images_kept(batch, data.block, data.block_window) * data.image_size**2,
+                "of images at a URL, a byte a pixel",
+            )
+        )
     if device == "cpu":
         files = [*data.sources, *sets.pairs, *sets.identification]
         mapped = sum(path.stat().st_size for path in files if path.exists())

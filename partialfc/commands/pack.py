@@ -1,14 +1,15 @@
 """Make a pack from a folder with a folder of images per identity, a list, tar or parquet files.
 
 A list is a text file with a line ``path<TAB>identity`` for each image, paths relative to it. Tar
-shards (a .tar, or a folder of them) are as WebDataset writes them: the identity of ``x.jpg`` is in
-``x.cls``, or is the folder that it is in. Parquet files (one, or a folder of them) have a column of
-images and one of labels, as Hugging Face's datasets. The identities are 0, 1, ... in the order of
-their names, or of their numbers if all are numbers; OUT.identities.json lists them in that order. A
-JPEG image that is SIZE x SIZE and upright is stored byte for byte; any other is turned as its EXIF
-says, made RGB, resized to a square and stored as JPEG. The same images give the same bytes with any
-number of workers. With --align the largest face of each is found and cut out instead, as partialfc
-align does, which has other rules and other detectors; with --landmarks by the points of a file.
+shards (a .tar, {0000..0012}.tar, or a folder of them) are as WebDataset writes them: the identity
+of ``x.jpg`` is in ``x.cls``, or is the ``label`` in ``x.json``, or the folder that it is in.
+Parquet files (one, or a folder of them) have a column of images and one of labels, as Hugging
+Face's datasets. The identities are 0, 1, ... in the order of their names, or of their numbers if
+all are numbers; OUT.identities.json lists them in that order. A JPEG image that is SIZE x SIZE and
+upright is stored byte for byte; any other is turned as its EXIF says, made RGB, resized to a square
+and stored as JPEG. The same images give the same bytes with any number of workers. With --align the
+largest face of each is found and cut out instead, as partialfc align does, which has other rules
+and other detectors; with --landmarks by the points of a file.
 
 A file that cannot be used is left out, told, and listed by --bad. Exit status: 0 all images are in
 the pack, 1 all but those, 2 there is no pack. Finished work is kept in OUT.parts until the pack is

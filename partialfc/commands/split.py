@@ -29,6 +29,7 @@ from partialfc.commands._split.pairs import drawn_pairs
 from partialfc.data.files.index import is_hidden, is_image
 from partialfc.data.sets.pairs import write_pairs
 from partialfc.data.sets.people import read_people
+from partialfc.data.tars.places import refuse_tars
 from partialfc.errors import in_words
 from partialfc.keyed import key, permute
 
@@ -50,6 +51,7 @@ def main(arguments: list[str]) -> int:
     options.test = 0.1 if options.test is None and options.people is None else options.test or 0.0
     _check(parser, options)
     out = options.out.parent.resolve() / options.out.name  # relative links need the real folder
+    refuse_tars(options.source)  # before a URL becomes a path
     images = images_of(options.source.resolve())
     if options.people is None:
         shares = {"validation": options.validation, "test": options.test}
@@ -157,8 +159,9 @@ def images_of(source: Path) -> Images:
 
     Raises:
         OSError: If the folder cannot be read.
-        ValueError: If it holds fewer than three identities.
+        ValueError: If it holds fewer than three identities, or tar shards.
     """
+    refuse_tars(source)
     found: Images = {}
     for folder in sorted(p for p in source.iterdir() if p.is_dir() and not is_hidden(p.name)):
         images = [path for path in folder.iterdir() if is_image(path.name) and path.is_file()]

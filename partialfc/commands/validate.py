@@ -1,12 +1,12 @@
-"""Check a pack, or a folder or list of images, in levels that each include those before it.
+"""Check a pack, a folder or list of images, or tar shards, in levels, each with those before it.
 
 index: keys and offsets are unique and aligned; records, in any order, fill the file. headers: the
 magic, parts, length and label of each. labels: how many images the identities have. images: 30,000
 at random are decoded (none bad: fewer than 0.01 % are, with 95 % confidence), and their statistics
 hint at swapped channels and wrong crops. hash: SHA-256 of the file, kept for next time.
 
-A folder of folders, or a list, has the levels labels and images: all of them are decoded, and what
-is no image by its name is counted.
+A folder of folders, a list, or tar shards, also at a URL, have the levels labels and images: all of
+them are decoded, and what is no image by its name is counted.
 
 Exit status: 0 the pack is sound, 1 it is not, 2 it cannot be checked. --bad writes the bad records
 as a list that training leaves out: data.skip=LIST.
@@ -28,6 +28,7 @@ from partialfc.data.packs.pack import Pack
 from partialfc.data.packs.recordio import RecordError
 from partialfc.data.skip_list import write_skip_list
 from partialfc.data.source import Source, labels_of, open_source
+from partialfc.data.tars.store import ShardError
 from partialfc.writing import write_json
 
 LEVELS = ("index", "headers", "labels", "images", "hash")
@@ -61,7 +62,7 @@ def validate(arguments: argparse.Namespace, console: Console) -> int:
     workers = _whole("--workers", arguments.workers)
     try:
         pack = open_source(arguments.pack)
-    except RecordError as error:  # no record can be told from another
+    except (RecordError, ShardError) as error:  # no record can be told from another
         print(f"bad: {error}")
         facts = {"pack": arguments.pack.name, "sound": False, "problem": str(error)}
         _write_report(arguments.json, facts)
@@ -79,7 +80,9 @@ def validate(arguments: argparse.Namespace, console: Console) -> int:
     elif arguments.level in ("labels", "images"):
         levels.labels(np.bincount(labels_of(pack)), report)
     else:
-        raise ValueError(f"--level {arguments.level}: a folder or list has labels and images only.")
+        raise ValueError(
+            f"--level {arguments.level}: a folder, list or shard has labels and images only."
+        )
     if depth >= LEVELS.index("images"):
         look = levels.images(pack, report, workers, console, count, arguments.seed)
         report.hints += look.hints(arguments.size) if look.images else []

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from partialfc.config.defined import Defined, section_of
 from partialfc.config.labels import Labelled
-from partialfc.config.schema import OneOrMore, UserPath, nearest_multiples
+from partialfc.config.schema import OneOrMore, SourcePath, UserPath, nearest_multiples
 from partialfc.config.sets import Set, Sets, images_of_sets, refuse_conflicts
 from partialfc.definitions import Range, Unit
 from partialfc.definitions import augment as definitions
@@ -22,10 +22,12 @@ else:
 class Data(Labelled):
     """The training images and how they reach the backbone."""
 
-    train: Annotated[tuple[UserPath, ...], OneOrMore, Field(strict=False, min_length=1)]
+    train: Annotated[tuple[SourcePath, ...], OneOrMore, Field(strict=False, min_length=1)]
     """The pack to train on, a .rec file with its .idx beside it; or a folder with a folder of
-    images for each identity, or a list of lines path<TAB>identity. Of several, one after the other,
-    the identities of each follow those of the ones before it."""
+    images for each identity, or a list of lines path<TAB>identity. WebDataset's tar shards serve,
+    too: one, ``"shards/{0000..0012}.tar"``, a folder of them, or a URL of any, as
+    ``"s3://bucket/shards"``. Of several, one after the other, the identities of each follow those
+    of the ones before it."""
 
     skip: Annotated[tuple[UserPath, ...], OneOrMore] = Field(default=(), strict=False)
     """Lists of images to leave out, as ``partialfc validate --bad`` and training write them."""

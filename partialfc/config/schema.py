@@ -12,10 +12,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer
 from pydantic.fields import FieldInfo
 
 from partialfc.definitions.phrases import options_of, rule, to_key, to_value, unit_of
+from partialfc.definitions.urls import shown, url_of
 
 
 class Section(BaseModel):
@@ -43,6 +44,17 @@ def absolute(value: object) -> Path:
 
 UserPath = Annotated[Path, BeforeValidator(absolute)]
 """A path as a user writes it, made absolute: relative to the current directory, ``~`` expanded."""
+
+
+def _source(value: object) -> Path:
+    is_url = isinstance(value, str | Path) and url_of(Path(value)) is not None
+    return Path(str(value)) if is_url else absolute(value)
+
+
+SourcePath = Annotated[
+    Path, BeforeValidator(_source), PlainSerializer(shown, return_type=str, when_used="json")
+]
+"""A path as ``UserPath``, or a URL, which stays as it is."""
 
 OneOrMore = BeforeValidator(lambda value: (value,) if isinstance(value, str | Path) else value)
 """A list that may be written as its only entry: ``Annotated[tuple[UserPath, ...], OneOrMore]``."""

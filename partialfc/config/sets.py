@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, model_validator
 
 from partialfc.config.labels import Labelled
-from partialfc.config.schema import OneOrMore, Section, UserPath, nearest_multiples
+from partialfc.config.schema import (
+    OneOrMore,
+    Section,
+    SourcePath,
+    UserPath,
+    nearest_multiples,
+)
 from partialfc.definitions import Range, Unit
 from partialfc.definitions.phrases import to_value
 
@@ -19,7 +25,7 @@ class Set(Labelled):
     of yours. Identities of the sets follow one another in the order of the file, and
     ``run.epochs`` are those of the first."""
 
-    train: Annotated[tuple[UserPath, ...], OneOrMore, Field(strict=False, min_length=1)]
+    train: Annotated[tuple[SourcePath, ...], OneOrMore, Field(strict=False, min_length=1)]
     """As ``data.train``, which is left out."""
 
     skip: Annotated[tuple[UserPath, ...], OneOrMore] = Field(default=(), strict=False)

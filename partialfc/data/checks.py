@@ -17,6 +17,7 @@ from partialfc.data.packs.pack import Pack
 from partialfc.data.packs.recordio import LABEL_LIMIT, RecordError
 from partialfc.data.skip_list import BadRecord
 from partialfc.data.source import Source
+from partialfc.data.tars.store import ShardError
 
 _SIDE = 112
 
@@ -115,6 +116,8 @@ def check_image(source: Source, image: int) -> ImageChecked:
         stored = (frame.height, frame.width)
         size = stored[::-1] if frame.orientation >= 5 else stored  # it is turned a quarter
         return ImageChecked("", decode_image(view, _SIDE), size)
+    except ShardError:  # of all its images, and none is to blame
+        raise
     except RecordError as error:
         return ImageChecked(error.problem)
     except ValueError as error:

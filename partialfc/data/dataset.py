@@ -1,6 +1,6 @@
-"""The images that a run trains on: those of packs, folders and lists, without the skipped ones.
+"""The images that a run trains on: those of packs, folders, lists and shards, but the skipped.
 
-Packs stands for all three.
+Packs stands for all of them.
 
 Shape suffixes: N = samples of the data set, B = images asked for, P = packs, S = skipped images,
 C = identities of a pack.
@@ -16,16 +16,19 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from partialfc.data.files.image_files import ImageFiles
 from partialfc.data.label_file import LabelFile
 from partialfc.data.packs.labels import BAD
-from partialfc.data.packs.pack import Pack
 from partialfc.data.packs.recordio import RecordError
 from partialfc.data.skip_list import BadRecord, read_skip_lists
 from partialfc.data.source import Source, labels_fingerprint_of, labels_of, open_source
+from partialfc.data.tars.tar_images import TarImages
+from partialfc.definitions.urls import shown
 
 T = TypeVar("T")
 
 _CHUNK = 1 << 20
+_AT_ONCE = 256
 
 
 def open_dataset(
@@ -39,7 +42,8 @@ def open_dataset(
     """Open packs as one data set.
 
     Args:
-        packs: ``.rec`` files, folders of folders and lists, in the order of their identities.
+        packs: ``.rec`` files, folders of folders, lists and tar shards, in the order of their
+            identities.
         skip: Lists of images that are left out; see :mod:`partialfc.data.skip_list`.
         labels: Whom the images show, instead of what the packs say; see
             :mod:`partialfc.data.label_file`.
@@ -105,8 +109,8 @@ class DataSet:
         for pack, print_ in zip(self.packs, prints, strict=True):
             if prints.count(print_) > 1:
                 raise ValueError(
-                    f"{pack.path}: it is among the packs twice (fingerprint {print_}), so its "
-                    f"identities would be two each. Name it once."
+                    f"{shown(pack.path)}: it is among the packs twice (fingerprint {print_}), so "
+                    f"its identities would be two each. Name it once."
                 )
         self._start_P = np.cumsum([0, *map(len, self.packs)])
         skipped = skipped or [np.empty(0, np.int64)] * len(self.packs)
@@ -123,7 +127,7 @@ class DataSet:
     @property
     def name(self) -> str:
         """Of the packs, for messages."""
-        return ", ".join(str(pack.path) for pack in self.packs)
+        return ", ".join(shown(pack.path) for pack in self.packs)
 
     @property
     def num_skipped(self) -> int:
@@ -192,18 +196,32 @@ class DataSet:
         """Return a copy of the JPEG bytes of one sample."""
         return self.jpeg_view(sample).tobytes()
 
+    def jpegs(self, sample_B: NDArray[np.int64]) -> Iterator[bytes]:
+        """Yield copies of the JPEG bytes of samples [B] in turn, asked for some time before."""
+        for start in range(0, len(sample_B), _AT_ONCE):
+            self.will_need(sample_B[start : start + 2 * _AT_ONCE])
+            yield from map(self.jpeg, sample_B[start : start + _AT_ONCE].tolist())
+
     def jpeg_view(self, sample: int) -> NDArray[np.uint8]:
         """Return the JPEG bytes of one sample as
         :meth:`~partialfc.data.packs.pack.Pack.jpeg_view`."""
         pack, image = self.locate(sample)
         return pack.jpeg_view(image)
 
+    @cached_property
+    def is_far(self) -> bool:
+        """Whether images are at a URL: those of batches to come should be asked for now."""
+        return any(isinstance(pack, TarImages) and pack.is_far for pack in self.packs)
+
     def will_need(self, samples: NDArray[np.int64], stretch: int = 1) -> None:
-        """Begin to read samples [B], those of packs; see :meth:`~.records.Pack.will_need`."""
+        """Begin to read samples [B], those of packs and of tar shards.
+
+        See :meth:`~partialfc.data.packs.pack.Pack.will_need`.
+        """
         pack_B, image_B = self.places(samples)
         for number in np.unique(pack_B).tolist():
             pack = self.packs[number]
-            if isinstance(pack, Pack):
+            if not isinstance(pack, ImageFiles):
                 pack.will_need(image_B[pack_B == number], stretch)
 
     def records(self, samples: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.uint8]] | str]:

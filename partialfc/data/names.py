@@ -15,6 +15,7 @@ import numpy as np
 from partialfc.data.dataset import DataSet
 from partialfc.data.packs.pack import Pack
 from partialfc.data.source import Source
+from partialfc.data.tars.tar_images import TarImages
 from partialfc.writing import read_text
 
 NAMES = "identities.json"
@@ -85,6 +86,8 @@ def own_names(source: Source) -> Names | None:
                 "identities. Remove it, or the pack is another one."
             )
         return names
+    if isinstance(source, TarImages):
+        return list(source.index.names)
     if not source.path.is_dir():
         return None
     index = source.index

@@ -2,8 +2,8 @@
 
 ``{"pack": "train.rec", "fingerprint": "0f3c…", "image": 6, "key": 7, "offset": 1234, "problem":
 "the JPEG is truncated"}``: ``fingerprint`` and ``image`` say which record of which pack it is, the
-rest is for people. ``image`` is null of a record that is no image; an image in a file of its own
-has its ``file`` too. ``partialfc validate``,
+rest is for people. ``image`` is null of a record that is no image; an image in a file of its own,
+or in a tar shard, has its ``file`` too. ``partialfc validate``,
 ``partialfc clean`` and training write such lists, and ``data.skip`` reads them.
 """
 
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from partialfc.data.files.image_files import ImageFiles
+from partialfc.data.packs.pack import Pack
 from partialfc.data.source import Source
 from partialfc.writing import atomic_write
 
@@ -25,7 +25,7 @@ _LONGEST_LINE = 1 << 16
 class BadRecord(NamedTuple):
     """A record that cannot be used: its image index, if it has one, key, offset, and why.
 
-    ``file`` is the name of an image that is in a file of its own, "" in a pack.
+    ``file`` is the name of the file that an image is in, its own or a shard; "" in a pack.
     """
 
     image: int | None
@@ -37,7 +37,7 @@ class BadRecord(NamedTuple):
     @classmethod
     def of(cls, pack: Source, image: int, problem: str) -> "BadRecord":
         """Return that one image of a pack has a problem."""
-        file = pack.file_name(image) if isinstance(pack, ImageFiles) else ""
+        file = "" if isinstance(pack, Pack) else pack.file_name(image)
         return cls(image, pack.key(image), pack.offset(image), problem, file)
 
     def line(self, pack: Source) -> str:
@@ -49,7 +49,8 @@ class BadRecord(NamedTuple):
 
     def __str__(self) -> str:
         if self.file:
-            return f"image {self.image}, {self.file}: {self.problem}"
+            at = f", byte {self.offset}" if self.offset else ""
+            return f"image {self.image}, {self.file}{at}: {self.problem}"
         image = "no image" if self.image is None else f"image {self.image}"
         return f"{image}, key {self.key}, offset {self.offset}: {self.problem}"
 

@@ -1,4 +1,4 @@
-"""What a data set is made of: packs, and images in files of their own.
+"""What a data set is made of: packs, images in files of their own, and tar shards.
 
 Shape suffix: N = images of the source.
 """
@@ -14,19 +14,26 @@ from partialfc.data.files.image_files import ImageFiles, open_image_files
 from partialfc.data.files.index import NO_FILE
 from partialfc.data.packs.labels import labels, labels_fingerprint
 from partialfc.data.packs.pack import Pack, open_pack
+from partialfc.data.tars.places import are_tars
+from partialfc.data.tars.tar_images import TarImages, open_tar_images
 from partialfc.definitions import plugins
+from partialfc.definitions.urls import url_of
 
-Source: TypeAlias = Pack | ImageFiles
+Source: TypeAlias = Pack | ImageFiles | TarImages
 """Images by index, with their identities and bytes."""
 
 
 def open_source(path: Path) -> Source:
-    """Open a ``.rec``, a folder with a folder of images for each identity, or a list of images.
+    """Open a ``.rec``, a folder with a folder of images for each identity, a list, or shards.
+
+    Shards are one or several ``.tar``, a folder of them, or what is at a URL.
 
     Raises:
         ValueError: If it breaks a rule.
         OSError: If it cannot be read.
     """
+    if are_tars(path):
+        return open_tar_images(path)
     if plugins.place_of(path.name) and not path.exists():
         raise ValueError(
             f"{path.name}: images are not read by a plug-in: their order, their checks and both "
@@ -51,9 +58,13 @@ def labels_fingerprint_of(source: Source) -> str:
 
 
 def files_of(source: Source) -> Iterator[Path]:
-    """Yield the files that the images are in, those that are there."""
+    """Yield the files that the images are in, those that are there; none at a URL."""
     if isinstance(source, Pack):
         yield source.path
+        return
+    if isinstance(source, TarImages):
+        if url_of(source.path) is None:
+            yield from map(Path, source.index.shards)
         return
     for image in np.flatnonzero(source.index.size_N != NO_FILE).tolist():
         yield source.root / source.index.name(image)

@@ -25,6 +25,7 @@ from partialfc.data.dataset import DataSet
 from partialfc.data.loaders.stream import Batches
 from partialfc.data.source import files_of
 from partialfc.definitions import plugins
+from partialfc.definitions.urls import shown, url_of
 from partialfc.distributed.agreement import all_agree, collective_device, words_of_any
 from partialfc.distributed.ranks import gather_rows, sum_to_owner
 from partialfc.model.build import new_backbone, row_rule_of
@@ -233,7 +234,12 @@ def _decoding(runtime: Runtime, open_batches: Callable[[], Batches]) -> Iterator
 
 def _pack(runtime: Runtime, dataset: DataSet) -> Iterator[Finding]:
     """From the disk, not from memory: one rank of each host reads a stretch of the largest pack."""
-    files = files_of(max(dataset.packs, key=len))
+    largest = max(dataset.packs, key=len)
+    if url_of(largest.path):
+        value = f"{shown(largest.path)}: read by requests, of which the images above are made"
+        yield Finding("data.train", value)
+        return
+    files = files_of(largest)
     speed = _of_all([_read_speed(files) if local_rank() == 0 else 0.0], runtime)[:, 0]
     hosts = speed[speed > 0]
     value = f"{hosts.min().item() / 2**20:,.0f} MiB/s read on the slowest of {len(hosts)} hosts"

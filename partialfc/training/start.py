@@ -152,6 +152,7 @@ def _means(
             identity_n = model.heads.numbered(name, torch.from_numpy(of_run_n)).numpy()
             if not ((identity_n >= 0) & (identity_n < head.sharding.num_identities)).any():
                 continue  # all are of other heads
+            dataset.will_need(sample_n)
             reading = _Reading(dataset, sample_n, config.data.image_size)
             row_nD = evaluation.embed(model, dataset.name, len(sample_n), reading)
             times_n = torch.from_numpy(reading.bad_n).to(runtime.device, torch.int32)

@@ -1,4 +1,4 @@
-"""How fast images reach a trainer: reader, loaders, DALI's own reader, cold disk, memory, index.
+"""How fast images reach a trainer: reader, loaders, cold disk, far store, memory, index.
 
     python tools/bench/data.py --json OUT            # about five minutes
     python tools/bench/data.py --parts index,memory --minutes 10 --json OUT
@@ -23,12 +23,18 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from tools.bench._data.packs import write_faces, write_files, write_huge, write_sorted
+from tools.bench._data.packs import (
+    write_faces,
+    write_files,
+    write_huge,
+    write_shards,
+    write_sorted,
+)
 from tools.bench.conditions import conditions
 
 ROOT = Path(__file__).resolve().parents[2]
 
-PARTS = ("loaders", "cold", "memory", "index")
+PARTS = ("loaders", "cold", "far", "memory", "index")
 BATCH = 128
 NEEDED = 7000
 """Images per second that an H200 takes with iresnet50."""
@@ -45,6 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=4.0, help="of a measurement of speed")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=10.0, help="of the memory measurement")
+    parser.add_argument("--latency", type=float, default=20.0, help="of the far store, in ms")
+    parser.add_argument("--bandwidth", type=float, default=200.0, help="of it, in MiB/s")
     parser.add_argument("--folder", type=Path, help="for the packs; a temporary one")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the record")
     options = parser.parse_args(arguments)
@@ -115,6 +123,35 @@ def cold(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     measured = in_turns(rows, options.rounds)
     show("from disk", measured, ("images_per_second", "disk_bytes_per_byte"))
     return measured
+
+
+def far(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Images per second of shards at a store that lets every request wait, against a disk's."""
+    pack, shards = faces(options, folder), folder / f"shards{options.images}"
+    if not shards.exists():
+        write_shards(pack, shards)
+    store = {"latency": options.latency / 1000, "bandwidth": options.bandwidth * 2**20}
+    base = {
+        "measure": "ours", "batch": BATCH, "seconds": options.seconds, "loader": "torch",
+        "threads": max(int(number) for number in options.threads.split(",")), "pack": str(shards),
+    }  # fmt: skip
+    there = base | {"pack": f"slow:/{shards}", "store": store}
+    rows: dict[str, dict[str, Any]] = {
+        "pack, disk": base | {"pack": str(pack)},
+        "shards, disk": base,
+        "shards, store": there,
+    }
+    rows |= {f"shards, store, blocks of {n}": there | {"block": n} for n in (64, 256)}
+    one(there | {"seconds": 0.1})  # makes the index
+    measured = in_turns(rows, options.rounds)
+    show("images/s", measured, ("images_per_second", "images_per_cpu_second"))
+    medians = {
+        name: statistics.median(entry["images_per_second"] for entry in rounds)
+        for name, rounds in measured.items()
+    }
+    ratios = {name: rate / medians["shards, disk"] for name, rate in medians.items()}
+    print(", ".join(f"{name}: {ratio:.2f}" for name, ratio in ratios.items()))
+    return {"store": store, "measured": measured, "ratio_to_shards_on_disk": ratios}
 
 
 def memory(options: argparse.Namespace, folder: Path) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from partialfc.commands._pack.tars import tar_images
 from partialfc.data.files.index import in_order, is_hidden, is_image
 from partialfc.data.files.lists import list_lines
 from partialfc.data.images.formats import MOST_BYTES
+from partialfc.data.tars.places import expanded
+from partialfc.definitions.urls import shown, url_of
 from partialfc.writing import read_bytes
 
 
@@ -82,8 +84,14 @@ def open_source(path: Path, survey: Survey) -> Source:
             return _tables(path, tables)
         shards = _shards(path, ".tar")
         return _tars(path, shards, survey) if shards else _folders(path, survey)
+    if url_of(path):
+        raise ValueError(
+            f"{shown(path)}: partialfc pack reads files of this machine. partialfc convert pack "
+            "makes a pack of shards at a URL, and training reads them where they are."
+        )
     if path.suffix == ".tar":
-        return _tars(path.parent, [path], survey)
+        names = [path.name] if path.exists() else expanded(path.name)
+        return _tars(path.parent, [path.with_name(name) for name in names], survey)
     if path.suffix == parquet.SUFFIX:
         return _tables(path.parent, [path])
     if path.is_file():

@@ -18,6 +18,6 @@ class Survey:
     ignored: Counter[str] = field(default_factory=Counter)
     faults: list[Fault] = field(default_factory=list)
 
-    def ignore(self, name: str) -> None:
-        """Take note of a file or folder that is no image by its name."""
-        self.ignored[end_of(name)] += 1
+    def ignore(self, name: str, count: int = 1) -> None:
+        """Take note of a file or folder, or ``count`` of them, that is no image by its name."""
+        self.ignored[end_of(name)] += count

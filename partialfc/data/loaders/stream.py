@@ -25,6 +25,8 @@ from partialfc.data.source import Source
 
 MOST_IN_A_ROW = 256
 """Positions that are tried for a replacement."""
+LOOK_AHEAD = 4
+"""Batches that images at a URL are asked for beforehand; a window of blocks, if that is more."""
 
 
 class Replaced(NamedTuple):
@@ -137,8 +139,7 @@ class Stream:
         epoch = self.order.epoch(samples_seen)
         positions = self.order.positions(samples_seen, self.rank, self.world_size)
         wanted_B, repeat_B = self.order.at(epoch, positions)
-        blocks = self.order.arrangement
-        self.dataset.will_need(wanted_B, blocks.block if isinstance(blocks, Blocks) else 1)
+        self._will_need(samples_seen, wanted_B)
         sample_id_B, usable, replaced = wanted_B.copy(), [], []
         for i, found in enumerate(self._look(wanted_B)):
             if isinstance(found, str):
@@ -168,6 +169,19 @@ class Stream:
     def cannot_decode(self, sample_id: int, problem: str) -> None:
         """Replace a sample from now on, in every batch that is asked for, again or anew."""
         self._undecodable[sample_id] = problem
+
+    def _will_need(self, samples_seen: int, wanted_B: NDArray[np.int64]) -> None:
+        """Begin to read a batch and, from far away, the one that comes last of those to come."""
+        blocks = self.order.arrangement
+        stretch, ahead = 1, LOOK_AHEAD
+        if isinstance(blocks, Blocks):
+            stretch = blocks.block
+            ahead = max(ahead, -(-stretch * blocks.window // self.order.global_batch))
+        self.dataset.will_need(wanted_B, stretch)
+        if self.dataset.is_far:
+            seen = samples_seen + ahead * self.order.global_batch
+            later_B = self.order.sample_ids(seen, self.rank, self.world_size)
+            self.dataset.will_need(later_B, stretch)
 
     def _look(self, sample_id_B: NDArray[np.int64]) -> list[_Usable | str]:
         """What each sample is, or why it cannot be used."""

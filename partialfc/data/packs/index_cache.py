@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from partialfc.writing import atomic_write
 from partialfc.data.packs.index import RecordIndex, read_index
 from partialfc.data.packs.recordio import RecordFile
+from partialfc.writing import atomic_write
 
 KEPT_FROM = 1 << 17
 """Records of the smallest pack whose index is kept; smaller ones are read in a moment."""
@@ -182,9 +182,9 @@ def write_kept(places: list[Path], header: dict[str, Any], columns: list[NDArray
     return False
 
 
-def _wait_for_lock(handle: int, path: Path) -> None:
+def _wait_for_lock(handle: int, path: Path, seconds: float) -> None:
     began, said = time.monotonic(), False
-    while (waited := time.monotonic() - began) < _SECONDS_TO_WAIT:
+    while (waited := time.monotonic() - began) < seconds:
         with suppress(BlockingIOError):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
@@ -192,7 +192,7 @@ def _wait_for_lock(handle: int, path: Path) -> None:
             said = True
             print(
                 f"{path}: another process holds its lock, perhaps to read its index; going on "
-                f"without it after {_SECONDS_TO_WAIT:.0f} s.",
+                f"without it after {seconds:.0f} s.",
                 file=sys.stderr,
                 flush=True,
             )
@@ -200,16 +200,16 @@ def _wait_for_lock(handle: int, path: Path) -> None:
 
 
 @contextmanager
-def alone(path: Path) -> Iterator[None]:
+def alone(path: Path, seconds: float | None = None) -> Iterator[None]:
     """Hold the lock of a file or folder, where its file system has locks.
 
-    One that another process keeps is waited for a minute, and said so: what comes of it is time
-    saved, and two processes may do the same without harm.
+    One that another process keeps is waited for a minute, or ``seconds``, and said so: what comes
+    of it is time saved, and two processes may do the same without harm.
     """
     handle = os.open(path, os.O_RDONLY)
     try:
         with suppress(OSError):
-            _wait_for_lock(handle, path)
+            _wait_for_lock(handle, path, _SECONDS_TO_WAIT if seconds is None else seconds)
         yield
     finally:
         os.close(handle)

@@ -20,9 +20,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from partialfc.data.packs.index_cache import open_index
 from partialfc.data.packs.index import RecordIndex
+from partialfc.data.packs.index_cache import open_index
 from partialfc.data.packs.recordio import LABEL_LIMIT, Headers, Record, RecordError, RecordFile
+from partialfc.data.tars.places import refuse_tars
 
 _CHUNK = 1 << 20
 _LOOKED_AT = 16
@@ -33,8 +34,10 @@ def open_pack(path: str | Path) -> "Pack":
 
     Raises:
         RecordError: If the index or the layout breaks a rule; images are checked when read.
+        ValueError: If it is tar shards, or a URL.
         FileNotFoundError: If there is no such file.
     """
+    refuse_tars(Path(path))
     file = RecordFile(Path(path))
     index = open_index(file)
     if index.key_M[0] == 0:

@@ -117,9 +117,16 @@ def cold_epoch(pack: str, batch: int, images: int, block: int | None = None) -> 
 
 
 def ours(
-    pack: str, batch: int, seconds: float, loader: Any, threads: int, device: str = "cpu"
+    pack: str,
+    batch: int,
+    seconds: float,
+    loader: Any,
+    threads: int,
+    device: str = "cpu",
+    block: int | None = None,
+    store: dict[str, float] | None = None,
 ) -> dict[str, Any]:
-    """Our loaders; ``pillow`` is the torch loader without simplejpeg."""
+    """Our loaders; ``pillow`` is torch's without simplejpeg, ``store`` the pace of a far one."""
     import torch
 
     from partialfc.data.images import jpeg
@@ -128,7 +135,11 @@ def ours(
     torch.set_num_threads(1)
     if loader == "pillow":
         vars(jpeg)["decode_jpeg"], loader = None, "torch"
-    stream = stream_of(pack, batch)
+    if store:
+        from tools.bench._data.slow import SlowFileSystem
+
+        SlowFileSystem.reset(**store)
+    stream = stream_of(pack, batch, block)
     opened = open_batches(
         stream, 0, device=torch.device(device), loader=loader, threads=threads, prefetch=2
     )

@@ -1,6 +1,8 @@
 """The packs that tools/bench/data.py reads: faces to decode, and one of 42 million records."""
 
+import tarfile
 from bisect import bisect_left
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ IMAGES, IDENTITIES = 42_474_557, 2_059_906
 """Of WebFace42M."""
 _GAP = 4096
 _DISTINCT = 512
+_IN_SHARD = 3000
 
 
 def write_faces(path: Path, images: int) -> None:
@@ -44,6 +47,20 @@ def write_files(pack: Path, folder: Path) -> None:
         identity, jpeg = images.record(image)
         (folder / f"{identity:03d}").mkdir(parents=True, exist_ok=True)
         (folder / f"{identity:03d}" / f"{image:08d}.jpg").write_bytes(jpeg.tobytes())
+
+
+def write_shards(pack: Path, folder: Path) -> None:
+    """Write the images of a pack as tar shards of about 30 MB, each with its identity beside it."""
+    images = open_pack(pack)
+    folder.mkdir(parents=True)
+    for start in track(range(0, len(images), _IN_SHARD), "shards"):
+        with tarfile.open(folder / f"{start // _IN_SHARD:04d}.tar", "w") as tar:
+            for image in range(start, min(start + _IN_SHARD, len(images))):
+                identity, jpeg = images.record(image)
+                for end, content in (("jpg", jpeg.tobytes()), ("cls", str(identity).encode())):
+                    info = tarfile.TarInfo(f"{image:08d}.{end}")
+                    info.size = len(content)
+                    tar.addfile(info, BytesIO(content))
 
 
 def write_huge(folder: Path) -> None:
