@@ -31,7 +31,6 @@ from partialfc.writing import write_text
 GPUS = (1, 8, 16, 32, 64)
 SGD_RATE, SGD_BATCH = 0.1, 1024
 ADAMW_RATE, ADAMW_BATCH = 1e-3, 24_576
-DROP_PATH = 0.05
 START, END = "<!-- recipes: written by tools/recipes.py -->", "<!-- end of recipes -->"
 
 
@@ -53,12 +52,16 @@ class DataSet:
 class Network:
     """A backbone; ``most`` are the images that a GPU of 80 GiB holds at once in bf16,
     with room to spare as estimated. ``masked`` is the share of patches that arcface_torch masks in
-    truth: a tenth wherever its mask_ratio is not 0."""
+    truth: a tenth wherever its mask_ratio is not 0. A ``divided`` one is shared by FSDP2, a
+    ``recomputed`` one computes its activations again, as arcface_torch's ViT-H does."""
 
     title: str
     backbone: str
     most: int
     masked: float = 0.0
+    drop_path: float = 0.05
+    divided: bool = False
+    recomputed: bool = False
 
     @property
     def adamw(self) -> bool:
@@ -94,8 +97,18 @@ NETWORKS = {
     "vit_s": Network("ViT-S", "vit_s", 512),
     "vit_b": Network("ViT-B", "vit_b", 256, masked=0.1),
     "vit_l": Network("ViT-L", "vit_l", 128, masked=0.1),
+    "vit_l_fsdp2": Network("ViT-L, FSDP2", "vit_l", 256, masked=0.1, divided=True),
+    "vit_h_fsdp2": Network(
+        "ViT-H, FSDP2", "vit_h", 384, drop_path=0.1, divided=True, recomputed=True
+    ),
 }
-EVERY = [(data, network) for data in DATA for network in NETWORKS]
+EVERY = [
+    (data, network)
+    for data in DATA
+    for network, about in NETWORKS.items()
+    if data == "wf42m" or not about.divided
+]
+"""Networks that want dividing want the largest data."""
 TARGETS = {
     ("ms1mv2", "r50"): "75.13 / 95.97 / 94.07",
     ("ms1mv2", "r100"): "78.12 / 96.37 / 94.27",
@@ -113,11 +126,12 @@ TARGETS = {
     ("wf42m", "vit_s"): "95.87 / 97.73 / 96.57",
     ("wf42m", "vit_b"): "97.42 / 97.90 / 97.04",
     ("wf42m", "vit_l"): "97.85 / 98.00 / 97.23",
+    ("wf42m", "vit_l_fsdp2"): "97.85 / 98.00 / 97.23",
 }
 """Published for the arcface_torch recipe of that name: MFR-ALL, IJB-C at 1e-4, IJB-C at 1e-5."""
 
-_PFC_03 = ("r200", "vit_t", "vit_s", "vit_b", "vit_l")
-"""Published with a sample rate of 0.3 on WebFace42M."""
+_PFC_03 = ("r200", *(name for name, network in NETWORKS.items() if network.adamw))
+"""Published with a sample rate of 0.3 on WebFace42M, but for ViT-H, which is not published."""
 
 
 def recipe(data: str, network: str) -> str:
@@ -151,6 +165,8 @@ def recipe(data: str, network: str) -> str:
         "",
         "[backbone]",
         f'name = "{net.backbone}"',
+        *(['shard = "fsdp2"'] if net.divided else []),
+        *(["checkpoint_activations = true"] if net.recomputed else []),
         "",
         *_options(net),
         "[head]",
@@ -207,7 +223,7 @@ def accumulation(data: str, network: str, gpus: int) -> int:
 def _options(net: Network) -> list[str]:
     if not net.adamw:
         return []
-    return ["[backbone.options]", f"masked = {net.masked}", f"drop_path = {DROP_PATH}", ""]
+    return ["[backbone.options]", f"masked = {net.masked}", f"drop_path = {net.drop_path}", ""]
 
 
 def _optimizers(net: Network) -> list[str]:
@@ -269,7 +285,8 @@ def _counted(folder: Path, network: str, micro_batch: int, several: bool, cut: b
     """Count a network once for all data sets: nothing else of a recipe changes what is counted."""
     ranks, parts = 1 + several, 1 + cut
     words = [f"data.global_batch={micro_batch * ranks * parts}", f"optimizer.accumulation={parts}"]
-    return count_backbone(load(folder / f"ms1mv3_{network}.toml", words), ranks)
+    data = next(data for data, one in EVERY if one == network)
+    return count_backbone(load(folder / f"{data}_{network}.toml", words), ranks)
 
 
 def table(predicted: Callable[[str, str], str]) -> str:

@@ -79,8 +79,22 @@ def test_a_recipe_estimates_as_the_table_says(data, network):
 @pytest.mark.parametrize("gpus", [gpus for gpus in GPUS if gpus != 8])
 @pytest.mark.parametrize(("data", "network"), EVERY)
 def test_a_recipe_fits_every_number_of_gpus_that_it_names(data, network, gpus):
-    """216 estimates in a minute or two: pytest -m slow tests/tools/test_recipes.py."""
+    """224 estimates in a minute or two: pytest -m slow tests/tools/test_recipes.py."""
     assert recipes.predict(FOLDER, data, network, gpus).fits
+
+
+@pytest.mark.slow
+def test_a_divided_network_takes_as_much_less_as_the_page_says(tmp_path):
+    """Where it took as much as a replica, nobody would divide it."""
+    recipe = str(FOLDER / "wf42m_vit_h_fsdp2.toml")
+    where = ["--gpus-per-node", "8", "--gpu", "h100", "--identities", "2059906"]
+    taken = []
+    for shard in ("fsdp2", "none"):
+        words = [f"backbone.shard={shard}", "optimizer.accumulation=8"]
+        estimate.main([recipe, *words, *where, "--json", str(tmp_path / "a.json")])
+        taken.append(json.loads((tmp_path / "a.json").read_text())["bytes"] / 2**30)
+    assert taken == pytest.approx([24, 33], abs=1)
+    assert "24 GiB of\neach of eight, by the estimate, where a replica on each takes 33" in README
 
 
 def test_a_prediction_is_what_the_estimator_prints(tmp_path):
