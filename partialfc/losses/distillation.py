@@ -28,8 +28,9 @@ class Distillation(definitions.Distillation, EmbeddingLoss):
 
     ``margin``: Triplet Distillation (Feng et al., https://arxiv.org/abs/1905.04457): the mean of
     max(0, d(a, p)² - d(a, n)² + m) over anchors, with the farthest positive and the nearest
-    negative. m goes from ``smallest_margin`` to ``largest_margin`` as the teacher's own
-    d(a, n)² - d(a, p)² goes from 0 to 2; the paper's upper end is the batch's largest.
+    negative. Its m = smallest + (largest - smallest) max(0, t) / most, where t is the teacher's own
+    d(a, n)² - d(a, p)². The paper's ``most`` is the largest t of the batch; here it is 2, and t is
+    at most that, so that a triplet's margin does not depend on which others are in a micro-batch.
     """
 
     @property

@@ -6,12 +6,12 @@ weights apart there is one group of all.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
 from partialfc.config import Config, ConfigError
 from partialfc.model.fsdp import Shards
@@ -25,6 +25,8 @@ _OURS: dict[str, Any] = {
     "muon": MuonAndAdamW,
     "schedule_free": ScheduleFree,
 }
+_COPIED = 2**14
+"""Numbers of a gradient whose squares are summed at once on a CPU; a cache holds them in fp64."""
 
 
 def build_optimizer(config: Config, backbone: nn.Module) -> torch.optim.Optimizer:
@@ -161,12 +163,22 @@ def clip(
     groups = [group["params"] for group in optimizer.param_groups]
     if not each:
         groups = [[*parameters_of(optimizer)]]
-    norms = torch.stack(
-        [get_total_norm([one.grad for one in group if one.grad is not None]) for group in groups]
-    )
+    squares = torch.stack([_square_sum(group) for group in groups])
     if shards:
-        norms = shards.norms(norms)
-    for group, own in zip(groups, norms, strict=True):
-        clip_grads_with_norm_(group, clip_norm or math.inf, own)
-    total: Tensor = norms[0] if len(groups) == 1 else torch.linalg.vector_norm(norms)
-    return total
+        squares = shards.sums(squares)
+    for group, norm in zip(groups, squares.sqrt().float(), strict=True):
+        clip_grads_with_norm_(group, clip_norm or math.inf, norm)
+    return squares.sum().sqrt().float()
+
+
+def _square_sum(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Return the sum of their gradients' squares in fp64: its rounding does not show in fp32.
+
+    So it does not matter which rows a rank has, and clipping is that of whole gradients to the bit.
+    """
+    gradients = [one.grad for one in parameters if one.grad is not None]
+    if not gradients:
+        return parameters[0].new_zeros((), dtype=torch.float64)
+    if gradients[0].device.type == "cpu":  # which makes a copy in fp64 of each
+        gradients = [part for one in gradients for part in torch.split(one.flatten(), _COPIED)]
+    return torch.stack(torch._foreach_norm(gradients, 2.0, torch.float64)).square().sum()

@@ -152,6 +152,20 @@ def test_a_network_of_others_says_what_does_not_decay():
     assert matrices_of(nn.Sequential(network)) == {"0.1.weight"}
 
 
+def test_a_norm_is_exact_and_the_same_however_rows_are_cut():
+    """In fp32 a CPU's is off by 1e-4, and by others of the rows that a rank has under FSDP2."""
+    whole = nn.Parameter(torch.empty(3, 2**20))
+    torch.manual_seed(0)
+    whole.grad = torch.randn_like(whole)
+    parts = [nn.Parameter(torch.empty_like(part)) for part in whole.grad.split([1, 2])]
+    for part, own in zip(parts, whole.grad.split([1, 2]), strict=True):
+        part.grad = own.clone()
+    found = [clip(torch.optim.SGD(one, lr=0.1), 0.0) for one in ([whole], parts)]
+    assert torch.equal(*found)
+    assert found[0] == whole.grad.double().norm().float()
+    assert found[0].dtype == torch.float32
+
+
 def test_groups_are_clipped_each_by_itself():
     _, model = made(optimizer={"name": "sgd", "rates": {"stem": 0.5}})
     generator = torch.Generator().manual_seed(1)

@@ -61,7 +61,12 @@ os._exit(main(sys.argv[2:]))
 
 def killed_at(step, packs, folder, *overrides, ranks=2) -> subprocess.CompletedProcess:
     """Run on several ranks until each kills itself, as kill -9 does, before it takes a step."""
-    return python("-c", _DIES, step, *words(packs, folder, *overrides)[1:], ranks=ranks)
+    return killed(step, words(packs, folder, *overrides), ranks=ranks)
+
+
+def killed(step, script_and_arguments, *, ranks) -> subprocess.CompletedProcess:
+    """Run what :func:`words` are like, in the same way."""
+    return python("-c", _DIES, step, *script_and_arguments[1:], ranks=ranks)
 
 
 def losses(folder):

@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 from partialfc.__main__ import main
 from partialfc.backbones.timm_import import timm
 from partialfc.backbones.timm_network import normalisation
-from partialfc.checkpoint.pretrained import load_pretrained
-from partialfc.config import ConfigError
+from partialfc.checkpoint.pretrained import load_pretrained, pretrained_state
+from partialfc.config import ConfigError, load
 from partialfc.model.build import build
 from tests.support.models import runtime, settings
 from tests.support.processes import python
-from tests.support.runs import losses
+from tests.support.runs import killed, killed_at, losses, run
 from tools._faces.packs import write_demo_packs
 
 NAME = "test_efficientnet"
@@ -42,14 +42,20 @@ def faces(tmp_path_factory):
     return folder
 
 
-def words(faces, hub, folder, *overrides):
+def on_faces(settings, faces, folder):
     return [
         "launch/train.py",
-        "configs/demo.toml",
+        f"configs/{settings}.toml",
         f"data.train={faces / 'train.rec'}",
         f"verification.pairs=['{faces / 'verification.bin'}']",
         f"run.folder={folder}",
         "run.epochs=",
+    ]
+
+
+def words(faces, hub, folder, *overrides):
+    return [
+        *on_faces("demo", faces, folder),
         "run.steps=8",
         "schedule.warmup_steps=2",
         "data.global_batch=24",
@@ -124,3 +130,63 @@ def test_trained_weights_come_into_the_network_and_others_are_refused(hub, tmp_p
         assert torch.equal(value, trained[own] if own != name else before[name]), name
     for name, value in model.average.tensors.items():
         assert torch.equal(value, model.backbone.state_dict()[name]), "the average begins here"
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_handwriting_is_learnt_over_a_kill_and_on_other_ranks_to_onnx(packs, tmp_path, capsys):
+    """As make omniglot trains, with another family's network that has seen nothing before."""
+    folder, out = tmp_path / "run", tmp_path / "out"
+    about = ["backbone.name=timm/test_resnet", "run.steps=150", "checkpoint.every_steps=50"]
+    about += ["verification.every_steps=150", "head.sample_rate=0.5"]
+    stopped = killed_at(110, packs, folder, *about, ranks=2)
+    assert stopped.returncode == -9, stopped.stderr
+    done = run(packs, folder, *about, ranks=3)
+    assert done.returncode == 0, done.stderr
+    assert "going on from" in done.stdout
+    summary = json.loads((folder / "summary.json").read_text())
+    known = summary["identification"]
+    assert known["rank_1"] > 2 * known["rank_1_untrained"], "of characters that it has not seen"
+    pairs = str(packs / "heldout_pairs.bin")
+    assert main(["export", str(folder), str(out), "--check", pairs, "--formats", "onnx"]) == 0
+    assert "model.onnx" in (out / "README.md").read_text()
+    capsys.readouterr()
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_the_recipe_of_adapters_learns_over_a_kill_and_on_other_ranks(faces, tmp_path, capsys):
+    """configs/lora.toml with a small ViT: what is exported is the base but for what was trained."""
+    folder, out, pretrained = (tmp_path / name for name in ("run", "out", "vit.safetensors"))
+    torch.manual_seed(0)
+    save_file(timm().create_model("test_vit").state_dict(), pretrained)
+    about = on_faces("lora", faces, folder)
+    about += ["data.global_batch=48", "data.image_size=48", "precision.compute=fp32"]
+    about += ["backbone.name=timm/test_vit", f"backbone.pretrained={pretrained}"]
+    about += ["run.steps=200", "checkpoint.every_steps=50", "log.every_steps=10"]
+    stopped = killed(110, about, ranks=2)
+    assert stopped.returncode == -9, stopped.stderr
+    done = python(*about)
+    assert done.returncode == 0, done.stderr
+    assert "going on from" in done.stdout
+    noted = losses(folder)
+    assert noted[200] < noted[10] / 2
+
+    # What is measured and exported is the moving average.
+    average = load_file(folder / "checkpoints" / "step_00000200" / "average.safetensors")
+    places = {name.rpartition(".")[0] for name in average if name.endswith("lora_up")}
+    assert len(places) == 6 * 4, "attn.qkv, attn.proj, mlp.fc1 and mlp.fc2 of each block"
+    assert main(["export", str(folder), str(out), "--formats", "safetensors"]) == 0
+    base = pretrained_state(pretrained, load(folder / "config.toml"))
+    exported = load_file(out / "model.safetensors")
+    in_full = {name.partition(".")[0] for name in exported.keys() - base.keys()}
+    assert in_full == {"norm", "fc", "features"}
+    for name, value in base.items():
+        place, _, kind = name.rpartition(".")
+        if place not in places or kind != "weight":
+            assert torch.equal(exported[name], value), name
+            continue
+        up, down = (average[f"{place}.lora_{which}"].double() for which in ("up", "down"))
+        assert (up @ down).norm() > 1e-2 * value.norm(), "it learnt something"
+        assert (exported[name] - value - up @ down).norm() < 1e-6 * value.norm(), name
+    capsys.readouterr()
