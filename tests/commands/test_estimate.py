@@ -15,7 +15,8 @@ from partialfc.__main__ import main
 from partialfc.backbones import build_backbone
 from partialfc.commands import estimate
 from partialfc.commands._estimate.backbone import count
-from partialfc.config import ConfigError
+from partialfc.config import ConfigError, load
+from partialfc.config.heads import each_head
 from tests.support.places import FIXTURES, ROOT
 from tests.support.processes import python
 from tools import omniglot
@@ -80,7 +81,8 @@ def test_the_flops_are_those_that_everybody_counts():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("gpu", ["h200", "v100-32g", pytest.param("cpu", marks=pytest.mark.slow)])
 def test_every_shipped_config_estimates(path, gpu, tmp_path):
-    where = ["--gpus-per-node", "2", "--gpu", gpu, "--identities", "93431"]
+    heads = [f"{name}=93431" for name in each_head(load(path)) if name]
+    where = ["--gpus-per-node", "2", "--gpu", gpu, "--identities", ",".join(heads) or "93431"]
     record = estimated(tmp_path, path, *where)
     assert record["images_per_second"] > 0
     assert record["bytes"] == max(record["moments"].values())
