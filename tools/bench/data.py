@@ -135,7 +135,7 @@ def far(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "measure": "ours", "batch": BATCH, "seconds": options.seconds, "loader": "torch",
         "threads": max(int(number) for number in options.threads.split(",")), "pack": str(shards),
     }  # fmt: skip
-    there = base | {"pack": f"slow:/{shards}", "store": store}
+    there = base | {"pack": f"slow:/{shards.resolve()}", "store": store}
     rows: dict[str, dict[str, Any]] = {
         "pack, disk": base | {"pack": str(pack)},
         "shards, disk": base,
