@@ -32,8 +32,7 @@ class JoinedSets(DataSet):
         maps: Of each set, files of :mod:`~partialfc.data.identity_map`.
 
     Raises:
-        ValueError: If a pack is in two sets, or a map is not of its set and one before it; the
-            message begins with the set's name.
+        ValueError: If a pack is in two sets, or a map is not of its set and one before it.
         OSError: If a map cannot be read.
     """
 
@@ -166,26 +165,28 @@ def _numbered(
     """The number [C] of each identity, ``None`` if each is its own, and those of each set."""
     number_of: dict[str, NDArray[np.int64]] = {}
     own, next_free = [], 0
-    prints = {
-        name: numbering(DataSet(one.packs)) for name, one in sets.items() if any(maps.values())
+    prints = {  # a map is of the identities of packs
+        name: numbering(DataSet(one.packs))
+        for name, one in sets.items()
+        if any(maps.values()) and not one.labelled
     }
     for name, one in sets.items():
         number_C = np.full(one.num_identities, -1, np.int64)
         for path in maps[name]:
             found = read_identity_map(path)
-            if found.of != prints[name]:
+            if found.of != prints.get(name):
                 raise ValueError(
-                    f"{name}.map: {path}: it is of other images than this set, or they have other "
-                    "identities now. Make it again with partialfc overlap."
+                    f"data.sets.{name}.map: {path}: it is of other images than this set, or they "
+                    "have other identities now. Make it again with partialfc overlap."
                 )
-            before = [other for other in number_of if prints[other] == found.onto]
+            before = [other for other in number_of if prints.get(other) == found.onto]
             if not before:
                 raise ValueError(
-                    f"{name}.map: {path}: its second column is of no set above this one: "
-                    f"{', '.join(number_of)}. Put that set above, or make the map again with "
-                    "partialfc overlap."
+                    f"data.sets.{name}.map: {path}: its second column is of no set above this one "
+                    f"with the identities of its packs: {', '.join(number_of)}. Put that set "
+                    "above, or make the map again with partialfc overlap."
                 )
-            _take(number_C, found, number_of[before[0]], f"{name}.map: {path}")
+            _take(number_C, found, number_of[before[0]], f"data.sets.{name}.map: {path}")
         free = np.flatnonzero(number_C < 0)
         number_C[free] = next_free + np.arange(len(free))
         own.append(range(next_free, next_free + len(free)))

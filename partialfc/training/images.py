@@ -27,7 +27,7 @@ def open_images(config: Config) -> DataSet:
     :class:`~partialfc.data.joined.JoinedSets`.
 
     Raises:
-        ConfigError: If they cannot be opened; the message begins with the key.
+        ConfigError: If they cannot be opened; the message names the key or the file.
     """
     data, where = config.data, "data.train: "
     try:
@@ -41,7 +41,7 @@ def open_images(config: Config) -> DataSet:
         sets = _without(sets, data.skip)
         if len(sets) == 1:
             return sets[name]
-        where = "data.sets."
+        where = ""
         return JoinedSets(sets, {name: one.map for name, one in data.by_set.items()})
     except (OSError, ValueError) as error:
         raise ConfigError(f"{where}{in_words(error)}") from error

@@ -223,7 +223,7 @@ def test_a_list_of_a_run_leaves_out_images_of_any_set(made, tmp_path):
     ("of", "onto", "pairs", "words"),
     [
         ("a", "a", [(0, 0)], r"data\.sets\.b\.map: .*of other images than this set"),
-        ("b", "c", [(0, 0)], r"second column is of no set above this one: a\."),
+        ("b", "c", [(0, 0)], r"second column is of no set above this one .*: a\."),
         ("b", "a", [(6, 0)], r"identity 6 must be in \[0, 6\)"),
         ("b", "a", [(0, 14)], r"identity 14 must be in \[0, 14\)"),
     ],
@@ -234,6 +234,18 @@ def test_a_map_of_other_sets_is_refused(made, tmp_path, of, onto, pairs, words):
     write_identity_map(tmp_path / "map", pairs, of=opened[of], onto=opened[onto])
     with pytest.raises(ConfigError, match=words):
         open_images(config(made, maps={"b": [tmp_path / "map"]}))
+
+
+def test_a_map_onto_a_set_with_labels_of_its_own_is_refused(made, tmp_path):
+    """It is of the identities of packs, and the labels number other ones."""
+    a, b = (open_dataset([made / f"{name}.rec"]) for name in "ab")
+    write_identity_map(tmp_path / "map", [(0, 0)], of=b, onto=a)
+    np.save(tmp_path / "labels.npy", np.arange(len(a)) % 20)
+    settings = config(made, maps={"b": [tmp_path / "map"]})
+    sets = settings.model_dump()["data"]["sets"]
+    sets["a"]["labels"] = tmp_path / "labels.npy"
+    with pytest.raises(ConfigError, match=r"sets\.b\.map: .* with the identities of its packs: a"):
+        open_images(config(made, sets=sets))
 
 
 def test_maps_that_disagree_are_refused(made, tmp_path):
