@@ -197,7 +197,7 @@ def test_png_of_every_kind_trains_on_the_pixels_that_are_stored(tmp_path, loader
     for name, data in kinds.items():
         (tmp_path / "a" / f"{name}.{'jpg' if name == 'jpeg' else 'PNG'}").write_bytes(data)
     stream = stream_of(tmp_path, batch=len(kinds), size=32)
-    [(images, _, replaced, _)] = take(1, stream, loader=loader)
+    [(images, _, replaced, *_)] = take(1, stream, loader=loader)
     assert not replaced
     encoded_batch = stream.batch(0)
     for i, view in enumerate(encoded_batch.jpegs):

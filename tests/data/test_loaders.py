@@ -363,7 +363,7 @@ def with_replacements(loader: str, stream: Stream, number: int, samples_seen=0):
                 [one.sample_id for one in replaced],
                 sample_ids.tolist(),
             )
-            for images, identities, replaced, sample_ids in itertools.islice(batches, number)
+            for images, identities, replaced, sample_ids, _ in itertools.islice(batches, number)
         ]
 
 
