@@ -186,9 +186,11 @@ def _flat(text: str | None) -> str:
 # TOML
 
 
-def to_toml(section: Section) -> str:
-    """Return TOML that loads back equal; settings that are None are left out."""
-    return "\n".join(_tables(section.model_dump(mode="json", exclude_none=True), ()))
+def to_toml(section: Section, *, without: str = "") -> str:
+    """Return TOML that loads back equal; settings that are None are left out, and one section that
+    has no effect."""
+    values = section.model_dump(mode="json", exclude_none=True, exclude={without})
+    return "\n".join(_tables(values, ()))
 
 
 def _tables(values: Mapping[str, Any], keys: tuple[str, ...]) -> Iterator[str]:

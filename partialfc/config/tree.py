@@ -372,7 +372,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def to_toml(config: Config) -> str:
     """Return the resolved settings as TOML that loads back equal."""
-    return settings.to_toml(config)
+    return settings.to_toml(config, without="head" if dict(config.heads) else "")
 
 
 _EXAMPLE = {"data": {"train": "train.rec", "sets": {"NAME": {}}}}

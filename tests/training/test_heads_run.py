@@ -22,7 +22,7 @@ def three(packs):
         f"others={{train='{packs / 'heldout.rec'}', images=8}}, "
         f"turned={{train='{packs / 'heldout_rotated.rec'}', images=6}}}}",
         "heads={letters={sample_rate=0.5, weight=2.0, "
-        "optimizer={name='sgd', momentum_format='int8'}}, "
+        "centers_in='host', optimizer={name='sgd', momentum_format='int8'}}, "
         "others={margin={name='cosface', scale=16.0}, optimizer={name='adamw', lr_factor=0.01}}, "
         "turned={margin={name='curricularface', scale=16.0}, weight=0.5}}",
         "losses.center.weight=0.1",
@@ -71,6 +71,7 @@ def _says_each_head(folder):
     weighted = sum(w * part for w, part in zip((2.0, 1.0, 0.5), parts, strict=True))
     assert record["loss"] == pytest.approx(weighted, rel=1e-5)
     assert record["loss_letters_center"] > 0
+    assert "[head]" not in (folder / "config.toml").read_text()
     report = (folder / "report.html").read_text()
     assert "heads.letters, without its weight" in report
     assert "heads.letters: center, without its weight" in report
