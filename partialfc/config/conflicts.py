@@ -242,6 +242,7 @@ def plan_of(config: "Config", machine: Machine | None, positives: int = 1) -> Pl
         sgd=config.head.optimizer.name == "sgd",
         compute=head_compute(config, machine.device if machine else "cuda"),
         fused=config.head.fused,
+        weighted=config.head.negatives == "weighted",
         sets=any(one.same_people == "unknown" for one in config.data.by_set.values()),
         positives=positives,
     )

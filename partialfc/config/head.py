@@ -48,6 +48,11 @@ class Head(Section):
     sample_rate: Annotated[float, Range(gt=0, le=1)] = 1.0
     """Fraction of the class centers used per step, the batch's own included. 1 uses all."""
 
+    negatives: Literal["uniform", "weighted"] = "uniform"
+    """What a sampled negative counts for in the softmax. ``uniform``: itself, as Partial FC has it,
+    so that the sum over all identities is taken for less than it is. ``weighted``: all those that
+    it was drawn among, so that the sum is right in the mean."""
+
     canonical_shards: Annotated[int | None, Range(ge=1)] = None
     """Units that negatives are sampled from and centers are moved in; at least the largest number
     of ranks that the run will ever have. Left out, it follows from the number of identities and is
@@ -101,6 +106,11 @@ class Head(Section):
                 f"in .npy or .safetensors.{meant}"
             )
         return self
+
+    @property
+    def weighted_rate(self) -> float | None:
+        """The sample rate where negatives are weighted; ``None`` where each counts once."""
+        return self.sample_rate if self.negatives == "weighted" else None
 
     @property
     def start_file(self) -> Path | None:

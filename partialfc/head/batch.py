@@ -1,8 +1,8 @@
 """What the loss of a forward pass is computed from.
 
 Shape suffixes: b = rows of this rank's batch, B = rows of the gathered batch, C = rows of the
-centers at hand, D = embedding, and in a query its bias, P = pairs of a row and one of its
-positives, 1 = one for each row.
+centers at hand, D = embedding, and in a query its bias, n = sampled rows, P = pairs of a row
+and one of its positives, 1 = one for each row.
 """
 
 from dataclasses import dataclass
@@ -68,6 +68,7 @@ class Batch:
         labels: Whom the rows name.
         mask: Sets of identities that rows leave out; ``None`` for none.
         target_P: Place among the sampled of the first row of each own identity, or ``NOT_LOCAL``.
+        log_weight_n: fp32, log of how many rows each sampled one stands for; ``None``: for itself.
         margin: What the logits are.
         state: What the margin remembers; the batch's own copy.
         step: Optimizer steps taken so far.
@@ -92,6 +93,7 @@ class Batch:
     labels: Labels
     mask: SetMask | None
     target_P: Tensor
+    log_weight_n: Tensor | None
     margin: Margin
     state: State
     step: int

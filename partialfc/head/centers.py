@@ -99,7 +99,11 @@ def expand(sample: Sample, per_identity: int) -> Sample:
         every_N = torch.arange(per_identity, device=rows.device)
         rows = (rows.unsqueeze(1) * per_identity + every_N).flatten()
     local_B = sample.target_B != NOT_LOCAL
-    return Sample(rows, torch.where(local_B, sample.target_B * per_identity, NOT_LOCAL))
+    target_B = torch.where(local_B, sample.target_B * per_identity, NOT_LOCAL)
+    log_weight_n = sample.log_weight_n
+    if log_weight_n is not None:
+        log_weight_n = log_weight_n.repeat_interleave(per_identity)
+    return Sample(rows, target_B, log_weight_n)
 
 
 def own_centers(

@@ -58,17 +58,19 @@ def refuse_center_losses(margin: Margin, center: float, inter_class: float) -> N
             raise ValueError(f"{name} must be >= 0 and finite, got {weight}.")
 
 
-def refuse_several(several: Several, margin: Margin, center_losses: float) -> None:
+def refuse_several(several: Several | None, margin: Margin, center_losses: float) -> None:
     """Refuse what looks at the one positive of a row, where rows have several or none.
 
     Args:
-        several: What they are to the loss.
+        several: What they are to the loss; ``None`` where each row has one.
         margin: What the logits are.
         center_losses: Largest weight of the losses beside the softmax.
 
     Raises:
         ValueError: With the name of the option first.
     """
+    if several is None:
+        return
     name, given = type(margin).__name__, f"positives = {several}"
     if margin.needs_positives:
         raise ValueError(
@@ -95,17 +97,19 @@ def refuse_several(several: Several, margin: Margin, center_losses: float) -> No
         )
 
 
-def refuse_sets(sets: Sets, margin: Margin, num_identities: int) -> None:
+def refuse_sets(sets: Sets | None, margin: Margin, num_identities: int) -> None:
     """Refuse sets that are not those of the identities, and what counts all negatives alike.
 
     Args:
-        sets: The cut of the identities.
+        sets: The cut of the identities; ``None`` for one set.
         margin: What the logits are.
         num_identities: C.
 
     Raises:
         ValueError: With the name of the option first.
     """
+    if sets is None:
+        return
     if sum(sets.sizes) != num_identities:
         raise ValueError(
             f"sets.sizes = {sets.sizes} are {sum(sets.sizes)} identities, and num_identities is "

@@ -163,6 +163,7 @@ def _logits(batch: Batch, own: _Own, state: State) -> Logits:
         bend=margin.bend(state, own.first),
         offset=margin.offset(state),
         mask=batch.mask,
+        log_weight_n=batch.log_weight_n,
         path=batch.path,
     )
 

@@ -15,6 +15,7 @@ CenterFormat = Literal["fp32", "bf16", "fp16"]
 Where = Literal["device", "host"]
 SeveralLoss = Literal["mean", "any", "soft"]
 Without = Literal["push", "leave_out"]
+Negatives = Literal["uniform", "weighted"]
 
 _KEEP_MIB = {"cpu": 256, "cuda": 2048}
 """Default of ``keep_mib`` by the type of the device."""

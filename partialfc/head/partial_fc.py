@@ -29,7 +29,7 @@ from partialfc.head.forgotten import Forgotten
 from partialfc.head.gathering import Gathering
 from partialfc.head.loss import MarginLoss, Outcome, margin_loss
 from partialfc.head.machine import machine_of
-from partialfc.head.options import Kernels, Memory, Precision, Sets, Several, check_fit
+from partialfc.head.options import Kernels, Memory, Negatives, Precision, Sets, Several, check_fit
 from partialfc.head.plan import Plan, decide
 from partialfc.head.rows.formats import DTYPES
 from partialfc.head.rows.optimizer import RowOptimizer
@@ -63,6 +63,8 @@ class PartialFC(Shard):
             row has one.
         sets: Sets of identities that may have the same people, whom a row is not told from;
             ``None``: a row is told from all other identities.
+        negatives: Whether a sampled one counts once (``"uniform"``) or for all that it was drawn
+            among (``"weighted"``): then the softmax's sum is that of all centers in the mean.
         seed: Initial centers, negatives and rounding are functions of it and of global ids.
         center_weight: Of the mean of 1 - cos(theta) to the own center, added to the loss; >= 0.
         inter_class_weight: Of the mean cosine of the batch's centers and the nearest other sampled
@@ -93,6 +95,7 @@ class PartialFC(Shard):
         sets: Sets | None = None,
         center_weight: float = 0.0,
         inter_class_weight: float = 0.0,
+        negatives: Negatives = "uniform",
         seed: int = 2048,
         canonical_shards: int | None = None,
         group: dist.ProcessGroup | None = None,
@@ -123,10 +126,8 @@ class PartialFC(Shard):
             device=self.device.type,
         )
         refuse_center_losses(margin, center_weight, inter_class_weight)
-        if positives is not None:
-            refuse_several(positives, margin, max(center_weight, inter_class_weight))
-        if sets is not None:
-            refuse_sets(sets, margin, num_identities)
+        refuse_several(positives, margin, max(center_weight, inter_class_weight))
+        refuse_sets(sets, margin, num_identities)
         self.several, self.sets = positives, sets
         self.ranks = Ranks.of(group)
         self.sharding = Sharding(
@@ -150,13 +151,14 @@ class PartialFC(Shard):
             self.register_buffer(f"margin_{name}", torch.tensor(value, device=self.device))
         rule = optimizer or RowSGD()
         self.compute = precision.compute
-        self.plan = self._decide(rule, fused=kernels.fused)
+        self.plan = self._decide(rule, weighted=negatives == "weighted", fused=kernels.fused)
         self.sampler = KeyedSampler(
             self.sharding,
             self.ranks.rank,
             sample_rate=sample_rate,
             seed=seed,
             path=self.plan.path,
+            negatives=negatives,
         )
         size = len(self.owned_rows), embedding_dim + margin.bias
         dtype = DTYPES[precision.center_format]
@@ -338,6 +340,7 @@ class PartialFC(Shard):
             labels=gathered.labels,
             mask=self._masks(gathered.identities_P, gathered.labels.most, rows.row_n),
             target_P=sample.target_B,
+            log_weight_n=sample.log_weight_n,
             margin=margin,
             state=state,
             step=steps,
@@ -371,13 +374,14 @@ class PartialFC(Shard):
         # The set of positives is that of the step, so the rows are; the targets are this batch's.
         known_P = torch.cat([fixed.identities_P, identities_P])
         every = expand(self.sampler(fixed.step, known_P), self.centers_per_identity)
-        return Sample(fixed.rows, every.target_B[len(fixed.identities_P) :])
+        own_B = every.target_B[len(fixed.identities_P) :]
+        return Sample(fixed.rows, own_B, every.log_weight_n)
 
     def _fixed(self) -> StepSample | None:
         fixed = self._step_sample
         return None if fixed is None or fixed.step != self.optimizer.steps else fixed
 
-    def _decide(self, rule: RowRule, *, fused: bool) -> Plan:
+    def _decide(self, rule: RowRule, *, weighted: bool, fused: bool) -> Plan:
         """Return which code computes this head; refuse the fused kernels where they cannot."""
         plan = decide(
             machine_of(self.device),
@@ -387,6 +391,7 @@ class PartialFC(Shard):
             binary=self.margin.binary,
             positives=1 if self.several is None else self.several.most,
             sets=self.sets is not None,
+            weighted=weighted,
             sgd=type(rule) is RowSGD,  # a kernel knows nothing of a subclass's update
             compute=self.compute,
             fused=fused,

@@ -71,6 +71,7 @@ def decide(
     fused: bool,
     positives: int = 1,
     sets: bool = False,
+    weighted: bool = False,
 ) -> Plan:
     """Return how a head is computed; the path is ``"fused"`` only if ``fused`` and possible.
 
@@ -85,6 +86,7 @@ def decide(
         fused: Whether the fused kernels are asked for.
         positives: Most identities of a row.
         sets: Whether rows leave out negatives of other sets of identities.
+        weighted: Whether sampled negatives stand for others.
     """
     known = machine or Machine("cuda", True, _HOPPER)
     row_kernel = known.has_kernels and sgd and unit_centers
@@ -101,6 +103,8 @@ def decide(
         reason = f"they know one positive a row, and positives.most is {positives}"
     elif sets:
         reason = "they tell a row from all sampled centers, and sets leave some out"
+    elif weighted:
+        reason = 'they count every negative once, and negatives is "weighted"'
     elif dim > LARGEST_DIM:
         reason = f"they hold embeddings of up to {LARGEST_DIM} elements, not {dim}"
     elif not sgd:

@@ -11,12 +11,14 @@ quota.
 """
 
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from partialfc import keyed as permutation
+from partialfc.head.options import Negatives
 from partialfc.head.plan import Path
 from partialfc.head.several import NONE
 from partialfc.head.sharding import Sharding
@@ -34,10 +36,12 @@ class Sample:
     Attributes:
         rows: int64 [n] shard-local rows, distinct; ``None`` for all rows in order.
         target_B: int64 column of each row's own class center, or ``NOT_LOCAL``.
+        log_weight_n: fp32, log of how many rows each stands for; ``None``: each for itself.
     """
 
     rows: Tensor | None
     target_B: Tensor
+    log_weight_n: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,8 @@ class KeyedSampler:
             (0, 1]. A shard with more positives than that samples its positives only.
         seed: The run's seed.
         path: Which code permutes.
+        negatives: ``"weighted"`` lets each stand for the rows that it was drawn among, and draws at
+            least one from each shard that has any.
     """
 
     def __init__(
@@ -77,12 +83,15 @@ class KeyedSampler:
         sample_rate: float,
         seed: int,
         path: Path = "torch",
+        negatives: Negatives = "uniform",
     ) -> None:
+        if negatives not in get_args(Negatives):
+            raise ValueError(f"negatives must be uniform or weighted, got {negatives!r}.")
         if not 0 < sample_rate <= 1:
             raise ValueError(f"sample_rate must be in (0, 1], got {sample_rate}.")
         shards = sharding.shards(rank)
         self.owned = sharding.owned(rank)
-        self._all = sample_rate == 1
+        self._all, self._weighted = sample_rate == 1, negatives == "weighted"
         self._seed, self._path = seed, path
         self._shard_V = np.arange(shards.start, shards.stop)
         start = np.array([sharding.start(v) for v in range(shards.start, shards.stop + 1)])
@@ -107,19 +116,20 @@ class KeyedSampler:
 
         # A boolean index and unique synchronise a GPU with the host.
         positive_P, which_B = torch.unique(local_B[is_local_B], return_inverse=True)
-        rows_n, column_P = self._sample(step, positive_P)
+        rows_n, column_P, log_weight_n = self._sample(step, positive_P)
         target_B = torch.full_like(identities_B, NOT_LOCAL)
         target_B[is_local_B] = column_P[which_B]
-        return Sample(rows_n, target_B)
+        return Sample(rows_n, target_B, log_weight_n)
 
-    def _sample(self, step: int, positive_P: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the sampled rows [n] and the column of each distinct positive [P]."""
+    def _sample(self, step: int, positive_P: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the sampled rows [n], the column of each distinct positive [P], and weights."""
         device = positive_P.device
         start_V, size_V = self._start_V.to(device), self._size_V.to(device)
         key_V = torch.from_numpy(keys(self._shard_V, key(self._seed, "negatives", step))).to(device)
         shard_P = torch.bucketize(positive_P, start_V, right=True) - 1
         positives_V = shard_P.bincount(minlength=len(start_V))
-        quota_V = torch.maximum(self._quota_V.to(device), positives_V)
+        fewest_V = positives_V + 1 if self._weighted else positives_V
+        quota_V = torch.maximum(self._quota_V.to(device), fewest_V).minimum(size_V)
         stop_V = quota_V.cumsum(0)
         offset_V = stop_V - quota_V
 
@@ -148,8 +158,14 @@ class KeyedSampler:
         column_M = torch.searchsorted(count_n, last_M - nth_M)
         rows_n[column_M] = positive_P[beyond_P]
         # Ascending, so that a step goes through the memory of its rows from one end to the other.
-        rows_n = rows_n.sort().values
-        return rows_n, torch.searchsorted(rows_n, positive_P)
+        rows_n, order_n = rows_n.sort()
+        log_weight_n = None
+        if self._weighted:
+            free_n[column_M] = 0
+            among_V, drawn_V = size_V - positives_V, quota_V - positives_V
+            log_V = (among_V.double() / drawn_V).log().float()
+            log_weight_n = torch.where(free_n > 0, log_V[shard_n], 0.0)[order_n]
+        return rows_n, torch.searchsorted(rows_n, positive_P), log_weight_n
 
     def _permute(self, index: Tensor, size: Tensor, key: Tensor, *, inverse: bool) -> Tensor:
         """On a GPU, one kernel instead of hundreds; on a CPU, numpy: a third of torch's time."""

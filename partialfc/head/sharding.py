@@ -64,11 +64,22 @@ class Sharding:
 GROWTH = 4
 """A run may grow to this many times the ranks of its first start."""
 
+_SAMPLED_OF_A_SHARD = 32
+_FEWEST_WEIGHTED = 16
 
-def default_canonical_shards(num_identities: int, ranks: int = 1) -> int:
+
+def default_canonical_shards(
+    num_identities: int, ranks: int = 1, *, weighted_rate: float | None = None
+) -> int:
     """Return V for a head of ``num_identities``, >= ``ranks``, the most that it will be shared by.
 
     About 1024 identities a shard: fine enough that 7 ranks differ by a few percent in load, and
-    no fewer than 64 shards, so that up to 64 ranks change nothing.
+    no fewer than 64 shards, so that up to 64 ranks change nothing. With a ``weighted_rate``, the
+    sample rate where each negative stands for those of its shard, some 32 sampled rows a shard, and
+    16 shards at least: the fewer are drawn, the more one that is near to a row is made to count.
     """
-    return max(min(max(num_identities // 1024, 64), 1024), ranks)
+    shards = min(max(num_identities // 1024, 64), 1024)
+    if weighted_rate is not None:
+        sampled = int(num_identities * weighted_rate)
+        shards = min(shards, max(_FEWEST_WEIGHTED, sampled // _SAMPLED_OF_A_SHARD))
+    return max(shards, ranks)

@@ -323,7 +323,9 @@ def _head(
 ) -> PartialFC:
     """The head of a name, whose settings are ``config.head``."""
     settings = config.head
-    room_to_grow = default_canonical_shards(num_identities, GROWTH * runtime.ranks.size)
+    room_to_grow = default_canonical_shards(
+        num_identities, GROWTH * runtime.ranks.size, weighted_rate=settings.weighted_rate
+    )
     margin = margin_of(config)
     positives = several_of(config, most, margin, embedding_losses(config))
     try:
@@ -332,6 +334,7 @@ def _head(
             config.backbone.embedding_dim,
             margin,
             sample_rate=settings.sample_rate,
+            negatives=settings.negatives,
             optimizer=row_rule_of(config),
             precision=Precision(
                 compute=head_compute(config, runtime.device.type),

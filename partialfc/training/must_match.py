@@ -70,6 +70,7 @@ def _of_a_head(config: Config) -> dict[str, object]:
         "optimizer.momentum_format": getattr(head.optimizer, "momentum_format", None),
         "optimizer.unsampled": _unsampled(config),
         "sample_rate": head.sample_rate,
+        "negatives": _negatives(config),
         "compute": head.compute,
         "center_format": head.center_format,
         "margin": head.margin.model_dump(mode="json"),
@@ -99,6 +100,12 @@ def agreed_shards(config: Config, runtime: Runtime) -> dict[str, int]:
     shards = {name: from_leader(kept.get(name, 0), runtime.ranks) for name in each_head(config)}
     refuse_more_ranks(config, shards, runtime.ranks.size)
     return shards
+
+
+def _negatives(config: Config) -> str | None:
+    """What a sampled one counts for, if not itself: older checkpoints have no such fact."""
+    weighted = config.head.negatives == "weighted" and config.head.sample_rate < 1
+    return "weighted" if weighted else None
 
 
 def _unsampled(config: Config) -> str | None:

@@ -30,6 +30,7 @@ def loss_of(
     noise=None,
     product=exact_product,
     left_out=None,
+    log_weight=None,
 ):
     """Mean loss of a batch over the sampled identities.
 
@@ -43,6 +44,7 @@ def loss_of(
         noise: [B] standard normal numbers of ElasticFace.
         product: Of embeddings and centers.
         left_out: bool [B, n], the sampled identities that a row is not told from; ``None``: none.
+        log_weight: [n], log of how many identities each sampled one stands for; ``None``: one.
     """
     name = type(margin).__name__
     per_identity = getattr(margin, "sub_centers", 1)
@@ -56,10 +58,12 @@ def loss_of(
     if name == "UniFace":
         bias = state["bias"]
         each = torch.where(own, F.softplus(bias - logits), F.softplus(logits - bias))
+        each = each if log_weight is None else each * log_weight.double().exp()
         return each.sum(1).mean()
     target = own.to(logits.dtype)
     target = (1 - margin.label_smoothing) * target + margin.label_smoothing / len(sampled)
-    loss = -(target * logits.log_softmax(1)).sum(1)
+    weighted = logits if log_weight is None else logits + log_weight.double()
+    loss = -(target * (logits - weighted.logsumexp(1, keepdim=True))).sum(1)
     if name == "MagFace":
         bounded = norm.clamp(margin.smallest_norm, margin.largest_norm)
         loss = loss + margin.norm_weight * (bounded / margin.largest_norm**2 + 1 / bounded)

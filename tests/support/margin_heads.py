@@ -42,10 +42,11 @@ def problem(head, angles="random"):
 def settings_of(head, labels):
     """What the equations need to know of the head before its first step."""
     noise = normal(np.arange(BATCH), key(head.seed, "margin", 0, 0))
-    rows = head.sampler(0, labels).rows
+    sample = head.sampler(0, labels)
     return {
         "state": state_of(head),
-        "sampled": None if rows is None else rows.sort().values,
+        "sampled": sample.rows,
+        "log_weight": sample.log_weight_n,
         "noise": torch.from_numpy(noise),
     }
 

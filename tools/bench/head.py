@@ -3,6 +3,7 @@
     python tools/bench/head.py --classes 100000 --batch 128 --rate 1,0.1 --json OUT.json
     python tools/bench/head.py --margins all --json OUT.json
     python tools/bench/head.py --positives 1,8 --rate 1,0.1 --json OUT.json
+    python tools/bench/head.py --negatives uniform,weighted --rate 0.1 --json OUT.json
     python tools/bench/head.py --plot OUT.png --from a.json b.json
 
 A row is one full step: forward, backward to the embeddings' gradient, update of the centers; "3
@@ -10,9 +11,10 @@ GEMMs" are the matrix products of such a step alone, in caches, timed in the sam
 textbook head (tests/support/reference.py) is the algorithm of arcface_torch's PartialFC_V2: all
 logits in fp32, a dense gradient, dense SGD. --margins compares ours with other margins instead,
 each against a plain normalised softmax, and --positives rows of several identities: all in one
-pass, and one pass for each in turn. Lists separated by commas give every combination. Under
-torchrun its ranks are used; --world N starts N processes here. A head that finds no memory fails
-alone, and --budget ends in time: the record names what was not measured.
+pass, and one pass for each in turn; --negatives what a sampled one counts for. Lists separated by
+commas give every combination. Under torchrun its ranks are used; --world N starts N processes here.
+A head that finds no memory fails alone, and --budget ends in time: the record names what was not
+measured.
 """
 
 import argparse
@@ -223,6 +225,9 @@ def _parser() -> argparse.ArgumentParser:
         "--positives", metavar="K", help="identities of a row instead of these heads; a list"
     )
     parser.add_argument(
+        "--negatives", metavar="KIND", help="uniform, weighted instead of these heads; a list"
+    )
+    parser.add_argument(
         "--budget", type=float, default=math.inf, metavar="S", help="begin no row after S seconds"
     )
     parser.add_argument("--dry-run", action="store_true", help="say how long it should take")
@@ -247,6 +252,10 @@ def _cases(options: argparse.Namespace, world: int) -> list[Case]:
         if any(not one.isdigit() or int(one) < 1 for one in options.positives.split(",")):
             raise SystemExit(f"--positives {options.positives}: must be numbers >= 1, with commas.")
         heads = several_heads(options.positives)
+    if options.negatives:
+        heads = tuple(options.negatives.split(","))
+        if set(heads) - {"uniform", "weighted"}:
+            raise SystemExit(f"--negatives {options.negatives}: must be uniform, weighted or both.")
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     cases = []
     tiles = [int(value) for value in options.tile_mib.split(",")] if options.tile_mib else [None]

@@ -134,7 +134,9 @@ def shard_of(
         ConfigError: If the centers cannot be cut for so many ranks, or not go by fused kernels.
     """
     settings, batch = config.head, config.data.global_batch
-    shards = settings.canonical_shards or default_canonical_shards(identities, GROWTH * world_size)
+    shards = settings.canonical_shards or default_canonical_shards(
+        identities, GROWTH * world_size, weighted_rate=settings.weighted_rate
+    )
     try:
         sharding = Sharding(
             num_identities=identities, canonical_shards=shards, world_size=world_size

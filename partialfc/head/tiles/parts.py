@@ -33,6 +33,8 @@ class Logits:
         offset: Scalar; every negative then has a loss of its own, log(1 + exp(logit - offset)),
             and the sigmoid of the same takes the place of the exponential. ``None``: a softmax.
         mask: Sets of identities that rows leave out; ``None`` for none.
+        log_weight_n: fp32, log of how many negatives each sampled one stands for: added to its
+            logits, behind the bend. ``None``: each for itself.
         path: Which code computes them.
     """
 
@@ -44,7 +46,19 @@ class Logits:
     bend: Bend | None = None
     offset: Tensor | None = None
     mask: SetMask | None = None
+    log_weight_n: Tensor | None = None
     path: Path = "torch"
+
+    def weigh_(self, logit_TB: Tensor, start: int) -> None:
+        """Let each negative of the tile at ``start`` stand for as many as it was drawn among."""
+        log_weight_T1 = self.log_weights(start, len(logit_TB))
+        if log_weight_T1 is not None:
+            logit_TB.add_(log_weight_T1)
+
+    def log_weights(self, start: int, rows: int) -> Tensor | None:
+        """Return ``log_weight_n`` of a tile [T, 1], or ``None``."""
+        weights = self.log_weight_n
+        return None if weights is None else weights[start : start + rows].unsqueeze(1)
 
     @property
     def needs_maximum(self) -> bool:
@@ -174,9 +188,20 @@ class MicroBatch:
         present_n, logits = None, kept.logits
         if logits.mask is not None and kept.row_n is not row_n:
             logits = replace(logits, mask=logits.mask.among(row_n))
+        if logits.log_weight_n is not None and kept.row_n is not row_n:
+            logits = replace(logits, log_weight_n=_among(logits.log_weight_n, kept.row_n, row_n))
         if kept.row_n is not row_n and row_n is not None and kept.row_n is not None:
             present_n = torch.isin(row_n, kept.row_n)
         return cls(kept, logits, align(kept.target_P, kept.row_n, row_n), present_n)
+
+
+def _among(value_n: Tensor, sampled_n: Tensor | None, row_n: Tensor | None) -> Tensor:
+    """Values of rows ``sampled_n`` as those of their superset ``row_n``, whose others have 0."""
+    if sampled_n is None or row_n is None:
+        return value_n
+    every = value_n.new_zeros(len(row_n))
+    every[torch.searchsorted(row_n, sampled_n)] = value_n
+    return every
 
 
 def by_row(target_P: Tensor, batch: int) -> Tensor:

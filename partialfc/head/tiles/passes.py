@@ -96,7 +96,7 @@ def first_pass(
             keep_bytes -= len(key_TD) * query_BD.shape[0] * query_BD.element_size()
             products = key_TD, factor_T1, query_BD, start
             logit_TB = _logits(*products, column_KB, logits, workspace, lend=keep_bytes >= 0)
-            logit_TB, slope_TB, bend = _bent_first(logit_TB, column_KB, logits, workspace)
+            logit_TB, slope_TB, bend = _bent_first(logit_TB, column_KB, logits, start, workspace)
             if maximum_B is not None:
                 larger_B = torch.maximum(maximum_B, _largest(logit_TB, column_KB))
                 shrink_B = (maximum_B - larger_B).exp()
@@ -106,7 +106,8 @@ def first_pass(
                 maximum_B = larger_B
             sums = sum_B, sigmoid_B
             exp_TB = _exponentials(
-                logit_TB, column_KB, logits, bend, maximum_B, sums, factor_T1, query_BD, workspace
+                *(logit_TB, column_KB, logits, bend, maximum_B, sums),
+                *(factor_T1, query_BD, workspace, start),
             )
             if slope_TB is not None:
                 exp_TB.mul_(slope_TB)
@@ -161,7 +162,9 @@ def second_pass(
                     column_KB = by_row(one.target_P, len(query_BD)) - start
                     products = key_TD, factor_T1, query_BD, start
                     logit_TB = _logits(*products, column_KB, logits, workspace)
-                    logit_TB, slope_TB, bend = _bent_first(logit_TB, column_KB, logits, workspace)
+                    logit_TB, slope_TB, bend = _bent_first(
+                        logit_TB, column_KB, logits, start, workspace
+                    )
                     exp_TB = _exponentials(
                         logit_TB,
                         column_KB,
@@ -172,6 +175,7 @@ def second_pass(
                         factor_T1,
                         query_BD,
                         workspace,
+                        start,
                     )
                     if slope_TB is not None:
                         exp_TB.mul_(slope_TB)
@@ -317,6 +321,8 @@ def _logits(
     logit_TB = scaled_products(key_TD, query_BD, logits.scale, out_TB)
     if factor_T1 is not None:
         logit_TB.mul_(factor_T1)
+    if logits.bend is None and logits.offset is None:
+        logits.weigh_(logit_TB, start)
     if logits.per_identity > 1:
         torch_steps.keep_nearest_(logit_TB, column_KB, logits.per_identity)
     if logits.mask is not None:
@@ -334,6 +340,7 @@ def _exponentials(
     factor_T1: Tensor | None,
     query_BD: Tensor,
     workspace: Workspace,
+    start: int,
 ) -> Tensor:
     """E of a tile in the dtype of the queries, or what an offset has in its place."""
     sum_B, sigmoid_B = sums
@@ -346,6 +353,7 @@ def _exponentials(
             sums=both,
             dtype=query_BD.dtype,
             factor_T1=factor_T1,
+            log_weight_T1=logits.log_weights(start, len(logit_TB)),
         )
     exp_TB: Tensor = steps_of(logits.path).exponentials(
         logit_TB,
@@ -361,18 +369,19 @@ def _exponentials(
 
 
 def _bent_first(
-    logit_TB: Tensor, column_KB: Tensor, logits: Logits, workspace: Workspace
+    logit_TB: Tensor, column_KB: Tensor, logits: Logits, start: int, workspace: Workspace
 ) -> tuple[Tensor, Tensor | None, Bend | None]:
-    """Bend where a row maximum is needed, which is that of the bent logits.
+    """Bend first where a row maximum or a weight is that of the bent logits.
 
     Returns:
         The logits, the slope of the bend or ``None``, and the bend that is still to do or ``None``.
     """
-    if logits.bend is None or not logits.needs_maximum:
+    if logits.bend is None or not (logits.needs_maximum or logits.log_weight_n is not None):
         return logit_TB, None, logits.bend
     torch_steps.leave_out_(logit_TB, column_KB)
     logit_TB = logit_TB.float()
     slope_TB = torch_steps.bend_(logit_TB, logits.bend, workspace)
+    logits.weigh_(logit_TB, start)
     if logits.per_identity > 1:
         logit_TB.masked_fill_(logit_TB <= torch_steps.LEFT_OUT, -torch.inf)
     return logit_TB, slope_TB, None

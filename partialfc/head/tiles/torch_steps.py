@@ -79,6 +79,7 @@ def sigmoids(
     sums: tuple[Tensor, Tensor] | None,
     dtype: torch.dtype,
     factor_T1: Tensor | None = None,
+    log_weight_T1: Tensor | None = None,
 ) -> Tensor:
     """Return sigmoid(logit - offset) [T, B], 0 at the positives; ``logit_TB`` is used up.
 
@@ -90,12 +91,17 @@ def sigmoids(
             are added to them. ``None``: not wanted.
         dtype: Of the result.
         factor_T1: As in :func:`exponentials`.
+        log_weight_T1: fp32, log of a factor of result and sums; ``None`` for 0.
     """
     leave_out_(logit_TB, column_KB)
     logit_TB = logit_TB.float().sub_(offset)
+    weight_T1 = None if log_weight_T1 is None else log_weight_T1.exp()
     if sums is not None:
-        sums[0].add_(F.softplus(logit_TB).sum(0))
+        loss_TB = F.softplus(logit_TB)
+        sums[0].add_((loss_TB if weight_T1 is None else loss_TB.mul_(weight_T1)).sum(0))
     logit_TB.sigmoid_()
+    if weight_T1 is not None:
+        logit_TB.mul_(weight_T1)
     if sums is not None:
         sums[1].add_(logit_TB.sum(0))
     if factor_T1 is not None:

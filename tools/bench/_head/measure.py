@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 import torch.distributed as dist
@@ -138,7 +138,7 @@ def build(name: str, case: Case, device: torch.device) -> tuple[Any, Step]:
         head = textbook(case.classes, case.dim, **settings, **rule)
         return head, head.step
     from partialfc import Kernels, PartialFC, Precision, RowSGD, Several
-    from partialfc.head.options import CenterFormat, Compute
+    from partialfc.head.options import CenterFormat, Compute, Negatives
     from partialfc.head.tiles import passes
     from partialfc.margins import MARGINS, ArcFace
 
@@ -154,7 +154,9 @@ def build(name: str, case: Case, device: torch.device) -> tuple[Any, Step]:
     most, in_turn = positives_of(name)
     if most and not in_turn:
         settings["positives"] = Several(most=most)
-    plain = name in ("ours", "fused") or most > 0
+    if name in get_args(Negatives):
+        settings["negatives"] = name
+    plain = name in ("ours", "fused", *get_args(Negatives)) or most > 0
     margin = ArcFace(scale=SCALE, angular=ANGULAR) if plain else MARGINS[name]()
     head = PartialFC(case.classes, case.dim, margin, optimizer=RowSGD(**rule), **settings)
 
