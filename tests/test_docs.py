@@ -22,6 +22,7 @@ from partialfc.__main__ import main as partialfc
 from partialfc.backbones import build_backbone
 from partialfc.config import help_text, load
 from partialfc.data.images.jpeg import encode
+from partialfc.definitions.phrases import to_value
 from tests.support.photos import photo
 from tests.support.places import ROOT
 from tests.test_layering import FLOORS
@@ -208,7 +209,7 @@ def overrides_of(tree, prefix=""):
         if isinstance(value, dict):
             yield from overrides_of(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}={json.dumps(value)}"
+            yield f"{prefix}{key}={to_value(value)}"
 
 
 @pytest.mark.parametrize(
@@ -222,7 +223,11 @@ def overrides_of(tree, prefix=""):
 )
 def test_settings_load(text):
     settings = [*overrides_of(tomllib.loads(text))]
-    instead = {"data.sets.": "data.train=", "heads.": "head="}  # of what the demo has
+    instead = {
+        "data.sets.": "data.train=",
+        "heads.": "head=",
+        "stages=": "run.epochs=",
+    }  # of what the demo has
     begins = [key for key in instead if any(one.startswith(key) for one in settings)]
     load(ROOT / "configs" / "demo.toml", [*settings, *(instead[key] for key in begins)])
 

@@ -1,4 +1,5 @@
-"""Write the recipes: a settings file for every data set and network, and their table.
+"""Write the recipes: a settings file for every data set and network, and their table; and those in
+stages.
 
     python tools/recipes.py configs/recipes configs/README.md
 
@@ -27,6 +28,7 @@ from partialfc.commands._estimate.step_time import Cluster, seconds_of
 from partialfc.commands.estimate import memory_of, totals
 from partialfc.config import load
 from partialfc.writing import write_text
+from tools._recipes.stages import RECIPES, staged
 
 GPUS = (1, 8, 16, 32, 64)
 SGD_RATE, SGD_BATCH = 0.1, 1024
@@ -335,6 +337,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{options.readme}: {error}", file=sys.stderr)
         return 2
     options.folder.mkdir(parents=True, exist_ok=True)
+    for name in RECIPES:
+        write_text(options.folder / f"{name}.toml", staged(name))
     for data, network in EVERY:
         write_text(options.folder / f"{data}_{network}.toml", recipe(data, network))
     cells = {
@@ -342,7 +346,7 @@ def main(arguments: list[str] | None = None) -> int:
         for one in track(EVERY, "estimating", console=Console(stderr=True))
     }
     write_text(options.readme, with_table(text, lambda *of: cells[of]))
-    print(f"{len(EVERY)} recipes in {options.folder}, their table in {options.readme}")
+    print(f"{len(EVERY) + len(RECIPES)} recipes in {options.folder}, the table in {options.readme}")
     return 0
 
 

@@ -30,9 +30,11 @@ from partialfc.checkpoint.folder import (
 )
 from partialfc.checkpoint.optimizer_states import restore_states, with_names
 from partialfc.checkpoint.saving import Saver, sizes_of
+from partialfc.config.tree import STAGE
 from partialfc.distributed.agreement import from_leader, words_of_any
 from partialfc.errors import CheckpointError, OtherFormatError
 from partialfc.head import PartialFC
+from partialfc.head.rows.stored import AT_STEP
 from partialfc.model.batch_norm import statistics
 from partialfc.model.build import Model
 from partialfc.model.fsdp import Shards
@@ -126,11 +128,26 @@ def exist(folder: Path) -> bool:
     return bool(steps(folder))
 
 
-def load(path: Path, model: Model, facts: Mapping[str, Any], runtime: Runtime) -> int:
+def load(
+    path: Path,
+    model: Model,
+    facts: Mapping[str, Any],
+    runtime: Runtime,
+    *,
+    begins: bool = False,
+) -> int:
     """Read a verified checkpoint into the live objects; return its step.
 
     The number of ranks may differ from the one that wrote it. Settings of the optimizers (rate,
     momentum, weight decay) stay those of the run.
+
+    Args:
+        path: Of the checkpoint.
+        model: Filled.
+        facts: What the checkpoint must say.
+        runtime: This rank.
+        begins: Whether a stage begins with it, whose head may keep more than that of the stage
+            before, or less: what the checkpoint has not stays new.
 
     Raises:
         CheckpointError: If the checkpoint is of another run, or something is not in it: the message
@@ -151,11 +168,14 @@ def load(path: Path, model: Model, facts: Mapping[str, Any], runtime: Runtime) -
             states = with_names(states, model.parameters())
         restore_states(model.optimizer, model.parameters(), states)
         for name, head in model.heads.items():
-            read_centers(path, manifest, head, name)
+            read_centers(path, manifest, head, name, begins=begins)
+            if begins:
+                _refuse_rows_behind(path, manifest, head, name)
             head.optimizer.param_groups[0]["steps"] = manifest["step"]
             if shared := head.shared_state():
-                found = read_tensors(path, head_of(name), manifest, device)
-                head.load_shared_state(_complete(shared, found))
+                has_it = f"{head_of(name)}.safetensors" in manifest["files"] or not begins
+                found = read_tensors(path, head_of(name), manifest, device) if has_it else {}
+                head.load_shared_state({**shared, **found} if begins else _complete(shared, found))
         if model.scaler.is_enabled():
             model.scaler.load_state_dict(manifest["scaler"])
     except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
@@ -222,6 +242,7 @@ def read_centers(
     name: str = "",
     *,
     with_states: bool = True,
+    begins: bool = False,
 ) -> None:
     """Fill this rank's centers and row states from the files that hold its rows.
 
@@ -233,6 +254,7 @@ def read_centers(
         head: Whose centers and states are filled.
         name: Of the head, if it is one of several.
         with_states: Without them, the centers alone are filled, and rounded to their format.
+        begins: As of :func:`load`.
 
     Raises:
         CheckpointError: If rows or states are missing, or have another format.
@@ -240,14 +262,12 @@ def read_centers(
     head.optimizer.settle()
     filled = {"centers": head.centers.data, **(head.optimizer.states() if with_states else {})}
     done, owned = 0, head.owned_rows
-    begin = centers_of(name)
-    for part_file in sorted(manifest["files"]):
-        digits = part_file.removeprefix(begin).removesuffix(".safetensors")
-        if not (part_file.startswith(begin) and digits.isdecimal()):
-            continue
-        first = int(digits)
+    for first, part_file in _centers_in(manifest, name).items():
         with safe_open(path / part_file, framework="pt", device="cpu") as file:
-            _complete(dict.fromkeys(filled), _listed(part_file, file.keys(), manifest))
+            listed = _listed(part_file, file.keys(), manifest)
+            if begins and AT_STEP not in listed:
+                filled.pop(AT_STEP, None)
+            _complete(dict.fromkeys(filled), listed)
             slices = {tensor: file.get_slice(tensor) for tensor in filled}
             rows = slices["centers"].get_shape()[0]
             low, high = max(first, owned.start), min(first + rows, owned.stop)
@@ -264,6 +284,37 @@ def read_centers(
             done += max(0, high - low)
     if done != len(owned):
         raise CheckpointError(f"it has {done} of the {len(owned)} rows of this rank")
+
+
+def _centers_in(manifest: Mapping[str, Any], name: str) -> dict[int, str]:
+    """The files of a head's centers by their first row."""
+    begin, found = centers_of(name), {}
+    for file in sorted(manifest["files"]):
+        digits = file.removeprefix(begin).removesuffix(".safetensors")
+        if file.startswith(begin) and digits.isdecimal():
+            found[int(digits)] = file
+    return found
+
+
+def _refuse_rows_behind(
+    path: Path, manifest: Mapping[str, Any], head: PartialFC, name: str
+) -> None:
+    """Rows that moved unsampled must be up to date where from now on they do not.
+
+    The last checkpoint of a stage has them so. That of a run which had ended, and to which a stage
+    is added, may not.
+    """
+    if AT_STEP in head.optimizer.states():
+        return
+    for file in _centers_in(manifest, name).values():
+        if AT_STEP in manifest["files"][file]["tensors"]:
+            with safe_open(path / file, framework="pt", device="cpu") as opened:
+                at_step = opened.get_tensor(AT_STEP)
+            if at_step.min() != at_step.max():
+                raise CheckpointError(
+                    "its class centers that were not sampled are not up to date, which the last "
+                    "checkpoint of a stage has. Make the stage before one step longer"
+                )
 
 
 def _pieces(low: int, high: int, part: Any, rows: int) -> list[tuple[int, int]]:
@@ -290,7 +341,7 @@ def _problem_of(path: Path, runtime: Runtime) -> str:
 def _same_run(
     path: Path, manifest: Mapping[str, Any], heads: Heads, facts: Mapping[str, Any]
 ) -> None:
-    expected = {"heads": None, **sizes_of(heads), **facts}
+    expected = {"heads": None, STAGE: None, **sizes_of(heads), **facts}
     saved = {**manifest, **manifest["facts"]}
     differ = [
         f"{name} = {json.dumps(saved.get(name))}, this run has {json.dumps(value)}"

@@ -130,12 +130,13 @@ def _of_run(path: Path) -> TrainedBackbone:
             f"{path}: no config.toml in {folder}. Give the folder of a run, a step_... folder in "
             "its checkpoints, a folder with a model.safetensors, or a file of weights."
         )
-    config = load(folder / "config.toml", own=False)
+    whole = load(folder / "config.toml", own=False)
     found = [path] if _is_checkpoint(path) else _newest_first(folder / "checkpoints")
     problems = []
     for candidate in found:
         problem = checkpoint.verify(candidate)
         if problem is None:
+            config = whole.at(read_manifest(candidate)["facts"])
             known = Known(
                 config.backbone.name,
                 config.backbone.embedding_dim,

@@ -79,6 +79,11 @@ def bring_in(options: argparse.Namespace) -> int:
             f"backbone.lora.rank = {ours.lora.rank}: what is brought in has no adapters. Remove "
             "[backbone.lora], and begin a run with adapters with run.start_from."
         )
+    if config.stages:
+        raise ConfigError(
+            "[[stages]]: what is brought in is of no stage. Remove them, and add them to the "
+            "config.toml in the run's folder: its checkpoint is then of the first."
+        )
     folder = config.run.folder / "checkpoints"
     if checkpoint.exist(folder):
         raise ConfigError(f"{folder}: there are checkpoints already. Choose another folder.")

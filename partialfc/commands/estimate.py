@@ -3,18 +3,18 @@
     partialfc estimate CONFIG.toml [key.sub=value ...] --nodes N --gpus-per-node G --gpu h200
 
 Memory is counted where it can be and assumed where it says so. Time is arithmetic on rates that are
-all printed. Exit code: 0 fits, 1 does not, 2 a mistake in the request.
+all printed. With stages, the tables are those of the stage that takes the most memory. Exit code:
+0 fits, 1 does not, 2 a mistake in the request.
 """
 
 import argparse
 import importlib.util
 import os
-import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from functools import cache
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -29,8 +29,10 @@ from partialfc.commands._estimate.backbone import (
     backbone_parts,
     count_backbone,
 )
+from partialfc.commands._estimate.baseline import process_baseline
 from partialfc.commands._estimate.head import OfHead, head_parts, heads_of
 from partialfc.commands._estimate.losses import LossCost, count_losses, loss_parts
+from partialfc.commands._estimate.numbers import counts_of_heads, positive
 from partialfc.commands._estimate.start import refuse_other_centers
 from partialfc.commands._estimate.step_time import (
     ALLOCATOR_SLACK,
@@ -197,36 +199,6 @@ def _uses_dali(config: Config, device: Device) -> bool:
     return device == "cuda" or importlib.util.find_spec("nvidia.dali") is not None
 
 
-_TINY_TRAINING = """
-import sys
-import torch, tensorboard.summary.writer.event_file_writer
-import partialfc.training.run
-from partialfc import ArcFace, PartialFC
-if sys.argv[1] == "True":
-    from partialfc.data.loaders import dali
-net = torch.nn.Sequential(
-    torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Flatten(),
-    torch.nn.Linear(8 * 30 * 30, 16),
-)
-optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, fused=True)
-head = PartialFC(1024, 16, ArcFace(), sample_rate=0.5)
-for _ in range(2):
-    head(net(torch.randn(8, 3, 32, 32)), torch.arange(8)).backward()
-    optimizer.step()
-    head.optimizer.step()
-lines = open("/proc/self/status").read().splitlines()
-print(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024)
-"""
-
-
-@cache
-def process_baseline(with_dali: bool) -> int:
-    """Peak resident bytes of a process with the trainer's libraries; getrusage's would be at least
-    those of the process that started it."""
-    command = [sys.executable, "-c", _TINY_TRAINING, str(with_dali)]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-
 # --- The request
 
 
@@ -266,18 +238,18 @@ def main(arguments: list[str]) -> int:
     parser = command_parser("estimate", __doc__)
     parser.add_argument("config", help="settings of the run, TOML")
     parser.add_argument("override", nargs="*", help="key.sub=value, on top of them")
-    parser.add_argument("--nodes", type=_positive(int), default=1)
-    parser.add_argument("--gpus-per-node", type=_positive(int), default=1, help="ranks of a node")
+    parser.add_argument("--nodes", type=positive(int), default=1)
+    parser.add_argument("--gpus-per-node", type=positive(int), default=1, help="ranks of a node")
     parser.add_argument("--gpu", choices=[*GPUS, "cpu"], required=True)
     parser.add_argument(
         "--identities",
-        type=_identities,
+        type=counts_of_heads,
         metavar="N",
         help="instead of the pack's; of several heads NAME=N,NAME=N",
     )
     parser.add_argument(
         "--network-gbps",
-        type=_positive(float),
+        type=positive(float),
         default=400.0,
         help="Gbit/s out of a node, all its adapters (default: 400)",
     )
@@ -286,30 +258,31 @@ def main(arguments: list[str]) -> int:
     config, cluster = load(options.config, options.override), cluster_of(options)
     config.check(cluster.ranks)
     of_heads = identities_of(config, options.identities)
-    for name, one in each_head(config).items():
-        refuse_other_centers(one, of_heads[name], section_of_head(name))
-    heads = heads_of(config, of_heads, cluster.ranks, cluster.device)
+    for name, head in each_head(config).items():
+        refuse_other_centers(head, of_heads[name], section_of_head(name))
     identities = sum(of_heads.values())
-    counted = count_backbone(config, cluster.ranks)
-    teacher = count_teacher(config, counted, cluster.ranks, cluster.device)
-    dim = teacher.dim if teacher else None
-    losses = count_losses(config, heads, cluster.ranks, cluster.device, dim)
-    parts = memory_of(config, counted, losses, heads, cluster, teacher)
-    times = seconds_of(config, counted, losses, heads, cluster, teacher)
-    most = most_identities(config, counted, losses, heads, cluster, teacher)
-    needed, memory = totals(parts), cluster.gpu.memory
-    images = config.data.global_batch / sum(seconds for _, seconds, _ in times)
-    fits = max(needed) <= memory
-    _show(parts, times, cluster, identities)
-    per_rank = images / cluster.ranks
+    every = [_estimated(one, of_heads, cluster) for one in config.in_stages()]
+    names = [one.name for one in config.stages] or [""]
+    most = max(every, key=lambda one: one.bytes)
+    memory = cluster.gpu.memory
+    if config.stages:
+        print(f"Stage {names[every.index(most)]}, which takes the most memory:")
+    _show(most.parts, most.times, cluster, identities)
+    per_rank = most.images / cluster.ranks
     print(
-        f"{images:,.0f} images/s in all. Each rank decodes {per_rank:,.0f} images/s: "
+        f"{most.images:,.0f} images/s in all. Each rank decodes {per_rank:,.0f} images/s: "
         f"{per_rank / DECODED_PER_CORE:.2f} cores at {DECODED_PER_CORE:,.0f} images/s a core "
-        f"(data.threads = {config.data.threads})."
+        f"(data.threads = {most.config.data.threads})."
     )
+    for name, one in zip(names, every, strict=True):
+        if name:
+            step = 1e3 * one.config.data.global_batch / one.images
+            print(f"stage {name}: {one.bytes / GIB:.2f} GiB a rank, {step:,.1f} ms a step.")
+    fits = most.bytes <= memory
     print(
-        f"{'fits' if fits else 'does not fit'}: {max(needed) / GIB:.2f} of {memory / GIB:.2f} GiB "
-        f"a rank with {identities:,} identities; the most that fit are {most:,}."
+        f"{'fits' if fits else 'does not fit'}: {most.bytes / GIB:.2f} of {memory / GIB:.2f} GiB "
+        f"a rank with {identities:,} identities; the most that fit are "
+        f"{min(one.most_identities for one in every):,}."
     )
     if options.json:
         record = {
@@ -317,37 +290,63 @@ def main(arguments: list[str]) -> int:
             "cluster": asdict(cluster),
             "identities": identities,
             **({"heads": of_heads} if "" not in of_heads else {}),
-            "positives": max(head.shard.positives for head in heads),
-            "memory": {group: [asdict(part) for part in found] for group, found in parts.items()},
-            "moments": dict(zip(MOMENTS, needed, strict=True)),
-            "bytes": max(needed),
+            **most.numbers(),
             "fits": fits,
-            "most_identities": most,
-            "seconds": [{"name": n, "seconds": s, "origin": why} for n, s, why in times],
-            "images_per_second": images,
             "assumptions": assumptions(cluster),
         }
+        if config.stages:
+            record["stages"] = {name: one.numbers() for name, one in zip(names, every, strict=True)}
         write_json(options.json, record)
     return 0 if fits else 1
 
 
-def _identities(text: str) -> dict[str, int]:
-    """N, or NAME=N of each head with commas between."""
-    number = _positive(int)
-    if "=" not in text:
-        return {"": int(number(text))}
-    pairs = (one.partition("=") for one in text.split(","))
-    return {name.strip(): int(number(count)) for name, _, count in pairs}
+@dataclass(frozen=True, slots=True)
+class _Estimate:
+    """Of a run without stages or of one stage."""
+
+    config: Config
+    parts: dict[str, list[MemoryItem]]
+    times: list[tuple[str, float, str]]
+    most_identities: int
+    positives: int
+
+    @property
+    def bytes(self) -> int:
+        return max(totals(self.parts))
+
+    @property
+    def images(self) -> float:
+        """Images a second over all ranks."""
+        return self.config.data.global_batch / sum(seconds for _, seconds, _ in self.times)
+
+    def numbers(self) -> dict[str, Any]:
+        """For a file."""
+        return {
+            "positives": self.positives,
+            "memory": {
+                group: [asdict(part) for part in found] for group, found in self.parts.items()
+            },
+            "moments": dict(zip(MOMENTS, totals(self.parts), strict=True)),
+            "bytes": self.bytes,
+            "most_identities": self.most_identities,
+            "seconds": [{"name": n, "seconds": s, "origin": why} for n, s, why in self.times],
+            "images_per_second": self.images,
+        }
 
 
-def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
-    def positive(text: str) -> float:
-        value = kind(text)
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"must be > 0, got {text}")
-        return value
-
-    return positive
+def _estimated(config: Config, of_heads: Mapping[str, int], cluster: Cluster) -> _Estimate:
+    heads = heads_of(config, of_heads, cluster.ranks, cluster.device)
+    counted = count_backbone(config, cluster.ranks)
+    teacher = count_teacher(config, counted, cluster.ranks, cluster.device)
+    dim = teacher.dim if teacher else None
+    losses = count_losses(config, heads, cluster.ranks, cluster.device, dim)
+    return _Estimate(
+        config,
+        memory_of(config, counted, losses, heads, cluster, teacher),
+        seconds_of(config, counted, losses, heads, cluster, teacher),
+        most_identities(config, counted, losses, heads, cluster, teacher),
+        max(head.shard.positives for head in heads),
+    )
 
 
 def _show(

@@ -4,6 +4,8 @@
     partialfc explain configs/demo.toml --identities 1000 head.margin.name=cosface
     partialfc explain --list
 
+With stages, that of each stage, and with --png a picture of each.
+
 The picture has the positive's logit against its angle, and the gradient that pulls an embedding to
 its own center.
 """
@@ -67,8 +69,7 @@ def main(arguments: list[str]) -> int:
         raise ConfigError(
             f"--head {options.head}: name one of {named}." if named else "--head: there is [head]."
         )
-    config, identities = heads[options.head], options.identities
-    margin = margin_of(config)
+    identities = options.identities
     try:
         if identities is None:
             identities = numberings(whole, open_images(whole))[options.head].count
@@ -76,10 +77,16 @@ def main(arguments: list[str]) -> int:
         raise ConfigError(f"{error}\nWithout the pack, say --identities N.") from error
     if identities < 2:
         raise ValueError(f"--identities {identities}: a softmax needs two.")
-    explain(config, margin, identities)
-    if options.png:
-        draw(config, margin, identities, options.png)
-        print(f"{options.png}: written")
+    names = [one.name for one in whole.stages] or [""]
+    for name, stage in zip(names, whole.in_stages(), strict=True):
+        own = each_head(stage)[options.head]
+        if name:
+            print(f"Stage {name}\n")
+        explain(own, margin_of(own), identities)
+        if options.png:
+            path = options.png.with_stem(f"{options.png.stem}_{name}") if name else options.png
+            draw(own, margin_of(own), identities, path)
+            print(f"{path}: written")
     return 0
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 def conflicts(config: "Config") -> Iterator[str]:
     """Yield a line for each conflict: key, value, rule and remedy."""
+    yield from _of_the_length(config)
     if refused := refused_size(config.backbone.name, config.data.image_size):
         yield f"data.{refused}"
     yield from _of_pretrained(config)
@@ -44,6 +45,18 @@ def conflicts(config: "Config") -> Iterator[str]:
     for name, one in each_head(config).items():
         yield from _of_a_head(one, section_of_head(name))
         yield from _of_labels(one, name)
+
+
+def _of_the_length(config: "Config") -> Iterator[str]:
+    for key in ("epochs", "steps"):
+        value = getattr(config.run, key)
+        if config.stages and value is not None:
+            yield (
+                f"run.{key} = {value:g} with [[stages]]: each stage has a length of its own. "
+                f"Remove run.{key}."
+            )
+    if not config.stages and config.run.epochs is None and config.run.steps is None:
+        yield "run.epochs: neither it nor run.steps is set. Set one of the two."
 
 
 def _of_the_adapters(config: "Config") -> Iterator[str]:

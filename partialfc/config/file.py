@@ -21,6 +21,7 @@ from partialfc.config.schema import (
     choices,
     first_sentence,
     settings_of,
+    table_of,
     tag_name,
     takes,
     unit,
@@ -64,19 +65,32 @@ def load_settings(
         schema = wider(schema, settings) if wider else schema
     except ConfigError as error:
         raise ConfigError(_message(path, [*problems, str(error)])) from error
+    overridden = [override.partition("=")[0].strip() for override in overrides]
+    result, wrong = checked(schema, settings, overridden)
+    if result is None or problems:
+        raise ConfigError(_message(path, [*problems, *wrong]))
+    return result
+
+
+def checked(
+    schema: type[S], settings: Mapping[str, Any], overridden: Sequence[str] = ()
+) -> tuple[S | None, list[str]]:
+    """Return settings as a section, or ``None`` and every problem in them, a line each.
+
+    Args:
+        schema: The section that holds all others.
+        settings: As a file has them.
+        overridden: Keys that the command line has set.
+    """
     settings = _complete(schema, settings)
     try:
-        result = schema.model_validate(settings)
+        return schema.model_validate(settings), []
     except ValidationError as error:
-        overridden = [override.partition("=")[0].strip() for override in overrides]
+        problems = []
         for details in error.errors(include_url=False):
             place = _locate(schema, settings, details["loc"])
-            problem = _problem(schema, place, details, overridden)
-            problems += [problem] if details["loc"] else problem.splitlines()
-    else:
-        if not problems:
-            return result
-    raise ConfigError(_message(path, problems))
+            problems += _problem(schema, place, details, overridden).splitlines()
+        return None, problems
 
 
 def _message(path: str | Path, problems: Sequence[str]) -> str:
@@ -255,6 +269,8 @@ def _problem(schema: type[Section], place: _Place, details: Any, overridden: Seq
     options = variants(field) if field else {}
     if details["type"] == "value_error" and (options or not field):  # a check of a whole section
         return f"{key}.{details['ctx']['error']}".lstrip(".")
+    if details["type"] == "value_error" and field and table_of(field):  # they name it themselves
+        return str(details["ctx"]["error"])
     if not field:
         problem = _unknown(schema, place)
     elif value is None:
@@ -300,7 +316,9 @@ def _unknown(schema: type[Section], place: _Place) -> str:
         hint = f" Did you mean {' or '.join(dict.fromkeys(meant))}?" if meant else ""
         problem = f"unknown {'section' if isinstance(place.value, dict) else 'setting'}.{hint}"
     takes = [
-        f"[{place.parent}.{name}]".replace("[.", "[") if variants(field) else name
+        f"[{place.parent}.{name}]".replace("[.", "[")
+        if variants(field)
+        else f"[[{name}]]" * bool(table_of(field)) or name
         for name, field in fields.items()
     ]
     return f"{problem} {here} takes {', '.join(takes) or 'nothing'}."

@@ -89,7 +89,7 @@ class Run(Section):
 
     @model_validator(mode="after")
     def _one_length(self) -> "Run":
-        if (self.epochs is None) == (self.steps is None):
+        if self.epochs is not None and self.steps is not None:
             raise ValueError(
                 f"epochs = {self.epochs} with run.steps = {self.steps}: only one of the two may "
                 "set the length of the run. Remove one (on the command line: run.epochs= or "

@@ -80,6 +80,13 @@ def variants(field: FieldInfo) -> dict[str, type[Section]]:
     return {section.model_fields[tag].default if tag else "": section for section in sections}
 
 
+def table_of(field: FieldInfo) -> type[Section] | None:
+    """The section of each table of a field that is a list of them; ``None`` for any other."""
+    one, *_ = typing.get_args(field.annotation) or (None,)
+    is_table = isinstance(one, type) and issubclass(one, Section)
+    return one if is_table and typing.get_origin(field.annotation) is tuple else None
+
+
 def tag_name(field: FieldInfo) -> str:
     """The setting that tells the variants of a field apart, or "" if it has one form only."""
     assert field.discriminator is None or isinstance(field.discriminator, str)
@@ -89,9 +96,10 @@ def tag_name(field: FieldInfo) -> str:
 def settings_of(section: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Dotted keys and fields of all settings below a section, of every variant."""
     for name, field in section.model_fields.items():
-        if not variants(field):
+        table = table_of(field)
+        if not variants(field) and table is None:
             yield prefix + name, field
-        for variant in variants(field).values():
+        for variant in (*variants(field).values(), *([table] if table else [])):
             yield from settings_of(variant, f"{prefix}{name}.")
 
 
@@ -140,6 +148,11 @@ def help_text(schema: type[Section], width: int) -> str:
 def _help(section: type[Section], prefix: str, width: int) -> Iterator[str]:
     """Paragraphs on the sections inside a section."""
     for name, field in section.model_fields.items():
+        if table := table_of(field):
+            of_one = [
+                _entry(f"{name}.{key}", one, width) for key, one in table.model_fields.items()
+            ]
+            yield "\n".join([f"[[{name}]]", textwrap.fill(_flat(table.__doc__), width), *of_one])
         shown: set[str] = set()
         for tag, variant in variants(field).items():
             key = prefix + name
@@ -193,11 +206,26 @@ def to_toml(section: Section, *, without: str = "") -> str:
     return "\n".join(_tables(values, ()))
 
 
-def _tables(values: Mapping[str, Any], keys: tuple[str, ...]) -> Iterator[str]:
-    plain = {key: value for key, value in values.items() if not isinstance(value, dict)}
-    if plain:
+def _tables(
+    values: Mapping[str, Any], keys: tuple[str, ...], header: str = "[{}]"
+) -> Iterator[str]:
+    plain = {key: value for key, value in values.items() if not _has_header(value)}
+    if plain or header == _ONE_OF_SEVERAL:
         lines = [f"{to_key(key)} = {to_value(value)}" for key, value in plain.items()]
-        yield "\n".join([f"[{'.'.join(keys)}]", *lines, ""] if keys else [*lines, ""])
+        yield "\n".join([header.format(".".join(keys)), *lines, ""] if keys else [*lines, ""])
     for key, value in values.items():
         if isinstance(value, dict):
             yield from _tables(value, (*keys, key))
+        elif _has_header(value):
+            for one in value:
+                yield from _tables(one, (*keys, key), _ONE_OF_SEVERAL)
+
+
+_ONE_OF_SEVERAL = "[[{}]]"
+
+
+def _has_header(value: Any) -> bool:
+    """Whether it is a table, or a list of them."""
+    return isinstance(value, dict) or (
+        isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
+    )

@@ -11,17 +11,17 @@ import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, ModelWrapValidatorHandler, create_model, model_validator
 
 from partialfc.config import schema as settings
+from partialfc.config.backbone import Backbone
 from partialfc.config.conflicts import conflicts
 from partialfc.config.data import Data
 from partialfc.config.file import load_settings
 from partialfc.config.head import Head
 from partialfc.config.heads import Heads, HeadsInHelp, few_images, few_shards
-from partialfc.config.lora import Lora
 from partialfc.config.losses import Losses
 from partialfc.config.monitor import Monitor
 from partialfc.config.optimizers import (
@@ -32,112 +32,16 @@ from partialfc.config.optimizers import (
     SgdOfBackbone,
     Wsd,
 )
+from partialfc.config.precision import AnyPrecision, Bf16
 from partialfc.config.run import Checkpoint, EverySteps, Log, Run
-from partialfc.config.schema import OneOrMore, Section, UserPath, nearest_multiples
+from partialfc.config.schema import Section, UserPath, nearest_multiples
+from partialfc.config.stages import Stages, as_checked, resolved, with_stage
 from partialfc.config.wider import wider
 from partialfc.definitions import Range, Unit, plugins
-from partialfc.definitions.backbones import Backbone as BackboneName
 from partialfc.distributed.shares import Shares
 from partialfc.errors import ConfigError
 
 __all__ = ["Config", "ConfigError", "config_hash", "help_text", "load", "to_toml"]
-
-
-class Options(Section):
-    """What this backbone takes besides, and others do not."""
-
-
-class Backbone(Section):
-    """The network from image to embedding."""
-
-    name: BackboneName = "iresnet50"
-    """Which backbone; any of timm as "timm/vit_base_patch16_224.augreg_in21k", one of your own as
-    "my.module:Name"."""
-
-    embedding_dim: Annotated[int, Range(ge=1, le=4096)] = 512
-    """Length of an embedding and of a class center."""
-
-    pretrained: UserPath | None = None
-    """Weights that a network of timm begins with: a file of safetensors, or a folder of timm's from
-    the Hugging Face Hub. Nothing is downloaded. It counts in a new run only."""
-
-    channels_last: bool = True
-    """Keep images in NHWC memory, which tensor cores prefer. Changes rounding only."""
-
-    compile: bool = False
-    """Compile the backbone with torch.compile: a slow first step, faster ones after it."""
-
-    checkpoint_activations: bool = False
-    """Recompute activations in backward: less memory, about a third more computation."""
-
-    ema: Annotated[float, Range(ge=0, lt=1)] = 0.0
-    """Decay of a moving average of the weights, such as 0.999: verification, export and all other
-    use then take the average, and checkpoints keep both. Early steps use a smaller one,
-    (1 + step) / (10 + step) at most. 0 is none."""
-
-    shard: Literal["none", "fsdp2"] = "none"
-    """What each rank holds of the backbone. none: all of it, as DistributedDataParallel. fsdp2: its
-    part of weights, gradients and optimizer states, and a block is gathered while it computes; the
-    same numbers in less memory. Checkpoints are the same, so a run may change it."""
-
-    reshard: bool = True
-    """With fsdp2: free a block's weights after forward and gather them again for backward. false
-    saves a gather and holds all weights until then."""
-
-    offload: bool = False
-    """With fsdp2 on GPUs: hold a rank's part in host memory and update it there. Saves GPU memory,
-    slow."""
-
-    sync_batch_norm: bool = False
-    """Take BatchNorm statistics over the images of all ranks. Without it they depend on the batch
-    per rank, and so on the number of ranks."""
-
-    freeze: Annotated[tuple[str, ...], OneOrMore] = Field(default=(), strict=False)
-    """Parts that are not trained, by the names of modules or parameters as a checkpoint has them:
-    ``["conv1", "layer1"]``. The statistics of their BatchNorm stay as they are too."""
-
-    options: Options = Field(default_factory=Options)
-
-    lora: Lora = Field(default_factory=Lora)
-
-
-class Precision(Section):
-    """Number formats of the backbone; ``head.compute`` has those of the head. Sums, the softmax and
-    the backbone's weights are fp32 in every case."""
-
-    compute: str
-    """Autocast format of the backbone: bf16, fp32 or fp16."""
-
-    tf32: bool = False
-    """Let the remaining fp32 matrix products on a GPU run in TF32: faster, 10-bit mantissa."""
-
-
-class Bf16(Precision):
-    """bf16 needs no loss scale. Needs Ampere or newer to be fast."""
-
-    compute: Literal["bf16"] = "bf16"
-    """Autocast format of the backbone."""
-
-
-class Fp32(Precision):
-    """fp32 throughout, without autocast."""
-
-    compute: Literal["fp32"] = "fp32"
-    """Autocast format of the backbone."""
-
-
-class Fp16(Precision):
-    """fp16 with a dynamic loss scale, as arcface_torch trains."""
-
-    compute: Literal["fp16"] = "fp16"
-    """Autocast format of the backbone."""
-
-    initial_loss_scale: Annotated[float, Range(gt=0, le=2.0**32)] = 65536.0
-    """Loss scale of the first step. It halves after an overflow, whose step is skipped, and
-    doubles after a long run without one."""
-
-
-AnyPrecision = Annotated[Bf16 | Fp32 | Fp16, Field(discriminator="compute")]
 
 
 class Verification(Section):
@@ -197,6 +101,9 @@ class Config(Section):
     log: Log = Field(default_factory=Log)
     monitor: Monitor = Field(default_factory=Monitor)
 
+    stages: Stages = Field(default=(), exclude_if=lambda stages: not stages)
+    """Parts of the run with settings of their own."""
+
     def __new__(cls, **values: Any) -> Self:
         """Make one of the schema for what the values name, as a file's settings are."""
         schema = wider(cls, values) if cls is Config else cls
@@ -208,11 +115,48 @@ class Config(Section):
         schema = wider(cls, values) if cls is Config and isinstance(values, dict) else cls
         return check(values) if schema is cls else schema.model_validate(values)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _stages_replace_epochs(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("stages"):
+            run = values.get("run", {})
+            return {**values, "run": {"epochs": None, **run} if isinstance(run, dict) else run}
+        return values
+
     @model_validator(mode="after")
     def _goes_together(self) -> "Config":
-        if problems := list(conflicts(self)):
+        problems = list(conflicts(self))
+        if self.stages and not problems:
+            found, problems = resolved(self, Config)
+            if not problems:  # the values as they were taken, in place, as pydantic wants it
+                pairs = zip(self.stages, found, strict=True)
+                self.__dict__["stages"] = tuple(as_checked(*pair) for pair in pairs)
+        if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def in_stages(self) -> tuple["Config", ...]:
+        """Return the settings of each stage as those of a run, in turn; without stages, these."""
+        if not self.stages:
+            return (self,)
+        return tuple(Config.model_validate(with_stage(self, stage)) for stage in self.stages)
+
+    def at(self, facts: Mapping[str, Any]) -> "Config":
+        """Return the settings that a checkpoint was written with.
+
+        Args:
+            facts: Of its manifest.
+
+        Raises:
+            ConfigError: If it is of a stage that there is not.
+        """
+        stages, fact = self.in_stages(), facts.get(STAGE)
+        number = fact.get("number") if isinstance(fact, dict) else 1
+        if not isinstance(number, int) or not 1 <= number <= len(stages):
+            raise ConfigError(
+                f"the checkpoint is of stage {number}, and these settings have {len(self.stages)}."
+            )
+        return stages[number - 1]
 
     def shares(self, world_size: int) -> Shares:
         """Return how many images of a step each rank has."""
@@ -224,11 +168,20 @@ class Config(Section):
         return None if shares.equal else shares
 
     def check(self, world_size: int) -> None:
-        """Check what depends on the number of ranks.
+        """Check what depends on the number of ranks, in every stage.
 
         Raises:
             ConfigError: If the global batch or the class centers cannot be divided among them.
         """
+        problems = [
+            f"stages.{stage.name}: {line}"
+            for stage, config in zip(self.stages, self.in_stages(), strict=False)
+            for line in config._wrong_on(world_size)
+        ]
+        if problems := problems or ([] if self.stages else self._wrong_on(world_size)):
+            raise ConfigError("\n".join(problems))
+
+    def _wrong_on(self, world_size: int) -> list[str]:
         problems = []
         batch, accumulation = self.data.global_batch, self.optimizer.accumulation
         parts = world_size * accumulation
@@ -257,9 +210,11 @@ class Config(Section):
                 f"{accumulation}), or losses that compare pairs of one identity lose some."
             )
         problems += few_shards(self, world_size)
-        if problems := problems or [*few_images(self, world_size)]:
-            raise ConfigError("\n".join(problems))
+        return problems or [*few_images(self, world_size)]
 
+
+STAGE = "stage"
+"""The fact of a checkpoint that says of which stage it is; one of the first has none."""
 
 _HOW_A_HEAD_COMPUTES = {"keep_mib", "fused", "overlap", "centers_in", "states_in", "host_folder"}
 _CHANGES_NO_RESULT: dict[str, Any] = {
@@ -354,7 +309,7 @@ def written(text: str) -> Config | None:
 
 def changes(before: Config, after: Config) -> list[str]:
     """Return "key = value, was value" for each setting that may change a result."""
-    old, new = (_flat(_results_of(one)) for one in (before, after))
+    old, new = (flat(_results_of(one)) for one in (before, after))
     return [
         f"{key} = {json.dumps(new.get(key))}, was {json.dumps(old.get(key))}"
         for key in sorted(old.keys() | new.keys())
@@ -362,12 +317,13 @@ def changes(before: Config, after: Config) -> list[str]:
     ]
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted key."""
+    found: dict[str, Any] = {}
     for key, value in values.items():
         inner = isinstance(value, dict)
-        flat |= _flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return found
 
 
 def to_toml(config: Config) -> str:

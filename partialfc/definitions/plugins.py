@@ -84,6 +84,9 @@ def _names(settings: Mapping[str, Any]) -> Iterator[Any]:
     losses = at(settings, "losses")
     for label in losses if isinstance(losses, Mapping) else ():
         yield at(losses, label, "name")
+    stages = at(settings, "stages")
+    for stage in stages if isinstance(stages, list | tuple) else ():
+        yield from _names(stage if isinstance(stage, Mapping) else {})
 
 
 def at(settings: Any, *keys: str) -> Any:

@@ -54,8 +54,8 @@ class Monitor:
     def __init__(self, config: Config, runtime: Runtime, ledger: Ledger, total_steps: int) -> None:
         self._config, self._runtime, self._ledger = config, runtime, ledger
         self._run = config.run.folder.name
-        self._images = config.shares(runtime.ranks.size).sizes[runtime.ranks.rank]
-        self._steps = 0
+        self._steps = self._images = self._images_of_a_step = 0
+        self.enter(config)
         self._exporter = self._serve()
         if self._exporter is not None:
             self._describe(self._exporter, total_steps)
@@ -64,13 +64,19 @@ class Monitor:
         if config.monitor.targets is not None and runtime.leads:
             self._announce(targets_path(config.monitor.targets, config.run.folder), addresses)
 
+    def enter(self, config: Config) -> None:
+        """Count the images of a step as these settings have them, as a stage does that begins."""
+        ranks = self._runtime.ranks
+        self._images_of_a_step = config.shares(ranks.size).sizes[ranks.rank]
+
     def stepped(self, step: int) -> None:
         """Note that this rank ended a step; for no device."""
         self._steps += 1
+        self._images += self._images_of_a_step
         if self._exporter is not None:
             self._exporter.set("step", step)
             self._exporter.set("steps_total", self._steps)
-            self._exporter.set("images_total", self._steps * self._images)
+            self._exporter.set("images_total", self._images)
             self._exporter.set("last_step_timestamp_seconds", time.time())
 
     def write(self, step: int, values: Values) -> None:

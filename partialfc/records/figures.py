@@ -44,6 +44,7 @@ def training_figure(
     same: np.ndarray | None = None,
     title: str = "",
     untrained: tuple[Numbers, Numbers] | None = None,
+    marks: Sequence[float] = (),
 ) -> None:
     """Write a PNG of 1440 x 1280 pixels, the whole file or none.
 
@@ -59,6 +60,7 @@ def training_figure(
         same: Whether pair i shows one identity; bool [N], with pairs of both kinds; or ``None``.
         title: Above the panels.
         untrained: FAR and TAR of the same pairs before training, both rising, in [0, 1]; [U].
+        marks: Steps at which a dashed line stands upright, where one stage follows another.
 
     Raises:
         ValueError: If lengths differ, there is no loss, or a number is not finite.
@@ -73,11 +75,16 @@ def training_figure(
     figure = Figure(figsize=(_WIDTH_INCHES, height), layout=layout)
     if title:
         figure.suptitle(title, color=_INK, fontsize=14, fontweight="bold")
+    panels: dict[str, Axes] = {}
     if scores is None or same is None:
-        _draw_training(figure.subplots(), step_S, loss_S, step_V, accuracy_V)
+        training = figure.subplots()
     else:
         panels = figure.subplot_mosaic([["training", "training"], ["scores", "roc"]])
-        _draw_training(panels["training"], step_S, loss_S, step_V, accuracy_V)
+        training = panels["training"]
+    _draw_training(training, step_S, loss_S, step_V, accuracy_V)
+    for step in marks:
+        training.axvline(step, color=_FAINT, linestyle=(0, (3, 4)), linewidth=1)
+    if scores is not None and same is not None:
         _draw_scores(panels["scores"], np.asarray(scores, dtype=np.float64), np.asarray(same))
         _draw_roc(panels["roc"], scores, same, untrained)
     _save(figure, Path(path))

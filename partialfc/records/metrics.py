@@ -49,6 +49,7 @@ TABLE = (
     Metric("learning_rate", "", "Learning rate of the backbone at this step"),
     Metric("gradient_norm", "", "Norm of the backbone's gradient at this step, before clipping"),
     Metric("epoch", "epochs", "Passes over the data so far"),
+    Metric("stage", "", "Number of the stage, from 1, in a run with stages"),
     Metric("samples_seen", "images", "Images seen so far by all ranks"),
     Metric(
         "throughput",

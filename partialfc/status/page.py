@@ -62,9 +62,13 @@ def page(run: Snapshot, *, every: int) -> str:
 def _what(run: Snapshot) -> str:
     if run.config is None:
         return ""
-    config = run.config
+    config, stage = run.config, run.stage
+    if stage is not None and config.stages:
+        number = [one.name for one in run.stages].index(stage.name)
+        config = config.in_stages()[min(number, len(config.stages) - 1)]
     return " · ".join(
         (
+            *([] if stage is None else [f"stage {stage.name}, to step {stage.last:,}"]),
             config.backbone.name,
             *(
                 f"{name} {one.head.margin.name} · sample rate {one.head.sample_rate:g}".lstrip()
@@ -95,6 +99,8 @@ def _state(run: Snapshot) -> tuple[str, str]:
 def _planned(run: Snapshot) -> int:
     """Steps of the whole run, as its epochs say; 0 if that is not known yet."""
     config = run.config
+    if run.stages:
+        return run.stages[-1].last
     if config is None:
         return 0
     if config.run.steps is not None:
@@ -136,12 +142,15 @@ def _numbers(run: Snapshot) -> list[tuple[str, str, str]]:
 
 def _charts(run: Snapshot) -> list[tuple[str, str]]:
     figures: list[tuple[str, str]] = []
+    marks = [one.first for one in run.stages[1:]]
     for title, name, form, log in _CHARTS:
         points = [
             (record["step"], record[name]) for record in run.metrics if record.get(name) is not None
         ]
         series = Series(name, [step for step, _ in points], [value for _, value in points])
-        figures.append((title, line_chart([series], x_label="step", form=form, log_y=log)))
+        figures.append(
+            (title, line_chart([series], x_label="step", form=form, log_y=log, marks=marks))
+        )
     return figures
 
 

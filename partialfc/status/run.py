@@ -8,7 +8,7 @@ import shutil
 import ssl
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -26,6 +26,7 @@ from partialfc.config.monitor import Monitor
 from partialfc.monitoring.targets import Target, read_targets, targets_path
 from partialfc.records import ledger, metrics
 from partialfc.records.lines import LONGEST_LINE, SOME_LINES, Sound, is_number, parsed, some_lines
+from partialfc.records.stages import StageRecord, read_stages
 from partialfc.writing import opened
 
 _THREADS = 64
@@ -125,6 +126,7 @@ class Snapshot:
         checkpoints: Newest first.
         free, size: Bytes of the file system.
         ended: Whether the run has come to its end.
+        stages: Of a run with stages.
     """
 
     name: str
@@ -139,6 +141,7 @@ class Snapshot:
     free: int = 0
     size: int = 0
     ended: bool = False
+    stages: Sequence[StageRecord] = ()
 
     def last(self, name: str) -> float | None:
         """The newest value of a metric."""
@@ -149,6 +152,11 @@ class Snapshot:
     def step(self) -> int:
         """The last step that was recorded."""
         return int(self.metrics[-1]["step"]) if self.metrics else 0
+
+    @property
+    def stage(self) -> StageRecord | None:
+        """The one that the last recorded step is in."""
+        return next((one for one in self.stages if self.step <= one.last), None)
 
     @property
     def silence(self) -> float:
@@ -178,6 +186,7 @@ class RunFolder:
             config=config,
             metrics=list(self._metrics.read()),
             starts=ledger.starts(entries),
+            stages=read_stages(self.folder),
             spent=ledger.goodput(entries) if entries else {},
             ended=(self.folder / "summary.json").exists(),
         )

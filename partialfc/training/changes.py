@@ -1,6 +1,7 @@
 """What is not as it was when a run goes on, in words: settings, and the learning rate's jump."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,31 +9,29 @@ from partialfc.checkpoint import CONFIG_HASH
 from partialfc.checkpoint.folder import read_manifest
 from partialfc.config import Config, config_hash
 from partialfc.config.tree import changes, written
-from partialfc.data.order_of_sets import AnyOrder
 from partialfc.definitions import plugins
 from partialfc.training.data import steps_of
-from partialfc.training.schedule import learning_rate
+from partialfc.training.stages import Stage
 
 
-def what_changed(found: Path, config: Config, order: AnyOrder) -> Iterator[str]:
+def what_changed(found: Path, stage: Stage) -> Iterator[str]:
     """Yield a sentence for what a run does otherwise than the checkpoint that it goes on from.
 
     Args:
         found: The checkpoint.
-        config: Settings of this start.
-        order: Of the images.
+        stage: The one that it is of, as this start has it.
     """
     manifest = read_manifest(found)
     yield from _plugins_changed(found, manifest["versions"])
-    if manifest["facts"].get(CONFIG_HASH) == config_hash(config):
+    if manifest["facts"].get(CONFIG_HASH) == config_hash(stage.config):
         return
     before = written(str(manifest["settings"]))
     if before is None:
         yield f"{found}: going on with settings that are not those it was written with."
         return
-    if changed := changes(before, config):
+    if changed := changes(before, stage.config):
         yield f"{found}: going on with other settings: {'; '.join(changed)}."
-    was, now = (_rate(one, manifest["step"], order) for one in (before, config))
+    was, now = (_rate(one, manifest["step"], stage) for one in (before, stage.config))
     if was != now:
         yield (
             f"the learning rate goes on at {now:.3g}; by the checkpoint's settings it was "
@@ -53,11 +52,6 @@ def _plugins_changed(found: Path, versions: Any) -> Iterator[str]:
         yield f"{found}: it was written without the plug-in {name}, {now[name]}."
 
 
-def _rate(config: Config, step: int, order: AnyOrder) -> float:
-    total = steps_of(config, order)
-    return learning_rate(
-        min(step, total),
-        peak=config.optimizer.lr,
-        total_steps=total,
-        **config.schedule.model_dump(),
-    )
+def _rate(config: Config, step: int, stage: Stage) -> float:
+    data = replace(stage.data, steps=steps_of(config, stage.data.order))
+    return replace(stage, config=config, data=data).rate(step)

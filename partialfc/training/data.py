@@ -59,14 +59,21 @@ def sets_in_words(data: TrainingData) -> str:
     )
 
 
-def open_training_data(config: Config, runtime: Runtime) -> TrainingData:
+def open_training_data(
+    config: Config, runtime: Runtime, dataset: DataSet | None = None
+) -> TrainingData:
     """Open what the settings name. Collective: the ranks agree that it is the same on all.
+
+    Args:
+        config: Settings of the run.
+        runtime: This rank.
+        dataset: The images, if they are open already.
 
     Raises:
         ConfigError: If an image source or the order cannot be, another rank has other images, or
             the warm-up is no shorter than the run.
     """
-    dataset = open_images(config)
+    dataset = dataset or open_images(config)
     order = order_of(config, dataset)
     _refuse_other_images(dataset, runtime)
     steps = steps_of(config, order)
@@ -109,7 +116,7 @@ def _refuse_other_images(dataset: DataSet, runtime: Runtime) -> None:
 
 
 def open_batches(config: Config, runtime: Runtime, data: TrainingData, step: int) -> Batches:
-    """Open this rank's batches from ``step`` on.
+    """Open this rank's batches from number ``step`` of their order on.
 
     Raises:
         ConfigError: If the loader that the settings name cannot do what they ask for.

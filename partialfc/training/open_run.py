@@ -8,8 +8,10 @@ from pathlib import Path
 from partialfc.backbones.lora import merge
 from partialfc.checkpoint import loading as checkpoint
 from partialfc.checkpoint.base import restore_base
+from partialfc.checkpoint.folder import read_manifest
 from partialfc.checkpoint.trained_backbone import state_at
 from partialfc.config import Config, ConfigError, load
+from partialfc.config.tree import STAGE
 from partialfc.data.dataset import DataSet
 from partialfc.evaluation.sets import Evaluation
 from partialfc.model.build import Model, build
@@ -23,7 +25,7 @@ class OpenRun:
     """What a run left, and how its model is measured.
 
     Attributes:
-        config: Its settings.
+        config: Its settings; with stages those of the stage that wrote the checkpoint.
         dataset: Its training images.
         model: Of its newest valid checkpoint.
         evaluation: Of its held-out sets.
@@ -46,16 +48,19 @@ def open_run(folder: Path) -> Iterator[OpenRun]:
     """
     config = load(folder / "config.toml", own=False)
     with running(config) as runtime:
+        newest = checkpoint.newest(folder / "checkpoints", runtime, tidy=False)
+        noted = {} if newest is None else read_manifest(newest)["facts"]
+        config = config.at(noted)
         try:
             dataset = open_images(config)
         except ConfigError as error:
             raise ConfigError(f"{folder}: {error}") from error
-        shards = agreed_shards(config, runtime)
-        model = build(config, runtime, numberings(config, dataset), kept_shards=shards)
-        newest = checkpoint.newest(folder / "checkpoints", runtime, tidy=False)
         if newest is None:
             raise ConfigError(f"{folder}: it has no checkpoint.")
-        checkpoint.load(newest, model, must_match(config, dataset), runtime)
+        shards = agreed_shards(config, runtime)
+        model = build(config, runtime, numberings(config, dataset), kept_shards=shards)
+        facts = must_match(config, dataset) | {STAGE: noted.get(STAGE)}
+        checkpoint.load(newest, model, facts, runtime)
         if model.average is not None:
             model.average.install()
         restore_base(newest, model.backbone, config, state_at)

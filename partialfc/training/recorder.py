@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from types import TracebackType
@@ -26,10 +26,12 @@ from partialfc.records.metrics import JsonLines, Sink, TensorBoard, finite, read
 from partialfc.records.report import read_run, write_report
 from partialfc.records.sinks.beside import Beside, beside
 from partialfc.records.sinks.run_sink import Opening
+from partialfc.records.stages import read_stages
 from partialfc.records.unessential import lost_records, unessential
 from partialfc.runtime.process import Runtime
 from partialfc.runtime.stragglers import Stragglers
 from partialfc.training.bad_images import BadImages
+from partialfc.training.stages import Span
 from partialfc.words import rate
 from partialfc.writing import write_json
 
@@ -46,10 +48,13 @@ class Recorder:
         config: Where to record, and how often.
         runtime: This rank; rank 0 writes.
         step: Steps taken before this process.
+        span: Of the stage that they lead into; the whole run, if it has no stages.
         total_steps: Steps of the run.
-        steps_per_epoch: Steps of one pass over the data.
         ledger: Where the time goes.
-        sets: Steps of one pass over each of several sets; empty where there is one.
+
+    Attributes:
+        ledger: The same.
+        total: The same as ``total_steps``.
     """
 
     def __init__(
@@ -57,16 +62,15 @@ class Recorder:
         config: Config,
         runtime: Runtime,
         step: int,
+        span: Span,
         total_steps: int,
-        steps_per_epoch: int,
         ledger: Ledger,
-        sets: Mapping[str, int] | None = None,
     ) -> None:
-        self.ledger = ledger
+        self.ledger, self.total = ledger, total_steps
         self._config, self._runtime = config, runtime
-        self._total, self._steps_per_epoch = total_steps, steps_per_epoch
-        self._sets = sets or {}
+        self._span = span
         self._step = self._first = self._recorded = step
+        self._images_before = self._images_recorded = span.images_at(step)
         self._clock, self._waited, self._trained = time.monotonic(), 0.0, 0.0
         device = runtime.device
         zero = torch.zeros((), device=device)
@@ -82,7 +86,7 @@ class Recorder:
 
     def __enter__(self) -> "Recorder":
         if self._config.monitor.port is not None:
-            self._monitor = Monitor(self._config, self._runtime, self.ledger, self._total)
+            self._monitor = Monitor(self._config, self._runtime, self.ledger, self.total)
             self._sinks.append(self._monitor)
         if self._runtime.leads:
             log, folder = self._config.log, self._config.run.folder
@@ -91,7 +95,7 @@ class Recorder:
                 with unessential(folder / "tensorboard"):
                     self._sinks.append(TensorBoard(folder / "tensorboard", self._step))
             if log.progress:
-                self._sinks.append(ProgressBar(self._step, self._total))
+                self._sinks.append(ProgressBar(self._step, self.total))
             opening = Opening(
                 folder=folder,
                 settings=self._config.model_dump(mode="json", exclude_none=True),
@@ -111,6 +115,14 @@ class Recorder:
     ) -> None:
         for sink in (*self._sinks, *self._beside):
             sink.close()
+
+    def enter(self, span: Span, config: Config) -> None:
+        """Go on with the next stage; what was between the two counts for neither."""
+        self._span = span
+        if self._monitor is not None:
+            self._monitor.enter(config)
+        self._stragglers.skip()
+        self._clock = time.monotonic()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -144,7 +156,7 @@ class Recorder:
         self._bad_losses += ~done.loss.isfinite()
         self._in_a_row = (self._in_a_row + 1) * done.skipped
         self._longest = torch.maximum(self._longest, self._in_a_row)
-        if step % self._config.log.every_steps and step != self._total:
+        if step % self._config.log.every_steps and step != self._span.last:
             return
         # Host sync: one read of all numbers.
         loss, norm, skipped, scale, *terms = torch.stack(
@@ -152,16 +164,17 @@ class Recorder:
         ).tolist()
         replaced = self.refuse_unsound()
         now, count = time.monotonic(), step - self._recorded
+        images = self._span.images_at(step)
         seconds = now - self._clock
         self._trained += seconds
         values = {
             "loss": loss / count,
             "learning_rate": rate,
             "gradient_norm": norm,
-            "epoch": step / self._steps_per_epoch,
-            **{f"epoch_{name}": epochs for name, epochs in self._epochs(step).items()},
-            "samples_seen": step * self._config.data.global_batch,
-            "throughput": count * self._config.data.global_batch / seconds,
+            "epoch": self._span.passes_at(step),
+            **{f"epoch_{name}": one for name, one in self._span.passes_of_sets(step).items()},
+            "samples_seen": images,
+            "throughput": (images - self._images_recorded) / seconds,
             "step_seconds": seconds / count,
             "data_wait_seconds": self._waited / count,
             "loss_scale": scale,
@@ -170,6 +183,8 @@ class Recorder:
             "peak_memory_bytes": peak_memory(self._runtime.device),
             **{f"loss_{name}": term for name, term in zip(done.terms, terms, strict=True)},
         }
+        if self._config.stages:
+            values["stage"] = self._span.number
         if slowest := self._stragglers.look(count, seconds / count):
             values["slowest_rank"] = slowest.rank
             values["slowest_rank_seconds"] = slowest.seconds
@@ -183,10 +198,7 @@ class Recorder:
         self._write(step, {name: value for name, value in values.items() if math.isfinite(value)})
         self._loss.zero_()
         self._recorded, self._clock, self._waited = step, time.monotonic(), 0.0
-
-    def _epochs(self, step: int) -> dict[str, float]:
-        """Passes so far over each of several sets."""
-        return {name: step / own for name, own in self._sets.items()}
+        self._images_recorded = images
 
     def refuse_unsound(self) -> int:
         """Return the images that were replaced; raise if they, or steps that fail, are too many.
@@ -203,9 +215,7 @@ class Recorder:
         ).tolist()
         allowed = _SKIPS_IN_A_ROW if self._config.precision.compute == "fp16" else 1
         if not bad and longest < allowed:
-            return self.bad_images.check(
-                (self._step - self._first) * self._config.data.global_batch
-            )
+            return self.bad_images.check(self._span.images_at(self._step) - self._images_before)
         raise NonFiniteError(
             f"the loss was not finite in {bad:.0f} steps, and {skipped:.0f} steps changed nothing "
             f"because the loss or the gradient was not, {longest:.0f} of them in a row, up to step "
@@ -276,15 +286,16 @@ class Recorder:
         summary: dict[str, Any] = {
             "seconds": self.ledger.totals()["wall"],
             "spent": {name: round(value, 3) for name, value in self.ledger.totals().items()},
-            "images_per_second": steps * self._config.data.global_batch / max(self._trained, 1e-9),
+            "images_per_second": (self._images_recorded - self._images_before)
+            / max(self._trained, 1e-9),
             "peak_memory_bytes": peak,
             "world_size": self._runtime.ranks.size,
             "device": self._runtime.device.type,
             "steps": self._step,
             "steps_of_this_process": steps,
-            "samples_seen": self._step * self._config.data.global_batch,
+            "samples_seen": self._span.images_at(self._step),
             "loss": losses[-1] if losses else None,
-            "epochs_of_sets": self._epochs(self._step),
+            "epochs_of_sets": self._span.passes_of_sets(self._step),
             "torch": torch.__version__,
             "environment": environment(self._runtime.device),
         }
@@ -331,6 +342,7 @@ class Recorder:
             first.cosine if first else None,
             first.same if first else None,
             untrained=(start["far"], start["tar"]) if start else None,
+            marks=[one.first for one in read_stages(self._config.run.folder)[1:]],
         )
 
     def _show(self, summary: dict[str, Any]) -> None:

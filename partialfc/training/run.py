@@ -2,9 +2,8 @@
 
 import hashlib
 import json
-import math
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +12,8 @@ from typing import Any
 import torch
 
 from partialfc.checkpoint import loading as checkpoint
-from partialfc.checkpoint.base import fact_of, may_vanish, restore_base
 from partialfc.checkpoint.folder import path_of
-from partialfc.checkpoint.pretrained import load_pretrained
 from partialfc.checkpoint.saving import Saver
-from partialfc.checkpoint.teacher import Teacher, open_teacher
-from partialfc.checkpoint.trained_backbone import state_at
-from partialfc.checkpoint.warm_start import warm_start
 from partialfc.config import Config, ConfigError, to_toml
 from partialfc.config.conflicts import head_compute
 from partialfc.config.heads import each_head
@@ -27,37 +21,25 @@ from partialfc.data.loaders.stream import Batches
 from partialfc.data.names import NAMES, Names, names_file, names_of
 from partialfc.distributed.agreement import any_rank, words_of_any
 from partialfc.errors import CrashLoopError, Preempted
-from partialfc.evaluation.sets import Evaluation
-from partialfc.margins import guidance
-from partialfc.model.adapted import adapted_words
-from partialfc.model.build import Model, build
-from partialfc.model.frozen import frozen_words
 from partialfc.model.heads import Numbering
-from partialfc.model.optimizer import groups_in_words
 from partialfc.model.step import train_step
 from partialfc.records.console import from_here
 from partialfc.records.ledger import fruitless, keeping
 from partialfc.records.sinks.run_sink import find
+from partialfc.records.stages import STAGES
 from partialfc.records.unessential import unessential
 from partialfc.runtime import preemption
 from partialfc.runtime.folder_lock import locked
 from partialfc.runtime.place import elastic_warning, own_place
 from partialfc.runtime.process import Runtime
-from partialfc.training.changes import what_changed
-from partialfc.training.data import (
-    TrainingData,
-    open_batches,
-    open_training_data,
-    sets_in_words,
-    with_next,
-)
+from partialfc.training.data import open_batches, with_next
 from partialfc.training.images import numberings
-from partialfc.training.must_match import agreed_shards, must_match
+from partialfc.training.must_match import agreed_shards
+from partialfc.training.opened import Opened, likely_step
 from partialfc.training.preflight import Finding, preflight, report
 from partialfc.training.recorder import Recorder
-from partialfc.training.schedule import learning_rate, weight_factor
-from partialfc.training.start import begin_centers, refuse_two_starts
-from partialfc.writing import write_text
+from partialfc.training.stages import Stage, open_stages, stage_at, table_of
+from partialfc.writing import write_json, write_text
 
 
 def train(config: Config, runtime: Runtime) -> None:
@@ -84,16 +66,8 @@ def _train(config: Config, runtime: Runtime) -> None:
         report(look_before(config, runtime), runtime)
     shards = agreed_shards(config, runtime)
     folder, settings = config.run.folder, to_toml(config)
-    data = open_training_data(config, runtime)
-    evaluation = Evaluation(config, runtime)
-    teacher = open_teacher(config, data.dataset, runtime)
-    numbered = numberings(config, data.dataset)
-    model = build(config, runtime, numbered, kept_shards=shards)
-    facts = must_match(config, data.dataset, teacher)
-    if runtime.leads:
-        if words := sets_in_words(data):
-            print(f"sets: {words}", flush=True)
-        _warn(config, model)
+    stages = open_stages(config, runtime)
+    opened = Opened(stage_at(stages, likely_step(config, runtime)), runtime, shards)
     if not config.run.resume and checkpoint.exist(folder / "checkpoints"):
         raise ConfigError(
             f"run.resume = false with run.folder = {str(folder)!r}, which holds checkpoints of a "
@@ -106,58 +80,84 @@ def _train(config: Config, runtime: Runtime) -> None:
             runtime.watchdog.follow(ledger)
         _refuse_crash_loop(config, runtime, ledger.before, digest)
         with ledger.spending("restore"):
-            step, base = _restore(config, runtime, model, facts, data, evaluation)
+            step, base = opened.restore(stages)
         ledger.at(step, now=True)
-        summary = folder / "summary.json"
-        if step >= data.steps and summary.exists():
+        summary, end = folder / "summary.json", stages[-1].span.last
+        if step >= end and summary.exists():
             if runtime.leads:
-                print(f"{summary}: the run ended at step {step}, and {data.steps} are asked for.")
+                print(f"{summary}: the run ended at step {step}, and {end} are asked for.")
             return
         if runtime.leads:
-            with unessential(folder / "config.toml"):
-                write_text(folder / "config.toml", settings)
-            with unessential(folder / NAMES):
-                if step == 0 and (names := names_of(data.dataset)):
-                    _write_names(folder, names, numbered)
+            _describe(folder, settings, step, stages)
         with (
-            Recorder(
-                config,
-                runtime,
-                step,
-                data.steps,
-                data.order.steps_per_epoch,
-                ledger,
-                data.steps_of_sets,
-            ) as recorder,
-            Saver(
-                folder / "checkpoints",
-                {**facts, **base},
-                runtime,
-                keep=config.checkpoint.keep,
-                keep_every_steps=config.checkpoint.keep_every_steps,
-                settings=settings,
-            ) as saver,
-            closing(open_batches(config, runtime, data, step)) as batches,
+            Recorder(config, runtime, step, opened.stage.span, end, ledger) as recorder,
             any_rank(preemption.asked, runtime.ranks) as asked_to_stop,
             preemption.stepping(),
         ):
-            if runtime.watchdog is not None:
-                runtime.watchdog.follow(ledger, saver)
-            loop = _Loop(config, runtime, model, teacher, batches, evaluation, recorder, saver)
-            reached = loop.run(step, data.steps, asked_to_stop)
-            if reached < data.steps:
-                saved = from_here(path_of(folder / "checkpoints", reached))
+            step, stop = _train_stage(opened, step, base, recorder, asked_to_stop)
+            while step < end and not stop:
+                with ledger.spending("restore"):
+                    step, base = opened.restore(stages)
+                recorder.enter(opened.stage.span, opened.stage.config)
+                step, stop = _train_stage(opened, step, base, recorder, asked_to_stop)
+            if step < end:
+                saved = from_here(path_of(folder / "checkpoints", step))
                 raise Preempted(
-                    f"stopped as asked, after the checkpoint of step {reached}. The same command "
+                    f"stopped as asked, after the checkpoint of step {step}. The same command "
                     f"goes on from {saved}.",
                     by_ctrl_c=preemption.received(signal.SIGINT),
                 )
 
 
+def _train_stage(
+    opened: Opened,
+    step: int,
+    base: Mapping[str, object],
+    recorder: Recorder,
+    asked_to_stop: Callable[[], bool],
+) -> tuple[int, bool]:
+    """Go from a step to the end of its stage; return the step reached, and whether to stop."""
+    stage, runtime, ledger = opened.stage, opened.runtime, recorder.ledger
+    config = stage.config
+    with (
+        Saver(
+            config.run.folder / "checkpoints",
+            {**opened.facts, **base},
+            runtime,
+            keep=config.checkpoint.keep,
+            keep_every_steps=config.checkpoint.keep_every_steps,
+            settings=to_toml(config),
+        ) as saver,
+        closing(open_batches(config, runtime, stage.data, stage.span.batch(step))) as batches,
+    ):
+        if runtime.watchdog is not None:
+            runtime.watchdog.follow(ledger, saver)
+        loop = _Loop(opened, batches, recorder, saver)
+        return loop.run(step, asked_to_stop)
+
+
+def _describe(folder: Path, settings: str, step: int, stages: Sequence[Stage]) -> None:
+    """Write into the run's folder what the run is."""
+    with unessential(folder / "config.toml"):
+        write_text(folder / "config.toml", settings)
+    with unessential(folder / NAMES):
+        if step == 0 and (names := names_of(stages[0].data.dataset)):
+            _write_names(folder, names, numberings(stages[0].config, stages[0].data.dataset))
+    with unessential(folder / STAGES):
+        if table := table_of(stages):
+            write_json(folder / STAGES, {"stages": table})
+        else:
+            (folder / STAGES).unlink(missing_ok=True)
+
+
 def look_before(config: Config, runtime: Runtime) -> list[Finding]:
-    """Return what a look at the machines finds, before a run or instead of it. Collective."""
+    """Return what a look at the machines finds, before a run or instead of it. Collective.
+
+    Every stage is looked through, and the machines at what the largest global batch needs.
+    """
     agreed_shards(config, runtime)
-    data = open_training_data(config, runtime)
+    most = max(open_stages(config, runtime), key=lambda one: one.config.data.global_batch)
+    config, data = most.config, most.data
     return preflight(
         config,
         runtime,
@@ -190,36 +190,6 @@ def _announce(config: Config, runtime: Runtime) -> None:
         print(f"warning: {sentence}", flush=True)
 
 
-def _warn(config: Config, model: Model) -> None:
-    words = (
-        frozen_words(model.backbone, config.backbone.freeze),
-        adapted_words(model.backbone, config.backbone.lora),
-        groups_in_words(model.optimizer, model.shards),
-    )
-    if any(words):
-        print(f"backbone: {'; '.join(filter(None, words))}", flush=True)
-    losses = model.losses.losses.items()
-    pairs = [name for name, one in losses if one.loss.compares_pairs]
-    for sentence in (
-        *_of_margins(config, model),
-        *(
-            ['backbone.shard = "fsdp2": on one rank there is nothing to divide the backbone among.']
-            if config.backbone.shard == "fsdp2" and model.shards is None
-            else []
-        ),
-        *guidance.pair_warnings(pairs, config.data.images_per_identity),
-    ):
-        print(f"warning: {sentence}", flush=True)
-
-
-def _of_margins(config: Config, model: Model) -> Iterator[str]:
-    for name, one in each_head(config).items():
-        head = model.heads[name]
-        sampled = max(2, math.ceil(head.sharding.num_identities * one.head.sample_rate))
-        for sentence in guidance.warnings(head.margin, sampled, config.backbone.embedding_dim):
-            yield f"heads.{name}: {sentence}" if name else sentence
-
-
 def _refuse_crash_loop(
     config: Config, runtime: Runtime, before: list[dict[str, Any]], settings: str
 ) -> None:
@@ -237,93 +207,42 @@ def _refuse_crash_loop(
         )
 
 
-def _restore(
-    config: Config,
-    runtime: Runtime,
-    model: Model,
-    facts: dict[str, object],
-    data: TrainingData,
-    evaluation: Evaluation,
-) -> tuple[int, dict[str, object]]:
-    """Load what the run goes on from or begins with; return the steps taken, and the base of its
-    adapters as a fact for checkpoints."""
-    found = checkpoint.newest(config.run.folder / "checkpoints", runtime)
-    if found is None and config.run.resume_from is not None:
-        found = checkpoint.named(config.run.resume_from, runtime)
-    if found is not None:
-        step = checkpoint.load(found, model, facts, runtime)
-        if runtime.leads:
-            print(f"going on from {from_here(found)}", flush=True)
-            for sentence in what_changed(found, config, data.order):
-                print(f"warning: {sentence}", flush=True)
-        return step, restore_base(found, model.backbone, config, state_at)
-    refuse_two_starts(config)
-    base = _begin(config, runtime, model, data)
-    begin_centers(config, runtime, model, data.dataset, evaluation)
-    return 0, base
-
-
-def _begin(config: Config, runtime: Runtime, model: Model, data: TrainingData) -> dict[str, object]:
-    """Give a new run what it begins with; return the base of its adapters."""
-    if config.run.start_from is not None:
-        place = warm_start(config.run.start_from, config, model, runtime, data.dataset)
-        if runtime.leads and (sentence := may_vanish(place, config)):
-            print(f"warning: {sentence}", flush=True)
-        return fact_of(place, model.backbone, config)
-    if config.backbone.pretrained is not None:
-        load_pretrained(config.backbone.pretrained, config, model)
-        return fact_of(config.backbone.pretrained, model.backbone, config)
-    if config.backbone.freeze and runtime.leads:
-        print(
-            "warning: backbone.freeze without run.start_from or backbone.pretrained: what is "
-            "frozen stays as it was drawn at random.",
-            flush=True,
-        )
-    return {}
-
-
 @dataclass(frozen=True, slots=True)
 class _Loop:
-    """The steps of a run, and what happens between them."""
+    """The steps of a stage, and what happens between them."""
 
-    config: Config
-    runtime: Runtime
-    model: Model
-    teacher: Teacher | None
+    opened: Opened
     batches: Batches
-    evaluation: Evaluation
     recorder: Recorder
     saver: Saver
 
-    def run(self, step: int, total_steps: int, asked_to_stop: Callable[[], bool]) -> int:
-        """Go from ``step`` to the end, or to where it is asked to stop; return the step reached."""
-        config, heads, recorder = self.config, self.model.heads, self.recorder
+    def run(self, step: int, asked_to_stop: Callable[[], bool]) -> tuple[int, bool]:
+        """Go from ``step`` to the end of the stage, or to where it is asked to stop.
+
+        Return the step reached, and whether it was asked to.
+        """
+        stage, model, recorder = self.opened.stage, self.opened.model, self.recorder
+        config, heads, end = stage.config, model.heads, recorder.total
+        teacher, last = self.opened.teacher, stage.span.last
         ledger = recorder.ledger
-        if step == 0 or step >= total_steps:
+        if step == 0 or step >= end:
             self._verify(step)
         ledger.switch("train")
         uses_host = any(head.memory.uses_host for head in heads.values())
         stop, pairs = False, with_next(self.batches, want_next=uses_host)
-        while step < total_steps and not stop:
+        while step < last and not stop:
             with recorder.waiting():
                 batch, next_identities = next(pairs)
             recorder.bad_images.note(batch.replaced)
-            rate = learning_rate(
-                step,
-                peak=config.optimizer.lr,
-                total_steps=total_steps,
-                **config.schedule.model_dump(),
-            )
+            rate = stage.rate(step)
             self.saver.check()
             if next_identities is not None:
                 heads.prefetch(config, next_identities)
             lesson_of = None
-            if self.teacher is not None:
-                final_factor = config.losses.teacher.final_factor
-                factor = weight_factor(step, total_steps, final_factor)
-                lesson_of = self.teacher.lessons(batch.sample_ids, factor)
+            if teacher is not None:
+                lesson_of = teacher.lessons(batch.sample_ids, stage.teacher_factor(step))
             done = train_step(
-                self.model,
+                model,
                 config,
                 batch.images,
                 batch.identities,
@@ -335,18 +254,21 @@ class _Loop:
             ledger.at(step)
             recorder.stepped(step, done, rate)
             stop = asked_to_stop()
+            if step == last and last < end:  # the next stage may sample in another way
+                for head in heads.values():
+                    head.optimizer.catch_up(None)
             self._pause(
                 step,
-                verify=_due(step, config.verification.every_steps, total_steps),
-                save=stop or _due(step, config.checkpoint.interval(total_steps), total_steps),
+                verify=_due(step, config.verification.every_steps, last),
+                save=stop or _due(step, config.checkpoint.interval(end), last),
                 in_a_hurry=stop,
             )
         with ledger.spending("save"):
             self.saver.wait()
-        if step >= total_steps:
+        if step >= end:
             with ledger.spending("other"):
                 recorder.finish()
-        return step
+        return step, stop
 
     def _pause(self, step: int, *, verify: bool, save: bool, in_a_hurry: bool) -> None:
         if not (verify or save):
@@ -362,13 +284,13 @@ class _Loop:
 
     def _save(self, step: int) -> None:
         with self.recorder.ledger.spending("save"):
-            self.saver.save(step, self.model)
+            self.saver.save(step, self.opened.model)
         self.recorder.ledger.at(step, now=True)
 
     def _verify(self, step: int) -> None:
         with self.recorder.ledger.spending("other"):
-            self.recorder.validated(step, self.evaluation.measure(self.model))
+            self.recorder.validated(step, self.opened.evaluation.measure(self.opened.model))
 
 
-def _due(step: int, every: int, total_steps: int) -> bool:
-    return step == total_steps or (every > 0 and step % every == 0)
+def _due(step: int, every: int, last: int) -> bool:
+    return step == last or (every > 0 and step % every == 0)

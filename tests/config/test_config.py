@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from partialfc.config import Config, ConfigError, config_hash, help_text, load, to_toml
 from partialfc.config import tree as config
-from partialfc.config.schema import Section, settings_of, takes, unit, variants
+from partialfc.config.schema import Section, settings_of, table_of, takes, unit, variants
 from partialfc.definitions.phrases import to_value
 
 MINIMAL = '[data]\ntrain = "train.rec"\n'
@@ -220,7 +220,7 @@ def keys_of(names, prefix: str) -> Iterator[str]:
             [],
             'sched = {name = "linear"}: unknown section. Did you mean schedule? The file takes '
             "[run], [data], [backbone], [precision], [head], [heads], [losses], [optimizer], "
-            "[schedule], [verification], [checkpoint], [log], [monitor].",
+            "[schedule], [verification], [checkpoint], [log], [monitor], [[stages]].",
         ),
         (  # out of range
             MINIMAL + "[head]\nsample_rate = 1.5\n",
@@ -580,7 +580,7 @@ def test_help_gives_every_setting_with_type_unit_default_and_meaning() -> None:
 def test_first_variant_is_the_default() -> None:
     """Config() in Python and an empty file agree."""
     assert Config(data=config.Data(train=Path("train.rec"))) == loaded()
-    assert all(variants(field) for field in Config.model_fields.values())
+    assert all(variants(field) or table_of(field) for field in Config.model_fields.values())
 
 
 def test_a_setting_of_a_loss_without_a_weight_is_refused() -> None:

@@ -70,13 +70,13 @@ def test_a_signal_saves_stops_with_its_own_code_and_loses_nothing(packs, tmp_pat
 
 STANDS = """
 import ctypes, runpy, sys
-import partialfc.training.run
+import partialfc.training.opened, partialfc.training.run
 def stands(*_, **__):
     print("here", flush=True)
     mutex = ctypes.create_string_buffer(64)
     for _ in range(2):  # waits for itself in C, where Python runs no handler
         ctypes.CDLL(None).pthread_mutex_lock(mutex)
-partialfc.training.run.{name} = stands
+partialfc.training.{name} = stands
 sys.argv = {words!r}
 runpy.run_path("launch/train.py", run_name="__main__")
 """
@@ -96,7 +96,7 @@ def standing_in(name, packs, tmp_path):
 
 def test_a_second_signal_leaves_at_once_wherever_the_run_stands(packs, tmp_path):
     """R18: even in a collective that does not return."""
-    process, errors = standing_in("train_step", packs, tmp_path)
+    process, errors = standing_in("run.train_step", packs, tmp_path)
     os.kill(process.pid, signal.SIGTERM)
     time.sleep(0.7)
     assert process.poll() is None, "one asks for a checkpoint"
@@ -107,7 +107,7 @@ def test_a_second_signal_leaves_at_once_wherever_the_run_stands(packs, tmp_path)
 
 def test_before_the_first_step_one_signal_is_enough(packs, tmp_path):
     """R18: nothing is lost then, and nothing is promised; also where Python runs no handler."""
-    process, errors = standing_in("build", packs, tmp_path)
+    process, errors = standing_in("opened.build", packs, tmp_path)
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait(15) == 128 + signal.SIGTERM
     assert "goes on from" not in errors.read_text()

@@ -9,6 +9,7 @@ from partialfc.commands import estimate
 from partialfc.config import load
 from tests.support.places import ROOT
 from tools import recipes
+from tools._recipes.stages import RECIPES, staged
 from tools.recipes import DATA, EVERY, GPUS, NETWORKS
 
 FOLDER = ROOT / "configs" / "recipes"
@@ -23,7 +24,9 @@ def written(data, network):
 
 def test_the_files_and_their_table_are_what_the_tool_writes():
     """Somebody who edits one by hand, or the tool without running it, is told."""
-    assert {path.stem for path in FOLDER.iterdir()} == {f"{d}_{n}" for d, n in EVERY}
+    assert {path.stem for path in FOLDER.iterdir()} == {f"{d}_{n}" for d, n in EVERY} | {*RECIPES}
+    for name in RECIPES:
+        assert (FOLDER / f"{name}.toml").read_text() == staged(name), f"run {recipes.__doc__}"
     for data, network in EVERY:
         path = FOLDER / f"{data}_{network}.toml"
         assert path.read_text() == recipes.recipe(data, network), f"run {recipes.__doc__}"
@@ -45,6 +48,25 @@ def test_a_recipe_loads_and_its_commands_fit_every_number_of_gpus(data, network)
         assert config.backbone.name in BACKBONES
         whole_steps = DATA[data].images // config.data.global_batch * config.run.epochs
         assert config.schedule.warmup_steps <= 0.1 * whole_steps
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_in_stages_loads_and_checks_on_every_number_of_gpus(name):
+    path = FOLDER / f"{name}.toml"
+    commands = [line for line in path.read_text().splitlines() if "torchrun" in line]
+    assert len(commands) == len(RECIPES[name][1])
+    for gpus, command in zip(RECIPES[name][1], commands, strict=True):
+        words = command.split("launch/train.py ")[1].split()
+        config = load(ROOT / words[0], words[1:])
+        config.check(gpus)
+        assert len(config.in_stages()) == len(config.stages) > 1
+    rates = [(one.optimizer.lr, one.schedule.final_factor) for one in config.in_stages()]
+    batches = [one.data.global_batch for one in config.in_stages()]
+    if name == "wf42m_lvface":  # one line, in proportion to the batch
+        for (rate, factor), batch, (then, _), later in zip(
+            rates, batches, rates[1:], batches[1:], strict=False
+        ):
+            assert then / later == pytest.approx(rate * factor / batch, rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """Runs that train adapters: what changes, what a checkpoint holds, and where its base is found."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from safetensors.numpy import load_file
@@ -24,7 +22,7 @@ from partialfc.model.adapted import adapted
 from partialfc.model.build import assemble, new_backbone
 from partialfc.model.step import train_step
 from partialfc.training.open_run import open_run
-from partialfc.training.run import _restore
+from partialfc.training.opened import begin
 from tests.support.models import batch, runtime, settings
 from tests.support.places import ROOT
 from tests.support.runs import UNVERIFIED, killed_at, losses, run
@@ -148,7 +146,7 @@ def test_a_base_that_its_run_may_delete_is_warned_of(base, tmp_path, capsys, kep
     config, model = model_of(tmp_path / "old")
     new = config.run.model_copy(update={"folder": tmp_path / "new"})
     config = config.model_copy(update={"run": new})
-    _, fact = _restore(config, runtime(), model, FACTS, SimpleNamespace(dataset=None))
+    fact = begin(config, runtime(), model, None)
     warned = capsys.readouterr().out
     assert warned.count("warning: ") == (not kept)
     assert ("checkpoint.keep_every_steps" in warned and fact["base"]["place"] in warned) != kept

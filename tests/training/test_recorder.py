@@ -10,7 +10,10 @@ from partialfc.errors import NonFiniteError
 from partialfc.model.step import Step
 from partialfc.records.ledger import Ledger
 from partialfc.training.recorder import Recorder
+from partialfc.training.stages import Span
 from tests.support.models import runtime, settings
+
+WHOLE = Span(last=1000, global_batch=24, steps_per_epoch=100)
 
 
 def record(tmp_path, compute, steps):
@@ -20,7 +23,7 @@ def record(tmp_path, compute, steps):
         precision={"compute": compute},
         log={"every_steps": 5, "tensorboard": False, "progress": False},
     )
-    with Recorder(config, runtime(), 0, 1000, 100, Ledger(None)) as recorder:
+    with Recorder(config, runtime(), 0, WHOLE, 1000, Ledger(None)) as recorder:
         for number, kind in enumerate(steps, 1):
             loss = torch.tensor(torch.inf if kind == "n" else 2.0)
             skipped = torch.tensor(float(kind != "."))
@@ -50,7 +53,7 @@ def test_the_time_that_a_step_waits_for_data_is_a_metric(tmp_path):
     log = {"every_steps": 2, "tensorboard": False, "progress": False}
     config = settings(run={"folder": str(tmp_path)}, log=log)
     loss = torch.tensor(2.0)
-    with Recorder(config, runtime(), 0, 1000, 100, Ledger(None)) as recorder:
+    with Recorder(config, runtime(), 0, WHOLE, 1000, Ledger(None)) as recorder:
         for step, wait in enumerate((0.03, 0.05, 0.0, 0.0), 1):
             with recorder.waiting():
                 time.sleep(wait)

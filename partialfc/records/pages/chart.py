@@ -50,6 +50,7 @@ def line_chart(
     log_y: bool = False,
     filled: bool = False,
     scale: Sequence[Series] = (),
+    marks: Sequence[float] = (),
 ) -> Markup:
     """Return an SVG of lines, or "" where no point can be drawn.
 
@@ -64,6 +65,7 @@ def line_chart(
         log_y: Logarithmic vertical axis; said below it.
         filled: Fill the area below the lines.
         scale: Lines that the axes have room for too, so that charts are on one scale.
+        marks: Where a dashed line stands upright, on a linear horizontal axis.
     """
     every = [(one, _points(one, log_x, log_y)) for one in series]
     drawn = [(one, points) for one, points in every if points.size]
@@ -76,6 +78,8 @@ def line_chart(
     shown = [points[1:] if banded else points[1] for points in fitted]
     up = _Axis.over(shown, HEIGHT - _BOTTOM, _TOP, log_y, roomy=True)
     parts = [*_rows(up, form or _short), *_columns(across, _short, HEIGHT - _BOTTOM + 15)]
+    inside = [x for x in marks if across.low < x < across.high]
+    parts += [_upright(float(across.at(np.array(x)))) for x in inside]
     parts.append(_text(WIDTH - _RIGHT, HEIGHT - 4, x_label + " (log scale)" * log_x, "end"))
     if log_y:
         parts.append(_text(0, HEIGHT - 4, "↑ log scale", "start"))
@@ -211,6 +215,10 @@ def _columns(axis: _Axis, form: Form, y: float) -> list[str]:
 
 def _level(left: float, y: float) -> str:
     return f'<line class="grid" x1="{left}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+
+
+def _upright(x: float) -> str:
+    return f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{HEIGHT - _BOTTOM}"/>'
 
 
 def _text(x: float, y: float, words: str, anchor: str) -> str:

@@ -77,6 +77,7 @@ def write_report(path: Path, runs: Sequence[RunFiles]) -> None:
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         headline=_headline(runs),
         training=_training(runs),
+        stages=[(run.name, *_stages(run)) for run in runs if run.stages],
         curves=[figure for name in _sets(runs) for figure in _curves(name, runs)],
         verified=_verified(runs),
         verified_head=[
@@ -122,11 +123,12 @@ def _training(runs: Sequence[RunFiles]) -> list[Figure]:
     terms = [name for name in names if name.startswith("loss_") and name != "loss_scale"]
     heads = {key.split(".")[1] for run in runs for key in run.settings if key.startswith("heads.")}
     beside = [(name, _title(name.removeprefix("loss_"), heads), None, False) for name in terms]
+    marks = [one.first for one in runs[0].stages[1:]] if len(runs) == 1 else []
     for name, title, form, log in (_CURVES[0], *beside, *_CURVES[1:]):
         series = [Series(run.name, *run.values(name), colour) for colour, run in enumerate(runs)]
         if name == "loss_scale" and all(set(one.y) <= {1.0} for one in series):
             continue
-        if chart := line_chart(series, x_label="step", form=form, log_y=log):
+        if chart := line_chart(series, x_label="step", form=form, log_y=log, marks=marks):
             figures.append((title, chart))
     return figures
 
@@ -137,6 +139,22 @@ def _title(term: str, heads: Collection[str]) -> str:
     head = "" if f"loss_{term}" in NAMES else max(of, key=len, default="")
     inner = term.removeprefix(head).replace("_", ": ", 1) if head else term
     return f"{f'heads.{head}' if head else 'losses.'}{inner}, without its weight"
+
+
+def _stages(run: RunFiles) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table of a run's stages: what each changes, and where it ended."""
+    keys = [*dict.fromkeys(key for one in run.stages for key in one.settings)]
+    ends = [name for name in ("loss", "verification_accuracy") if run.values(name)[0]]
+    rows = []
+    for one in run.stages:
+        within = [record for record in run.metrics if one.first < record["step"] <= one.last]
+        last = {name: value for record in within for name, value in record.items()}
+        cells = [f"{last[name]:.4f}" if last.get(name) is not None else "–" for name in ends]
+        settings = [_setting(one.settings.get(key)) for key in keys]
+        steps = f"{one.first:,} to {one.last:,}"
+        rows.append([one.name, steps, f"{one.epochs:.4g}", *settings, *cells])
+    words = [name.replace("_", " ") + " at its end" for name in ends]
+    return ["stage", "steps", "epochs", *keys, *words], rows
 
 
 def _sets(runs: Sequence[RunFiles]) -> list[str]:

@@ -2,12 +2,14 @@
 
 import json
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from partialfc.data.names import NAMES, Names, read_names
 from partialfc.records.metrics import read_metrics
+from partialfc.records.stages import StageRecord, read_stages
 from partialfc.writing import read_text
 
 Json = dict[str, Any]
@@ -26,6 +28,7 @@ class RunFiles:
         checkpoints: Step and bytes of each, oldest first.
         people: Names of the identities that it was trained on, if its data has names; by head, ""
             for the only one.
+        stages: Of a run with stages.
     """
 
     name: str
@@ -35,6 +38,7 @@ class RunFiles:
     curves: Json
     checkpoints: list[tuple[int, int]]
     people: dict[str, Names]
+    stages: Sequence[StageRecord] = ()
 
     def values(self, name: str) -> tuple[list[float], list[float]]:
         """Return steps and values of a metric."""
@@ -64,6 +68,7 @@ def read_run(folder: Path) -> RunFiles:
         curves=_json(folder / "curves.json"),
         checkpoints=_checkpoints(folder / "checkpoints"),
         people=_people(folder),
+        stages=read_stages(folder),
     )
 
 
