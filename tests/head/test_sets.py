@@ -193,7 +193,14 @@ def by_kernels(device, name):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("name", ["arcface", "curricularface", "sub-center arcface"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "curricularface",
+        pytest.param("arcface", marks=pytest.mark.slow),
+        pytest.param("sub-center arcface", marks=pytest.mark.slow),
+    ],
+)
 def test_triton_steps_mask_as_torch_does(launch, name):
     found = launch.run(by_kernels, launch.device, name)
     _, embeddings, labels, _ = problem_of(name, 0.3)
