@@ -85,6 +85,7 @@ def _cluster(rows: Rows, made: dict[str, Any], folder: Path, journal: Journal) -
             now = better
             kmeans.write(state, now, digest)
             bar.update(task, description=f"k-means: mean cosine {now.cosine:.4f}")
+        bar.update(task, completed=iterations * len(place_M))
         with atomic_write(folder / CENTERS) as partial, partial.open("wb") as file:
             np.save(file, now.center_CD)
         task = bar.add_task("labels", total=rows.images)

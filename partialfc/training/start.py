@@ -148,7 +148,7 @@ def _means(
         for start in range(0, len(dataset), _SAMPLES):
             sample_n = np.arange(start, min(start + _SAMPLES, len(dataset)))
             bar.advance(task, len(sample_n))
-            of_n, of_run_n = _pairs(dataset, sample_n)
+            of_n, of_run_n, weight_n = _pairs(dataset, sample_n)
             identity_n = model.heads.numbered(name, torch.from_numpy(of_run_n)).numpy()
             if not ((identity_n >= 0) & (identity_n < head.sharding.num_identities)).any():
                 continue  # all are of other heads
@@ -161,7 +161,8 @@ def _means(
             unit_nD = _unit(row_nD)
             own_n = ~bad_n[of_n] & (identity_n >= owned.start) & (identity_n < owned.stop)
             at_n = torch.from_numpy(identity_n[own_n] - owned.start)
-            sum_CD.index_add_(0, at_n, torch.from_numpy(unit_nD[of_n[own_n]]))
+            own_nD = unit_nD[of_n[own_n]] * weight_n[own_n, None]
+            sum_CD.index_add_(0, at_n, torch.from_numpy(own_nD))
     if unusable and runtime.leads:
         print(f"warning: head.start: {unusable:,} images cannot be used, and count in no mean.")
     for start in range(0, len(owned), _ROWS):
@@ -198,17 +199,24 @@ def _unit(row_nD: NDArray[np.float64]) -> NDArray[np.float32]:
 
 def _pairs(
     dataset: DataSet, sample_n: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Places in ``sample_n`` and the identities of these samples, each pair once, in order."""
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+    """Places in ``sample_n``, the identities of these samples, and what each pair counts for.
+
+    In the order of the samples. An identity that a sample names twice counts once, and its weights
+    are added.
+    """
     try:
         identities = dataset.identities(sample_n)
     except ValueError:  # a record is damaged
         identities = np.array([_identity(dataset, sample) for sample in sample_n], np.int64)
     of_n = np.repeat(np.arange(len(sample_n)), identities.size // len(sample_n))
     pair_n2 = np.stack([of_n, identities.ravel()], axis=1)
+    weights = dataset.weights(sample_n)
+    if weights is not None:
+        return pair_n2[:, 0], pair_n2[:, 1], weights.ravel()
     if identities.ndim > 1:
         pair_n2 = np.unique(pair_n2, axis=0)
-    return pair_n2[:, 0], pair_n2[:, 1]
+    return pair_n2[:, 0], pair_n2[:, 1], np.ones(len(pair_n2), np.float32)
 
 
 def _identity(dataset: DataSet, sample: np.int64) -> int:

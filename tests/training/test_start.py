@@ -220,6 +220,28 @@ def test_the_mean_of_images_is_the_same_bits_on_any_number_of_ranks(packs, tmp_p
     assert (alone - expected).abs().max() < 1e-6
 
 
+def test_a_mean_is_over_all_images_that_name_an_identity(packs, tmp_path):
+    """With labels of one's own: -1 names none, twice is once, and weights are added."""
+    whole = open_dataset([packs / "train.rec"])
+    labels = np.full((len(whole), 3), -1)
+    labels[2], labels[4] = (7, 1, 7), (1, -1, -1)
+    np.save(tmp_path / "labels.npy", labels)
+    np.save(tmp_path / "weights.npy", np.where(labels < 0, 0, 0.5).astype(np.float32))
+    sample_n, found = np.array([2, 3, 4]), []
+    for weights in (None, tmp_path / "weights.npy"):
+        own = {"labels": tmp_path / "labels.npy", "weights": weights}
+        pairs = zip(
+            *start._pairs(open_dataset([packs / "train.rec"], **own), sample_n), strict=True
+        )
+        summed = {}
+        for place, identity, weight in pairs:
+            if identity >= 0:
+                summed[place, identity] = summed.get((place, identity), 0) + weight
+        found.append(summed)
+    assert found[0] == {(0, 1): 1, (0, 7): 1, (2, 1): 1}
+    assert found[1] == {(0, 1): 0.5, (0, 7): 1, (2, 1): 0.5}
+
+
 def test_each_head_begins_at_the_mean_of_its_own_images(packs, tmp_path, monkeypatch):
     """As if it were alone, and the other head stays random; not all pieces have images of it."""
     monkeypatch.setattr(start, "_SAMPLES", 320)
