@@ -41,6 +41,18 @@ class TrainedBackbone:
         """A short name: of the run's folder, or of the file."""
         return self.path.resolve().stem
 
+    def require_images(self) -> None:
+        """Refuse a backbone that takes no images.
+
+        Raises:
+            ConfigError: If its run was on arrays.
+        """
+        if self.config is not None and self.config.data.kind == "arrays":
+            raise ConfigError(
+                f"{self.path}: its run was on arrays, and this is for images. partialfc embed "
+                "makes embeddings of arrays, and verification.identification measures on them."
+            )
+
     @property
     def run(self) -> Path | None:
         """The folder of its run, if it comes from one."""

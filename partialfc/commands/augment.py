@@ -26,7 +26,7 @@ import torch
 from matplotlib import pyplot
 from numpy.typing import NDArray
 
-from partialfc.config import Config, load
+from partialfc.config import Config, ConfigError, load
 from partialfc.data.augment import Augmentation
 from partialfc.data.dataset import DataSet
 from partialfc.data.loaders.loader import open_batches
@@ -63,6 +63,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--each", action="store_true", help="a row for each change")
     options = parser.parse_intermixed_args(arguments)
     config = load(options.config, options.overrides)
+    if config.data.kind == "arrays":
+        raise ConfigError(
+            'data.kind = "arrays": nothing is changed at random, and there are no images.'
+        )
     dataset = open_images(config)
     (draw_each if options.each else draw_epochs)(config, dataset, options.out)
     return 0

@@ -144,6 +144,7 @@ def take_out(run: Path, model: Path) -> int:
             "--formats safetensors."
         )
     trained = open_backbone(run)
+    trained.require_images()
     with atomic_write(model) as partial:
         torch.save(trained.state, partial)
         back = foreign.read_backbone(partial)

@@ -12,6 +12,8 @@ detectors. With --landmarks, faces are cut out by the points of a file: a line f
 path below the folder, then x y of left eye, right eye, nose, left and right corner of the mouth, in
 pixels of the turned image.
 
+A run on arrays embeds the rows of an .npy instead.
+
 A .npy has names in a .csv beside it and, of a pack, a .origin.json that says which one: so it can
 teach a run on that pack (losses.teacher.from).
 
@@ -41,6 +43,7 @@ from partialfc.alignment.mean_face import unaligned
 from partialfc.checkpoint.trained_backbone import open_backbone
 from partialfc.commands._bad_files import HELP, Fault, end_of, ends_in_words, reason_of, tell_faults
 from partialfc.commands._command import add_plugin_option, command_parser
+from partialfc.commands._embed.arrays import embed_array
 from partialfc.commands._embed.files import Embeddings, write_embeddings
 from partialfc.commands.evaluate import AUTOCAST, embedder, settings_of
 from partialfc.data.files.index import SUFFIXES, is_hidden, is_image
@@ -89,6 +92,8 @@ def main(arguments: list[str]) -> int:
     if options.out.suffix == ".parquet":
         import pyarrow  # noqa: F401  # before the images are embedded
     trained = open_backbone(options.model, image_size=options.image_size)
+    if trained.config is not None and (shape := trained.config.data.shape) is not None:
+        return embed_array(options, trained, shape)
     size = trained.known.image_size
     images = _images(options, size)
     flip = trained.config.verification.flip if trained.config else True

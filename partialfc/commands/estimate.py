@@ -9,6 +9,7 @@ all printed. With stages, the tables are those of the stage that takes the most 
 
 import argparse
 import importlib.util
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -128,7 +129,7 @@ def most_identities(
 def data_parts(config: Config, world_size: int, device: Device) -> list[MemoryItem]:
     """Return the memory of images under way and, on a CPU, of packs."""
     data, sets = config.data, config.verification
-    image, batch = 3 * data.image_size**2, config.shares(world_size).largest
+    image, batch = math.prod(data.sample_shape), config.shares(world_size).largest
     dali = _uses_dali(config, device)
     if dali:
         ahead, per_image, who = data.prefetch + 2, 6 * image, "DALI: fp32 and decoded bytes"
@@ -143,7 +144,7 @@ def data_parts(config: Config, world_size: int, device: Device) -> list[MemoryIt
         MemoryItem(
             "images under way",
             (under_way, under_way, under_way, under_way + measured),
-            f"{ahead} batches of {batch} x 3 x {data.image_size}², {who}",
+            f"{ahead} batches of {batch} x {' x '.join(map(str, data.sample_shape))}, {who}",
         )
     ]
     if any(url_of(path) for path in data.sources):
@@ -194,6 +195,8 @@ def process_parts(config: Config, cluster: Cluster, moving: int) -> list[MemoryI
 
 
 def _uses_dali(config: Config, device: Device) -> bool:
+    if config.data.kind == "arrays":
+        return False
     if config.data.loader != "auto":
         return config.data.loader == "dali"
     return device == "cuda" or importlib.util.find_spec("nvidia.dali") is not None

@@ -53,6 +53,7 @@ def main(arguments: list[str]) -> int:
     """Run the command; return its exit status."""
     options = _parser().parse_args(arguments)
     trained = open_backbone(options.model, image_size=options.image_size)
+    trained.require_images()
     flip = trained.config.verification.flip if trained.config else True
     flip = flip if options.flip is None else options.flip
     modes = Modes(keep_norms=options.norms, detector=options.detector)

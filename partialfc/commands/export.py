@@ -59,6 +59,7 @@ def main(arguments: list[str]) -> int:
     if {"onnx", "fp16", "int8"} & set(formats):
         import partialfc.commands._export.onnx_file  # noqa: F401  (is it all installed?)
     trained = open_backbone(options.model, image_size=options.image_size)
+    trained.require_images()
     path = _check_set(options.check, trained)
     pairs = read_pairs(path)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -99,6 +99,7 @@ def _means(
 ) -> list[Means | None]:
     """The mean embeddings of all sets. Collective."""
     trained = open_backbone(options.model, image_size=options.image_size)
+    trained.require_images()
     flip = trained.config.verification.flip if trained.config else True
     embed = partial(
         embed_images,

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
+from partialfc.config.arrays import conflicts_of_arrays
 from partialfc.config.heads import conflicts_of_heads, each_head, labelled_of, section_of_head
 from partialfc.config.optimizers import Schedule
 from partialfc.config.schema import nearest_multiples
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 def conflicts(config: "Config") -> Iterator[str]:
     """Yield a line for each conflict: key, value, rule and remedy."""
     yield from _of_the_length(config)
+    yield from conflicts_of_arrays(config)
     if refused := refused_size(config.backbone.name, config.data.image_size):
         yield f"data.{refused}"
     yield from _of_pretrained(config)

@@ -1,10 +1,11 @@
 """Settings of the training images."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from partialfc.config.arrays import refuse_images
 from partialfc.config.defined import Defined, section_of
 from partialfc.config.labels import Labelled
 from partialfc.config.schema import OneOrMore, SourcePath, UserPath, nearest_multiples
@@ -21,6 +22,13 @@ else:
 
 class Data(Labelled):
     """The training images and how they reach the backbone."""
+
+    kind: Literal["images", "arrays"] = "images"
+    """What is trained on. arrays: ``train`` names .npy files [N, ...] of fp16, fp32 or uint8, read
+    by row as they are; ``labels`` says whom each row is of."""
+
+    shape: Annotated[tuple[Annotated[int, Range(ge=1)], ...] | None, Field(strict=False)] = None
+    """Of one sample of arrays, such as [80, 200]; the backbone receives [batch, 80, 200]."""
 
     train: Annotated[tuple[SourcePath, ...], OneOrMore, Field(strict=False, min_length=1)]
     """The pack to train on, a .rec file with its .idx beside it; or a folder with a folder of
@@ -86,6 +94,11 @@ class Data(Labelled):
     sets: Sets = Field(default_factory=Sets)
 
     @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Of what the backbone receives, without the batch."""
+        return self.shape or (3, self.image_size, self.image_size)
+
+    @property
     def by_set(self) -> dict[str, Set]:
         """The sets by name, in the order of their identities; empty with ``train`` alone."""
         return dict(self.sets)
@@ -114,6 +127,18 @@ class Data(Labelled):
                 f"images_per_identity = {repeated}: must divide data.global_batch = {batch}. "
                 f"Nearest batches: {nearest_multiples(batch, repeated)}."
             )
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _arrays_are_not_mirrored(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("kind") == "arrays":
+            return {"flip": 0.0, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _images_or_arrays(self) -> "Data":
+        refuse_images(self)
         return self
 
     @model_validator(mode="after")

@@ -52,7 +52,7 @@ class Verification(Section):
 
     identification: tuple[UserPath, ...] = Field(default=(), strict=False)
     """Identification sets: .rec packs whose first image per identity is the gallery and whose
-    other images are probes."""
+    other images are probes. With data.kind = "arrays" .npy files, with .labels.npy beside each."""
 
     every_steps: EverySteps = 0
     """Steps between measurements. 0 measures at the end only."""

@@ -59,7 +59,7 @@ def labels_fingerprint_of(source: Source) -> str:
 
 def files_of(source: Source) -> Iterator[Path]:
     """Yield the files that the images are in, those that are there; none at a URL."""
-    if isinstance(source, Pack):
+    if not isinstance(source, ImageFiles | TarImages):  # one file, also of arrays
         yield source.path
         return
     if isinstance(source, TarImages):

@@ -24,7 +24,6 @@ BLOCK = 32
 """Images in one forward pass."""
 
 
-@torch.inference_mode()
 def embed_images(
     embed: Callable[[Tensor], Tensor],
     name: str,
@@ -56,14 +55,55 @@ def embed_images(
         DataError: If an image cannot be decoded; the message names it.
     """
 
-    def prepare(index: int) -> np.ndarray:
-        try:
-            pixels = _pixels(image(index), size)
-        except (ValueError, OSError) as error:
-            raise DataError(f"{name}: image {index}: {error}") from error
+    def prepared(index: int) -> Tensor:
+        pixels = _pixels(image(index), size)
         normal = np.empty((3, size, size), np.float32)
         normalise(resize(pixels, size), normal)
-        return normal
+        return torch.from_numpy(normal)
+
+    return embed_tensors(
+        embed,
+        name,
+        count,
+        prepared,
+        runtime,
+        flip=flip,
+        batch=batch,
+        threads=threads,
+        progress=progress,
+    )
+
+
+@torch.inference_mode()
+def embed_tensors(
+    embed: Callable[[Tensor], Tensor],
+    name: str,
+    count: int,
+    prepared: Callable[[int], Tensor],
+    runtime: Runtime,
+    *,
+    flip: bool,
+    batch: int = 256,
+    threads: int = 4,
+    progress: Callable[[int], object] = lambda images: None,
+) -> np.ndarray:
+    """Return fp64 embeddings [count, D] as :func:`embed_images`.
+
+    Args:
+        embed: [32, ...] on the device to embeddings, in evaluation mode.
+        prepared: Returns what the backbone takes of image or sample i, fp32 [...] on the host;
+            called from several threads.
+        name, count, runtime, flip, batch, threads, progress: As of :func:`embed_images`.
+
+    Raises:
+        DataError: If one cannot be had; the message names it.
+    """
+
+    def prepare(index: int) -> Tensor:
+        try:
+            return prepared(index)
+        except (ValueError, OSError) as error:
+            raise DataError(f"{name}: image {index}: {error}") from error
 
     ranks = runtime.ranks
     blocks = -(-count // BLOCK)
@@ -75,7 +115,7 @@ def embed_images(
     with ThreadPoolExecutor(threads) as pool:
         for start in range(0, share, ahead):
             chunk = mine[start : start + ahead]
-            images = torch.from_numpy(np.stack(list(pool.map(prepare, chunk)))).to(runtime.device)
+            images = torch.stack(list(pool.map(prepare, chunk))).to(runtime.device)
             for block in images.split(BLOCK):  # type: ignore[no-untyped-call]
                 embeddings_nD = embed(block).float()
                 if flip:

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+from torch import Tensor
 
 from partialfc.config import Config, ConfigError
 from partialfc.data.packs.pack import Pack, open_pack
 from partialfc.data.sets.pairs import Image, Pairs, read_pairs
 from partialfc.errors import in_words
-from partialfc.evaluation.embedding import embed_images
+from partialfc.evaluation.arrays import HeldOut, open_held_out
+from partialfc.evaluation.embedding import embed_images, embed_tensors
 from partialfc.model.batch_norm import with_mean_statistics
 from partialfc.model.build import Model
 from partialfc.model.fsdp import free_gathered
@@ -74,7 +76,13 @@ class Evaluation:
         self._config, self._runtime = config, runtime
         sets = config.verification
         self._pairs = _open("verification.pairs", sets.pairs, open_pairs)
-        self._packs = _open("verification.identification", sets.identification, _with_probes)
+        self._packs: dict[str, Pack] = {}
+        self._arrays: dict[str, HeldOut] = {}
+        key = "verification.identification"
+        if (shape := config.data.shape) is not None:
+            self._arrays = _open(key, sets.identification, lambda path: open_held_out(path, shape))
+        else:
+            self._packs = _open(key, sets.identification, _with_probes)
 
     def measure(self, model: Model) -> Results:
         """Measure a model on all sets. Collective: one all-gather for each set.
@@ -95,14 +103,11 @@ class Evaluation:
             verified[name] = Verified(verify(embeddings_ND, pairs.same), cosine, pairs.same)
         for name, pack in self._packs.items():
             identity_N = pack.identities(np.arange(len(pack)))
-            gallery, probes = first_of_each(identity_N)
             embeddings_ND = self.embed(model, name, len(pack), pack.jpeg)
-            identified[name] = rank_k(
-                embeddings_ND[gallery],
-                identity_N[gallery],
-                embeddings_ND[probes],
-                identity_N[probes],
-            )
+            identified[name] = _identified(embeddings_ND, identity_N)
+        for name, held in self._arrays.items():
+            embeddings_ND = self._of_tensors(model, name, len(held.file), held.sample)
+            identified[name] = _identified(embeddings_ND, held.identity_N)
         return Results(verified, identified)
 
     def embed(
@@ -117,8 +122,13 @@ class Evaluation:
             image: Returns image i: RGB uint8 [H, W, 3], or a JPEG's or PNG's bytes.
 
         Raises:
+            ConfigError: If the run is on arrays.
             DataError: If an image cannot be decoded.
         """
+        if self._config.data.kind == "arrays":
+            raise ConfigError(
+                f"{name}: images, and this run is on arrays, which its backbone takes."
+            )
         model.backbone.eval()
         embeddings_ND = embed_images(
             lambda images: model.embed(images, model.backbone),
@@ -131,10 +141,39 @@ class Evaluation:
             batch=self._config.verification.batch,
             threads=self._config.data.threads,
         )
-        model.train()
-        if model.shards:
-            free_gathered(model.backbone)
-        return embeddings_ND
+        return _trains_again(model, embeddings_ND)
+
+    def _of_tensors(
+        self, model: Model, name: str, count: int, sample: Callable[[int], Tensor]
+    ) -> np.ndarray:
+        """As :meth:`embed`, of arrays."""
+        model.backbone.eval()
+        embeddings_ND = embed_tensors(
+            lambda samples: model.embed(samples, model.backbone),
+            name,
+            count,
+            sample,
+            self._runtime,
+            flip=False,
+            batch=self._config.verification.batch,
+            threads=self._config.data.threads,
+        )
+        return _trains_again(model, embeddings_ND)
+
+
+def _trains_again(model: Model, embeddings_ND: np.ndarray) -> np.ndarray:
+    model.train()
+    if model.shards:
+        free_gathered(model.backbone)
+    return embeddings_ND
+
+
+def _identified(embeddings_ND: np.ndarray, identity_N: np.ndarray) -> Identification:
+    """The first of each identity is the gallery, the others are probes."""
+    gallery, probes = first_of_each(identity_N)
+    return rank_k(
+        embeddings_ND[gallery], identity_N[gallery], embeddings_ND[probes], identity_N[probes]
+    )
 
 
 def open_pairs(path: Path) -> Pairs:

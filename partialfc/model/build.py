@@ -109,12 +109,13 @@ class Model:
             self.backbone.load_state_dict(dict(state), strict=self.own is None)
 
     def embed(self, images: Tensor, module: nn.Module | None = None) -> Tensor:
-        """Return the embeddings [n, D] of images [n, 3, S, S] in the run's precision."""
+        """Return the embeddings [n, D] of images [n, 3, S, S], or of arrays, in the run's
+        precision."""
         if self.shards and torch.is_inference_mode_enabled():
             # What is gathered into is kept, and training cannot write to tensors of inference mode.
             with torch.inference_mode(False), torch.no_grad():
                 return self.embed(images, module)
-        if self.channels_last:
+        if self.channels_last and images.ndim == 4:
             images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(
             images.device.type,
@@ -200,8 +201,7 @@ def _arrange_buckets(model: Model, config: Config, runtime: Runtime) -> None:
     before = [buffer.clone() for buffer in buffers]
     shares = config.shares(runtime.ranks.size).of_each(config.optimizer.accumulation)
     batch = shares.sizes[runtime.ranks.rank]
-    size = config.data.image_size
-    images = torch.zeros(batch, 3, size, size, device=runtime.device)
+    images = torch.zeros(batch, *config.data.sample_shape, device=runtime.device)
     torch.autograd.backward(0.0 * model.embed(images).float().sum())
     model.optimizer.zero_grad()
     for buffer, old in zip(buffers, before, strict=True):

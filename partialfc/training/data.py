@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from partialfc.config import Config, ConfigError
+from partialfc.data.arrays import ArrayData
 from partialfc.data.augment import Augmentation
 from partialfc.data.dataset import DataSet
 from partialfc.data.loaders import loader
+from partialfc.data.loaders.array_loader import array_batches
 from partialfc.data.loaders.stream import Batch, Batches, Stream
 from partialfc.data.order import Order
 from partialfc.data.order_of_sets import AnyOrder, OrderOfSets
@@ -122,6 +124,19 @@ def open_batches(config: Config, runtime: Runtime, data: TrainingData, step: int
         ConfigError: If the loader that the settings name cannot do what they ask for.
         DataError: From the batches, if too many images in a row cannot be used.
     """
+    if isinstance(data.dataset, ArrayData):
+        return _refused(
+            array_batches(
+                data.dataset,
+                data.order,
+                step * config.data.global_batch,
+                rank=runtime.ranks.rank,
+                world_size=runtime.ranks.size,
+                device=runtime.device,
+                threads=config.data.threads,
+                prefetch=config.data.prefetch,
+            )
+        )
     stream = Stream(
         dataset=data.dataset,
         order=data.order,

@@ -11,6 +11,7 @@ from partialfc.config.data import Data
 from partialfc.config.heads import sets_of
 from partialfc.config.sets import Set
 from partialfc.data.arrangements import arrangement
+from partialfc.data.arrays import open_arrays
 from partialfc.data.dataset import DataSet, most_of, open_dataset
 from partialfc.data.joined import JoinedSets
 from partialfc.data.order import Order
@@ -48,6 +49,14 @@ def open_images(config: Config) -> DataSet:
 
 
 def _opened(one: Data | Set) -> DataSet:
+    if isinstance(one, Data) and one.shape is not None and one.labels is not None:
+        return open_arrays(
+            one.train,
+            one.shape,
+            one.labels,
+            weights=one.label_weights,
+            num_identities=one.identities,
+        )
     return open_dataset(
         one.train,
         one.skip,

@@ -53,6 +53,8 @@ def must_match(
             {"images": images, "same_people": one.same_people}
             for images, one in zip(config.data.images_of_sets, sets.values(), strict=True)
         ]
+    if config.data.shape is not None:
+        facts["data.shape"] = [*config.data.shape]
     for name, one in each_head(config).items():
         if labelled_of(config, name):
             facts[f"{section_of_head(name)}.several"] = one.head.several.model_dump(mode="json")

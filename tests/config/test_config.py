@@ -211,9 +211,9 @@ def keys_of(names, prefix: str) -> Iterator[str]:
             MINIMAL + "[head]\nembedding_dim = 256\n",
             [],
             "head.embedding_dim = 256: unknown setting. Did you mean backbone.embedding_dim? "
-            "[head] takes start, sample_rate, canonical_shards, compute, center_format, keep_mib, "
-            "centers_in, states_in, host_folder, fused, overlap, [head.several], [head.margin], "
-            "[head.optimizer].",
+            "[head] takes start, sample_rate, negatives, canonical_shards, compute, center_format, "
+            "keep_mib, centers_in, states_in, host_folder, fused, overlap, [head.several], "
+            "[head.margin], [head.optimizer].",
         ),
         (  # unknown section
             MINIMAL + "[sched]\nname = 'linear'\n",

@@ -165,7 +165,7 @@ def count(
             images = torch.empty(batch, *shape[1:])
             meter = TensorMeter([*weights, *buffers, images])
             with meter:
-                if channels_last:
+                if channels_last and images.ndim == 4:
                     images = images.contiguous(memory_format=torch.channels_last)
                 with torch.autocast("cpu", autocast) if autocast else nullcontext():
                     embeddings: Tensor = network(images)
@@ -226,7 +226,7 @@ def count_backbone(config: Config, world_size: int) -> NetworkCost:
     Raises:
         ConfigError: If the backbone does not exist or does not fit the image size.
     """
-    settings, size = config.backbone, config.data.image_size
+    settings = config.backbone
     with torch.device("meta"):
         network = new_backbone(config)
     for module in freeze(network, settings.freeze):
@@ -236,7 +236,7 @@ def count_backbone(config: Config, world_size: int) -> NetworkCost:
     batch = config.shares(world_size).of_each(config.optimizer.accumulation).largest
     return count(
         network,
-        (batch, 3, size, size),
+        (batch, *config.data.sample_shape),
         autocast=AUTOCAST[config.precision.compute],
         channels_last=settings.channels_last,
         keeps_gradients=_keeps_gradients(config, world_size),
