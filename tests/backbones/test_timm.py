@@ -156,7 +156,8 @@ def test_compiles_as_one_graph_to_the_same_training(name: str) -> None:
     assert_same_training(compiled, plain)
 
 
-@pytest.mark.parametrize("name", ["test_resnet", pytest.param("test_vit", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
 def test_onnx_of_any_batch_is_the_original(name: str, tmp_path: Path) -> None:
     from partialfc.commands._export import onnx_file
 

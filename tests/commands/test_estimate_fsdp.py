@@ -56,14 +56,8 @@ def peak_on_rank(_, world_size, shard):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resets VmHWM")
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    ("ranks", "shard"),
-    [
-        (2, "fsdp2"),
-        pytest.param(4, "fsdp2", marks=pytest.mark.slow),
-        pytest.param(2, "none", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "shard"), [(2, "fsdp2"), (4, "fsdp2"), (2, "none")])
 def test_memory_of_a_divided_backbone_is_within_15_percent(ranks, shard):
     """ViT-T and AdamW with few images, so that weights and what belongs to them are most."""
     config = config_of(shard, ranks)
