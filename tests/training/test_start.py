@@ -277,6 +277,7 @@ def trained(packs, folder, *overrides):
     return losses(folder), load_file(centers)["centers"]
 
 
+@pytest.mark.slow
 def test_it_counts_in_a_new_run_only(packs, tmp_path):
     """A run that goes on needs no file; with a start from a backbone alone it counts."""
     count = open_dataset([packs / "train.rec"]).num_identities
