@@ -9,7 +9,6 @@ Shape suffixes: M = records of the pack, images and others; N = some of them; P 
 """
 
 import hashlib
-import os
 import re
 import warnings
 from array import array

@@ -32,7 +32,7 @@ KEPT_FROM = 1 << 17
 
 _FORMAT = "partialfc index 1"
 _SCANNED = "partialfc index 2"
-"""Of a pack without an ``.idx``; in 1 its records had the order of the file, whatever their keys."""
+"""Of a pack without an ``.idx``; in 1 its records were in the order of the file, not of keys."""
 _HEADER = 4096
 _SECONDS_TO_WAIT, _SECONDS_OF_SILENCE = 60.0, 3.0
 """For a lock that somebody else holds, and before that is said."""

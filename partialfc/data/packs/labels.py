@@ -4,7 +4,6 @@ Shape suffix: N = images of the pack.
 """
 
 import hashlib
-import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,8 +12,8 @@ from numpy.typing import NDArray
 
 from partialfc.cores import usable_cores
 from partialfc.data.packs.index_cache import KEPT_FROM, keep_column, kept_column
-from partialfc.data.packs.recordio import RecordError
 from partialfc.data.packs.pack import Pack
+from partialfc.data.packs.recordio import RecordError
 
 BAD = -1
 """The label of an image whose record breaks a rule."""

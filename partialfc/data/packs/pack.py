@@ -237,9 +237,9 @@ def _declared_identities(
             return num_records
         warnings.warn(
             f"{file.path}: it has {num_records:,} identity records, and the label of the last one "
-            f"is {label_B[-1]:.0f}, must be {num_records - 1}: it was made of a list that is not sorted by "
-            f"identity or leaves numbers out. The labels of its images count instead, and the "
-            f"header of each is read. partialfc convert pack {file.path.name} NEW.rec writes it "
+            f"is {label_B[-1]:.0f}, must be {num_records - 1}: it was made of a list that is not "
+            f"sorted by identity or leaves numbers out. The labels of its images count instead, and "
+            f"the header of each is read. partialfc convert pack {file.path.name} NEW.rec writes it "
             f"sorted and numbered without gaps.",
             stacklevel=3,
         )
@@ -251,9 +251,7 @@ def _declared_identities(
     return None
 
 
-def _last_labels(
-    file: RecordFile, index: RecordIndex, end: int
-) -> NDArray[np.float32]:
+def _last_labels(file: RecordFile, index: RecordIndex, end: int) -> NDArray[np.float32]:
     """Labels [B] of a few images of the last run, none where they cannot be told.
 
     face2rec2 writes a record for each run of one label. Runs are people where the i-th is of label

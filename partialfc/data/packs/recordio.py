@@ -122,7 +122,9 @@ class RecordFile:
             near_N = word_N < self.num_words - 5
             word_N = np.where(near_N, word_N, 0)
             head_N = self._words[word_N + 1]
-            plain_N = near_N & (head_N >> 29 == _WHOLE) & (head_N & MAX_LENGTH >= RECORD_HEADER.size)
+            plain_N = (
+                near_N & (head_N >> 29 == _WHOLE) & (head_N & MAX_LENGTH >= RECORD_HEADER.size)
+            )
             low_N, high_N = self._words[word_N + 4], self._words[word_N + 5].astype(np.uint64)
             number_N[chunk] = low_N | high_N << np.uint64(32)
             for at in (start + np.flatnonzero(~plain_N)).tolist():

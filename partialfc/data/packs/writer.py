@@ -11,7 +11,14 @@ from typing import Self
 
 import numpy as np
 
-from partialfc.data.packs.recordio import LABEL_LIMIT, MAGIC, MAGIC_BYTES, MAX_LENGTH, PART_HEADER, RECORD_HEADER
+from partialfc.data.packs.recordio import (
+    LABEL_LIMIT,
+    MAGIC,
+    MAGIC_BYTES,
+    MAX_LENGTH,
+    PART_HEADER,
+    RECORD_HEADER,
+)
 
 
 class PackWriter:
