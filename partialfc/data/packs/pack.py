@@ -238,9 +238,9 @@ def _declared_identities(
         warnings.warn(
             f"{file.path}: it has {num_records:,} identity records, and the label of the last one "
             f"is {label_B[-1]:.0f}, must be {num_records - 1}: it was made of a list that is not "
-            f"sorted by identity or leaves numbers out. The labels of its images count instead, and "
-            f"the header of each is read. partialfc convert pack {file.path.name} NEW.rec writes it "
-            f"sorted and numbered without gaps.",
+            f"sorted by identity or leaves numbers out. The labels of its images count instead, "
+            f"and the header of each is read. partialfc convert pack {file.path.name} NEW.rec "
+            f"writes it sorted and numbered without gaps.",
             stacklevel=3,
         )
         return None
