@@ -45,7 +45,9 @@ def kind(annotation: Any, metadata: Iterable[object] = (), *, plural: bool = Fal
     (single,) = (option for option in options_of(annotation) if option is not types.NoneType)
     if single is not annotation:
         return kind(single, metadata, plural=plural)
-    return _NOUNS.get(annotation, ("table", "tables"))[plural] + _range(metadata)
+    if hasattr(annotation, "model_fields"):  # a section
+        return "tables" if plural else "table"
+    return _NOUNS[annotation][plural] + _range(metadata)
 
 
 def options_of(annotation: Any) -> tuple[Any, ...]:

@@ -121,11 +121,11 @@ def images_of(path, loader):
     )
     batches = open_batches(stream, 0, device=torch.device("cpu"), loader=loader, threads=1)
     with contextlib.closing(batches):
-        [(images, identities, replaced, _)] = itertools.islice(batches, 1)
-    assert not replaced
+        [batch] = itertools.islice(batches, 1)
+    assert not batch.replaced
     place = np.argsort(stream.batch(0).sample_id_B)
-    pixels = np.rint(images.numpy() * 127.5 + 127.5).astype(np.uint8).transpose(0, 2, 3, 1)
-    return pixels[place], identities.numpy()[place]
+    pixels = np.rint(batch.images.numpy() * 127.5 + 127.5).astype(np.uint8).transpose(0, 2, 3, 1)
+    return pixels[place], batch.identities.numpy()[place]
 
 
 @pytest.fixture(scope="module")

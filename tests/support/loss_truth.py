@@ -62,8 +62,11 @@ def loss_of(
         return each.sum(1).mean()
     target = own.to(logits.dtype)
     target = (1 - margin.label_smoothing) * target + margin.label_smoothing / len(sampled)
-    weighted = logits if log_weight is None else logits + log_weight.double()
-    loss = -(target * (logits - weighted.logsumexp(1, keepdim=True))).sum(1)
+    if log_weight is None:
+        loss = -(target * logits.log_softmax(1)).sum(1)
+    else:
+        weighted = logits + log_weight.double()
+        loss = weighted.logsumexp(1) - (target * logits).sum(1)
     if name == "MagFace":
         bounded = norm.clamp(margin.smallest_norm, margin.largest_norm)
         loss = loss + margin.norm_weight * (bounded / margin.largest_norm**2 + 1 / bounded)
