@@ -152,7 +152,7 @@ def test_it_is_said_that_there_is_no_checkpoint_where_there_is_none(packs, tmp_p
     said = tmp_path / "stdout", tmp_path / "stderr"
     code = STANDS.replace("mutex = ctypes", "import signal; signal.raise_signal(2); mutex = ctypes")
     arguments = words(packs, tmp_path / "run", "run.steps=60", *UNVERIFIED)
-    process = Python(["-c", code.format(name="build", words=arguments)], said)
+    process = Python(["-c", code.format(name="opened.build", words=arguments)], said)
     assert process.wait(60) == 130
     assert said[1].read_text() == (
         "stopped by SIGINT before the first step. The same command begins: no checkpoint yet.\n"
