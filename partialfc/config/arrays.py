@@ -37,8 +37,9 @@ def refuse_images(data: "Data") -> None:
         *((f"augment.{name}", getattr(data.augment, name), 0) for name in CHANGES),
         ("loader", data.loader, "auto"),
         ("skip", data.skip, ()),
+        ("bad_share", data.bad_share, type(data).model_fields["bad_share"].default),
     ):
-        if value != unset and value != "torch":
+        if value not in (unset, "torch"):
             raise ValueError(
                 f"{key} = {to_value(value)} with {arrays}: it is for images. Remove it; what "
                 "changes a sample at random belongs into the backbone."

@@ -199,7 +199,7 @@ def _of_the_sets(config: "Config") -> Iterator[str]:
             )
     for name, one in each_head(config).items():
         smoothing = getattr(one.head.margin, "label_smoothing", 0)
-        if smoothing:
+        if smoothing and may_share(one):
             yield (
                 f"{key} with {section_of_head(name)}.margin.label_smoothing = {smoothing}: it is "
                 "shared out to the centers of all sets. Set it to 0."
@@ -245,6 +245,13 @@ def memory_of(config: "Config") -> Memory:
     return Memory(**config.head.model_dump(include={field.name for field in fields(Memory)}))
 
 
+def may_share(config: "Config") -> bool:
+    """Whether two sets of the head may have the same people unknown."""
+    sets = config.data.by_set
+    own = getattr(config.head, "sets", [*sets])
+    return len(own) > 1 and any(sets[name].same_people == "unknown" for name in own if name in sets)
+
+
 def plan_of(config: "Config", machine: Machine | None, positives: int = 1) -> Plan:
     """Return which code computes the head; ``machine`` is ``None`` if it is not known yet."""
     margin = config.head.margin.made(config.head.margin.definition)
@@ -258,7 +265,7 @@ def plan_of(config: "Config", machine: Machine | None, positives: int = 1) -> Pl
         compute=head_compute(config, machine.device if machine else "cuda"),
         fused=config.head.fused,
         weighted=config.head.negatives == "weighted",
-        sets=any(one.same_people == "unknown" for one in config.data.by_set.values()),
+        sets=may_share(config),
         positives=positives,
     )
 

@@ -13,7 +13,8 @@ from partialfc.definitions import Range, Unit
 from partialfc.definitions.phrases import to_value
 from partialfc.head.options import SeveralLoss, Without
 
-_STARTS = ("random", "pack:mean")
+STARTS = ("random", "pack:mean")
+"""What centers may begin with, beside files."""
 _ENDINGS = (".npy", ".safetensors")
 
 
@@ -98,8 +99,8 @@ class Head(Section):
 
     @model_validator(mode="after")
     def _begins_with_something(self) -> "Head":
-        if self.start not in _STARTS and self.start_file is None:
-            near = difflib.get_close_matches(self.start, _STARTS, n=1)
+        if self.start not in STARTS and self.start_file is None:
+            near = difflib.get_close_matches(self.start, STARTS, n=1)
             meant = f" Did you mean {to_value(near[0])}?" if near else ""
             raise ValueError(
                 f'start = {to_value(self.start)}: must be "random", "pack:mean", or a file ending '

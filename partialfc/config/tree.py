@@ -20,7 +20,7 @@ from partialfc.config.backbone import Backbone
 from partialfc.config.conflicts import conflicts
 from partialfc.config.data import Data
 from partialfc.config.file import load_settings
-from partialfc.config.head import Head
+from partialfc.config.head import STARTS, Head
 from partialfc.config.heads import Heads, HeadsInHelp, few_images, few_shards
 from partialfc.config.losses import Losses
 from partialfc.config.monitor import Monitor
@@ -255,7 +255,11 @@ def _results_of(config: Config) -> dict[str, Any]:
     """The settings that may change a result; as before there were heads, if there is one."""
     heads = {name: _HOW_A_HEAD_COMPUTES for name, _ in config.heads}
     exclude = {**_CHANGES_NO_RESULT, "heads": heads or True}
-    return config.model_dump(mode="json", exclude=exclude)
+    results = config.model_dump(mode="json", exclude=exclude)
+    for head in (results["head"], *results.get("heads", {}).values()):
+        if "start" in head and head["start"] not in STARTS:  # a file counts in a new run only
+            head["start"] = STARTS[0]
+    return results
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), *, own: bool = True) -> Config:

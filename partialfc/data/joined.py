@@ -132,6 +132,14 @@ class JoinedSets(DataSet):
         """K of the set that has most; ``None`` where each sample has one and no weight."""
         return most_of([one.most for one in self._sets.values()])
 
+    def mapped_of(self, number: int) -> NDArray[np.int64]:
+        """Return the identities that a set has in common with those before it, by maps."""
+        if self._number_C is None:
+            return np.empty(0, np.int64)
+        starts = [*accumulate((one.num_identities for one in self._sets.values()), initial=0)]
+        its_C, own = self._number_C[starts[number] : starts[number + 1]], self._own[number]
+        return np.unique(its_C[(its_C < own.start) | (its_C >= own.stop)])
+
     def _by_set(
         self,
         sample_B: NDArray[np.int64],

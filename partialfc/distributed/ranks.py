@@ -28,6 +28,11 @@ def entered() -> int:
     return _entered
 
 
+def moved() -> None:
+    """Tell the watchdog that this rank goes on, where it is long without a collective."""
+    _enter()
+
+
 def _enter() -> None:
     global _entered
     _entered += 1

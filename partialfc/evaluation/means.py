@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from partialfc.data.dataset import DataSet
 from partialfc.data.images.formats import decode_image
 from partialfc.data.sets.pairs import Image, Pairs
+from partialfc.data.tars.store import ShardError
 from partialfc.distributed.ranks import sum_over_ranks
 from partialfc.runtime.process import Runtime
 
@@ -169,6 +170,8 @@ class _Reading:
             if isinstance(image, np.ndarray) and image.ndim == 3:
                 return image
             return decode_image(np.frombuffer(image, np.uint8), self._size)
+        except ShardError:
+            raise
         except (OSError, ValueError):
             self.bad_n[number] = True
             return np.zeros((self._size, self._size, 3), np.uint8)

@@ -1,6 +1,6 @@
 """The images of a run, opened as its settings name them, and the order in which they come."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from partialfc.config.heads import sets_of
 from partialfc.config.sets import Set
 from partialfc.data.arrangements import arrangement
 from partialfc.data.arrays import open_arrays
-from partialfc.data.dataset import DataSet, most_of, open_dataset
+from partialfc.data.dataset import DataSet, Part, most_of, open_dataset
 from partialfc.data.joined import JoinedSets
 from partialfc.data.order import Order
 from partialfc.data.order_of_sets import AnyOrder, OrderOfSets
@@ -121,6 +121,7 @@ def numberings(config: Config, dataset: DataSet) -> dict[str, Numbering]:
         whole = (range(dataset.num_identities),)
         return {"": Numbering(whole, sets_of_identities(config, dataset), dataset.most)}
     parts = dict(zip(config.data.by_set, dataset.parts, strict=True))
+    _refuse_maps_to_other_heads(config, dataset, parts)
     return {
         head: Numbering(
             tuple(parts[name].identities for name in names),
@@ -129,6 +130,25 @@ def numberings(config: Config, dataset: DataSet) -> dict[str, Numbering]:
         )
         for head, names in sets_of(config).items()
     }
+
+
+def _refuse_maps_to_other_heads(
+    config: Config, dataset: DataSet, parts: Mapping[str, Part]
+) -> None:
+    for head, names in sets_of(config).items():
+        for name in names:
+            if not config.data.by_set[name].map or not isinstance(dataset, JoinedSets):
+                continue
+            left = dataset.mapped_of([*parts].index(name))
+            for other in names:
+                its = parts[other].identities
+                left = left[(left < its.start) | (left >= its.stop)]
+            if len(left):
+                raise ConfigError(
+                    f"data.sets.{name}.map: it gives {len(left):,} identities the numbers of a set "
+                    f"that heads.{head} does not train on. Add that set to heads.{head}.sets, or "
+                    "remove the map."
+                )
 
 
 def sets_of_identities(

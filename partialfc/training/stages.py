@@ -212,12 +212,13 @@ _NOT_THE_IMAGES = {
 
 
 def _cannot_follow(before: Stage, stage: Stage) -> Iterator[str]:
-    counts = [one.data.dataset.num_identities for one in (before, stage)]
-    if counts[0] != counts[1]:
+    both = [[part.identities for part in one.data.dataset.parts] for one in (before, stage)]
+    if both[0] != both[1]:
+        counts = [", ".join(f"{len(one):,}" for one in its) for its in both]
         yield (
-            f"stages.{stage.name}: data.train has {counts[1]:,} identities, and that of "
-            f"{before.name} {counts[0]:,}: the class centers of one stage are those of the next. "
-            "Name the same identities, with data.skip for images to leave out."
+            f"stages.{stage.name}: its sets of images have {counts[1]} identities, and those of "
+            f"{before.name} {counts[0]}: the class centers of one stage are those of the next. "
+            "Name the same identities in the same order, with data.skip for images to leave out."
         )
     sizes = [one.config.data.image_size for one in (before, stage)]
     if sizes[0] == sizes[1]:

@@ -22,9 +22,10 @@ from partialfc.config import Config, ConfigError
 from partialfc.config.heads import each_head, section_of_head
 from partialfc.data.dataset import DataSet
 from partialfc.data.images.formats import decode_image
+from partialfc.data.tars.store import ShardError
 from partialfc.definitions.phrases import to_value
 from partialfc.distributed.agreement import total, words_of_any
-from partialfc.distributed.ranks import sum_over_ranks
+from partialfc.distributed.ranks import moved, sum_over_ranks
 from partialfc.errors import in_words
 from partialfc.evaluation.sets import Evaluation
 from partialfc.head import PartialFC
@@ -142,12 +143,19 @@ def _means(
     head, unusable = model.heads[name], 0
     owned = head.owned
     size = len(owned), head.embedding_dim
-    sum_CD = host_tensor("start", size, torch.float32, config.head.host_folder, pinned=False)
+    problem = ""
+    try:
+        sum_CD = host_tensor("start", size, torch.float32, config.head.host_folder, pinned=False)
+    except OSError as error:
+        problem = in_words(error)
+    if problem := words_of_any(problem, runtime.ranks):  # before others wait in a collective
+        raise ValueError(problem)
     with Progress(console=Console(stderr=True), disable=not runtime.leads) as bar:
         task = bar.add_task("class centers: embedding", total=len(dataset))
         for start in range(0, len(dataset), _SAMPLES):
             sample_n = np.arange(start, min(start + _SAMPLES, len(dataset)))
             bar.advance(task, len(sample_n))
+            moved()
             of_n, of_run_n, weight_n = _pairs(dataset, sample_n)
             identity_n = model.heads.numbered(name, torch.from_numpy(of_run_n)).numpy()
             if not ((identity_n >= 0) & (identity_n < head.sharding.num_identities)).any():
@@ -186,6 +194,8 @@ class _Reading:
         try:
             view = self._dataset.jpeg_view(int(self._sample_n[number]))
             return decode_image(view, self._size)
+        except ShardError:
+            raise
         except (OSError, ValueError):
             self.bad_n[number] = True
             return np.zeros((self._size, self._size, 3), np.uint8)
@@ -208,7 +218,9 @@ def _pairs(
     try:
         identities = dataset.identities(sample_n)
     except ValueError:  # a record is damaged
-        identities = np.array([_identity(dataset, sample) for sample in sample_n], np.int64)
+        if len(sample_n) == 1:
+            raise
+        return _pairs_one_by_one(dataset, sample_n)
     of_n = np.repeat(np.arange(len(sample_n)), identities.size // len(sample_n))
     pair_n2 = np.stack([of_n, identities.ravel()], axis=1)
     weights = dataset.weights(sample_n)
@@ -219,8 +231,18 @@ def _pairs(
     return pair_n2[:, 0], pair_n2[:, 1], np.ones(len(pair_n2), np.float32)
 
 
-def _identity(dataset: DataSet, sample: np.int64) -> int:
-    try:
-        return int(dataset.identities([int(sample)])[0])
-    except ValueError:
-        return -1
+def _pairs_one_by_one(
+    dataset: DataSet, sample_n: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+    """The same where records are damaged: their samples have no pair."""
+    found = []
+    for place in range(len(sample_n)):
+        try:
+            of_1, identity, weight = _pairs(dataset, sample_n[place : place + 1])
+        except ValueError:
+            continue
+        found.append((of_1 + place, identity, weight))
+    if not found:
+        return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
+    of_n, identity_n, weight_n = map(np.concatenate, zip(*found, strict=True))
+    return of_n, identity_n, weight_n

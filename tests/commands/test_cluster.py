@@ -113,6 +113,14 @@ def test_an_image_without_an_embedding_has_no_label(tmp_path, monkeypatch):
         assert np.array_equal(some[[*left_out]], np.full((8, 2), none), equal_nan=True)
 
 
+def test_rows_that_are_not_those_of_the_images_are_refused(tmp_path):
+    """A label would go to another image."""
+    path = embeddings(tmp_path / "a.npy", 10)
+    write_origin(path, Origin("0" * 16, 50, (3, 40)))
+    with pytest.raises(ValueError, match=r"it has 10 rows, and .* says 50 images, 2 of them"):
+        Rows(path)
+
+
 KILLED = """
 import os, signal, sys
 from partialfc.__main__ import main

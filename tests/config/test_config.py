@@ -164,6 +164,7 @@ def test_hash_is_that_of_the_training() -> None:
         "log.every_steps=1",
         "data.prefetch=9",
         "run.seed=2048",
+        "head.start=centers.npy",
     ]
     other = ["run.seed=1", "head.margin.scale=63.9", "optimizer.name=adamw", "data.global_batch=8"]
     reference = config_hash(loaded())

@@ -2,11 +2,14 @@
 
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from partialfc.config import Config, ConfigError
+from partialfc.config.conflicts import may_share
+from partialfc.config.heads import each_head
 from partialfc.data.augment import Augmentation
 from partialfc.data.dataset import open_dataset
 from partialfc.data.identity_map import write_identity_map
@@ -15,7 +18,7 @@ from partialfc.data.names import names_of
 from partialfc.data.packs.writer import PackWriter
 from partialfc.data.parts import parts_of_batch
 from partialfc.data.skip_list import write_skip_list
-from partialfc.training.images import open_images, order_of, sets_of_identities
+from partialfc.training.images import numberings, open_images, order_of, sets_of_identities
 from tests.support.images import encoded, face
 
 KINDS = {
@@ -42,7 +45,7 @@ def made(tmp_path_factory):
     return folder
 
 
-def config(folder, images=(15, 3, 6), *, maps=None, unknown="", **data) -> Config:
+def config(folder, images=(15, 3, 6), *, maps=None, unknown="", heads=None, **data) -> Config:
     sets = {
         name: {
             "train": folder / f"{name}.rec",
@@ -53,7 +56,8 @@ def config(folder, images=(15, 3, 6), *, maps=None, unknown="", **data) -> Confi
         for name, count in zip("abc", images, strict=False)
     }
     data = {"global_batch": sum(images), "sets": sets, **data}
-    return Config.model_validate({"data": data, "run": {"seed": 5}})
+    heads = {"heads": heads} if heads else {}
+    return Config.model_validate({"data": data, "run": {"seed": 5}, **heads})
 
 
 def stream(settings: Config, rank=0, world_size=1) -> Stream:
@@ -179,6 +183,34 @@ def test_a_map_makes_two_identities_one(made, tmp_path):
     assert names_of(mapped)[13:20] == ["a13", "b0", "b3", "b4", "b5", "c1", "c2"]
     assert plain.fingerprint == mapped.fingerprint
     assert plain.labels_fingerprint != mapped.labels_fingerprint
+
+
+def test_a_map_onto_a_set_of_another_head_is_refused(made, tmp_path):
+    """Its people had no number in their head, and a step failed without the cause."""
+    a, c = (open_dataset([made / f"{name}.rec"]) for name in "ac")
+    write_identity_map(tmp_path / "ca", [(0, 13)], of=c, onto=a)
+    maps = {"c": [tmp_path / "ca"]}
+    apart = config(made, maps=maps, heads={"x": {"sets": ["a"]}, "y": {"sets": ["b", "c"]}})
+    with pytest.raises(ConfigError, match=r"sets.c.map: it gives 1 identities .* heads.y does not"):
+        numberings(apart, open_images(apart))
+    together = config(made, maps=maps, heads={"x": {"sets": ["a", "c"]}, "y": {"sets": ["b"]}})
+    assert numberings(together, open_images(together)).keys() == {"x", "y"}
+
+
+def test_sets_of_another_head_are_no_matter_to_one():
+    """Fused kernels and label smoothing were refused to a head of one set."""
+    heads = {
+        "x": {"sets": ["a", "b"]},
+        "y": {"sets": ["c"], "margin": {"name": "arcface", "label_smoothing": 0.1}},
+    }
+    both = config(Path(), unknown="b", heads=heads)
+    assert {name: may_share(one) for name, one in each_head(both).items()} == {
+        "x": True,
+        "y": False,
+    }
+    heads["x"]["margin"] = heads["y"].pop("margin")
+    with pytest.raises(ValueError, match=r"heads.x.margin.label_smoothing"):
+        config(Path(), unknown="b", heads=heads)
 
 
 def test_the_head_is_told_which_sets_may_have_the_same_people(made, tmp_path):

@@ -207,7 +207,7 @@ def test_pages_and_pictures_know_the_stages(straight, tmp_path):
     ("stage", "message"),
     [
         ({"data": {"image_size": 64}}, "has other weights for images of 32 pixels"),
-        ({"data": {"train": "OTHER"}}, "has 6 identities, and that of one 40"),
+        ({"data": {"train": "OTHER"}}, "have 6 identities, and those of one 40"),
         ({"data": {"train": "missing.rec"}}, "stages.two: data.train: "),
         ({"schedule": {"warmup_steps": 33}}, "stages.two: schedule.warmup_steps = 33"),
     ],

@@ -17,6 +17,7 @@ from partialfc.config import ConfigError, load
 from partialfc.data.dataset import DataSet, open_dataset
 from partialfc.data.images.formats import decode_image
 from partialfc.data.loaders.torch_loader import normalise
+from partialfc.data.tars.store import ShardError
 from partialfc.evaluation.sets import Evaluation
 from partialfc.margins import MARGINS
 from partialfc.model.build import build, new_backbone
@@ -240,6 +241,36 @@ def test_a_mean_is_over_all_images_that_name_an_identity(packs, tmp_path):
         found.append(summed)
     assert found[0] == {(0, 1): 1, (0, 7): 1, (2, 1): 1}
     assert found[1] == {(0, 1): 0.5, (0, 7): 1, (2, 1): 0.5}
+
+
+def test_a_damaged_record_takes_its_own_pairs_alone(packs, tmp_path):
+    """With several labels an image the whole start failed, with a stack trace."""
+    dataset = open_dataset([packs / "train.rec"])
+    identities = dataset.identities
+
+    def some(samples):
+        if 3 in np.asarray(samples):
+            raise ValueError("image 3: it is cut")
+        return np.stack([identities(samples)] * 2, 1)
+
+    dataset.identities = some
+    of_n, identity_n, weight_n = start._pairs(dataset, np.array([2, 3, 4]))
+    assert of_n.tolist() == [0, 2]
+    assert identity_n.tolist() == identities([2, 4]).tolist()
+    assert weight_n.tolist() == [1, 1]
+    assert all(not len(one) for one in start._pairs(dataset, np.array([3, 3])))
+
+
+def test_a_store_that_is_down_ends_the_start(packs):
+    """Its images were counted as unusable, and the centers of whole shards stayed random."""
+    dataset = open_dataset([packs / "train.rec"])
+
+    def lost(_):
+        raise ShardError("a.tar: it gives no answer")
+
+    dataset.jpeg_view = lost
+    with pytest.raises(ShardError):
+        start._Reading(dataset, np.array([2]), 32)(0)
 
 
 def test_each_head_begins_at_the_mean_of_its_own_images(packs, tmp_path, monkeypatch):

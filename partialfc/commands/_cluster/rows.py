@@ -36,12 +36,18 @@ class Rows:
         self.path = path
         try:
             self._row_ND = mapped(path)
-            left_out = read_origin(path).left_out if origin_path(path).exists() else ()
+            origin = read_origin(path) if origin_path(path).exists() else None
         except (ValueError, EOFError) as error:
             raise ValueError(f"{path}: {in_words(error)}") from None
+        left_out = origin.left_out if origin else ()
         self._left_out_S = np.asarray(left_out, np.int64)
         self.count, self.dim = self._row_ND.shape
         self.images = self.count + len(left_out)
+        if origin is not None and origin.images != self.images:
+            raise ValueError(
+                f"{path}: it has {self.count:,} rows, and {origin_path(path).name} beside it says "
+                f"{origin.images:,} images, {len(left_out):,} of them without one. Embed again."
+            )
 
     @property
     def digest(self) -> str:
