@@ -26,6 +26,8 @@ def refuse_images(data: "Data") -> None:
             )
         return
     arrays = 'data.kind = "arrays"'
+    if dict(data.sets):
+        raise ValueError(f"sets with {arrays}: not supported together. Name the files in train.")
     for key, why in (("shape", "the shape of one sample"), ("labels", "whom each sample is of")):
         if getattr(data, key) is None:
             raise ValueError(f"{key}: required with {arrays}: {why}. Add {key} = ... below [data].")
@@ -44,8 +46,6 @@ def refuse_images(data: "Data") -> None:
                 f"{key} = {to_value(value)} with {arrays}: it is for images. Remove it; what "
                 "changes a sample at random belongs into the backbone."
             )
-    if dict(data.sets):
-        raise ValueError(f"sets with {arrays}: not supported together. Name the files in train.")
 
 
 def conflicts_of_arrays(config: "Config") -> Iterator[str]:

@@ -123,7 +123,7 @@ class LabelFile:
     def _survey(self) -> _Survey:
         """Of one pass over the files."""
         digest = hashlib.blake2b(f"{self.most}".encode(), digest_size=8)
-        largest, has_none = NONE, False
+        largest, has_none, has_weight = NONE, False, self._weight_NK is None
         for start, label_NK in _chunks(self._label_NK):
             smallest = int(label_NK.min())
             if smallest < NONE:
@@ -143,7 +143,10 @@ class LabelFile:
                     f"{self.weights_path}: image {start + int(sound_N.argmin())} has a weight that "
                     "is negative or not finite."
                 )
+            has_weight |= bool((weight_NK > 0).any())
             digest.update(weight_NK.tobytes())
+        if not has_weight:
+            raise ValueError(f"{self.weights_path}: all its weights are 0: no label counts.")
         return _Survey(largest, has_none, digest.hexdigest())
 
 

@@ -17,6 +17,7 @@ from partialfc.config.conflicts import head_compute, memory_of
 from partialfc.config.heads import each_head, section_of_head
 from partialfc.config.losses import OwnLoss
 from partialfc.definitions.phrases import to_value
+from partialfc.errors import in_words
 from partialfc.head import Kernels, PartialFC, Precision
 from partialfc.head.options import Sets
 from partialfc.head.rows.rules import ROW_RULES, RowRule
@@ -352,3 +353,8 @@ def _head(
         )
     except ValueError as error:
         raise ConfigError(f"[{section_of_head(name)}] {error}") from error
+    except (OSError, MemoryError) as error:
+        raise ConfigError(
+            f"[{section_of_head(name)}] {num_identities:,} identities: their class centers find no "
+            f"memory here ({in_words(error)}). partialfc estimate says what they take."
+        ) from error

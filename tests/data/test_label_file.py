@@ -57,6 +57,7 @@ def test_a_sample_has_the_row_of_its_image_whatever_is_skipped(tmp_path, dtype):
         ([-1, -1, -1], None, "all its labels are -1"),
         ([[[0]], [[1]], [[2]]], None, r"holds int64 \[3, 1, 1\], must be int32 or int64"),
         ([0, 1, 2], [[1.0], [1.0]], r"is \[2, 1\], must be \[3, 1\]"),
+        ([0, 1, 2], [0, 0, 0], "all its weights are 0: no label counts"),
         ([0, 1, 2], [1, np.nan, 1], "image 1 has a weight that is negative or not finite"),
         ([0, 1, 2], [1, 1, -1], "image 2 has a weight that is negative or not finite"),
         ([0, 1, 2], [1, 1, 1e300], "image 2 has a weight"),

@@ -204,6 +204,18 @@ def test_a_shard_that_is_cut_or_missing_is_named(shards):
             open_source(place)
 
 
+def test_a_shard_of_zeros_and_labels_that_are_no_text_are_named(shards, tmp_path):
+    """Half of the data was trained on without a word, and labels could become one."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, data in (("1.jpg", b"x"), ("1.cls", b"\xff\xfe"), ("ann/2.jpg", b"x")):
+            member(tar, name, data)
+    with pytest.warns(UserWarning, match=r"1.cls: its label is no text of UTF-8"):
+        assert len(open_source(tmp_path / "a.tar")) == 1
+    (shards / "0001.tar").write_bytes(bytes(10_240))
+    with pytest.raises(ShardError, match=r"0001.tar: it is empty, of 10,240 bytes"):
+        open_source(shards)
+
+
 def test_images_without_a_label_are_said_and_nothing_else_is_an_error(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name, data in (("1.jpg", b"x"), ("1.json", b'{"caption": "x"}'), ("ann/2.jpg", b"x")):

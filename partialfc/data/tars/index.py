@@ -147,6 +147,10 @@ def _read(path: Path, store: Store, shards: list[str], stamps: list[Stamp]) -> T
         found = list_shard(file, size)
         if found.broken:
             raise ShardError(f"{shard}: {found.broken}.")
+        if not (found.images or found.faults or found.ignored):
+            raise ShardError(
+                f"{shard}: it is empty, of {size:,} bytes. Fetch it again, or name the others."
+            )
         found.images.sort(key=lambda image: image.offset)
         return found
 

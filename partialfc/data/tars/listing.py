@@ -67,7 +67,11 @@ def list_shard(file: BinaryIO, end: int) -> Listing:
         if hidden:
             found.ignored[hidden[0]] += 1
         elif content is not None:
-            label = _label(path.suffix, content)
+            try:
+                label = _label(path.suffix, content)
+            except UnicodeDecodeError:
+                found.faults.append((path.name, "its label is no text of UTF-8"))
+                continue
             if label:
                 labels[path.suffix][str(path.with_suffix(""))] = label
             elif path.suffix == _JSON:
@@ -95,7 +99,7 @@ def list_shard(file: BinaryIO, end: int) -> Listing:
 def _label(suffix: str, content: bytes) -> str:
     """What a member says of whose images those beside it are; "" if it does not."""
     if suffix == _CLS:
-        return content.decode(errors="replace").strip()
+        return content.decode().strip()
     with suppress(ValueError, RecursionError):
         found = json.loads(content)
         if isinstance(found, dict):
