@@ -160,14 +160,15 @@ print(peak() - before)
 needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads VmHWM")
 
 
+@pytest.mark.slow
 @needs_proc
 @pytest.mark.parametrize(
     ("rate", "batch", "margin", "weight"),
     [
-        pytest.param(1.0, 128, "arcface", 0.0, marks=pytest.mark.slow),
+        (1.0, 128, "arcface", 0.0),
         (0.1, 128, "arcface", 0.0),
-        pytest.param(0.1, 128, "subcenter_arcface", 0.0, marks=pytest.mark.slow),
-        pytest.param(0.1, 1024, "arcface", 0.5, marks=pytest.mark.slow),
+        (0.1, 128, "subcenter_arcface", 0.0),
+        (0.1, 1024, "arcface", 0.5),
     ],
 )
 def test_memory_of_the_head_is_within_15_percent(rate, batch, margin, weight, tmp_path):

@@ -123,8 +123,7 @@ def test_a_short_training_recognises_unseen_characters(short_training):
     "overrides",
     [
         ("head.center_format=fp16", "head.optimizer.momentum_format=int8"),
-        ("head.center_format=bf16", "head.optimizer.momentum_format=bf16"),
-        ("head.compute=bf16",),
+        ("head.compute=bf16", "head.center_format=bf16", "head.optimizer.momentum_format=bf16"),
     ],
     ids=" ".join,
 )

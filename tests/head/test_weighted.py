@@ -82,6 +82,7 @@ def test_the_sum_over_samples_is_that_of_the_whole_softmax():
     assert ((plain.mean(0) - 1) < -20 * error_B).all()
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_whole_softmax_in_the_mean():
     """Of embeddings near their centers, over 60 samples, against every center."""
     margin, generator = CosFace(scale=8.0, additive=0.1), torch.Generator().manual_seed(4)
@@ -180,6 +181,7 @@ def by_kernels(device, name):
     return [value.cpu() for value in found]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["arcface", "curricularface", "uniface"])
 def test_kernels_weigh_too(launch, name):
     truth = problem_of(name)[3]

@@ -21,6 +21,7 @@ def test_a_growing_margin_gathers_real_digits():
     assert all(numbers["accuracy"] > 0.85 for numbers in found)
 
 
+@pytest.mark.slow
 def test_pictures_and_numbers_are_written(tmp_path, monkeypatch, capsys):
     assert geometry.main([str(tmp_path / "out"), "--steps", "2"]) == 0
     names = {path.name for path in (tmp_path / "out").iterdir()}

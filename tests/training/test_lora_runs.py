@@ -252,6 +252,7 @@ def test_a_network_of_timm_is_the_base_that_its_file_is(tmp_path, monkeypatch):
         restore_base(path, other.backbone, config, state_at)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_killed_run_of_adapters_goes_on_on_another_number_of_ranks(packs, tmp_path):
     """And is used merged; where its base has moved to, it must be told."""
