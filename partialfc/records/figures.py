@@ -44,7 +44,7 @@ def training_figure(
     same: np.ndarray | None = None,
     title: str = "",
     untrained: tuple[Numbers, Numbers] | None = None,
-    marks: Sequence[float] = (),
+    marks: Sequence[tuple[float, str]] = (),
 ) -> None:
     """Write a PNG of 1440 x 1280 pixels, the whole file or none.
 
@@ -60,7 +60,7 @@ def training_figure(
         same: Whether pair i shows one identity; bool [N], with pairs of both kinds; or ``None``.
         title: Above the panels.
         untrained: FAR and TAR of the same pairs before training, both rising, in [0, 1]; [U].
-        marks: Steps at which a dashed line stands upright, where one stage follows another.
+        marks: Steps at which a dashed line stands upright, and its name: where a stage begins.
 
     Raises:
         ValueError: If lengths differ, there is no loss, or a number is not finite.
@@ -82,8 +82,18 @@ def training_figure(
         panels = figure.subplot_mosaic([["training", "training"], ["scores", "roc"]])
         training = panels["training"]
     _draw_training(training, step_S, loss_S, step_V, accuracy_V)
-    for step in marks:
+    for step, name in marks:
         training.axvline(step, color=_FAINT, linestyle=(0, (3, 4)), linewidth=1)
+        training.annotate(
+            name,
+            (step, 1),
+            (4, -4),
+            xycoords=training.get_xaxis_transform(),
+            textcoords="offset points",
+            verticalalignment="top",
+            color=_FAINT,
+            fontsize=9,
+        )
     if scores is not None and same is not None:
         _draw_scores(panels["scores"], np.asarray(scores, dtype=np.float64), np.asarray(same))
         _draw_roc(panels["roc"], scores, same, untrained)

@@ -342,7 +342,7 @@ class Recorder:
             first.cosine if first else None,
             first.same if first else None,
             untrained=(start["far"], start["tar"]) if start else None,
-            marks=[one.first for one in read_stages(self._config.run.folder)[1:]],
+            marks=[(one.first, one.name) for one in read_stages(self._config.run.folder)[1:]],
         )
 
     def _show(self, summary: dict[str, Any]) -> None:

@@ -194,6 +194,7 @@ def test_pages_and_pictures_know_the_stages(straight, tmp_path):
     write_report(tmp_path / "report.html", [found])
     text = (tmp_path / "report.html").read_text()
     assert "<h2>Stages</h2>" in text
+    assert "At a dashed line the next stage begins" in text
     for words_of in ("head.sample_rate", "data.image_size", "5 to 9", 'class="mark"'):
         assert words_of in text
     now = page(RunFolder(folder).look(), every=5)
