@@ -94,7 +94,7 @@ def test_voices_that_nobody_trained_on_are_told_apart(recipe, tmp_path):
     assert done.returncode == 0, done.stderr
     assert np.load(out).shape == (360, 32)
     done = python(
-        *("-m", "partialfc", "export", tmp_path / "run", "--out", tmp_path / "m.onnx"),
+        *("-m", "partialfc", "export", tmp_path / "run", tmp_path / "exported"),
         *("--plugin", "tests.support.speech"),
     )
     assert done.returncode == 2
