@@ -1,0 +1,1 @@
+"""RecordIO packs, read and written by numpy alone."""
