@@ -35,6 +35,7 @@ from partialfc.commands._cluster import kmeans
 from partialfc.commands._cluster.assignment import LABELS, Journal, assign
 from partialfc.commands._cluster.rows import PIECE, Rows
 from partialfc.commands._command import command_parser, in_pieces
+from partialfc.commands._numbers import positive
 from partialfc.writing import atomic_write
 
 FORMAT = "partialfc cluster 1"
@@ -121,18 +122,12 @@ def _results(folder: Path, clusters: int, found: kmeans.Clusters) -> dict[str, A
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser("cluster", __doc__)
     parser.add_argument("embeddings", type=Path, help="a .npy of partialfc embed")
-    parser.add_argument("--clusters", type=_positive, required=True, help="how many")
-    parser.add_argument("--top", type=_positive, default=1, help="nearest of each image (1)")
-    parser.add_argument("--iterations", type=_positive, default=20, help="at most (20)")
+    parser.add_argument("--clusters", type=positive, required=True, help="how many")
+    parser.add_argument("--top", type=positive, default=1, help="nearest of each image (1)")
+    parser.add_argument("--iterations", type=positive, default=20, help="at most (20)")
     parser.add_argument("--seed", type=_seed, default=2048, help="of what is drawn (2048)")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     return parser
-
-
-def _positive(word: str) -> int:
-    if not word.isdecimal() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"{word}: must be an integer >= 1")
-    return int(word)
 
 
 def _seed(word: str) -> int:

@@ -37,6 +37,7 @@ from partialfc.commands._command import add_plugin_option, command_parser
 from partialfc.commands._evaluate import picture
 from partialfc.commands._evaluate.people import write_pairs, write_people
 from partialfc.commands._evaluate.sets import KINDS, Measured, Set, Ways, open_set_of
+from partialfc.commands._numbers import positive
 from partialfc.config import Config, ConfigError
 from partialfc.data.sets.pairs import Image
 from partialfc.evaluation.embedding import BLOCK, embed_images
@@ -236,11 +237,11 @@ def _parser() -> argparse.ArgumentParser:
     add_plugin_option(parser)
     parser.add_argument("sets", nargs="+", help=f"paths, or KIND:path with {', '.join(KINDS)}")
     parser.add_argument("--out", type=Path, help="folder for the results")
-    parser.add_argument("--batch", type=_positive, default=256, help="images decoded ahead (256)")
-    parser.add_argument("--threads", type=_positive, default=4, help="that decode, a rank (4)")
+    parser.add_argument("--batch", type=positive, default=256, help="images decoded ahead (256)")
+    parser.add_argument("--threads", type=positive, default=4, help="that decode, a rank (4)")
     parser.add_argument("--precision", choices=AUTOCAST, default="fp32", help="(fp32)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(auto)")
-    parser.add_argument("--image-size", type=_positive, default=112, help="of a file's model (112)")
+    parser.add_argument("--image-size", type=positive, default=112, help="of a file's model (112)")
     parser.add_argument(
         "--flip",
         action=argparse.BooleanOptionalAction,
@@ -259,9 +260,3 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--far", default="1e-6", help="targets of all:, with commas (1e-6)")
     return parser
-
-
-def _positive(word: str) -> int:
-    if not word.isdecimal() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"{word}: must be an integer >= 1")
-    return int(word)

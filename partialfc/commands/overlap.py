@@ -41,8 +41,8 @@ from rich.progress import Progress
 
 from partialfc.checkpoint.trained_backbone import open_backbone
 from partialfc.commands._command import add_plugin_option, command_parser
+from partialfc.commands._numbers import cosine, positive, rate
 from partialfc.commands.evaluate import AUTOCAST, embedder, settings_of
-from partialfc.commands.search import cosine, positive, rate
 from partialfc.data.dataset import DataSet, open_dataset
 from partialfc.data.identity_map import write_identity_map
 from partialfc.data.sets.pairs import read_pairs

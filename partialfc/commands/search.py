@@ -27,6 +27,7 @@ from rich.table import Table
 
 from partialfc.commands._command import command_parser
 from partialfc.commands._embed.files import Embeddings, read_embeddings
+from partialfc.commands._numbers import cosine, positive, rate
 from partialfc.protocols import unit_rows
 from partialfc.protocols.all_to_all import combine, search
 from partialfc.writing import atomic_write
@@ -167,34 +168,3 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--far", type=rate, help=f"false accept rate of --calibrate ({FAR:g})")
     parser.add_argument("--out", type=Path, help="a .csv file for all results")
     return parser
-
-
-def positive(word: str) -> int:
-    """Read an integer >= 1, for argparse."""
-    if not word.isdecimal() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"{word}: must be an integer >= 1")
-    return int(word)
-
-
-def cosine(word: str) -> float:
-    """Read a cosine, for argparse."""
-    try:
-        value = float(word)
-    except ValueError:
-        value = math.nan
-    if not -1 <= value <= 1:
-        raise argparse.ArgumentTypeError(
-            f"{word}: must be a cosine, in [-1, 1]; a squared distance d has the cosine 1 - d / 2"
-        )
-    return value
-
-
-def rate(word: str) -> float:
-    """Read a rate in (0, 1), for argparse."""
-    try:
-        value = float(word)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{word}: must be a number in (0, 1)")
-    return value

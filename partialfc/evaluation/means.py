@@ -113,7 +113,7 @@ def mean_embeddings(
     unusable = 0
     for start in range(0, people.images, _PIECE):
         image_n = np.arange(start, min(start + _PIECE, people.images))
-        reading = _Reading(people, start, size, len(image_n))
+        reading = Reading(people.image, image_n, size)
         row_nD = embed(people.name, len(image_n), reading)
         bad_n = torch.from_numpy(reading.bad_n).to(runtime.device, torch.int32)
         usable_n = sum_over_ranks(bad_n, runtime.ranks).cpu().numpy() == 0
@@ -157,21 +157,34 @@ def _identity(dataset: DataSet, sample: int) -> int:
         return UNKNOWN
 
 
-class _Reading:
-    """Reads the images of a piece; one that cannot be used is black, and noted."""
+class Reading:
+    """Reads some images; one that cannot be used is black, and noted.
 
-    def __init__(self, people: People, start: int, size: int, count: int) -> None:
-        self._people, self._start, self._size = people, start, size
-        self.bad_n = np.zeros(count, np.bool_)
+    Args:
+        image: Returns an image by its number, pixels or a file's bytes.
+        image_n: Numbers of the images, which are asked for by their places here.
+        size: In pixels.
+    """
 
-    def __call__(self, number: int) -> NDArray[np.uint8]:
+    def __init__(
+        self, image: Callable[[int], Image], image_n: NDArray[np.int64], size: int
+    ) -> None:
+        self._image, self._image_n, self._size = image, image_n, size
+        self.bad_n = np.zeros(len(image_n), np.bool_)
+
+    def __call__(self, place: int) -> NDArray[np.uint8]:
+        """Return the image at a place as RGB uint8 [H, W, 3].
+
+        Raises:
+            ShardError: If where it lies cannot be reached: that is no fault of the image.
+        """
         try:
-            image = self._people.image(self._start + number)
+            image = self._image(int(self._image_n[place]))
             if isinstance(image, np.ndarray) and image.ndim == 3:
                 return image
             return decode_image(np.frombuffer(image, np.uint8), self._size)
         except ShardError:
             raise
         except (OSError, ValueError):
-            self.bad_n[number] = True
+            self.bad_n[place] = True
             return np.zeros((self._size, self._size, 3), np.uint8)

@@ -21,12 +21,11 @@ from partialfc.checkpoint.trained_backbone import is_start
 from partialfc.config import Config, ConfigError
 from partialfc.config.heads import each_head, section_of_head
 from partialfc.data.dataset import DataSet
-from partialfc.data.images.formats import decode_image
-from partialfc.data.tars.store import ShardError
 from partialfc.definitions.phrases import to_value
 from partialfc.distributed.agreement import total, words_of_any
 from partialfc.distributed.ranks import moved, sum_over_ranks
 from partialfc.errors import in_words
+from partialfc.evaluation.means import Reading
 from partialfc.evaluation.sets import Evaluation
 from partialfc.head import PartialFC
 from partialfc.head.centers import begin_at_
@@ -161,7 +160,7 @@ def _means(
             if not ((identity_n >= 0) & (identity_n < head.sharding.num_identities)).any():
                 continue  # all are of other heads
             dataset.will_need(sample_n)
-            reading = _Reading(dataset, sample_n, config.data.image_size)
+            reading = Reading(dataset.jpeg_view, sample_n, config.data.image_size)
             row_nD = evaluation.embed(model, dataset.name, len(sample_n), reading)
             times_n = torch.from_numpy(reading.bad_n).to(runtime.device, torch.int32)
             bad_n = sum_over_ranks(times_n, runtime.ranks).cpu().numpy() > 0
@@ -175,30 +174,6 @@ def _means(
         print(f"warning: head.start: {unusable:,} images cannot be used, and count in no mean.")
     for start in range(0, len(owned), _ROWS):
         yield owned.start + start, sum_CD[start : start + _ROWS].double().numpy()
-
-
-class _Reading:
-    """Reads the images of some samples; one that cannot be used is black, and noted.
-
-    Args:
-        dataset: Of them.
-        sample_n: Their numbers.
-        size: In pixels.
-    """
-
-    def __init__(self, dataset: DataSet, sample_n: NDArray[np.int64], size: int) -> None:
-        self._dataset, self._sample_n, self._size = dataset, sample_n, size
-        self.bad_n = np.zeros(len(sample_n), np.bool_)
-
-    def __call__(self, number: int) -> NDArray[np.uint8]:
-        try:
-            view = self._dataset.jpeg_view(int(self._sample_n[number]))
-            return decode_image(view, self._size)
-        except ShardError:
-            raise
-        except (OSError, ValueError):
-            self.bad_n[number] = True
-            return np.zeros((self._size, self._size, 3), np.uint8)
 
 
 def _unit(row_nD: NDArray[np.float64]) -> NDArray[np.float32]:

@@ -18,6 +18,7 @@ from partialfc.data.dataset import DataSet, open_dataset
 from partialfc.data.images.formats import decode_image
 from partialfc.data.loaders.torch_loader import normalise
 from partialfc.data.tars.store import ShardError
+from partialfc.evaluation.means import Reading
 from partialfc.evaluation.sets import Evaluation
 from partialfc.margins import MARGINS
 from partialfc.model.build import build, new_backbone
@@ -270,7 +271,7 @@ def test_a_store_that_is_down_ends_the_start(packs):
 
     dataset.jpeg_view = lost
     with pytest.raises(ShardError):
-        start._Reading(dataset, np.array([2]), 32)(0)
+        Reading(dataset.jpeg_view, np.array([2]), 32)(0)
 
 
 def test_each_head_begins_at_the_mean_of_its_own_images(packs, tmp_path, monkeypatch):

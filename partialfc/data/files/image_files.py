@@ -11,7 +11,7 @@ import errno
 import os
 import stat
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from partialfc.data.files.index import NO_FILE, FileIndex, open_file_index
 from partialfc.data.images.formats import MOST_BYTES
+from partialfc.data.indexed import IndexedImages
 from partialfc.data.packs.recordio import RecordError
 
 _BELOW = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -38,7 +39,7 @@ def open_image_files(path: str | Path) -> "ImageFiles":
     return ImageFiles(path, open_file_index(path))
 
 
-class ImageFiles:
+class ImageFiles(IndexedImages):
     """The images of a folder or a list by image index, 0...N-1; as :class:`~.records.Pack`.
 
     Methods raise IndexError if an index is not in [0, N), and RecordError if a file cannot be used.
@@ -55,7 +56,8 @@ class ImageFiles:
     """
 
     def __init__(self, path: Path, index: FileIndex) -> None:
-        self.path, self.index = path, index
+        super().__init__(path, index)
+        self.index = index
         self.root = path if path.is_dir() else path.parent
         if not (index.size_N != NO_FILE).any():
             raise ValueError(
@@ -66,25 +68,8 @@ class ImageFiles:
         self._root = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         weakref.finalize(self, os.close, self._root)
 
-    def __len__(self) -> int:
-        return len(self.index)
-
     def __reduce__(self) -> tuple[Callable[[Path], "ImageFiles"], tuple[Path]]:
         return open_image_files, (self.path,)
-
-    @property
-    def declared_identities(self) -> int:
-        """Number of identities C; labels are in [0, C)."""
-        return self.index.num_identities
-
-    @property
-    def fingerprint(self) -> str:
-        """16 hexadecimal digits, a function of paths, identities and sizes, not of the images."""
-        return self.index.fingerprint
-
-    def record(self, index: int) -> tuple[int, NDArray[np.uint8]]:
-        """Return the identity and the bytes of one image."""
-        return int(self.index.identity_N[self.key(index)]), self.jpeg_view(index)
 
     def jpeg(self, index: int) -> bytes:
         """Return the bytes of one image, as they are stored."""
@@ -101,19 +86,6 @@ class ImageFiles:
     def jpeg_view(self, index: int) -> NDArray[np.uint8]:
         """Return the bytes of one image as uint8 [bytes]."""
         return np.frombuffer(self.jpeg(index), np.uint8)
-
-    def identities(self, indices: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the identities [B] of images ``indices`` [B]."""
-        index_B = np.asarray(indices, np.int64)
-        if len(index_B):
-            self.key(int(index_B.min())), self.key(int(index_B.max()))
-        return self.index.identity_N[index_B].astype(np.int64)
-
-    def key(self, index: int) -> int:
-        """Return the number of one image, which is its index."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.path}: image {index} must be in [0, {len(self)}).")
-        return index
 
     def offset(self, index: int) -> int:
         """Return where an image begins in its file: 0."""

@@ -3,13 +3,10 @@
 Shape suffix: B = samples of one rank's batch.
 """
 
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
-from itertools import count
-
 import torch
 
 from partialfc.data.arrays import ArrayData
+from partialfc.data.loaders.ahead import batches_ahead
 from partialfc.data.loaders.stream import Batch, Batches
 from partialfc.data.order_of_sets import AnyOrder
 
@@ -25,7 +22,7 @@ def array_batches(
     threads: int,
     prefetch: int,
 ) -> Batches:
-    """Yield the batches of one rank that follow ``samples_seen`` samples of all ranks.
+    """Return the batches of one rank that follow ``samples_seen`` samples of all ranks.
 
     Args:
         dataset: What is read.
@@ -54,17 +51,11 @@ def array_batches(
             None if weight_B is None else torch.from_numpy(weight_B),
         )
 
-    starts = count(samples_seen, order.global_batch)
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
-    try:
-        pending = deque(pool.submit(read, next(starts)) for _ in range(threads + prefetch))
-        while True:
-            batch = pending.popleft().result()
-            pending.append(pool.submit(read, next(starts)))
-            yield batch._replace(
-                images=batch.images.to(device),
-                identities=batch.identities.to(device),
-                weights=None if batch.weights is None else batch.weights.to(device),
-            )
-    finally:
-        pool.shutdown(cancel_futures=True)
+    return batches_ahead(
+        read,
+        samples_seen,
+        order.global_batch,
+        device=device,
+        threads=threads,
+        prefetch=prefetch,
+    )

@@ -7,23 +7,20 @@ cores, and one that is forked beside DALI's threads aborts when it ends.
 Shape suffixes: B = images of one rank's batch, n = numbers of one change.
 """
 
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
-from itertools import count
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from partialfc.data.augment import Draw
 from partialfc.data.images.formats import decode_plain, resize
+from partialfc.data.loaders.ahead import batches_ahead
 from partialfc.data.loaders.stream import Batch, Batches, Stream
 
 
 def torch_batches(
     stream: Stream, samples_seen: int, *, device: torch.device, threads: int, prefetch: int
 ) -> Batches:
-    """Yield the batches of ``stream`` that follow ``samples_seen`` images.
+    """Return the batches of ``stream`` that follow ``samples_seen`` images.
 
     Args:
         stream: What to decode. Of the changes of its augmentation, a crop is made and no other.
@@ -36,22 +33,14 @@ def torch_batches(
         ValueError: If a batch cannot be filled; see
         :meth:`~partialfc.data.loaders.stream.Stream.batch`.
     """
-    starts = count(samples_seen, stream.order.global_batch)
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-    try:
-        pending = deque(
-            pool.submit(decoded_batch, stream, next(starts)) for _ in range(threads + prefetch)
-        )
-        while True:
-            batch = pending.popleft().result()
-            pending.append(pool.submit(decoded_batch, stream, next(starts)))
-            yield batch._replace(
-                images=batch.images.to(device),
-                identities=batch.identities.to(device),
-                weights=None if batch.weights is None else batch.weights.to(device),
-            )
-    finally:
-        pool.shutdown(cancel_futures=True)
+    return batches_ahead(
+        lambda start: decoded_batch(stream, start),
+        samples_seen,
+        stream.order.global_batch,
+        device=device,
+        threads=threads,
+        prefetch=prefetch,
+    )
 
 
 def decoded_batch(stream: Stream, samples_seen: int) -> Batch:

@@ -6,12 +6,13 @@ the header that the shard had when its index was made: where it does not, the sh
 Shape suffixes: N = images of the shards, B = images asked for.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from partialfc.data.indexed import IndexedImages
 from partialfc.data.packs.recordio import RecordError
 from partialfc.data.tars.ahead import Ahead
 from partialfc.data.tars.index import HEADER, TarIndex, open_tar_index
@@ -35,7 +36,7 @@ def open_tar_images(path: str | Path) -> "TarImages":
     return TarImages(path, store, open_tar_index(path, store))
 
 
-class TarImages:
+class TarImages(IndexedImages):
     """The images of some shards by image index, 0...N-1, in the order in which they lie.
 
     Methods raise IndexError if an index is not in [0, N), RecordError if an image cannot be used,
@@ -48,11 +49,9 @@ class TarImages:
     """
 
     def __init__(self, path: Path, store: Store, index: TarIndex) -> None:
-        self.path, self.index, self._store = path, index, store
+        super().__init__(path, index)
+        self.index, self._store = index, store
         self._ahead = Ahead(store, index) if store.is_far else None
-
-    def __len__(self) -> int:
-        return len(self.index)
 
     def __reduce__(self) -> tuple[Callable[[Path], "TarImages"], tuple[Path]]:
         return open_tar_images, (self.path,)
@@ -61,20 +60,6 @@ class TarImages:
     def is_far(self) -> bool:
         """Whether images are requests, which should be made before they are needed."""
         return self._ahead is not None
-
-    @property
-    def declared_identities(self) -> int:
-        """Number of identities C; labels are in [0, C)."""
-        return self.index.num_identities
-
-    @property
-    def fingerprint(self) -> str:
-        """16 hexadecimal digits, a function of sizes, places and identities, not of the images."""
-        return self.index.fingerprint
-
-    def record(self, index: int) -> tuple[int, NDArray[np.uint8]]:
-        """Return the identity and the bytes of one image."""
-        return int(self.index.identity_N[self.key(index)]), self.jpeg_view(index)
 
     def jpeg(self, index: int) -> bytes:
         """Return a copy of the bytes of one image."""
@@ -96,13 +81,6 @@ class TarImages:
             raise error
         return np.frombuffer(data, np.uint8, offset=HEADER)
 
-    def identities(self, indices: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the identities [B] of images ``indices`` [B]."""
-        index_B = np.asarray(indices, np.int64)
-        if len(index_B):
-            self.key(int(index_B.min())), self.key(int(index_B.max()))
-        return self.index.identity_N[index_B].astype(np.int64)
-
     def will_need(self, indices: NDArray[np.int64], stretch: int = 1) -> None:
         """Begin to read images [B]; at a URL the whole stretches of neighbours that they are in."""
         if self._ahead is not None:
@@ -111,12 +89,6 @@ class TarImages:
         columns = self.index.extents(indices)
         for shard, start, end in zip(*(column.tolist() for column in columns), strict=True):
             self._store.will_need(self.index.shards[shard], start, end)
-
-    def key(self, index: int) -> int:
-        """Return the number of one image, which is its index."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"{shown(self.path)}: image {index} must be in [0, {len(self)}).")
-        return index
 
     def offset(self, index: int) -> int:
         """Return where the bytes of one image begin in its shard."""
