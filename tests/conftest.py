@@ -8,7 +8,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side
 import pytest
 
 from tests.support.places import FIXTURES
-from tools import omniglot
 
 # A shell's background job ignores Ctrl-C, and so would every process that a test starts and stops.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -17,6 +16,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 @pytest.fixture(scope="session")
 def packs(tmp_path_factory):
     """Real handwriting: 40 identities to train on, 6 characters held out."""
+    from tools import omniglot  # it needs packages that the tests of kernels do without
+
     folder = tmp_path_factory.mktemp("packs")
     archive = FIXTURES / "omniglot" / "omniglot_background.npz"
     size = ["--characters", "16", "--held-out", "6", "--pairs", "100", "--size", "32"]

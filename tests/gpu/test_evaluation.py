@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+pytest.importorskip("pydantic")
+
 from partialfc.backbones import build_backbone
 from partialfc.distributed.ranks import Ranks
 from partialfc.evaluation.embedding import embed_images

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+pytest.importorskip("pydantic")
+
 from partialfc import ArcFace, CosFace, RowAdagrad, RowAdamW, RowSGD
 from partialfc.distributed.ranks import Ranks
 from partialfc.head.rows.formats import decode

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+pytest.importorskip("pydantic")
+
 from tools.bench._faults.runs import Run, command, losses, steps_in, tensors
 from tools.bench.faults import COMMON
 

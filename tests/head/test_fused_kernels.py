@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from partialfc import AdaFace, ArcFace, RowAdamW, RowSGD, SubCenterArcFace
-from partialfc.config import load
 from partialfc.head import machine
 from partialfc.head.plan import Machine
 from partialfc.head.rows.formats import decode
@@ -26,8 +25,6 @@ from tests.support.places import ROOT
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed: NO Triton kernel is tested", allow_module_level=True)
 
-from partialfc.commands._estimate import head as estimate
-from partialfc.commands._estimate.head import head_parts, shard_of
 from tests.support.kernels import (
     BENDS,
     bend_of,
@@ -138,6 +135,10 @@ def _asked_for(device, scale, parts):
 def test_the_estimate_counts_what_the_passes_ask_for(launch, scale, parts, monkeypatch):
     """Byte for byte: the buffers, and the exponentials that are kept, of two tiles of three, or of
     none where a row maximum may grow. An estimate that counts tile by tile is wrong by half."""
+    pytest.importorskip("pydantic")  # the kernels need no settings
+    from partialfc.commands._estimate import head as estimate
+    from partialfc.config import load
+
     monkeypatch.setattr(fused, "_TILE_ROWS", 64)
     monkeypatch.setattr(fused, "_PROGRAMS", 64)
     if launch.device == "cpu":
@@ -151,8 +152,9 @@ def test_the_estimate_counts_what_the_passes_ask_for(launch, scale, parts, monke
     )
     head = config.head.model_copy(update={"compute": compute})  # the interpreter has no bf16
     config = config.model_copy(update={"head": head})
-    shard = shard_of(config, 130, 1, "cuda")
-    (tile,) = (part for part in head_parts(config, shard, 1, "cuda") if part.name == "tile")
+    shard = estimate.shard_of(config, 130, 1, "cuda")
+    of_head = estimate.head_parts(config, shard, 1, "cuda")
+    (tile,) = (part for part in of_head if part.name == "tile")
     kept, buffers = launch.run(_asked_for, launch.device, scale, parts)
     assert tile.bytes == (buffers,) * 4
     assert shard.kept == kept

@@ -12,15 +12,18 @@ from contextlib import suppress
 from functools import cache
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as a run on a CPU does, before torch
+# Asked of the driver's library: a process that has begun CUDA cannot fork one that uses it.
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
 import torch
 import torch.distributed.run
 import torch.utils.tensorboard
 
-import partialfc.commands.evaluate
-import partialfc.commands.train
-import partialfc.training.run
-import tests.support.models
+with suppress(ModuleNotFoundError):  # a GPU machine's image may hold only what kernels need
+    import partialfc.commands.evaluate
+    import partialfc.commands.train
+    import partialfc.training.run
+    import tests.support.models
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
