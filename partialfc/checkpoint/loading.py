@@ -13,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from partialfc.checkpoint.content import sizes_of
 from partialfc.checkpoint.disk import Disk
 from partialfc.checkpoint.folder import (
     AVERAGE,
@@ -29,7 +30,7 @@ from partialfc.checkpoint.folder import (
     verify,
 )
 from partialfc.checkpoint.optimizer_states import restore_states, with_names
-from partialfc.checkpoint.saving import Saver, sizes_of
+from partialfc.checkpoint.saving import Saver
 from partialfc.config.tree import STAGE
 from partialfc.distributed.agreement import from_leader, words_of_any
 from partialfc.errors import CheckpointError, OtherFormatError

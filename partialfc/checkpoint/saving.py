@@ -6,7 +6,6 @@ no collective of the training waits for a disk.
 """
 
 import os
-import platform
 import shutil
 import sys
 import threading
@@ -21,24 +20,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from partialfc.checkpoint import folder as checkpoint_folder
+from partialfc.checkpoint.content import about, content_of
 from partialfc.checkpoint.disk import Disk
 from partialfc.checkpoint.folder import free_bytes, path_of
-from partialfc.checkpoint.optimizer_states import named_states
 from partialfc.checkpoint.tensor_file import size_of, write_tensors
-from partialfc.definitions import plugins
 from partialfc.distributed.agreement import words_of_any
 from partialfc.distributed.ranks import Ranks
 from partialfc.errors import CheckpointError
-from partialfc.model.batch_norm import mean_over_ranks, mean_statistics, statistics
 from partialfc.model.build import Model
 from partialfc.model.fsdp import Shards
-from partialfc.model.heads import Heads
 from partialfc.runtime.process import Runtime
 
 _SLOWEST_RANK = timedelta(hours=2)
@@ -137,20 +132,7 @@ class Saver:
         files = self._files(model)
         copied = self._has_room(files)
         staged = self._copies_of(files) if copied else _contiguous(files)
-        manifest = {
-            "step": step,
-            "world_size": self._ranks.size,
-            **sizes_of(model.heads),
-            "facts": self._facts,
-            "scaler": model.scaler.state_dict(),  # host sync
-            "settings": self._settings,
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "numpy": np.__version__,
-                **({"plugins": code} if (code := plugins.versions()) else {}),
-            },
-        }
+        manifest = about(step, model, self._ranks, self._facts, self._settings)
         self._pending = self._pool.submit(self._write, step, staged, manifest, began)
         if not copied:
             self.wait()
@@ -178,35 +160,12 @@ class Saver:
 
     def _files(self, model: Model) -> Staged:
         """The files of this rank, of the live tensors. Collective."""
-        files: Staged = {}
-        for head in model.heads.values():
-            head.optimizer.settle()
-        ranks, average = self._runtime.ranks, model.average
-        means = mean_statistics(model.backbone, ranks)
-        averages = average.statistics() if average else {}
-        mean_averages = mean_over_ranks(averages, ranks)
-        if means and self._ranks.size > 1:
-            name = checkpoint_folder.statistics_of(self._ranks.rank)
-            named = {checkpoint_folder.AVERAGE + key: value for key, value in averages.items()}
-            files[name] = {**statistics(model.backbone), **named}
-        whole = {**model.state(), **means}
-        own = whole.keys() if model.own is None else model.own
-        of_backbone = {
-            "backbone": {name: whole[name] for name in whole if name in own},
-            "optimizer": named_states(model.optimizer, model.parameters()),
-        }
-        if average:
-            of_backbone["average"] = {**average.tensors, **mean_averages}
+        found = content_of(model, self._runtime.ranks)
+        files, backbone = found.own, found.backbone
         if model.shards:
-            of_backbone = self._whole(of_backbone, model.shards)
+            backbone = self._whole(backbone, model.shards)
         if self._runtime.leads:
-            files |= of_backbone
-        for name, head in model.heads.items():
-            if self._runtime.leads and (shared := head.shared_state()):
-                files[checkpoint_folder.head_of(name)] = shared
-            if len(head.owned):
-                file = checkpoint_folder.centers_of(name, head.owned_rows.start)
-                files[file] = {"centers": head.centers, **head.optimizer.states()}
+            files = {**files, **backbone, **found.heads}
         return {
             f"{file}.safetensors": {name: tensor.detach() for name, tensor in tensors.items()}
             for file, tensors in files.items()
@@ -316,24 +275,6 @@ class Saver:
         own = "" if problem is None else str(problem) or type(problem).__name__
         if reason := words_of_any(own, self._ranks):
             raise CheckpointError(f"{final} was not written: {reason}") from problem
-
-
-def sizes_of(heads: Heads) -> dict[str, Any]:
-    """Return what a manifest says of the identities: of one head, or summed and of each."""
-    each = {
-        name: {
-            "num_identities": head.sharding.num_identities,
-            "canonical_shards": head.sharding.canonical_shards,
-        }
-        for name, head in heads.items()
-    }
-    if "" in each:
-        return each[""]
-    return {
-        "num_identities": sum(one["num_identities"] for one in each.values()),
-        "canonical_shards": min(one["canonical_shards"] for one in each.values()),
-        "heads": each,
-    }
 
 
 def _yield_to_training() -> None:

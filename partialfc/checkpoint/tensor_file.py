@@ -62,15 +62,16 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], disk: Disk) -> Writ
     return Written(size, digest.hexdigest(), sorted(tensors))
 
 
-def _pieces(tensors: Mapping[str, Tensor]) -> Iterator[Bytes]:
-    """The file: length of the header, header, and the tensors without a hole between them.
+def layout_of(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """Return the beginning of a file, and where behind it each tensor starts and stops, in order.
 
-    Wide elements come first, so that all are aligned.
+    There is no hole between them. Wide elements come first, so that all are aligned.
     """
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))
-    header, stop = {}, 0
+    header, places, stop = {}, {}, 0
     for name, tensor in ordered:
         start, stop = stop, stop + tensor.nbytes
+        places[name] = start, stop
         header[name] = {
             "dtype": _NAMES[tensor.dtype],
             "shape": list(tensor.shape),
@@ -78,8 +79,15 @@ def _pieces(tensors: Mapping[str, Tensor]) -> Iterator[Bytes]:
         }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for _, tensor in ordered:
+    return len(text).to_bytes(8, "little") + text, places
+
+
+def _pieces(tensors: Mapping[str, Tensor]) -> Iterator[Bytes]:
+    """The file: its beginning and the tensors."""
+    beginning, places = layout_of(tensors)
+    yield beginning
+    for name in places:
+        tensor = tensors[name]
         assert tensor.is_contiguous()
         if not tensor.numel():
             continue
