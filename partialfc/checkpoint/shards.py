@@ -5,6 +5,7 @@ from contextlib import suppress
 
 from partialfc.checkpoint.folder import read_manifest, steps
 from partialfc.config import Config, ConfigError
+from partialfc.config.heads import holders_of_heads
 from partialfc.errors import CheckpointError
 
 
@@ -31,10 +32,11 @@ def refuse_more_ranks(config: Config, kept: Mapping[str, int], ranks: int) -> No
     Raises:
         ConfigError: If there are more.
     """
-    shards = min(filter(None, kept.values()), default=ranks)
-    if shards < ranks:
-        raise ConfigError(
-            f"run.folder = {str(config.run.folder)!r}: its checkpoints have {shards} canonical "
-            f"shards, for at most as many ranks, and there are {ranks}. Go on with fewer, or begin "
-            "a new run in another folder, with run.start_from for what was trained."
-        )
+    for name, holders in holders_of_heads(config, ranks).items():
+        shards, wanted = kept.get(name, 0), ranks if holders is None else len(holders)
+        if 0 < shards < wanted:
+            raise ConfigError(
+                f"run.folder = {str(config.run.folder)!r}: its checkpoints have {shards} canonical "
+                f"shards, for at most as many ranks, and there are {wanted}. Go on with fewer, or "
+                "begin a new run in another folder, with run.start_from for what was trained."
+            )

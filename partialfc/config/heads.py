@@ -38,6 +38,11 @@ class Named(Section):
     weight: Annotated[float, Range(gt=0, le=1e6)] = 1.0
     """Factor of its loss, the mean over its images of the batch, in the sum of all heads."""
 
+    ranks: Annotated[int, Range(ge=1)] | None = None
+    """Ranks that its class centers lie on, for a head so small that there is little to share. Heads
+    that say it take the ranks in turn, in the order of the file. Left out, or more than there are:
+    all. It may change when a run goes on."""
+
 
 class NamedHead(Head, Named):
     """One of several heads."""
@@ -167,14 +172,30 @@ def rows_of_heads(config: "Config") -> dict[str, NDArray[np.bool_] | None]:
     }
 
 
+def holders_of_heads(config: "Config", world_size: int) -> dict[str, range | None]:
+    """Return the ranks that the class centers of each head lie on; ``None`` is all."""
+    holders: dict[str, range | None] = {}
+    free = 0
+    for name, head in dict(config.heads).items() or {"": config.head}.items():
+        wanted = getattr(head, "ranks", None)
+        if wanted is None or wanted >= world_size:
+            holders[name] = None
+            continue
+        first = free if free + wanted <= world_size else 0
+        free = first + wanted
+        holders[name] = range(first, free)
+    return holders
+
+
 def few_shards(config: "Config", world_size: int) -> Iterator[str]:
     """Yield a line for each head whose class centers cannot be cut for so many ranks."""
-    for name, one in each_head(config).items():
-        shards = one.head.canonical_shards
-        if shards is not None and shards < world_size:
+    for name, holders in holders_of_heads(config, world_size).items():
+        shards = each_head(config)[name].head.canonical_shards
+        ranks = world_size if holders is None else len(holders)
+        if shards is not None and shards < ranks:
             yield (
                 f"{section_of_head(name)}.canonical_shards = {shards}: must be at least the number "
-                f"of ranks, {world_size}. Leave it out, or set the largest number the run will "
+                f"of ranks, {ranks}. Leave it out, or set the largest number the run will "
                 "ever have."
             )
 

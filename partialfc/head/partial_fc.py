@@ -73,6 +73,7 @@ class PartialFC(Shard):
             ``None`` for a number that depends on ``num_identities`` alone, or for one a rank where
             there are more ranks than that.
         group: Process group; ``None`` for the default one.
+        holders: Ranks of the group that hold the centers, of a small head; ``None`` for all.
         device: Where the centers live; ``None`` for torch's default device.
 
     Raises:
@@ -99,6 +100,7 @@ class PartialFC(Shard):
         seed: int = 2048,
         canonical_shards: int | None = None,
         group: dist.ProcessGroup | None = None,
+        holders: range | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
@@ -138,15 +140,12 @@ class PartialFC(Shard):
                 else canonical_shards
             ),
             world_size=self.ranks.size,
+            holders=holders,
         )
         self.margin = margin
         self.owned = self.sharding.owned(self.ranks.rank)
         self.embedding_dim, self.seed = embedding_dim, seed
         self.centers_per_identity = margin.centers_per_identity
-        self.owned_rows = range(
-            self.owned.start * self.centers_per_identity,
-            self.owned.stop * self.centers_per_identity,
-        )
         for name, value in margin.new_state(num_identities).items():
             self.register_buffer(f"margin_{name}", torch.tensor(value, device=self.device))
         rule = optimizer or RowSGD()
@@ -315,8 +314,7 @@ class PartialFC(Shard):
         """Gather the global batch, refuse what is no identity of it, and sample its centers."""
         margin, optimizer = self.margin, self.optimizer
         if self._first:
-            every = (len(self.sharding.owned(rank)) for rank in range(self.ranks.size))
-            fewest = min(filter(None, every)) * self.centers_per_identity
+            fewest = self.sharding.fewest * self.centers_per_identity
             refuse_copies(self.centers, fewest, self.device, self.ranks)
             self._first = False
         state = {name: value.clone() for name, value in self.margin_state().items()}

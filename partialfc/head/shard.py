@@ -31,6 +31,14 @@ class Shard(nn.Module):
     """The cut of the identities."""
     owned: range
     """Identities of this rank."""
+    centers_per_identity: int
+    """Rows of an identity."""
+
+    @property
+    def owned_rows(self) -> range:
+        """Rows of this rank among those of all."""
+        each = self.centers_per_identity
+        return range(self.owned.start * each, self.owned.stop * each)
 
     @property
     def centers(self) -> nn.Parameter:

@@ -14,7 +14,7 @@ from partialfc.backbones import build_backbone
 from partialfc.backbones.timm_network import with_sync_batch_norm
 from partialfc.config import Config, ConfigError
 from partialfc.config.conflicts import head_compute, memory_of
-from partialfc.config.heads import each_head, section_of_head
+from partialfc.config.heads import each_head, holders_of_heads, section_of_head
 from partialfc.config.losses import OwnLoss
 from partialfc.definitions.phrases import to_value
 from partialfc.errors import in_words
@@ -153,6 +153,7 @@ def build(
     backbone, kept = new_backbone(config), kept_shards or {}
     if isinstance(identities, int):
         identities = {"": Numbering((range(identities),))}
+    holders = holders_of_heads(config, runtime.ranks.size)
     heads = {
         name: _head(
             one,
@@ -162,6 +163,7 @@ def build(
             name,
             identities[name].sets,
             identities[name].most,
+            holders[name],
         )
         for name, one in each_head(config).items()
     }
@@ -321,6 +323,7 @@ def _head(
     name: str = "",
     sets: Sets | None = None,
     most: int | None = None,
+    holders: range | None = None,
 ) -> PartialFC:
     """The head of a name, whose settings are ``config.head``."""
     settings = config.head
@@ -349,6 +352,7 @@ def _head(
             sets=sets,
             seed=seed_of(config, name),
             canonical_shards=settings.canonical_shards or kept_shards or room_to_grow,
+            holders=holders,
             device=runtime.device,
         )
     except ValueError as error:

@@ -11,7 +11,8 @@ from partialfc import PartialFC
 from partialfc.checkpoint import loading as checkpoint
 from partialfc.checkpoint.folder import centers_of, read_manifest
 from partialfc.config import Config, ConfigError
-from partialfc.config.heads import each_head, rows_of_heads
+from partialfc.config.heads import each_head, holders_of_heads, rows_of_heads
+from partialfc.distributed.ranks import Ranks
 from partialfc.model.build import assemble, build, margin_of, row_rule_of, seed_of
 from partialfc.model.heads import Heads, Numbering
 from partialfc.model.optimizer import build_optimizer, set_rate
@@ -52,6 +53,7 @@ def settings(**sections) -> Config:
 
 
 def new_heads(config) -> Heads:
+    holders = holders_of_heads(config, Ranks.of().size)
     return Heads(
         {
             name: PartialFC(
@@ -62,6 +64,7 @@ def new_heads(config) -> Heads:
                 optimizer=row_rule_of(one),
                 seed=seed_of(config, name),
                 canonical_shards=8,
+                holders=holders[name],
             )
             for name, one in each_head(config).items()
         },
@@ -87,8 +90,14 @@ def only(config, name):
     return settings(heads=heads)
 
 
-def trained(rank, world_size, accumulation):
-    config = settings(optimizer={"name": "sgd", "clip_norm": 0.0, "accumulation": accumulation})
+def on_ranks(**ranks):
+    """The heads, some of them on so many ranks alone."""
+    return {name: {**one, "ranks": ranks.get(name)} for name, one in HEADS.items()}
+
+
+def trained(rank, world_size, accumulation, heads=HEADS):
+    optimizer = {"name": "sgd", "clip_norm": 0.0, "accumulation": accumulation}
+    config = settings(optimizer=optimizer, heads=heads)
     torch.manual_seed(0)
     model = assemble(config, runtime(), Flat(8, 16), new_heads(config))
     losses = []
@@ -156,9 +165,40 @@ def test_ranks_and_micro_batches_change_rounding_alone(ranks, accumulation):
         assert (centers - value).norm() <= 1e-5 * value.norm(), name
 
 
+@pytest.mark.distributed
+def test_heads_on_some_of_the_ranks_change_rounding_alone():
+    """One head on the first of three ranks, the other on the two behind it."""
+    whole = alone(settings())
+    parted = run_on_ranks(3, trained, 1, on_ranks(people=1, things=2))
+    held = {name: [len(centers[name]) for *_, centers in parted] for name in HEADS}
+    assert held == {"people": [55, 0, 0], "things": [0, 10, 10]}
+    for losses, weight, _ in parted:
+        for one, other in zip(losses, whole[0], strict=True):
+            assert {name: one[name] for name in other} == pytest.approx(other, rel=1e-5)
+        assert (weight - whole[1]).norm() <= 1e-5 * whole[1].norm()
+    for name, value in whole[2].items():
+        centers = torch.cat([centers[name] for _, _, centers in parted])
+        assert (centers - value).norm() <= 1e-5 * value.norm(), name
+
+
+@pytest.mark.parametrize(
+    ("ranks", "world_size", "expected"),
+    [
+        ({"people": 1, "things": 1}, 1, [None, None]),
+        ({"people": 1, "things": 1}, 4, [range(1), range(1, 2)]),
+        ({"people": 3, "things": 2}, 4, [range(3), range(2)]),
+        ({"things": 2}, 4, [None, range(2)]),
+        ({"people": 9, "things": 2}, 4, [None, range(2)]),
+    ],
+)
+def test_heads_take_the_ranks_in_turn(ranks, world_size, expected):
+    found = holders_of_heads(settings(heads=on_ranks(**ranks)), world_size)
+    assert found == dict(zip(HEADS, expected, strict=True))
+
+
 def legs(rank, world_size, folder, more):
     """Go on from the newest checkpoint of the folder, if there is one; save at the end."""
-    config = settings()
+    config = settings(heads=on_ranks(things=1))
     torch.manual_seed(0)
     model = assemble(config, runtime(), Flat(8, 16), new_heads(config))
     found, first = checkpoint.newest(folder, runtime()), 0

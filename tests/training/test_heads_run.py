@@ -23,8 +23,9 @@ def three(packs):
         f"turned={{train='{packs / 'heldout_rotated.rec'}', images=6}}}}",
         "heads={letters={sample_rate=0.5, weight=2.0, "
         "centers_in='host', optimizer={name='sgd', momentum_format='int8'}}, "
-        "others={margin={name='cosface', scale=16.0}, optimizer={name='adamw', lr_factor=0.01}}, "
-        "turned={margin={name='curricularface', scale=16.0}, weight=0.5}}",
+        "others={ranks=1, margin={name='cosface', scale=16.0}, "
+        "optimizer={name='adamw', lr_factor=0.01}}, "
+        "turned={ranks=2, margin={name='curricularface', scale=16.0}, weight=0.5}}",
         "losses.center.weight=0.1",
         "run.steps=8",
         "checkpoint.every_steps=4",

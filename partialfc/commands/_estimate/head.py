@@ -18,7 +18,13 @@ from partialfc.commands._estimate.backbone import Device, MemoryItem, TensorMete
 from partialfc.commands._estimate.start import start_parts
 from partialfc.config import Config, ConfigError, conflicts
 from partialfc.config.conflicts import head_compute, memory_of
-from partialfc.config.heads import each_head, labelled_of, rows_of_heads, section_of_head
+from partialfc.config.heads import (
+    each_head,
+    holders_of_heads,
+    labelled_of,
+    rows_of_heads,
+    section_of_head,
+)
 from partialfc.data.label_file import shape_of
 from partialfc.errors import in_words
 from partialfc.head.plan import Machine, Plan
@@ -90,7 +96,7 @@ def heads_of(
         ConfigError: As of :func:`shard_of`.
     """
     found, parts = [], config.optimizer.accumulation
-    rows = rows_of_heads(config)
+    rows, holders = rows_of_heads(config), holders_of_heads(config, world_size)
     for name, one in each_head(config).items():
         own_B = rows[name]
         if own_B is not None:
@@ -98,7 +104,8 @@ def heads_of(
             data = one.data.model_copy(update={"global_batch": batch})
             one = one.model_copy(update={"data": data})
         count = identities[name]
-        shard = shard_of(one, count, world_size, device, positives_of(config, name))
+        positives = positives_of(config, name)
+        shard = shard_of(one, count, world_size, device, positives, holders[name])
         found.append(OfHead(name, one, count, shard))
     return found
 
@@ -126,7 +133,12 @@ def positives_of(config: Config, head: str) -> int:
 
 
 def shard_of(
-    config: Config, identities: int, world_size: int, device: Device, positives: int = 1
+    config: Config,
+    identities: int,
+    world_size: int,
+    device: Device,
+    positives: int = 1,
+    holders: range | None = None,
 ) -> ShardSizes:
     """Return the sizes of the largest rank's part of the head, for images of some identities each.
 
@@ -139,7 +151,10 @@ def shard_of(
     )
     try:
         sharding = Sharding(
-            num_identities=identities, canonical_shards=shards, world_size=world_size
+            num_identities=identities,
+            canonical_shards=shards,
+            world_size=world_size,
+            holders=holders,
         )
     except ValueError as error:
         raise ConfigError(f"head: {error}") from error
