@@ -9,8 +9,9 @@ QUICK := tests/test_layering.py tests/test_keyed.py tests/config tests/definitio
 	tests/losses tests/protocols tests/model tests/data/test_records.py tests/data/test_order.py \
 	tests/head/test_head.py tests/head/test_margins_on_head.py tests/head/test_sharding.py
 GPU_TESTS := tests/gpu tests/head/test_kernels.py tests/head/test_fused_kernels.py -k "cuda or gpu"
+SIMULATED := PYTHONPATH=$(CURDIR)/tests/simulated_gpu/site $(PYTEST) $(BESIDE) -m "not cluster"
 
-.PHONY: demo faces quick test test-all test-gpu test-cluster monitor omniglot taught lint clean
+.PHONY: demo faces quick test test-all test-gpu test-simulated-gpu test-cluster monitor omniglot taught lint clean
 
 demo: .venv/installed
 	$(BIN)/python tools/demo.py
@@ -28,11 +29,18 @@ quick: lint
 test: lint
 	$(PYTEST) $(BESIDE) $(TESTS)
 
+# What needs a CUDA device, on one made of host memory: without Triton's kernels, and with them in its
+# interpreter.
+test-simulated-gpu: .venv/installed
+	$(SIMULATED) tests/gpu tests/simulated_gpu
+	TRITON_INTERPRET=1 $(SIMULATED) tests/gpu tests/simulated_gpu
+
 # The rest: what is slow, and as root on Debian what needs Slurm, Prometheus, a browser and network
 # namespaces. Coverage is that of the slow tests and the quick ones.
 test-all: .venv/installed
 	bash tests/cluster/install.sh
 	$(PYTEST) $(BESIDE) -m "slow and not cluster" --cov=partialfc --cov-report=
+	$(MAKE) test-simulated-gpu
 	$(PYTEST) tests/cluster -m cluster --cov=partialfc --cov-append --cov-report=
 	$(PYTEST) $(BESIDE) $(QUICK) --cov=partialfc --cov-append --cov-report=
 	@echo "coverage of partialfc: $$($(BIN)/coverage report --format=total) %"
