@@ -46,21 +46,29 @@ def run(packs, folder, *overrides, ranks=None) -> subprocess.CompletedProcess:
 
 
 _DIES = """
-import os, signal, sys
+import os, signal, sys, time
 import partialfc.training.run as training
 from partialfc.commands.train import main
 step = training.train_step
-def dies(model, *rest):
+def dies(model, config, *rest):
     if model.heads.steps == int(sys.argv[1]):
+        due = model.heads.steps // config.checkpoint.every_steps * config.checkpoint.every_steps
+        written = config.run.folder / "checkpoints" / f"step_{due:08d}"
+        until = time.monotonic() + 60
+        while due and not written.exists() and time.monotonic() < until:
+            time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGKILL)
-    return step(model, *rest)
+    return step(model, config, *rest)
 training.train_step = dies
 os._exit(main(sys.argv[2:]))
 """
 
 
 def killed_at(step, packs, folder, *overrides, ranks=2) -> subprocess.CompletedProcess:
-    """Run on several ranks until each kills itself, as kill -9 does, before it takes a step."""
+    """Run on several ranks until each kills itself, as kill -9 does, before it takes a step.
+
+    The checkpoint that was due before is there, however slow the machine is.
+    """
     return killed(step, words(packs, folder, *overrides), ranks=ranks)
 
 
