@@ -188,7 +188,7 @@ def _warn(config: Config, model: Model) -> None:
     losses = model.losses.losses.items()
     pairs = [name for name, one in losses if one.loss.compares_pairs]
     for sentence in (
-        *_of_margins(config, model),
+        *_of_heads(config, model),
         *(
             ['backbone.shard = "fsdp2": on one rank there is nothing to divide the backbone among.']
             if config.backbone.shard == "fsdp2" and model.shards is None
@@ -199,9 +199,16 @@ def _warn(config: Config, model: Model) -> None:
         print(f"warning: {sentence}", flush=True)
 
 
-def _of_margins(config: Config, model: Model) -> Iterator[str]:
+def _of_heads(config: Config, model: Model) -> Iterator[str]:
     for name, one in each_head(config).items():
         head = model.heads[name]
-        sampled = max(2, math.ceil(head.sharding.num_identities * one.head.sample_rate))
-        for sentence in guidance.warnings(head.margin, sampled, config.backbone.embedding_dim):
+        identities = head.sharding.num_identities
+        sampled = max(2, math.ceil(identities * one.head.sample_rate))
+        sentences = guidance.warnings(head.margin, sampled, config.backbone.embedding_dim)
+        if identities == 1:
+            sentences = [
+                "all images are of one identity, and a softmax that has no other to tell it from "
+                "learns nothing. Is there a folder, or a label, for each?"
+            ]
+        for sentence in sentences:
             yield f"heads.{name}: {sentence}" if name else sentence

@@ -38,6 +38,15 @@ def test_the_labels_of_the_pack_beside_it_train_the_same_bits(packs, tmp_path):
     assert all(value.tobytes() == after[name].tobytes() for name, value in before.items())
 
 
+def test_images_of_one_identity_are_warned_of(packs, tmp_path):
+    """A flat folder, or labels of a column that is the same everywhere: the loss would be 0."""
+    count = len(open_dataset([packs / "train.rec"]))
+    labels = saved(tmp_path / "labels.npy", np.zeros(count, np.int64))
+    done = run(packs, tmp_path / "run", *FEW, "run.steps=3", f"data.labels={labels}")
+    assert done.returncode == 0, done.stderr
+    assert "all images are of one identity" in done.stdout
+
+
 def eight_of(packs):
     """[N, 8] of neighbouring identities: some rows have fewer, and some none."""
     label_N = open_dataset([packs / "train.rec"]).labels()
