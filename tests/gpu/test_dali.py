@@ -13,13 +13,11 @@ from partialfc.data.loaders.stream import Stream
 from partialfc.data.order import Order
 from partialfc.data.packs.pack import open_pack
 from partialfc.data.packs.writer import write_insightface_pack
+from tests.support.gpu import needs_a_gpu, needs_a_real_gpu
 from tests.support.places import FIXTURES
 
 pytest.importorskip("nvidia.dali")
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [*needs_a_gpu, needs_a_real_gpu("decoder of DALI")]
 
 GOLDEN = FIXTURES / "records" / "insightface.rec"
 

@@ -12,11 +12,9 @@ from partialfc.evaluation.embedding import embed_images
 from partialfc.protocols.all_to_all import combine, search
 from partialfc.runtime.process import Runtime
 from tests.support.embeddings import clustered
+from tests.support.gpu import needs_a_gpu, needs_a_real_gpu
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = needs_a_gpu
 
 
 def test_all_to_all_is_exact_on_a_gpu():
@@ -27,6 +25,7 @@ def test_all_to_all_is_exact_on_a_gpu():
     assert combine(parts[:1], identity, targets) == combine(parts[1:], identity, targets)
 
 
+@needs_a_real_gpu("cuDNN, whose bits these are")
 def test_batch_does_not_change_a_bit_on_a_gpu():
     backbone = build_backbone("iresnet18", embedding_dim=128).cuda().eval()
     images = np.random.default_rng(0).integers(0, 256, (70, 112, 112, 3), dtype=np.uint8)

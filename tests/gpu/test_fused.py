@@ -6,10 +6,12 @@ import torch
 from partialfc import ArcFace, RowSGD
 from partialfc.head.rows.formats import decode
 from partialfc.margins import CurricularFace, Margin
+from tests.support.gpu import needs_a_real_gpu
 from tests.support.heads import flat_head
 
 pytestmark = [
     pytest.mark.gpu,
+    needs_a_real_gpu("warps, and would take hours for so many rows"),
     pytest.mark.skipif(
         not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0),
         reason="no Hopper",

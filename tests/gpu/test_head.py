@@ -12,15 +12,14 @@ from partialfc.model.build import assemble
 from partialfc.model.step import train_step
 from partialfc.runtime.process import Runtime
 from tests.support import reference
+from tests.support.gpu import INTERPRETED, needs_a_gpu
 from tests.support.heads import flat_head
 from tests.support.models import Flat, batch, settings
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = needs_a_gpu
 
 PLAIN = RowSGD(lr=1.0, momentum=0.0, weight_decay=0.0)
+ROWS, STEPS = (500, 4) if INTERPRETED else (5000, 20)
 
 
 @pytest.mark.parametrize("rate", [0.1, 1.0])
@@ -32,16 +31,12 @@ PLAIN = RowSGD(lr=1.0, momentum=0.0, weight_decay=0.0)
 def test_loss_and_gradients_equal_the_fp64_oracle(margin, rate):
     generator = torch.Generator().manual_seed(0)
     embeddings = torch.randn(64, 128, generator=generator)
-    labels = torch.randint(0, 5000, (64,), generator=generator)
-    centers = torch.randn(5000, 128, generator=generator)
-    head = flat_head(5000, 128, margin, sample_rate=rate, optimizer=PLAIN, device="cuda")
+    labels = torch.randint(0, ROWS, (64,), generator=generator)
+    centers = torch.randn(ROWS, 128, generator=generator)
+    head = flat_head(ROWS, 128, margin, sample_rate=rate, optimizer=PLAIN, device="cuda")
     head.centers.data.copy_(centers)
     rows = head.sampler(0, labels.cuda()).rows
-    sampled = torch.arange(5000) if rows is None else rows.cpu().sort().values
-    own = embeddings.cuda().requires_grad_()
-    loss = head(own, labels.cuda())
-    loss.backward()
-    head.optimizer.step()
+    sampled = torch.arange(ROWS) if rows is None else rows.cpu().sort().values
     truth = reference.gradients_of(
         embeddings,
         centers,
@@ -51,7 +46,13 @@ def test_loss_and_gradients_equal_the_fp64_oracle(margin, rate):
         sampled=sampled,
         inter_class_filter=margin.inter_class_filter,
     )
-    found = (loss.detach().cpu(), own.grad.cpu(), centers - head.centers.detach().cpu())
+    own = embeddings.cuda().requires_grad_()
+    loss = head(own, labels.cuda())
+    weight = float(centers.norm() / truth[2].norm())  # or rounding of w - g would outweigh g
+    (loss * weight).backward()
+    head.optimizer.step()
+    change = centers - head.centers.detach().cpu()
+    found = (loss.detach().cpu(), own.grad.cpu() / weight, change / weight)
     for value, expected in zip(found, truth, strict=True):
         assert reference.relative_error(value, expected) < 2e-5
 
@@ -68,18 +69,18 @@ def test_gpu_and_cpu_sample_the_same_rows():
 FORMATS = [("fp32", "fp32"), ("fp16", "int8"), ("bf16", "bf16"), ("fp16", "fp32")]
 
 
-def trained(device, rule, steps=20, **settings):
+def trained(device, rule, **settings):
     """Loss of every step, and the centers as they are stored."""
     head = flat_head(
-        5000, 128, ArcFace(scale=32), sample_rate=0.3, optimizer=rule, device=device, **settings
+        ROWS, 128, ArcFace(scale=32), sample_rate=0.3, optimizer=rule, device=device, **settings
     )
-    start = torch.randn(5000, 128, generator=torch.Generator().manual_seed(5)) * 0.01
+    start = torch.randn(ROWS, 128, generator=torch.Generator().manual_seed(5)) * 0.01
     head.centers.data.copy_(start)
     losses = []
-    for step in range(steps):
+    for step in range(STEPS):
         generator = torch.Generator().manual_seed(step)
         embeddings = torch.randn(64, 128, generator=generator).to(device).requires_grad_()
-        labels = torch.randint(0, 5000, (64,), generator=generator).to(device)
+        labels = torch.randint(0, ROWS, (64,), generator=generator).to(device)
         loss = head(embeddings, labels)
         loss.backward()
         head.optimizer.step()
@@ -107,22 +108,30 @@ def test_rules_without_a_kernel_train_as_on_the_cpu(rule):
 
 @pytest.mark.parametrize("compute", ["tf32", "bf16"])
 def test_low_precision_is_no_worse_than_plain_bf16_code(compute):
-    generator = torch.Generator().manual_seed(0)
-    embeddings, labels = torch.randn(64, 128, generator=generator), torch.arange(64) * 7
-    margin = ArcFace()
-    head = flat_head(5000, 128, margin, optimizer=PLAIN, device="cuda", compute=compute)
-    centers = head.centers.detach().cpu()
-    own = embeddings.cuda().requires_grad_()
-    loss = head(own, labels.cuda())
-    loss.backward()
-    head.optimizer.step()
-    found = (loss.detach().cpu(), own.grad.cpu(), centers - head.centers.detach().cpu())
-    positive = reference.positive_logit(margin)
-    truth = reference.gradients_of(embeddings, centers, labels, positive, scale=margin.scale)
-    plain = reference.plain_gradients(embeddings, centers, labels, margin, torch.bfloat16)
-    for mine, theirs, expected in zip(found, plain, truth, strict=True):
-        allowed = reference.relative_error(theirs, expected)
-        assert reference.relative_error(mine, expected) <= 1.05 * allowed
+    """Over ten draws: of a single one, rounding makes either better."""
+    margin, draws = ArcFace(), 10
+    mine, allowed = torch.zeros(3), torch.zeros(3)
+    for seed in range(draws):
+        generator = torch.Generator().manual_seed(seed)
+        embeddings, labels = (
+            torch.randn(64, 128, generator=generator),
+            torch.arange(64) * (ROWS // 64),
+        )
+        head = flat_head(
+            ROWS, 128, margin, optimizer=PLAIN, device="cuda", compute=compute, seed=seed
+        )
+        centers = head.centers.detach().cpu()
+        own = embeddings.cuda().requires_grad_()
+        loss = head(own, labels.cuda())
+        loss.backward()
+        head.optimizer.step()
+        found = (loss.detach().cpu(), own.grad.cpu(), centers - head.centers.detach().cpu())
+        positive = reference.positive_logit(margin)
+        truth = reference.gradients_of(embeddings, centers, labels, positive, scale=margin.scale)
+        plain = reference.plain_gradients(embeddings, centers, labels, margin, torch.bfloat16)
+        for errors, values in ((mine, found), (allowed, plain)):
+            errors += torch.tensor([*map(reference.relative_error, values, truth)]) / draws
+    assert (mine <= 1.05 * allowed).all(), (mine, allowed)
 
 
 def test_kept_exponentials_change_no_result():

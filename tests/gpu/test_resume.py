@@ -5,17 +5,14 @@ import signal
 
 import numpy as np
 import pytest
-import torch
 
 pytest.importorskip("pydantic")
 
+from tests.support.gpu import needs_a_gpu, needs_a_real_gpu
 from tools.bench._faults.runs import Run, command, losses, steps_in, tensors
 from tools.bench.faults import COMMON
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = [*needs_a_gpu, needs_a_real_gpu("DALI, Triton and cuDNN in one run")]
 
 
 def test_kill_9_on_a_gpu_continues_bit_for_bit(packs, tmp_path):

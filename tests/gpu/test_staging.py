@@ -1,14 +1,11 @@
 """Rows in pinned host memory, a stream of their own, and the fused kernel on compact rows."""
 
 import pytest
-import torch
 
-from tests.support.staging import HOST, RULES, assert_equal, head_of, trained
+from tests.support.gpu import INTERPRETED, needs_a_gpu
+from tests.support.staging import HOST, RULES, STEPS, assert_equal, batches, head_of, trained
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = needs_a_gpu
 
 
 @pytest.mark.parametrize("prefetch", [True, False])
@@ -19,7 +16,8 @@ def test_every_step_is_that_of_rows_on_the_device(rule, placement, prefetch):
     results = []
     for where in (None, placement):
         head = head_of(*RULES[rule], where, device="cuda")
-        losses, centers, states = trained(head, prefetch=prefetch)
+        given = batches(9 if INTERPRETED else STEPS)
+        losses, centers, states = trained(head, prefetch=prefetch, given=given)
         results.append((losses, centers.cpu(), {k: v.cpu() for k, v in states.items()}))
     assert_equal(results[1], results[0])
 

@@ -15,7 +15,7 @@ _stored: set[int] = set()
 
 def interpret() -> None:
     """Let kernels be interpreted; needs ``TRITON_INTERPRET=1`` before Triton is imported."""
-    from triton.language import bfloat16
+    from triton.language import bfloat16, float32
     from triton.runtime import interpreter
 
     executor, builder = interpreter.GridExecutor, interpreter.InterpreterBuilder
@@ -37,10 +37,13 @@ def interpret() -> None:
         return [_on_host(one) for one in given], {key: _on_host(one) for key, one in named.items()}
 
     def dot_of_bf16(self: Any, a: Any, b: Any, d: Any, *how: Any) -> Any:
-        for one in (a, b):
-            if one.dtype.scalar == bfloat16 and one.data.dtype == np.uint16:  # as it keeps them
-                one.data = (one.data.astype(np.uint32) << 16).view(np.float32)
-        return dot(self, a, b, d, *how)
+        return dot(self, _widened(a), _widened(b), d, *how)
+
+    def _widened(operand: Any) -> Any:
+        if operand.dtype.scalar != bfloat16:
+            return operand
+        bits = operand.data.astype(np.uint32) << 16  # it keeps them as integers
+        return interpreter.TensorHandle(bits.view(np.float32), float32)
 
     executor.__call__, executor._init_args_hst = run_watched, to_host
     executor._restore_args_dev = lambda *_: None

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 LOCK = threading.RLock()
 """Of all clocks."""
 
@@ -38,9 +40,15 @@ class Actor:
 
     def learn(self, clock: Mapping["Actor", int]) -> None:
         """Know from now on what another knew."""
-        for actor, count in clock.items():
-            if self.clock.get(actor, 0) < count:
-                self.clock[actor] = count
+        news = {actor: n for actor, n in clock.items() if self.clock.get(actor, 0) < n}
+        if news:  # to have heard them is an act
+            self.clock |= news
+            self.clock[self] += 1
+
+    def follow(self, other: "Actor") -> None:
+        """Know from now on what another knows at present."""
+        if self.clock.get(other) != other.clock[other]:  # it has acted since
+            self.learn(other.clock)
 
     def knows(self, act: "Act") -> bool:
         """Whether an act has ended before the next of this actor begins."""
@@ -61,18 +69,20 @@ class Act:
 
 
 def host() -> Actor:
-    """Return the actor of this thread."""
+    """Return the actor of this thread; autograd's are one with the main thread, which waits."""
     if not hasattr(_thread, "actor"):
-        _thread.actor = Actor(f"thread {threading.current_thread().name}")
-        _hosts.append(_thread.actor)
-    actor: Actor = _thread.actor
-    return actor
+        thread = threading.current_thread()
+        is_autograds = bool(_hosts) and isinstance(thread, threading._DummyThread)
+        _thread.actor = _hosts[0] if is_autograds else Actor(f"thread {thread.name}")
+        if not is_autograds:
+            _hosts.append(_thread.actor)
+    return _thread.actor
 
 
 def launch(what: str) -> Act:
     """Start something on the current stream, which then knows what this thread knows."""
     actor = current_stream().actor
-    actor.learn(host().clock)
+    actor.follow(host())
     return actor.act(what)
 
 
@@ -82,8 +92,6 @@ class Stream:
     device_index, device_type, cuda_stream = 0, 1, 0
 
     def __init__(self, device: object = None, priority: int = 0) -> None:
-        import torch
-
         self.device = torch.device("cuda", 0)
         self.actor = Actor(f"stream {len(_streams)}")
         _streams.append(self)
@@ -126,7 +134,7 @@ class Event:
         """Happen once the stream has done what it has been given."""
         with LOCK:
             actor = (stream or current_stream()).actor
-            actor.learn(host().clock)
+            actor.follow(host())
             self.clock, self.seconds = dict(actor.clock), time.perf_counter()
 
     def wait(self, stream: Stream | None = None) -> None:
@@ -148,8 +156,6 @@ class Event:
 
 def default_stream(device: object = None) -> Stream:
     """Return the stream that every thread begins on."""
-    if not _streams:
-        Stream()
     return _streams[0]
 
 
@@ -204,3 +210,7 @@ class Carried:
             with LOCK:
                 host().act("returns")
                 self.after.update(host().clock)
+
+
+host()  # the main thread's, the first of all
+Stream()  # the default one, the first of all

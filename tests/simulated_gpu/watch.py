@@ -91,15 +91,13 @@ class Watch(TorchDispatchMode):
         global _watch
         if _watch is None:
             _watch = self
-            order.waits.append(self.note_wait)
         super().__enter__()
         return self
 
     def __exit__(self, *why: Any) -> None:
         global _watch
         super().__exit__(*why)
-        if threading.current_thread() is threading.main_thread():
-            order.waits.remove(self.note_wait)
+        if _watch is self and threading.current_thread() is threading.main_thread():
             _watch = None
 
     def note_wait(self, why: str) -> None:
@@ -126,7 +124,7 @@ class Watch(TorchDispatchMode):
             with LOCK:
                 act = self._ran(operator.name, reads, writes + _tensors(result))
                 if why:
-                    host().learn(act.actor.clock)
+                    host().follow(act.actor)
         return result
 
     def ran_kernel(self, name: str, reads: list[Tensor], writes: list[Tensor]) -> None:
@@ -155,7 +153,7 @@ class Watch(TorchDispatchMode):
             actor = current_stream().actor if is_cuda else host()
             memory = _memories[storage] = _Memory(actor, place)
             if is_cuda:
-                weakref.finalize(storage, self._give_back, memory)
+                weakref.finalize(storage, self._give_back, memory).atexit = False
                 self._give_out(memory)
         return memory
 
@@ -213,6 +211,9 @@ def note_wait(why: str) -> None:
     """Tell the watch that the host waits, if there is one."""
     if _watch is not None:
         _watch.note_wait(why)
+
+
+order.waits.append(note_wait)
 
 
 def note_read(tensor: Tensor) -> None:
