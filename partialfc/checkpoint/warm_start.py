@@ -28,6 +28,7 @@ from partialfc.config import Config, ConfigError
 from partialfc.data.dataset import DataSet
 from partialfc.data.names import NAMES, Names, first_difference, names_of, read_names
 from partialfc.distributed.agreement import words_of_any
+from partialfc.head.rows.formats import FIRST_SCALE, FORMATS
 from partialfc.model.build import Model
 from partialfc.runtime.process import Runtime
 
@@ -72,10 +73,10 @@ def warm_start(
     wrong = _others(path, manifest, dataset) if runtime.leads else ""
     if wrong := words_of_any(wrong, runtime.ranks):
         raise ConfigError(wrong)
-    if head.centers.dtype == torch.float16:
+    if head.centers.dtype in FIRST_SCALE:
         raise ConfigError(
-            'head.center_format = "fp16" with run.start_from: class centers are taken over into '
-            "fp32 or bf16. Leave it out."
+            f'head.center_format = "{FORMATS[head.centers.dtype]}" with run.start_from: class '
+            "centers are taken over into fp32 or bf16. Leave it out."
         )
     if manifest["facts"]["dim"] != head.centers.shape[1] or (
         manifest["facts"]["centers_per_identity"] != head.centers_per_identity

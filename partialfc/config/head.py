@@ -63,9 +63,9 @@ class Head(Section):
     """Format of the head's matrix products. ``auto`` is bf16 where ``precision.compute`` is,
     otherwise fp32, or tf32 on a GPU with ``precision.tf32``."""
 
-    center_format: Literal["fp32", "bf16", "fp16"] = "fp32"
+    center_format: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"
     """How class centers are stored. ``fp16`` has a scale per center and is the better one of 16
-    bits; both are rounded stochastically."""
+    bits; ``fp8`` (e4m3) takes half of that and is coarse. All three are rounded stochastically."""
 
     keep_mib: Annotated[int | None, Range(ge=0), Unit("MiB")] = None
     """Most memory per rank that spares the second pass of the head a matrix product. The result is

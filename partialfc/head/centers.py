@@ -11,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from partialfc.head.rows.formats import decode
+from partialfc.head.rows.formats import FIRST_SCALE, FORMATS, decode, nearest
 from partialfc.head.rows.rules import States
+from partialfc.head.rows.stored import CENTERS, SCALE
 from partialfc.head.sampling import NOT_LOCAL, Sample
 from partialfc.head.tiles.torch_steps import take_rows
 from partialfc.keyed import key
@@ -27,10 +28,12 @@ _INITIAL_BLOCK = 1024
 def fill_initial_(centers: Tensor, rows: range, *, seed: int, device: torch.device) -> None:
     """Fill centers [len(rows), D] with N(0, 0.01²), a function of seed and global row.
 
+    They are rounded to the nearest, in units of the first scale where their format has one.
     A block of rows is drawn at a time. The values differ between CPU and GPU, whose generators are
     not the same, so ``device`` is that of the run wherever the centers lie.
     """
     dim, generator = centers.shape[1], torch.Generator(device)
+    scale = FIRST_SCALE.get(centers.dtype, 1.0)
     first_block = rows.start // _INITIAL_BLOCK
     for block in range(first_block, -(-rows.stop // _INITIAL_BLOCK)):
         generator.manual_seed(key(seed, "centers", block))
@@ -38,7 +41,7 @@ def fill_initial_(centers: Tensor, rows: range, *, seed: int, device: torch.devi
         start = block * _INITIAL_BLOCK
         low, high = max(start, rows.start), min(start + _INITIAL_BLOCK, rows.stop)
         part = drawn[low - start : high - start].mul_(_CENTER_STD)
-        centers[low - rows.start : high - rows.start] = part
+        centers[low - rows.start : high - rows.start] = part.div_(scale)
 
 
 def begin_at_(
@@ -47,6 +50,7 @@ def begin_at_(
     first: int,
     direction_nD: NDArray[np.float64],
     *,
+    states: States | None = None,
     per_identity: int = 1,
 ) -> int:
     """Turn the centers of identities to directions, at the length of random ones.
@@ -60,6 +64,8 @@ def begin_at_(
         owned: Identities of this rank.
         first: The first identity of those that are given; they follow one another.
         direction_nD: Of any length.
+        states: As in ``RowOptimizer.states()``; rows of fp8 get a scale of their own there, which
+            has room for a direction along an axis.
         per_identity: Centers of an identity.
 
     Returns:
@@ -79,8 +85,15 @@ def begin_at_(
     dim = direction_nD.shape[1]
     row_nD = direction_nD[has_n] / length_n1[has_n] * (_CENTER_STD * math.sqrt(dim))
     at_n = torch.from_numpy((has_n + (first - owned.start)) * per_identity)
-    turned_nD = torch.from_numpy(row_nD).float().to(centers_CD.dtype)
-    centers_CD[at_n.to(centers_CD.device), :dim] = turned_nD.to(centers_CD.device)
+    turned_nD = torch.from_numpy(row_nD).float()
+    if FORMATS.get(centers_CD.dtype) == "fp8":
+        assert states is not None
+        turned_nD, scale_n1 = nearest(turned_nD, "fp8")
+        assert scale_n1 is not None
+        scale_C1 = states[CENTERS + SCALE]
+        scale_C1[at_n.to(scale_C1.device)] = scale_n1.to(scale_C1.device)
+    turned_nD = turned_nD.to(centers_CD.device, centers_CD.dtype)
+    centers_CD[at_n.to(centers_CD.device), :dim] = turned_nD
     return len(direction_nD) - len(has_n)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 Compute = Literal["fp32", "tf32", "bf16"]
-CenterFormat = Literal["fp32", "bf16", "fp16"]
+CenterFormat = Literal["fp32", "bf16", "fp16", "fp8"]
 Where = Literal["device", "host"]
 SeveralLoss = Literal["mean", "any", "soft"]
 Without = Literal["push", "leave_out"]
@@ -29,8 +29,8 @@ class Precision:
         compute: Of the matrix products. ``"bf16"`` gathers embeddings in bf16 too; ``"tf32"`` is
             for GPUs, with fp32 operands in memory. The positive's cosine, the softmax and all sums
             are fp32 in every case.
-        center_format: Of the stored centers; ``"fp16"`` has a scale a row in the optimizer's state.
-            See :mod:`partialfc.head.rows.formats`.
+        center_format: Of the stored centers; ``"fp16"`` and ``"fp8"`` have a scale a row in the
+            optimizer's state. See :mod:`partialfc.head.rows.formats`.
 
     Raises:
         ValueError: If a value is none of these.
@@ -44,9 +44,8 @@ class Precision:
             names = ", ".join(get_args(Compute))
             raise ValueError(f"compute must be one of {names}, got {self.compute!r}.")
         if self.center_format not in get_args(CenterFormat):
-            raise ValueError(
-                f"center_format must be fp32, bf16 or fp16, got {self.center_format!r}."
-            )
+            names = ", ".join(get_args(CenterFormat))
+            raise ValueError(f"center_format must be one of {names}, got {self.center_format!r}.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,10 +205,10 @@ def check_fit(
     Raises:
         ValueError: With the name of the option first.
     """
-    if precision.center_format == "fp16" and not unit_centers:
+    if precision.center_format in ("fp16", "fp8") and not unit_centers:
         raise ValueError(
-            f'center_format = "fp16": it keeps the direction of a center, and {margin} looks at '
-            "its length. Use fp32 or bf16."
+            f'center_format = "{precision.center_format}": it keeps the direction of a center, and '
+            f"{margin} looks at its length. Use fp32 or bf16."
         )
     if memory.uses_host and sample_rate == 1:
         raise ValueError(

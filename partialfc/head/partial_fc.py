@@ -149,7 +149,7 @@ class PartialFC(Shard):
         for name, value in margin.new_state(num_identities).items():
             self.register_buffer(f"margin_{name}", torch.tensor(value, device=self.device))
         rule = optimizer or RowSGD()
-        self.compute = precision.compute
+        self.compute, self.center_format = precision.compute, precision.center_format
         self.plan = self._decide(rule, weighted=negatives == "weighted", fused=kernels.fused)
         self.sampler = KeyedSampler(
             self.sharding,
@@ -160,7 +160,7 @@ class PartialFC(Shard):
             negatives=negatives,
         )
         size = len(self.owned_rows), embedding_dim + margin.bias
-        dtype = DTYPES[precision.center_format]
+        dtype = DTYPES[self.center_format]
         if memory.centers_in == "host":
             centers = host_tensor(
                 "centers", size, dtype, memory.host_folder, pinned=self.device.type == "cuda"
@@ -392,6 +392,7 @@ class PartialFC(Shard):
             weighted=weighted,
             sgd=type(rule) is RowSGD,  # a kernel knows nothing of a subclass's update
             compute=self.compute,
+            fp8=self.center_format == "fp8",
             fused=fused,
         )
         plan.refuse(fused=fused)

@@ -16,6 +16,8 @@ Path = Literal["torch", "triton", "fused"]
 
 _HOPPER = (9, 0)
 """Compute capability whose shared memory the fused kernels are made for."""
+_FP8 = (8, 9)
+"""Compute capability from which Triton reads and writes e4m3; torch does on any device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,7 @@ def decide(
     sgd: bool,
     compute: str,
     fused: bool,
+    fp8: bool = False,
     positives: int = 1,
     sets: bool = False,
     weighted: bool = False,
@@ -84,13 +87,16 @@ def decide(
         sgd: Whether the rule of the rows is SGD.
         compute: Precision of the matrix products.
         fused: Whether the fused kernels are asked for.
+        fp8: Whether the centers are stored so.
         positives: Most identities of a row.
         sets: Whether rows leave out negatives of other sets of identities.
         weighted: Whether sampled negatives stand for others.
     """
     known = machine or Machine("cuda", True, _HOPPER)
-    row_kernel = known.has_kernels and sgd and unit_centers
-    path: Path = "triton" if known.has_kernels else "torch"
+    can_read = not fp8 or known.capability is None or known.capability >= _FP8
+    has_kernels = known.has_kernels and can_read
+    row_kernel = has_kernels and sgd and unit_centers
+    path: Path = "triton" if has_kernels else "torch"
     if not known.has_kernels:
         reason = f"they need a GPU and Triton, and the head is on {known.device}"
     elif known.capability is not None and known.capability < _HOPPER:

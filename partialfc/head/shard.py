@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from partialfc.distributed.ranks import Ranks, gather_rows
 from partialfc.head.rows.optimizer import RowOptimizer
 from partialfc.head.sharding import Sharding
+from partialfc.head.tiles.torch_steps import take_rows
 
 
 class Shard(nn.Module):
@@ -43,8 +44,8 @@ class Shard(nn.Module):
     @property
     def centers(self) -> nn.Parameter:
         """[rows of this rank, D] as ``precision`` stores them, not normalised; changed by
-        ``optimizer`` alone. fp16 rows are in units of their scale. A margin may want several rows
-        for an identity, which follow one another, or a bias, which is one element more."""
+        ``optimizer`` alone. fp16 and fp8 rows are in units of their scale. A margin may want
+        several rows for an identity, which follow one another, or a bias, one element more."""
         return self.optimizer.centers
 
     def get_extra_state(self) -> dict[str, int]:
@@ -141,7 +142,8 @@ def refuse_copies(centers_CD: Tensor, rows: int, device: torch.device, ranks: Ra
     column_D = torch.arange(centers_CD.shape[1], device=centers_CD.device)
     mark_D = torch.zeros(len(column_D), device=device)
     if len(centers_CD):
-        mark_D = centers_CD[column_D % rows, column_D].float().to(device)
+        row_DD = take_rows(centers_CD, column_D % rows, 0, len(column_D))
+        mark_D = row_DD.float().diagonal().contiguous().to(device)
     mark_WD = gather_rows(mark_D.unsqueeze(0), ranks)
     tells_W = (mark_WD != mark_WD[:, :1]).any(1)
     copied_W = tells_W[1:] & (mark_WD[1:] == mark_WD[:-1]).all(1)

@@ -28,6 +28,7 @@ from partialfc.definitions import plugins
 from partialfc.definitions.urls import shown, url_of
 from partialfc.distributed.agreement import all_agree, collective_device, words_of_any
 from partialfc.distributed.ranks import gather_rows, sum_to_owner
+from partialfc.head.rows.formats import DTYPES, SCALED
 from partialfc.model.build import new_backbone, row_rule_of
 from partialfc.model.frozen import freeze, frozen_words
 from partialfc.model.heads import Numbering
@@ -364,8 +365,9 @@ def _row_bytes(config: Config) -> int:
     """A center and its states."""
     center = torch.empty(1, config.backbone.embedding_dim, device="meta")
     states = row_rule_of(config).new_states(center).values()
-    width = 4 if config.head.center_format == "fp32" else 2
-    return sum(state.nbytes for state in states) + config.backbone.embedding_dim * width
+    stored = config.head.center_format
+    size = config.backbone.embedding_dim * DTYPES[stored].itemsize + 4 * (stored in SCALED)
+    return sum(state.nbytes for state in states) + size
 
 
 def _of_all(values: list[float], runtime: Runtime) -> Tensor:

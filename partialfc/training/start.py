@@ -104,6 +104,7 @@ def _begin(
                 head.owned,
                 first,
                 direction_nD,
+                states=head.optimizer.states(),
                 per_identity=head.centers_per_identity,
             )
     except (OSError, ValueError) as error:

@@ -296,6 +296,27 @@ def test_rows_in_host_memory_leave_the_device_and_pass_through_it(tmp_path):
     assert saved == pytest.approx(states - staged, rel=0.01)
 
 
+def test_fp8_centers_and_8_bit_momentum_take_two_bytes_an_element(tmp_path):
+    """150 million on one H200 with momentum in host memory, 117 million with both on the GPU."""
+    config = ROOT / "configs/ms1mv3_r50.toml"
+    wanted = [
+        *("--identities", "150000000", "--gpus-per-node", "1", "--gpu", "h200"),
+        *("head.sample_rate=0.01", "head.center_format=fp8", "data.global_batch=4096"),
+        "backbone.name=convnet_s",
+        *("optimizer.accumulation=8", "head.optimizer.momentum_format=int8"),
+    ]
+    in_host = estimated(tmp_path, config, *wanted, "head.states_in=host")
+    assert in_host["fits"]
+    held = {part["name"]: part["bytes"][0] for part in in_host["memory"]["head"]}
+    assert held["class centers"] == 150_000_000 * 512
+    assert held["staged rows"] == 3 * 1_500_000 * (512 + 512 + 12)
+    on_device = estimated(tmp_path, config, *wanted)
+    assert not on_device["fits"]
+    held = {part["name"]: part["bytes"][0] for part in on_device["memory"]["head"]}
+    assert held["class centers"] + held["row states"] == 150_000_000 * (2 * 512 + 12)
+    assert on_device["most_identities"] > 110e6
+
+
 def bytes_of_head(record) -> int:
     return sum(part["bytes"][0] for part in record["memory"]["head"])
 

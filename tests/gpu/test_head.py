@@ -7,7 +7,7 @@ pytest.importorskip("pydantic")
 
 from partialfc import ArcFace, CosFace, RowAdagrad, RowAdamW, RowSGD
 from partialfc.distributed.ranks import Ranks
-from partialfc.head.rows.formats import decode
+from partialfc.head.rows.formats import FIRST_SCALE, decode
 from partialfc.model.build import assemble
 from partialfc.model.step import train_step
 from partialfc.runtime.process import Runtime
@@ -66,7 +66,7 @@ def test_gpu_and_cpu_sample_the_same_rows():
         assert torch.equal(here.target_B, there.target_B.cpu())
 
 
-FORMATS = [("fp32", "fp32"), ("fp16", "int8"), ("bf16", "bf16"), ("fp16", "fp32")]
+FORMATS = [("fp32", "fp32"), ("fp16", "int8"), ("bf16", "bf16"), ("fp16", "fp32"), ("fp8", "int8")]
 
 
 def trained(device, rule, **settings):
@@ -75,7 +75,7 @@ def trained(device, rule, **settings):
         ROWS, 128, ArcFace(scale=32), sample_rate=0.3, optimizer=rule, device=device, **settings
     )
     start = torch.randn(ROWS, 128, generator=torch.Generator().manual_seed(5)) * 0.01
-    head.centers.data.copy_(start)
+    head.centers.data.copy_(start / FIRST_SCALE.get(head.centers.dtype, 1))
     losses = []
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(step)

@@ -16,7 +16,7 @@ import torch
 from partialfc import AdaFace, ArcFace, RowAdamW, RowSGD, SubCenterArcFace
 from partialfc.head import machine
 from partialfc.head.plan import Machine
-from partialfc.head.rows.formats import decode
+from partialfc.head.rows.formats import FIRST_SCALE, decode
 from partialfc.head.tiles import fused
 from partialfc.margins import CurricularFace, Softmax, UniFace
 from tests.support.heads import flat_head, small_tiles
@@ -170,7 +170,7 @@ MARGINS = {
     "curricular": CurricularFace(),
     "adaface": AdaFace(),
 }
-FORMATS = [("fp32", "fp32"), ("fp16", "int8"), ("bf16", "bf16")]
+FORMATS = [("fp32", "fp32"), ("fp16", "int8"), ("bf16", "bf16"), ("fp8", "int8")]
 
 
 def _trained(device, forced, margin, formats, dim, settings, parts):
@@ -192,7 +192,7 @@ def _trained(device, forced, margin, formats, dim, settings, parts):
             **{"sample_rate": 0.6, **settings},
         )
         start = torch.randn(IDENTITIES, dim, generator=torch.Generator().manual_seed(5)) * 0.01
-        head.centers.data.copy_(start)
+        head.centers.data.copy_(start / FIRST_SCALE.get(head.centers.dtype, 1))
         losses = []
         for step in range(2):
             generator = torch.Generator().manual_seed(step)
@@ -238,8 +238,13 @@ def test_exponentials_of_no_tile_or_of_all(launch, keep_mib):
 
 @pytest.mark.parametrize(
     ("formats", "places"),
-    [(FORMATS[0], {"centers_in": "host", "states_in": "host"}), (FORMATS[1], {}), (FORMATS[2], {})],
-    ids=["fp32 on its way", "fp16 int8", "bf16 bf16"],
+    [
+        (FORMATS[0], {"centers_in": "host", "states_in": "host"}),
+        (FORMATS[1], {}),
+        (FORMATS[2], {}),
+        pytest.param(FORMATS[3], {}, marks=pytest.mark.slow),
+    ],
+    ids=["fp32 on its way", "fp16 int8", "bf16 bf16", "fp8 int8"],
 )
 def test_every_format_and_rows_on_their_way(launch, formats, places):
     """Also rows of a width that no block has, and D = 50 whose last lane of bits is not full."""

@@ -168,7 +168,7 @@ def test_an_identity_that_the_sample_was_not_fixed_for_is_refused():
         head(torch.randn(3, 8), torch.tensor([11, 12, 50]))
 
 
-@pytest.mark.parametrize("center_format", ["bf16", "fp16"])
+@pytest.mark.parametrize("center_format", ["bf16", "fp16", "fp8"])
 def test_stored_bits_are_read_exactly(center_format):
     """The loss is that of the stored centers, whatever their scale is; gradients too.
 
@@ -456,7 +456,7 @@ def test_wrong_input_is_refused(embeddings, identities, message):
     [
         ({"compute": "fp8"}, "compute must be one of fp32, tf32, bf16, got 'fp8'"),
         ({"compute": "tf32"}, 'compute = "tf32": it needs a GPU, and the head is on cpu'),
-        ({"center_format": "int8"}, "center_format must be fp32, bf16 or fp16, got 'int8'"),
+        ({"center_format": "int8"}, "center_format must be one of .*fp16, fp8, got 'int8'"),
         ({"keep_mib": -1}, "keep_mib must be >= 0 and finite, got -1"),
         ({"overlap": True}, "overlap = true: it needs a GPU, and the head is on cpu"),
     ],

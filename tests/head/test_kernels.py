@@ -17,7 +17,7 @@ import torch
 
 from partialfc import ArcFace, RowSGD, Several, SubCenterArcFace
 from partialfc.head.rows.catch_up import Moves
-from partialfc.head.rows.formats import DTYPES, FORMATS, SCALED, decode, encode
+from partialfc.head.rows.formats import DTYPES, FIRST_SCALE, FORMATS, SCALED, decode, encode
 from partialfc.keyed import key, permute, unpermute
 from partialfc.margins import CurricularFace
 from tests.support.heads import flat_head, small_tiles
@@ -37,6 +37,8 @@ if importlib.util.find_spec("triton") is None:
 
 
 KEYS = {"center_key": key(0, "centers"), "momentum_key": -key(1, "momentum")}
+CENTERS = ["fp32", "bf16", "fp16", "fp8"]
+
 FIRST_ROW = 2**33 + 5
 """Number in the whole head of the shard's first row: its lanes do not fit in 32 bits."""
 
@@ -55,12 +57,12 @@ def bf16_error(launch):
 
 
 @pytest.mark.parametrize("unit", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("centers", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("centers", CENTERS)
 @pytest.mark.parametrize("dim", [3, 50, 512])
 @pytest.mark.parametrize("sampled", [True, False], ids=["rows", "all"])
 def test_unit_rows_are_the_rows_over_their_norms(launch, sampled, dim, centers, unit):
     generator = torch.Generator().manual_seed(dim)
-    centers_CD = (5 * torch.randn(11, dim, generator=generator)).to(centers)
+    centers_CD = (5 * torch.randn(11, dim, generator=generator)).to(DTYPES[centers])
     rows_n = torch.tensor([9, 2, 7, 0, 10, 5]) if sampled else None
     out_TD = torch.empty(3, dim, dtype=unit)
     _, after = launch(
@@ -71,7 +73,7 @@ def test_unit_rows_are_the_rows_over_their_norms(launch, sampled, dim, centers, 
     norm_T1 = truth_TD.norm(dim=1, keepdim=True)
     error = 1e-6 if unit == torch.float32 else bf16_error(launch)
     torch.testing.assert_close(unit_TD.double(), truth_TD / norm_T1, rtol=error, atol=1e-7)
-    assert torch.equal(after["centers_CD"], centers_CD), "the input was changed"
+    assert torch.equal(bits_of(after["centers_CD"]), bits_of(centers_CD)), "the input was changed"
 
 
 def test_a_row_without_direction_is_zero_and_one_not_finite_is_nan(launch):
@@ -228,7 +230,6 @@ def test_a_nan_logit_shows_in_the_sum_of_its_column_only(launch, bend):
 
 # --- sgd_ --------------------------------------------------------------------------------------
 
-CENTERS = ["fp32", "bf16", "fp16"]
 MOMENTA = ["no", "fp32", "bf16", "int8"]
 
 
@@ -365,8 +366,8 @@ def test_compact_rows_are_written_as_they_would_be_in_the_shard(launch, centers,
     compact = {**case, "compact": True} | {name: case[name][rows_n] for name in names}
     whole, after = run_sgd(launch, case), run_sgd(launch, compact)
     for name in names:
-        assert torch.equal(after[name], whole[name][rows_n]), name
-        assert not torch.equal(after[name], compact[name]), name
+        assert torch.equal(bits_of(after[name]), bits_of(whole[name][rows_n])), name
+        assert not torch.equal(bits_of(after[name]), bits_of(compact[name])), name
 
 
 @pytest.mark.parametrize("dim", [5, 50, 512])
@@ -399,8 +400,9 @@ def quantum(stored_TD, scale_T1):
         return stored_TD.abs().double() * 2.0**-20 + 1e-7
     if name == "int8":
         return scale_T1.double().expand(stored_TD.shape)
-    upper_TD = (stored_TD.abs().view(torch.int16) + 1).view(stored_TD.dtype)
-    step_TD = upper_TD.double() - stored_TD.abs().double()
+    word = torch.int16 if stored_TD.itemsize == 2 else torch.uint8
+    magnitude_TD = stored_TD.view(word) & (0x7FFF if word == torch.int16 else 0x7F)
+    step_TD = (magnitude_TD + 1).view(stored_TD.dtype).double() - stored_TD.double().abs()
     return step_TD if scale_T1 is None else step_TD * scale_T1
 
 
@@ -427,7 +429,8 @@ def test_sgd_is_that_of_fp64_to_one_step_of_the_format(
             wanted_TD, _ = expected(plain_TD, stored_TD, noise_key, row_T)
             assert (stored_TD == wanted_TD).double().mean() > 0.98, name
         others_C = torch.ones(len(case[name]), dtype=torch.bool).index_fill_(0, row_T, False)
-        assert torch.equal(after[name][others_C], case[name][others_C]), "other rows changed"
+        others = bits_of(after[name][others_C]), bits_of(case[name][others_C])
+        assert torch.equal(*others), "other rows changed"
 
 
 def test_a_row_of_no_length_gets_no_gradient(launch):
@@ -444,6 +447,8 @@ def test_a_row_of_no_length_gets_no_gradient(launch):
 @pytest.mark.parametrize("centers", CENTERS)
 def test_a_nan_row_stays_nan_and_harms_no_other(launch, centers, momentum):
     """The bits 0x7fffffff, a GPU's NaN, would carry into -0 when random bits are added."""
+    if centers == "fp8" and launch.device == "cpu":
+        pytest.skip("Triton's interpreter makes 256 of NaN when it stores fp8")
     case = sgd_case(centers, momentum, dim=64)
     nan = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
     case["gradient_TD"][3] = nan
@@ -452,7 +457,7 @@ def test_a_nan_row_stays_nan_and_harms_no_other(launch, centers, momentum):
     for name in ("centers_CD", "momentum_CD"):
         stored_TD = after[name][row_T]
         assert stored_TD[3].isnan().all(), name
-        assert stored_TD[[0, 1, 2, 4, 5, 6]].isfinite().all(), name
+        assert stored_TD[[0, 1, 2, 4, 5, 6]].float().isfinite().all(), name
 
 
 @pytest.mark.parametrize(("centers", "momentum"), [("fp32", "fp32"), ("bf16", "bf16")])
@@ -479,7 +484,7 @@ def test_skip_leaves_every_byte(launch, centers, momentum):
                 assert not torch.equal(bits_of(changed), bits_of(case[name])), "nothing to skip"
 
 
-@pytest.mark.parametrize("name", ["bf16", "fp16", "int8"])
+@pytest.mark.parametrize("name", ["bf16", "fp16", "fp8", "int8"])
 def test_rounding_is_unbiased_where_an_update_is_smaller_than_half_a_step(launch, name):
     """Rounding to the nearest would be off by the whole remainder in every element."""
     rows, dim = 64, 256
@@ -492,7 +497,7 @@ def test_rounding_is_unbiased_where_an_update_is_smaller_than_half_a_step(launch
         case.update(weight_decay=1.0, lr=0.0, momentum=0.0)
         step = 1.0
     else:  # w - lr w: 0.2 steps less than 1.25
-        step = 2.0**-7 if name == "bf16" else 2.0**-10
+        step = {"bf16": 2.0**-7, "fp16": 2.0**-10, "fp8": 2.0**-3}[name]
         case.update(weight_decay=1.0, lr=remainder * step / 1.25)
     centers_CD, scale_C1 = stored_rows(value_CD, FORMATS[case["centers_CD"].dtype])
     case.update(centers_CD=centers_CD, center_scale_C1=scale_C1)
@@ -668,7 +673,7 @@ def _trained(device, forced, margin, compute, center_format, rule, most=1):
         start = (
             torch.randn(len(head.centers), 20, generator=torch.Generator().manual_seed(5)) * 0.01
         )
-        head.centers.data.copy_(start)
+        head.centers.data.copy_(start / FIRST_SCALE.get(head.centers.dtype, 1))
         losses = []
         for step in range(3):
             generator = torch.Generator().manual_seed(step)
@@ -691,6 +696,7 @@ def _trained(device, forced, margin, compute, center_format, rule, most=1):
     ("center_format", "momentum_format"),
     [
         ("fp16", "int8"),
+        pytest.param("fp8", "int8", marks=pytest.mark.slow),
         pytest.param("fp32", "fp32", marks=pytest.mark.slow),
         pytest.param("bf16", "bf16", marks=pytest.mark.slow),
     ],

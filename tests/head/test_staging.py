@@ -46,7 +46,7 @@ def test_micro_batches_with_one_sample_and_with_several(fixed):
     assert_equal(trained(head_of(*rule, HOST), **settings), expected)
 
 
-@pytest.mark.parametrize("rule", ["sgd move", "sgd move fp16 int8"])
+@pytest.mark.parametrize("rule", ["sgd move", "sgd move fp8 int8"])
 @pytest.mark.parametrize("where", ["states", "centers", "both"])
 def test_all_rows_catch_up_where_they_lie(rule, where, monkeypatch):
     """What an export writes: rows that no step has visited for long, in pieces."""

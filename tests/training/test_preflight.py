@@ -24,12 +24,12 @@ from tests.support.ranks import run_on_ranks
         {"head": {"optimizer": {"name": "adamw"}}},
         {
             "head": {
-                "center_format": "fp16",
+                "center_format": "fp8",
                 "optimizer": {"name": "sgd", "momentum_format": "int8"},
             }
         },
     ],
-    ids=["sgd", "adamw", "fp16, int8"],
+    ids=["sgd", "adamw", "fp8, int8"],
 )
 def test_the_size_of_a_checkpoint_is_known_before(sections, tmp_path):
     """Within 3 %: it decides whether a run is refused for want of room."""

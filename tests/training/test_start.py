@@ -20,6 +20,7 @@ from partialfc.data.loaders.torch_loader import normalise
 from partialfc.data.tars.store import ShardError
 from partialfc.evaluation.means import Reading
 from partialfc.evaluation.sets import Evaluation
+from partialfc.head.centers import stored_centers
 from partialfc.margins import MARGINS
 from partialfc.model.build import build, new_backbone
 from partialfc.runtime.process import running
@@ -89,6 +90,23 @@ def test_centers_of_fewer_bits_are_the_nearest(center_format, tmp_path):
     path = write(tmp_path, ".npy", torch.float32)
     few = begun(0, 1, path, center_format=center_format)
     assert torch.equal(few, begun(0, 1, path).to(few.dtype))
+
+
+def test_fp8_centers_begin_at_the_nearest_with_room_for_an_axis(tmp_path):
+    """Of one scale for all, an axis were beyond the largest number, and a small element nothing."""
+    row_CD = directions().numpy()
+    row_CD[3], row_CD[4] = np.eye(D)[3] * -2, np.logspace(0, -6, D)
+    np.save(tmp_path / "a.npy", row_CD)
+    config = settings(head={"start": str(tmp_path / "a.npy")})
+    few, plain = (
+        PartialFC(C, D, ArcFace(), precision=Precision(center_format=stored))
+        for stored in ("fp8", "fp32")
+    )
+    for head in (few, plain):
+        start.begin_centers(config, runtime(), SimpleNamespace(heads={"": head}), None, None)
+    found_CD = stored_centers(few.centers, few.optimizer.states())
+    least_C1 = plain.centers.abs().amax(1, keepdim=True) * 2.0**-17
+    assert ((found_CD - plain.centers).abs() <= plain.centers.abs() * 2.0**-4 + least_C1).all()
 
 
 def test_of_several_centers_the_first_begins_there(tmp_path):

@@ -172,9 +172,9 @@ HEADS = {
     "sub-centers": {"margin": SubCenterArcFace(scale=16)},
     "a margin's average": {"margin": CurricularFace(scale=16, averaging=0.3)},
     "bias": {"margin": Softmax()},
-    "in host memory": {
+    "fp8, int8, in host memory": {
         "rule": RowSGD(lr=0.1, momentum_format="int8", unsampled="stay"),
-        "center_format": "fp16",
+        "center_format": "fp8",
         "centers_in": "host",
         "states_in": "host",
     },

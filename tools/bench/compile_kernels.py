@@ -59,10 +59,13 @@ DTYPES = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
+    "fp8": torch.float8_e4m3fn,
     "int8": torch.int8,
 }
 DIMS = (128, 250, 512, 4096)
 """512 is compiled in every combination, the others in a few."""
+EIGHT_BITS = ("fp8", "int8")
+"""Centers and momentum, compiled in a few."""
 
 _SM_REGISTERS, _SM_WARPS, _SM_BLOCKS, _SM_SHARED = 65536, 64, 32, 228 * 1024
 
@@ -136,6 +139,7 @@ def variants() -> Iterator[Variant]:
         yield _unit_rows(centers, unit, rows, 512)
     for dim in DIMS:
         yield _unit_rows("fp16", "bf16", "y", dim)
+    yield _unit_rows("fp8", "bf16", "y", 512)
     for logit, exp, bend, shift, sums in itertools.product(
         ("fp32", "bf16"), ("fp32", "bf16"), "yn", "yn", "yn"
     ):
@@ -148,7 +152,7 @@ def variants() -> Iterator[Variant]:
     for dim in DIMS:
         yield _sgd("fp32", "fp32", "fp32", "y", dim)
         yield _sgd("fp16", "int8", "bf16", "y", dim)
-    for centers, momentum in (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "int8")):
+    for centers, momentum in (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "int8"), EIGHT_BITS):
         yield _sgd(centers, momentum, "bf16", "compact", 512)
     for centers, momentum in itertools.product(
         ("fp32", "bf16", "fp16"), ("no", "fp32", "bf16", "int8")
@@ -157,12 +161,13 @@ def variants() -> Iterator[Variant]:
     for rows, dim in (("n", 512), ("compact", 512), *(("y", dim) for dim in DIMS if dim != 512)):
         yield _catch_up("fp32", "fp32", rows, dim)
         yield _catch_up("fp16", "int8", rows, dim)
+    yield _catch_up(*EIGHT_BITS, "y", 512)
     for inverse in (False, True):
         yield _permute(inverse)
     for dim, bend, maximum, kept in itertools.product((128, 500, 512), "ny", "ny", "ny"):
         if "y" not in (maximum, kept) or maximum != kept:
             yield _pull(dim, bend, maximum, kept)
-    for centers, momentum in (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "int8")):
+    for centers, momentum in (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "int8"), EIGHT_BITS):
         for kept in "yn":
             yield _update(512, centers, momentum, kept=kept)
         yield _update(512, centers, momentum, part="last")
@@ -318,7 +323,7 @@ def _stored(
 ) -> Stored:
     """Rows of a shard of ``count``; ``rows``: ``n`` for all, ``compact`` or anything for some."""
     states = {}
-    if centers == "fp16":
+    if centers in ("fp16", "fp8"):
         states[CENTERS + SCALE] = torch.ones(count, 1)
     if momentum != "no":
         states[MOMENTUM] = torch.empty(count, dim, dtype=DTYPES[momentum])

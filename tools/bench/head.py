@@ -205,7 +205,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dim", type=int, default=512, help="length of an embedding")
     parser.add_argument("--rate", default="1", help="sample rate in (0, 1]; a list")
     parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16", "tf32"), help="of ours")
-    parser.add_argument("--centers", default="fp32", choices=("fp32", "bf16", "fp16"))
+    parser.add_argument("--centers", default="fp32", choices=("fp32", "bf16", "fp16", "fp8"))
     parser.add_argument("--momentum", default="fp32", choices=("fp32", "bf16", "int8"))
     parser.add_argument("--unsampled", default="move", choices=("move", "stay"), help="of ours")
     parser.add_argument("--world", type=int, default=1, help="processes to start")

@@ -11,7 +11,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from rich.console import Console
@@ -19,8 +19,9 @@ from rich.table import Table
 from torch import Tensor
 
 from partialfc import ArcFace, PartialFC, Precision, RowSGD
-from partialfc.head.options import Compute
-from partialfc.head.rows.formats import decode
+from partialfc.head.centers import stored_centers
+from partialfc.head.options import CenterFormat, Compute
+from partialfc.head.rows.formats import FIRST_SCALE
 from tools.bench.conditions import conditions
 
 PLAIN = RowSGD(lr=1.0, momentum=0.0, weight_decay=0.0)
@@ -75,12 +76,12 @@ def errors_at(
         errors = [reference.relative_error(v.cpu(), t) for v, t in zip(values, truth, strict=False)]
         found.append({"scale": margin.scale, "what": what, "errors": errors})
 
-    center_format: Literal["fp32", "fp16", "bf16"]
     computes: tuple[Compute, ...] = get_args(Compute)
+    formats: tuple[CenterFormat, ...] = get_args(CenterFormat)
     for compute in computes:
         if compute == "tf32" and device == "cpu":
             continue
-        for center_format in ("fp32", "fp16", "bf16"):
+        for center_format in formats:
             head = PartialFC(
                 len(centers),
                 centers.shape[1],
@@ -89,8 +90,8 @@ def errors_at(
                 precision=Precision(compute=compute, center_format=center_format),
                 device=device,
             )
-            head.centers.data.copy_(centers)
-            stored = decode(head.centers.detach().clone(), None).cpu()
+            head.centers.data.copy_(centers / FIRST_SCALE.get(head.centers.dtype, 1.0))
+            stored = stored_centers(head.centers, head.optimizer.states()).clone()
             own = embeddings.clone().to(device).requires_grad_()
             loss = head(own, identities.to(device))
             loss.backward()

@@ -49,7 +49,7 @@ _WARM_UP = 3
 _START, _LOCKED, _HOST_ROWS = 10.0, 2e9, 3e9
 """Guesses for a machine with a GPU: seconds until a process has its head, and bytes/s at which host
 memory is locked and filled, and at which two threads gather or scatter its rows."""
-_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int8": 1}
 _H200 = 770e12
 """What an H200 multiplies in bf16 in a second, FLOP; the floor is four products at that rate."""
 
@@ -345,7 +345,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=_numbers, metavar="N,…", help="sampled rows, for --rate")
     parser.add_argument("--batch", type=int, default=128, help="global batch (128)")
     parser.add_argument(
-        "--state", default="fp32+fp32", help="fp32, bf16 or fp16 + fp32, bf16, int8"
+        "--state", default="fp32+fp32", help="fp32, bf16, fp16 or fp8 + fp32, bf16, int8"
     )
     parser.add_argument(
         "--unsampled",

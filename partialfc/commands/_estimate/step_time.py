@@ -17,6 +17,7 @@ from partialfc.commands._estimate.teacher import TeacherCost
 from partialfc.config import Config
 from partialfc.config.conflicts import head_compute
 from partialfc.cores import usable_cores
+from partialfc.head.rows.formats import DTYPES
 
 TERA, GIGA = 1e12, 1e9
 
@@ -184,7 +185,7 @@ def _products_and_rows(head: OfHead, cluster: Cluster) -> list[tuple[str, float,
     head_flops = products * 2 * batch * shard.sampled * dim
     head_rate = getattr(gpu, compute) * PRODUCTS * HEAD_SHARE
     (_, states, *_) = head_parts(config, shard, cluster.ranks, cluster.device)
-    center_bytes = {"fp32": 4, "bf16": 2, "fp16": 2}[config.head.center_format] * dim
+    center_bytes = DTYPES[config.head.center_format].itemsize * dim
     state_bytes = states.bytes[0] / max(1, shard.rows)
     moves = getattr(config.head.optimizer, "unsampled", "stay") == "move"
     caught_up = 2 * (moves and config.head.sample_rate < 1)  # read and written before pass 1

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from partialfc.head.rows.formats import MIX, SMALLEST_EXPONENT
+from partialfc.head.rows.formats import FIRST_SCALE, FP8_FLOOR, MIX, SMALLEST_EXPONENT
 from partialfc.head.rows.stored import (
     AT_STEP,
     CENTERS,
@@ -29,6 +29,7 @@ from partialfc.head.tiles.triton_steps import reciprocal_norm, row_block, row_wa
 
 _MIX_1, _MIX_2 = tl.constexpr(MIX[0]), tl.constexpr(MIX[1])
 _EXPONENT_FLOOR = tl.constexpr(SMALLEST_EXPONENT)
+_FP8_FLOOR = tl.constexpr(FP8_FLOOR)
 
 
 def sgd_(
@@ -59,7 +60,7 @@ def sgd_(
     dim = centers_CD.shape[1]
     for tensor in (centers_CD, momentum_CD, gradient_TD, own.embedding_BD):
         assert tensor is None or (tensor.is_contiguous() and tensor.shape[1] == dim)
-    assert (stored.scale(CENTERS) is not None) == (centers_CD.dtype == torch.float16)
+    assert (stored.scale(CENTERS) is not None) == (centers_CD.dtype in FIRST_SCALE)
     assert (stored.scale(MOMENTUM) is not None) == (
         momentum_CD is not None and momentum_CD.dtype == torch.int8
     )
@@ -303,6 +304,11 @@ def store(pointer, scale, row, value, largest, noise, mask, written):
             inverse = ((267 - exponent) << 23).to(tl.float32, bitcast=True)  # 2**(140 - exponent)
             tl.store(pointer, _truncate(value * inverse, noise, 0x1FFF).to(tl.float16), mask=mask)
             step = ((exponent - 13) << 23).to(tl.float32, bitcast=True)
+        elif tl.float8e4nv == FORMAT:
+            exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, _EXPONENT_FLOOR)
+            inverse = ((261 - exponent) << 23).to(tl.float32, bitcast=True)  # 2**(134 - exponent)
+            tl.store(pointer, _eighths(value * inverse, noise).to(tl.float8e4nv), mask=mask)
+            step = ((exponent - 7) << 23).to(tl.float32, bitcast=True)
         else:
             inverse = tl.where(largest > 0, tl.div_rn(127.0, largest), 0.0)
             level = tl.floor(value * inverse + (noise.to(tl.float32) + 0.5) * 0.0000152587890625)
@@ -310,6 +316,16 @@ def store(pointer, scale, row, value, largest, noise, mask, written):
             tl.store(pointer, level.to(tl.int8), mask=mask)
             step = tl.div_rn(largest, 127.0)
         tl.store(scale + row, step, mask=written)
+
+
+@triton.jit
+def _eighths(value, noise):
+    """Round to what fp8 can hold: eighths of the power of two below, or of its smallest one."""
+    power = tl.maximum(value.to(tl.int32, bitcast=True) & 0x7F800000, _FP8_FLOOR)
+    inverse = tl.maximum((254 << 23) - power, 0)  # of an infinity 0, and their product is NaN
+    eighth = value * inverse.to(tl.float32, bitcast=True) * 8.0
+    eighth = tl.floor(eighth + (noise.to(tl.float32) + 0.5) * 0.0000152587890625)
+    return eighth * (power.to(tl.float32, bitcast=True) * 0.125)
 
 
 @triton.jit

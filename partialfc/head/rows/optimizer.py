@@ -22,6 +22,7 @@ from partialfc.head.plan import Plan
 from partialfc.head.row_set import RowSet
 from partialfc.head.rows import catch_up as unsampled
 from partialfc.head.rows.catch_up import Moves
+from partialfc.head.rows.formats import FIRST_SCALE
 from partialfc.head.rows.loss_scale import LossScale
 from partialfc.head.rows.rules import RowRule, States
 from partialfc.head.rows.staging import Staging, host_tensor, row_tensor
@@ -45,7 +46,7 @@ class RowOptimizer(torch.optim.Optimizer):
     that backward has seen.
 
     Args:
-        centers: [rows of this rank, D], fp32, bf16 or fp16; changed in place by :meth:`step`.
+        centers: [rows of this rank, D], fp32, bf16, fp16 or fp8; changed in place by :meth:`step`.
         rule: What happens to a row.
         first_row: Global number of the first row.
         seed: Stochastic rounding is a function of it.
@@ -303,9 +304,9 @@ class RowOptimizer(torch.optim.Optimizer):
         return states
 
     def _new_states(self, centers: Tensor) -> States:
-        """Zero states where they belong, and the scales of fp16 centers."""
+        """Zero states where they belong, and the scales of centers that have one."""
         wanted = dict(self.rule.new_states(centers.to("meta")))
-        if centers.dtype == torch.float16:
+        if centers.dtype in FIRST_SCALE:
             wanted[CENTERS + SCALE] = torch.empty(len(centers), 1, device="meta")
         if self._moves is not None:
             wanted[AT_STEP] = torch.empty(len(centers), 1, dtype=torch.int32, device="meta")
@@ -317,7 +318,7 @@ class RowOptimizer(torch.optim.Optimizer):
             else:
                 states[name] = row_tensor(like.shape, like.dtype, self._device)
         if CENTERS + SCALE in states:
-            states[CENTERS + SCALE].fill_(1)
+            states[CENTERS + SCALE].fill_(FIRST_SCALE[centers.dtype])
         return states
 
     def _working(self, row_n: Tensor | None) -> Stored:

@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from partialfc.head.tiles.torch_steps import put_rows_, take_rows
+
 _HUGE = 16 << 20
 """Bytes from which huge pages are asked for; smaller tensors are few pages anyway."""
 
@@ -100,7 +102,7 @@ class Staging:
         self._last = None
         for name, tensor in self._tensors.items():
             if name not in self._in_host:
-                compact[name] = tensor.index_select(0, rows)
+                compact[name] = take_rows(tensor, rows, 0, len(rows))
         self._open = Staged(rows, {name: compact[name] for name in self._tensors})
         return self._open.tensors
 
@@ -116,7 +118,7 @@ class Staging:
             return
         for name, tensor in self._tensors.items():
             if name not in self._in_host:
-                tensor.index_copy_(0, staged.rows, staged.tensors[name])
+                put_rows_(tensor, staged.rows, staged.tensors[name])
         self._writing = [write for write in self._writing if not _finished(write)]
         self._writing.append(self._thread.submit(self._scatter, staged, self._event()))
         self._last = staged
@@ -142,7 +144,7 @@ class Staging:
                 tensor = self._tensors[name]
                 size = (len(rows), *tensor.shape[1:])
                 compact = torch.empty(size, dtype=tensor.dtype, pin_memory=self._stream is not None)
-                torch.index_select(tensor, 0, rows, out=compact)
+                take_rows(tensor, rows, 0, len(rows), out=compact)
                 found[name] = compact.to(self._device, non_blocking=True)
         if self._stream is not None:
             self._stream.synchronize()
@@ -166,7 +168,7 @@ class Staging:
                     there = torch.empty_like(compact, device="cpu", pin_memory=True)
                     compact = there.copy_(compact, non_blocking=True)
                     self._stream.synchronize()
-                self._tensors[name].index_copy_(0, rows, compact)
+                put_rows_(self._tensors[name], rows, compact)
 
     def _on_own_stream(self) -> contextlib.AbstractContextManager[Any]:
         """On a GPU, a stream of the thread's own."""
@@ -245,7 +247,7 @@ def _carry_over(last: Staged, rows: Tensor, compact: dict[str, Tensor]) -> None:
     (both,) = (sorted_n[place_n] == rows).nonzero(as_tuple=True)  # host sync
     source = order_n[place_n[both]]
     for name, tensor in compact.items():
-        tensor.index_copy_(0, both, last.tensors[name].index_select(0, source))
+        put_rows_(tensor, both, take_rows(last.tensors[name], source, 0, len(source)))
 
 
 def _finished(write: "Future[None]") -> bool:

@@ -25,7 +25,7 @@ class Stored:
     """Class centers and their states as they are stored, and which rows of them are meant.
 
     Attributes:
-        centers: fp32, bf16 or fp16 [C, D]; changed in place, as the states are.
+        centers: fp32, bf16, fp16 or fp8 [C, D]; changed in place, as the states are.
         states: By name, [C, ...] each.
         rows: Those meant.
     """

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from partialfc.head.rows.formats import FORMATS, decode, encode, noise
 from partialfc.head.rows.stored import AT_STEP, CENTERS, SCALE, Stored
-from partialfc.head.tiles.torch_steps import take_rows
+from partialfc.head.tiles.torch_steps import put_rows_, take_rows
 from partialfc.head.tiles.workspace import Workspace
 from partialfc.keyed import key
 
@@ -69,6 +69,6 @@ class Tile:
             old = take_rows(stored, self._rows.place_n, self._start, self._stop)
             value = torch.where(skip, old, value)
         if self._rows.place_n is not None:
-            stored.index_copy_(0, self._rows.place_n[self._start : self._stop], value)
+            put_rows_(stored, self._rows.place_n[self._start : self._stop], value)
         elif value.data_ptr() != stored[self._start : self._stop].data_ptr():
             stored[self._start : self._stop] = value

@@ -166,7 +166,18 @@ def take_rows(
     """
     if rows is None:
         return tensor[start:stop]
-    return torch.index_select(tensor, 0, rows[start:stop], out=out)
+    out = None if out is None else _movable(out)
+    return torch.index_select(_movable(tensor), 0, rows[start:stop], out=out).view(tensor.dtype)
+
+
+def put_rows_(tensor: Tensor, place_n: Tensor, rows: Tensor) -> None:
+    """Put rows at int64 places."""
+    _movable(tensor).index_copy_(0, place_n, _movable(rows))
+
+
+def _movable(tensor: Tensor) -> Tensor:
+    """Rows of fp8 as bytes, which torch moves on every device."""
+    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
 
 
 def project_(

@@ -38,7 +38,7 @@ def unit_rows(
     gives NaN.
 
     Args:
-        centers_CD: fp32, bf16 or fp16, contiguous, D <= 4096. The scale of an fp16 row is of no
+        centers_CD: fp32, bf16, fp16 or fp8, contiguous, D <= 4096. The scale of a row is of no
             matter here.
         rows_n: int64 rows of the sample; ``None`` for all rows in order.
         start: First place of the tile in the sample.

@@ -20,7 +20,7 @@ _BUILT = 2e7
 """Guess: centers drawn a second."""
 _RANDOM = 2e8
 """Guess: random numbers a second of a CPU core: the textbook head draws one for each center."""
-_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int8": 1}
 
 
 def expected_seconds(case: Case) -> float:

@@ -56,7 +56,7 @@ class Case:
     dtype: str
     """What our head multiplies matrices in: fp32, bf16 or tf32."""
     centers: str
-    """How our head stores centers: fp32, bf16 or fp16."""
+    """How our head stores centers: fp32, bf16, fp16 or fp8."""
     momentum: str
     """How our head stores momentum: fp32, bf16 or int8."""
     unsampled: str = "move"
