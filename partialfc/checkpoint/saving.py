@@ -1,8 +1,8 @@
 """Checkpoints behind the training: a copy in memory, which a thread writes and commits.
 
 Training stands still for the copy only, or, where the machine has no room for one, until the files
-are written, straight from what is trained. The ranks agree on a process group of their own, so that
-no collective of the training waits for a disk.
+are written, straight from what is trained. The ranks agree by links of their own, so that no
+collective of the training waits for a disk.
 """
 
 import os
@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from functools import partial
 from json import dumps
 from pathlib import Path
@@ -21,7 +20,6 @@ from types import TracebackType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from partialfc.checkpoint import folder as checkpoint_folder
@@ -29,15 +27,13 @@ from partialfc.checkpoint.content import about, content_of
 from partialfc.checkpoint.disk import Disk
 from partialfc.checkpoint.folder import free_bytes, path_of
 from partialfc.checkpoint.tensor_file import size_of, write_tensors
-from partialfc.distributed.agreement import words_of_any
-from partialfc.distributed.ranks import Ranks
 from partialfc.errors import CheckpointError
 from partialfc.model.build import Model
 from partialfc.model.fsdp import Shards
 from partialfc.runtime.process import Runtime
 
-_SLOWEST_RANK = timedelta(hours=2)
-"""How much later than the first the last rank may have written its part."""
+_SLOWEST_RANK = 7200.0
+"""Seconds: how much later than the first the last rank may have written its part."""
 
 Staged = dict[str, dict[str, Tensor]]
 
@@ -86,12 +82,7 @@ class Saver:
         self._retain = partial(
             checkpoint_folder.retain, keep=keep, keep_every_steps=keep_every_steps, disk=self._disk
         )
-        ranks = runtime.ranks
-        group = None
-        if ranks.size > 1:
-            members = dist.get_process_group_ranks(ranks.group or dist.group.WORLD)
-            group = dist.new_group(members, timeout=_SLOWEST_RANK, backend="gloo")
-        self._ranks = Ranks(ranks.rank, ranks.size, group)
+        self._ranks, self._links = runtime.ranks, runtime.links(_SLOWEST_RANK)
         self._copies: dict[str, Tensor] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._pending: Future[Saved] | None = None
@@ -115,8 +106,7 @@ class Saver:
                 raise
         finally:
             self._pool.shutdown()
-            if self._ranks.group is not None and error is None:
-                dist.destroy_process_group(self._ranks.group)
+            self._links.close()
 
     def save(self, step: int, model: Model) -> None:
         """Copy the model, and write it while training goes on.
@@ -273,7 +263,7 @@ class Saver:
         except Exception as error:  # whatever it is, the other ranks wait for the verdict
             problem = error
         own = "" if problem is None else str(problem) or type(problem).__name__
-        if reason := words_of_any(own, self._ranks):
+        if reason := self._links.words_of_any(own):
             raise CheckpointError(f"{final} was not written: {reason}") from problem
 
 

@@ -19,6 +19,16 @@ OUTSIDE = "outside of training"
 """What a rank is doing before its ledger is kept, or in a tool: nobody knows how long it takes."""
 
 
+def longest_patience(seconds: float) -> float:
+    """Return how many seconds a rank may hold up the others at most; at least half an hour, as
+    nobody knows how long a start takes.
+
+    Args:
+        seconds: How long a rank may be silent; 0 where nobody watches.
+    """
+    return max(1800.0, _PATIENCE * seconds + seconds)
+
+
 @dataclass(frozen=True, slots=True)
 class Beat:
     """How far a rank has come.

@@ -4,6 +4,10 @@ import os
 import socket
 import struct
 import sys
+from contextlib import suppress
+
+_ELSEWHERE = "192.0.2.1"
+"""Nobody's, for documentation (RFC 5737): no packet is sent to it."""
 
 
 def refuse_unreachable() -> str | None:
@@ -39,6 +43,35 @@ def refuse_unreachable() -> str | None:
             )
         return f"{how} is {taken}, but {should}. If ranks do not find each other, set {variable}."
     return None
+
+
+def own_address() -> str:
+    """The address by which the other ranks reach this host; 127.0.0.1 where there is one host.
+
+    That of the interface that GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names, or of the one that
+    leads to rank 0: on its own host, that leads elsewhere.
+    """
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        name = os.environ.get(variable, "").split(",")[0].lstrip("=")
+        if name and not name.startswith("^") and (chosen := address_of(name)):
+            return chosen
+    if _hosts() < 2:
+        return "127.0.0.1"
+    found = _address_towards(os.environ.get("MASTER_ADDR", ""))
+    if found is None or found.startswith("127."):
+        found = _address_towards(_ELSEWHERE) or found
+    return found or _own() or "127.0.0.1"
+
+
+def resolve_once() -> None:
+    """Put the address of rank 0's host in the place of its name, if it has no other: whatever
+    connects to the store would ask for it again, on every rank."""
+    with suppress(OSError):
+        answers = socket.getaddrinfo(
+            os.environ.get("MASTER_ADDR") or "", 0, type=socket.SOCK_STREAM
+        )
+        if len(found := {str(answer[4][0]) for answer in answers}) == 1:
+            os.environ["MASTER_ADDR"] = found.pop()
 
 
 def refuse_missing(*variables: str) -> None:
@@ -114,9 +147,8 @@ def _own() -> str | None:
 
 def _address_towards(host: str) -> str | None:
     """The address that this host would send from; nothing is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect((host, 9))
-        except OSError:
-            return None
-        return str(probe.getsockname()[0])
+            return str(probe.getsockname()[0])
+    return None

@@ -14,11 +14,20 @@ from torch.distributed import PrefixStore, TCPStore
 
 from partialfc.config import Config, ConfigError
 from partialfc.distributed.agreement import from_leader
+from partialfc.distributed.links import Links
 from partialfc.distributed.ranks import Ranks
 from partialfc.errors import Preempted
 from partialfc.keyed import key
+from partialfc.runtime.beats import longest_patience
+from partialfc.runtime.descriptors import ran_out, refuse_too_few
 from partialfc.runtime.device import device_of, threads_of
-from partialfc.runtime.network import refuse_missing, refuse_unreachable, stale_store
+from partialfc.runtime.network import (
+    own_address,
+    refuse_missing,
+    refuse_unreachable,
+    resolve_once,
+    stale_store,
+)
 from partialfc.runtime.place import Place, own_place
 from partialfc.runtime.watchdog import Watchdog
 
@@ -36,6 +45,16 @@ class Runtime:
     ranks: Ranks
     device: torch.device
     watchdog: Watchdog | None = None
+
+    def links(self, seconds: float = 7200.0) -> Links:
+        """Link this rank with a few others, for what one thread asks them beside the training.
+
+        Collective: see :class:`Links`.
+
+        Args:
+            seconds: How much later than this rank another may come to an agreement.
+        """
+        return Links(self.ranks, own_address(), seconds)
 
     @property
     def leads(self) -> bool:
@@ -63,23 +82,21 @@ def running(config: Config) -> Iterator[Runtime]:
         torch.backends.cudnn.benchmark = True
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if place.size > 1:
-        if device.type == "cuda":
-            _record_flights(config.run.folder)
-            dist.init_process_group("nccl", device_id=device)
-        else:
-            dist.init_process_group("gloo")
-    ranks = Ranks.of()
-    torch.set_num_threads(threads_of(config.run.threads, ranks, place))
-    watchdog = _watchdog(config, ranks)
+    nccl = device.type == "cuda"
+    refuse_too_few(place, nccl=nccl)
+    watchdog = None
     try:
+        if place.size > 1:
+            _join(config, device)
+        ranks = Ranks.of()
+        torch.set_num_threads(threads_of(config.run.threads, ranks, place))
+        watchdog = _watchdog(config, ranks)
         yield Runtime(ranks, device, watchdog)
+    except Preempted:  # all ranks leave together, and wait to be queued again
+        raise
     except BaseException as error:
-        if watchdog is None:
-            raise
-        if isinstance(error, Preempted):  # all ranks leave together, and wait to be queued again
-            raise
-        explained = watchdog.explain(error)
+        told = ran_out(error, place, nccl=nccl) or error
+        explained = told if watchdog is None else watchdog.explain(told)
         if explained is error:
             raise
         raise explained from error
@@ -90,10 +107,21 @@ def running(config: Config) -> Iterator[Runtime]:
             watchdog.close()
 
 
+def _join(config: Config, device: torch.device) -> None:
+    """Join the other ranks; a collective may take as long as the watchdog lets a rank take."""
+    patience = timedelta(seconds=longest_patience(config.run.hang_seconds))
+    if device.type == "cuda":
+        _record_flights(config.run.folder)
+        dist.init_process_group("nccl", device_id=device, timeout=patience)
+    else:
+        dist.init_process_group("gloo", timeout=patience)
+
+
 def _check_network(config: Config, place: Place) -> None:
     nccl = config.run.device != "cpu" and torch.cuda.device_count() > 0
     try:
         if place.size > 1:
+            resolve_once()
             refuse_missing("GLOO_SOCKET_IFNAME", *(["NCCL_SOCKET_IFNAME"] if nccl else []))
         warning = refuse_unreachable()
     except OSError as error:

@@ -12,12 +12,10 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from partialfc.config import Config, ConfigError
 from partialfc.config.heads import each_head
@@ -26,8 +24,7 @@ from partialfc.data.loaders.stream import Batches
 from partialfc.data.source import files_of
 from partialfc.definitions import plugins
 from partialfc.definitions.urls import shown, url_of
-from partialfc.distributed.agreement import all_agree, collective_device, words_of_any
-from partialfc.distributed.ranks import gather_rows, sum_to_owner
+from partialfc.distributed.agreement import all_agree, words_of_any
 from partialfc.head.rows.formats import DTYPES, SCALED
 from partialfc.model.build import new_backbone, row_rule_of
 from partialfc.model.frozen import freeze, frozen_words
@@ -36,33 +33,16 @@ from partialfc.model.optimizer import kept_numbers, muon_matrices
 from partialfc.records.console import show_table
 from partialfc.records.environment import package_version
 from partialfc.runtime.process import Runtime, local_rank
+from partialfc.training.findings import Finding, of_all, ranks_with
+from partialfc.training.preflight_network import collectives, names, open_files
 from partialfc.words import names_of
 
-_REPEATS = 10
 _SECONDS_OF_DECODING = 2.0
 _WRITTEN_BYTES = 64 << 20
 _READ_BYTES = 256 << 20
 _SKEW_SECONDS = 0.5
 _SLOW = 0.5
-_GPU_BYTES_PER_SECOND = 1e9
 _HEAD_ROOM = 1.1
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """What one check found.
-
-    Attributes:
-        name: Of the check.
-        value: The numbers, in words.
-        level: Whether to go on.
-        remedy: What to do about it, if it is not fine.
-    """
-
-    name: str
-    value: str
-    level: Literal["fine", "warning", "refused"] = "fine"
-    remedy: str = ""
 
 
 def preflight(
@@ -85,7 +65,9 @@ def preflight(
         _versions(runtime, plugins.versions(config.model_dump())),
         _frozen(config),
         _clocks(runtime),
-        _collectives(config, runtime),
+        open_files(runtime),
+        names(runtime),
+        collectives(config, runtime),
         _decoding(runtime, open_batches),
         _pack(runtime, dataset),
         _disk(config, runtime, identities),
@@ -125,9 +107,9 @@ def _versions(runtime: Runtime, code: Mapping[str, str]) -> Iterator[Finding]:
         parts["gpu"] = torch.cuda.get_device_name(runtime.device)
     text = ", ".join(f"{name} {value}" for name, value in parts.items())
     digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6])
-    digests = _of_all([digest], runtime)[:, 0].tolist()
+    digests = of_all([digest], runtime)[:, 0].tolist()
     usual = statistics.mode(digests)
-    if differ := _ranks_with([one != usual for one in digests]):
+    if differ := ranks_with([one != usual for one in digests]):
         most = words_of_any(text if digest == usual else "", runtime.ranks)
         other = words_of_any(text if digest != usual else "", runtime.ranks)
         yield Finding(
@@ -150,11 +132,11 @@ def _frozen(config: Config) -> Iterator[Finding]:
 
 def _clocks(runtime: Runtime) -> Iterator[Finding]:
     all_agree(True, runtime.ranks)  # so that all look at the same time
-    now = _of_all([time.time()], runtime)[:, 0]
+    now = of_all([time.time()], runtime)[:, 0]
     away = (now - now.median()).abs()
     skew = away.max().item()
     if skew > _SKEW_SECONDS:
-        ranks = _ranks_with((away > _SKEW_SECONDS).tolist())
+        ranks = ranks_with((away > _SKEW_SECONDS).tolist())
         yield Finding(
             "clocks",
             f"{skew:.1f} s between {names_of(ranks)} and the others",
@@ -163,49 +145,6 @@ def _clocks(runtime: Runtime) -> Iterator[Finding]:
         )
     else:
         yield Finding("clocks", f"within {1e3 * skew:.0f} ms")
-
-
-def _collectives(config: Config, runtime: Runtime) -> Iterator[Finding]:
-    """At the size of the head's: gathered embeddings forth, their gradients back."""
-    ranks = runtime.ranks
-    if ranks.size == 1:
-        return
-    rows = config.shares(ranks.size).largest
-    own = torch.zeros(rows, config.backbone.embedding_dim, device=collective_device(ranks))
-    whole = own.new_zeros(rows * ranks.size, own.shape[1])
-    kinds: tuple[tuple[str, Callable[[], Tensor]], ...] = (
-        ("all-gather", lambda: gather_rows(own, ranks)),
-        ("reduce-scatter", lambda: sum_to_owner(whole, ranks)),
-    )
-    for name, collective in kinds:
-        seconds = _timed(collective, runtime)
-        moved = whole.numel() * whole.element_size() * (ranks.size - 1) / ranks.size
-        value = (
-            f"{1e3 * seconds:.2f} ms for {whole.numel() * 4 / 2**20:.3g} MiB, "
-            f"{moved / seconds / 1e9:.2f} GB/s"
-        )
-        slow = runtime.device.type == "cuda" and moved / seconds < _GPU_BYTES_PER_SECOND
-        large = moved > 16 << 20  # below it, latency is what is measured
-        yield Finding(
-            name,
-            value,
-            "warning" if slow and large else "fine",
-            "Look at NCCL_SOCKET_IFNAME and NCCL_DEBUG=INFO: is it on the fast network?",
-        )
-
-
-def _timed(collective: Callable[[], Tensor], runtime: Runtime) -> float:
-    """Median seconds of the slowest rank."""
-    seconds = []
-    for repeat in range(_REPEATS + 3):
-        all_agree(True, runtime.ranks)
-        start = time.monotonic()
-        collective()
-        if runtime.device.type == "cuda":
-            torch.cuda.synchronize()  # host sync: it is measured
-        if repeat >= 3:
-            seconds.append(time.monotonic() - start)
-    return _of_all([statistics.median(seconds)], runtime).max().item()
 
 
 def _decoding(runtime: Runtime, open_batches: Callable[[], Batches]) -> Iterator[Finding]:
@@ -219,8 +158,8 @@ def _decoding(runtime: Runtime, open_batches: Callable[[], Batches]) -> Iterator
         if runtime.device.type == "cuda":
             torch.cuda.synchronize()  # host sync: it is measured
         own = images / (time.monotonic() - start)
-    speed = _of_all([own], runtime)[:, 0]
-    slow = _ranks_with((speed < _SLOW * speed.median()).tolist())
+    speed = of_all([own], runtime)[:, 0]
+    slow = ranks_with((speed < _SLOW * speed.median()).tolist())
     value = f"{speed.sum():,.0f} images/s, {speed.min():,.0f} on the slowest rank"
     if slow:
         yield Finding(
@@ -241,10 +180,10 @@ def _pack(runtime: Runtime, dataset: DataSet) -> Iterator[Finding]:
         yield Finding("data.train", value)
         return
     files = files_of(largest)
-    speed = _of_all([_read_speed(files) if local_rank() == 0 else 0.0], runtime)[:, 0]
+    speed = of_all([_read_speed(files) if local_rank() == 0 else 0.0], runtime)[:, 0]
     hosts = speed[speed > 0]
     value = f"{hosts.min().item() / 2**20:,.0f} MiB/s read on the slowest of {len(hosts)} hosts"
-    slow = _ranks_with(((speed > 0) & (speed < _SLOW * hosts.median())).tolist())
+    slow = ranks_with(((speed > 0) & (speed < _SLOW * hosts.median())).tolist())
     if slow:
         yield Finding(
             "data.train",
@@ -282,8 +221,8 @@ def _disk(
             bytes_per_second = _write_speed(path)
         except OSError as error:
             problem = str(error)
-    writers = _of_all([bytes_per_second, float(bool(problem))], runtime)
-    failed = _ranks_with((writers[:, 1] > 0).tolist())
+    writers = of_all([bytes_per_second, float(bool(problem))], runtime)
+    failed = ranks_with((writers[:, 1] > 0).tolist())
     if failed:
         yield Finding(
             "run.folder",
@@ -295,7 +234,7 @@ def _disk(
     speed = writers[:, 0][writers[:, 0] > 0].min().item()
     of_heads = {name: one.count for name, one in identities.items()}
     needed = checkpoint_bytes(config, of_heads, runtime.ranks.size)
-    free = _of_all([float(shutil.disk_usage(folder).free)], runtime).min().item()
+    free = of_all([float(shutil.disk_usage(folder).free)], runtime).min().item()
     kept = config.checkpoint.keep + 1
     value = (
         f"{free / 2**30:.1f} GiB free, {speed / 2**20:,.0f} MiB/s written and synced; a checkpoint "
@@ -368,15 +307,3 @@ def _row_bytes(config: Config) -> int:
     stored = config.head.center_format
     size = config.backbone.embedding_dim * DTYPES[stored].itemsize + 4 * (stored in SCALED)
     return sum(state.nbytes for state in states) + size
-
-
-def _of_all(values: list[float], runtime: Runtime) -> Tensor:
-    """Numbers of all ranks, [W, n] fp64 on the host: one all-gather."""
-    row = torch.tensor([values], dtype=torch.float64)
-    if runtime.ranks.size == 1:
-        return row
-    return gather_rows(row.to(collective_device(runtime.ranks)), runtime.ranks).cpu()
-
-
-def _ranks_with(flags: list[bool]) -> list[int]:
-    return [rank for rank, flag in enumerate(flags) if flag]

@@ -19,7 +19,8 @@ from partialfc.config.conflicts import head_compute
 from partialfc.config.heads import each_head
 from partialfc.data.loaders.stream import Batches
 from partialfc.data.names import NAMES, Names, names_file, names_of
-from partialfc.distributed.agreement import any_rank, words_of_any
+from partialfc.distributed.agreement import words_of_any
+from partialfc.distributed.links import any_rank
 from partialfc.errors import CrashLoopError, Preempted
 from partialfc.model.heads import Numbering
 from partialfc.model.step import train_step
@@ -33,10 +34,11 @@ from partialfc.runtime.folder_lock import locked
 from partialfc.runtime.place import elastic_warning, own_place
 from partialfc.runtime.process import Runtime
 from partialfc.training.data import open_batches, with_next
+from partialfc.training.findings import Finding
 from partialfc.training.images import numberings
 from partialfc.training.must_match import agreed_shards
 from partialfc.training.opened import Opened, likely_step
-from partialfc.training.preflight import Finding, preflight, report
+from partialfc.training.preflight import preflight, report
 from partialfc.training.recorder import Recorder
 from partialfc.training.stages import Stage, open_stages, stage_at, table_of
 from partialfc.writing import write_json, write_text
@@ -91,7 +93,8 @@ def _train(config: Config, runtime: Runtime) -> None:
             _describe(folder, settings, step, stages)
         with (
             Recorder(config, runtime, step, opened.stage.span, end, ledger) as recorder,
-            any_rank(preemption.asked, runtime.ranks) as asked_to_stop,
+            runtime.links() as links,
+            any_rank(preemption.asked, links) as asked_to_stop,
             preemption.stepping(),
         ):
             step, stop = _train_stage(opened, step, base, recorder, asked_to_stop)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from partialfc.config.run import Checkpoint
-from partialfc.distributed.agreement import any_rank
+from partialfc.distributed.links import Links, any_rank
 from partialfc.distributed.ranks import Ranks
 from partialfc.runtime import preemption
 from tests.support.places import ROOT
@@ -24,7 +24,11 @@ def asked_on_rank(rank, world_size, asks_at):
     """The steps at which a rank learns it, where rank 1 alone is asked at one of them."""
     learned = []
     step = 0
-    with any_rank(lambda: rank == 1 and step == asks_at, Ranks.of()) as agreed:
+
+    def known():
+        return rank == 1 and step == asks_at
+
+    with Links(Ranks.of()) as links, any_rank(known, links) as agreed:
         for step in range(6):
             if agreed():
                 learned.append(step)

@@ -1,11 +1,16 @@
 """How a process ends: a Ctrl-C at a bad moment, and an error on another rank."""
 
 import os
+import socket
 import subprocess
 import sys
+from datetime import timedelta
 
 import pytest
+import torch
 
+from partialfc.runtime import network, process
+from tests.support.models import settings
 from tests.support.places import ROOT
 
 PROGRAM = """
@@ -79,3 +84,46 @@ def test_a_rank_that_loses_another_tells_that_ones_error(tmp_path):
     assert "LostRankError: rank 1 failed first, at step 0: ValueError: the cause" in first
     assert "exitcode  : 7" in first
     assert "ValueError: the cause" in second
+
+
+@pytest.mark.parametrize(("silent", "seconds"), [(60, 3660), (0, 1800), (5, 1800)])
+def test_a_collective_may_take_as_long_as_the_watchdog_lets_a_rank(silent, seconds, monkeypatch):
+    """NCCL ended a run after 10 minutes, in which one rank hashed a part of 256 GB."""
+    given = {}
+    monkeypatch.setattr(process.dist, "init_process_group", lambda name, **how: given.update(how))
+    process._join(settings(run={"hang_seconds": silent}), torch.device("cpu"))
+    assert given["timeout"] == timedelta(seconds=seconds)
+
+
+def test_a_name_is_asked_for_once(monkeypatch):
+    """Each connection to the store asked for it again, on every rank."""
+    asked = []
+
+    def answer(name, *words, **more):
+        asked.append(name)
+        found = {"host0": ["10.0.0.7"], "two": ["10.0.0.7", "10.0.0.8"]}[name]
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (one, 0)) for one in found]
+
+    monkeypatch.setattr(network.socket, "getaddrinfo", answer)
+    for name, expected in (("host0", "10.0.0.7"), ("two", "two")):
+        monkeypatch.setenv("MASTER_ADDR", name)
+        network.resolve_once()
+        assert os.environ["MASTER_ADDR"] == expected
+    assert asked == ["host0", "two"]
+
+
+def test_ranks_of_several_hosts_are_linked_by_the_address_that_leads_to_rank_0(monkeypatch):
+    """A host's name may stand for 127.0.1.1 on it, where no other rank finds it."""
+    leads = {"10.0.0.1": "10.0.0.9", "127.0.1.1": "127.0.0.1", "192.0.2.1": "10.0.0.1"}
+    monkeypatch.setattr(network, "_address_towards", leads.get)
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for master, own in (("10.0.0.1", "10.0.0.9"), ("127.0.1.1", "10.0.0.1")):
+        monkeypatch.setenv("MASTER_ADDR", master)
+        assert network.own_address() == own
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    assert network.own_address() == "127.0.0.1"
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert network.own_address() == "127.0.0.1"  # one host: no other reaches it

@@ -12,7 +12,8 @@ from partialfc.config import ConfigError
 from partialfc.model.build import build
 from partialfc.runtime import network
 from partialfc.training import preflight
-from partialfc.training.preflight import Finding, checkpoint_bytes, report
+from partialfc.training.findings import Finding
+from partialfc.training.preflight import checkpoint_bytes, report
 from tests.support.models import runtime, settings
 from tests.support.ranks import run_on_ranks
 
