@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from partialfc.config import Config, ConfigError
+from partialfc.data import found_whole
 from partialfc.data.arrays import ArrayData
 from partialfc.data.augment import Augmentation
 from partialfc.data.dataset import DataSet
@@ -16,8 +17,11 @@ from partialfc.data.order import Order
 from partialfc.data.order_of_sets import AnyOrder, OrderOfSets
 from partialfc.distributed.agreement import from_leader, words_of_any
 from partialfc.errors import DataError
-from partialfc.runtime.process import Runtime
+from partialfc.runtime.process import Runtime, local_rank
 from partialfc.training.images import open_images, order_of
+
+_SECONDS_TO_OPEN = 24 * 3600.0
+"""In which the first rank of a host reads, once, all shards of a data set."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ def open_training_data(
         ConfigError: If an image source or the order cannot be, another rank has other images, or
             the warm-up is no shorter than the run.
     """
-    dataset = dataset or open_images(config)
+    dataset = dataset or _open_by_hosts(config, runtime)
     order = order_of(config, dataset)
     _refuse_other_images(dataset, runtime)
     steps = steps_of(config, order)
@@ -91,6 +95,24 @@ def open_training_data(
             f"without its warm-up ({order.steps_per_epoch} steps an epoch)."
         )
     return TrainingData(dataset, order, steps)
+
+
+def _open_by_hosts(config: Config, runtime: Runtime) -> DataSet:
+    """One rank of each host opens the images; the others wait, and trust what it found whole."""
+    if runtime.ranks.size == 1:
+        return open_images(config)
+    found, problem = None, None
+    with runtime.links(_SECONDS_TO_OPEN) as links:
+        if local_rank() == 0:
+            try:
+                found = open_images(config)
+            except Exception as error:  # whatever it is, the others wait
+                problem = error
+        whole = links.union(found_whole.own() if found else frozenset(), found_whole.BYTES)
+    if problem is not None:
+        raise problem
+    with found_whole.trusting(whole):
+        return found or open_images(config)
 
 
 def steps_of(config: Config, order: AnyOrder) -> int:

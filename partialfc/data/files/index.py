@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from partialfc.data.files.lists import list_lines
+from partialfc.data.found_whole import found_whole, is_whole
 from partialfc.data.packs import index_cache
 from partialfc.data.packs.index_cache import alone, cache_places, read_kept, write_kept
 
@@ -93,6 +94,9 @@ def open_file_index(path: Path) -> FileIndex:
         ValueError: If there is no image, or a line of the list breaks a rule.
         OSError: If a folder or the list cannot be read.
     """
+    index = _kept(path, None)
+    if index is not None:
+        return index
     stamp: dict[str, Any] = {
         "format": _FORMAT,
         "source": _folder_stamp(path) if path.is_dir() else _stamp(path),
@@ -275,17 +279,22 @@ def _folder_stamp(root: Path) -> str:
     return digest.hexdigest()
 
 
-def _kept(path: Path, stamp: dict[str, Any]) -> FileIndex | None:
+def _kept(path: Path, stamp: dict[str, Any] | None) -> FileIndex | None:
     for place in cache_places(path, "index"):
         with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             return _load(place, stamp)
     return None
 
 
-def _load(place: Path, stamp: dict[str, Any]) -> FileIndex:
-    """The index that is kept at a place; ValueError and the like if it is not what it should be."""
+def _load(place: Path, stamp: dict[str, Any] | None) -> FileIndex:
+    """The index that is kept at a place; ValueError and the like if it is not what it should be.
+
+    Without a stamp that which another rank of this host has found whole, and of its source.
+    """
     header, content = read_kept(place)
-    if {name: header[name] for name in stamp} != stamp:
+    if stamp is None and not is_whole(place):
+        raise ValueError("not looked at")
+    if stamp is not None and {name: header[name] for name in stamp} != stamp:
         raise ValueError("of another source")
     count, identities, names = (header[name] for name in ("count", "identities", "names"))
     if not all(type(number) is int and number > 0 for number in (count, identities, names)):
@@ -298,8 +307,11 @@ def _load(place: Path, stamp: dict[str, Any]) -> FileIndex:
         parts.append(content[at : at + size].view(dtype))
         at += size
     index = FileIndex(identities, *parts)
-    if index.fingerprint != header["fingerprint"] or not _is_sound(index):
+    if stamp is None:
+        vars(index)["fingerprint"] = str(header["fingerprint"])
+    elif index.fingerprint != header["fingerprint"] or not _is_sound(index):
         raise ValueError("damaged")
+    found_whole(place)
     return index
 
 

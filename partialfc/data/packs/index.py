@@ -14,7 +14,7 @@ import warnings
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +42,7 @@ class RecordIndex:
     key_M: Sequence[int] | NDArray[np.int64]
     offset_M: NDArray[np.int64]
     sorted_M: NDArray[np.int64] | None
+    _prints: dict[int, str] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.offset_M)
@@ -72,9 +73,15 @@ class RecordIndex:
 
     def fingerprint(self, size: int) -> str:
         """Return 16 hexadecimal digits, a function of the offsets and the size of the file."""
-        digest = hashlib.blake2b(str(size).encode(), digest_size=8)
-        digest.update(np.ascontiguousarray(self.offset_M, "<i8").data)
-        return digest.hexdigest()
+        if size not in self._prints:
+            digest = hashlib.blake2b(str(size).encode(), digest_size=8)
+            digest.update(np.ascontiguousarray(self.offset_M, "<i8").data)
+            self._prints[size] = digest.hexdigest()
+        return self._prints[size]
+
+    def note_fingerprint(self, fingerprint: str, size: int) -> None:
+        """Take it from one who has looked."""
+        self._prints[size] = fingerprint
 
 
 def read_index(file: RecordFile) -> RecordIndex:

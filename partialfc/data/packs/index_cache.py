@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from partialfc.data.found_whole import found_whole, is_whole
 from partialfc.data.packs.index import RecordIndex, read_index
 from partialfc.data.packs.recordio import RecordFile
 from partialfc.writing import atomic_write
@@ -82,7 +83,8 @@ def kept_column(file: RecordFile, name: str, count: int) -> NDArray[np.int32] | 
             if header["stamp"] != stamp or len(content) != 4 * count:
                 continue
             values: NDArray[np.int32] = content.view("<i4")
-            if header["digest"] == _digest(values):
+            if is_whole(place) or header["digest"] == _digest(values):
+                found_whole(place)
                 return values
     return None
 
@@ -118,7 +120,8 @@ def _kept(file: RecordFile, stamp: dict[str, Any]) -> RecordIndex | None:
 def _load(path: Path, file: RecordFile, stamp: dict[str, Any]) -> RecordIndex:
     """The index that is kept at ``path``; ValueError and the like if it is not what it should be.
 
-    It is hashed, so damage is found; every offset is checked again when its record is read.
+    It is hashed by one rank of the host, so damage is found; every offset is checked again when its
+    record is read.
     """
     header, content = read_kept(path)
     if {name: header[name] for name in stamp} != stamp:
@@ -133,10 +136,13 @@ def _load(path: Path, file: RecordFile, stamp: dict[str, Any]) -> RecordIndex:
     keys = range(first, first + count) if first is not None else values[count : 2 * count]
     sorted_M = values[-count:] if of_sorted is not None else None
     index = RecordIndex(keys, values[:count], sorted_M)
-    if index.fingerprint(file.size) != header["fingerprint"] or (
+    if is_whole(path):
+        index.note_fingerprint(str(header["fingerprint"]), file.size)
+    elif index.fingerprint(file.size) != header["fingerprint"] or (
         sorted_M is not None and _digest(sorted_M) != of_sorted
     ):
         raise ValueError("damaged")
+    found_whole(path)
     return index
 
 

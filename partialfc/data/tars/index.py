@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from partialfc.data.files.index import in_order
+from partialfc.data.found_whole import found_whole, is_whole
 from partialfc.data.packs.index_cache import alone, cache_places, read_kept, write_kept
 from partialfc.data.tars.listing import Listing, list_shard
 from partialfc.data.tars.store import ShardError, ShardFile, Stamp, Store, named
@@ -113,6 +114,9 @@ def open_tar_index(path: Path, store: Store) -> TarIndex:
             image with a label; it is named, with the byte.
     """
     shards = store.shards()
+    index = _kept(path, shards, None)
+    if index is not None:
+        return index
     with ThreadPoolExecutor(64 if store.is_far else _THREADS) as pool:
         stamps = list(pool.map(store.stamp, shards))
     index = _kept(path, shards, stamps)
@@ -244,16 +248,22 @@ def _keep(path: Path, index: TarIndex) -> bool:
     return write_kept(_places(path), header, columns)
 
 
-def _kept(path: Path, shards: list[str], stamps: list[Stamp]) -> TarIndex | None:
+def _kept(path: Path, shards: list[str], stamps: list[Stamp] | None) -> TarIndex | None:
     for place in _places(path):
         with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             return _load(place, shards, stamps)
     return None
 
 
-def _load(place: Path, shards: list[str], stamps: list[Stamp]) -> TarIndex:
-    """The index that is kept at a place; ValueError and the like if it is not what it should be."""
+def _load(place: Path, shards: list[str], stamps: list[Stamp] | None) -> TarIndex:
+    """The index that is kept at a place; ValueError and the like if it is not what it should be.
+
+    Without stamps that which another rank of this host has found whole, and of these shards.
+    """
     header, content = read_kept(place)
+    whole = stamps is None
+    if whole and not is_whole(place):
+        raise ValueError("not looked at")
     lengths: Any = header["lengths"]
     if header["format"] != _FORMAT or len(lengths) != len(_COLUMNS):
         raise ValueError("of another kind")
@@ -268,11 +278,15 @@ def _load(place: Path, shards: list[str], stamps: list[Stamp]) -> TarIndex:
         for start, end, (_, kind) in zip(ends[:-1], ends[1:], _COLUMNS, strict=True)
     )
     names, of_shards, of_stamps = json.loads(text.tobytes())
-    if of_shards != shards or [tuple(stamp) for stamp in of_stamps] != stamps:
+    found = [tuple(stamp) for stamp in of_stamps]
+    if of_shards != shards or found != (found if stamps is None else stamps):
         raise ValueError("of other shards")
-    index = TarIndex(shards, stamps, names, first_S, offset_N, size_N, identity_N)
-    if index.fingerprint != header["fingerprint"] or not _is_sound(index):
+    index = TarIndex(shards, found, names, first_S, offset_N, size_N, identity_N)
+    if whole:
+        vars(index)["fingerprint"] = str(header["fingerprint"])
+    elif index.fingerprint != header["fingerprint"] or not _is_sound(index):
         raise ValueError("damaged")
+    found_whole(place)
     return index
 
 
