@@ -11,7 +11,7 @@ QUICK := tests/test_layering.py tests/test_keyed.py tests/config tests/definitio
 GPU_TESTS := tests/gpu tests/head/test_kernels.py tests/head/test_fused_kernels.py -k "cuda or gpu"
 SIMULATED := PYTHONPATH=$(CURDIR)/tests/simulated_gpu/site $(PYTEST) $(BESIDE) -m "not cluster"
 
-.PHONY: demo faces quick test test-all test-gpu test-simulated-gpu test-cluster monitor omniglot taught lint clean
+.PHONY: demo faces quick test test-all test-scale test-gpu test-simulated-gpu test-cluster monitor omniglot taught lint clean
 
 demo: .venv/installed
 	$(BIN)/python tools/demo.py
@@ -44,6 +44,10 @@ test-all: .venv/installed
 	$(PYTEST) tests/cluster -m cluster --cov=partialfc --cov-append --cov-report=
 	$(PYTEST) $(BESIDE) $(QUICK) --cov=partialfc --cov-append --cov-report=
 	@echo "coverage of partialfc: $$($(BIN)/coverage report --format=total) %"
+
+# Thousands of ranks, simulated here: what grows with their number is counted. Part of test-all.
+test-scale: .venv/installed
+	$(PYTEST) $(BESIDE) -m slow tests/scale
 
 test-gpu: .venv/installed
 	$(BIN)/python -m pytest $(GPU_TESTS)
