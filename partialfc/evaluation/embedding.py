@@ -106,6 +106,7 @@ def embed_tensors(
             raise DataError(f"{name}: image {index}: {error}") from error
 
     ranks = runtime.ranks
+    embed = _alike(embed)
     blocks = -(-count // BLOCK)
     share = -(-blocks // ranks.size) * BLOCK
     # What is beyond the end is the last image again, so that every block and every rank is full.
@@ -122,8 +123,26 @@ def embed_tensors(
                     embeddings_nD += embed(block.flip(3)).float()
                 parts.append(embeddings_nD)
             progress(len(chunk))
-    gathered: np.ndarray = gather_rows(torch.cat(parts), ranks).double().cpu().numpy()
+    gathered: np.ndarray = gather_rows(torch.cat(parts), ranks).cpu().double().numpy()
     return gathered[:count]
+
+
+def _alike(embed: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return it by the same kernels in every process, compiled or not.
+
+    Training lets cuDNN choose by a race, and may compile its network for the shape of its batches.
+    """
+
+    def embedded(images: Tensor) -> Tensor:
+        before = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = False
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                return embed(images)
+        finally:
+            torch.backends.cudnn.benchmark = before
+
+    return embedded
 
 
 def _pixels(image: Image, size: int) -> np.ndarray:

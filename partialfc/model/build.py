@@ -229,7 +229,8 @@ def assemble(
     frozen = freeze(backbone, config.backbone.freeze)
     frozen += still_norms(backbone, config.backbone.lora)
     if config.backbone.compile:
-        backbone.compile()
+        # For the shape of its batches alone: what else it is given does not change its kernels.
+        backbone.compile(dynamic=False)
     own = own_names(backbone, config.backbone.lora)
     replica: nn.Module = backbone
     shards = shard(config, backbone, runtime) if divided else None
