@@ -179,7 +179,7 @@ class Saver:
     def _has_room(self, files: Staged) -> bool:
         """Whether the copies that are missing take at most half of the memory that is free."""
         needed = sum(
-            tensor.nbytes
+            _bytes_of_copy(tensor.nbytes, pinned=tensor.is_cuda)
             for file, tensors in files.items()
             for name, tensor in tensors.items()
             if f"{file}/{name}" not in self._copies
@@ -279,6 +279,11 @@ def _contiguous(files: Staged) -> Staged:
         file: {name: tensor.contiguous() for name, tensor in tensors.items()}
         for file, tensors in files.items()
     }
+
+
+def _bytes_of_copy(size: int, *, pinned: bool) -> int:
+    """Memory of a copy: torch locks the next power of two."""
+    return 1 << (size - 1).bit_length() if pinned and size else size
 
 
 def _available_bytes() -> int | None:

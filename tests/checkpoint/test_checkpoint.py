@@ -5,12 +5,13 @@ import json
 import re
 import shutil
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from partialfc.checkpoint import CheckpointError, Saver
+from partialfc.checkpoint import CheckpointError, Saver, saving
 from partialfc.checkpoint import folder as checkpoint_folder
 from partialfc.checkpoint import loading as checkpoint
 from partialfc.checkpoint.disk import Disk
@@ -399,3 +400,14 @@ def test_other_labels_are_another_run_where_a_checkpoint_knows_them(tmp_path):
     assert checkpoint.load(path, flat_model(settings()), facts, runtime()) == 2
     with pytest.raises(CheckpointError, match='with labels = "0f", this run has "1f"'):
         checkpoint.load(path, flat_model(settings()), facts | {"labels": "1f"}, runtime())
+
+
+def test_copies_in_pinned_memory_are_counted_as_torch_locks_them(monkeypatch, tmp_path):
+    """The next power of two: a host was given up to twice the copies that were thought to fit."""
+    saver = object.__new__(saving.Saver)
+    saver._copies, saver._folder = {}, tmp_path
+    monkeypatch.setattr(saving, "_available_bytes", lambda: 12 << 20)
+    files = {"centers": {"one": SimpleNamespace(nbytes=(4 << 20) + 1, is_cuda=True)}}
+    assert not saver._has_room(files)
+    files["centers"]["one"].is_cuda = False
+    assert saver._has_room(files)
