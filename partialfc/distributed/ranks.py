@@ -6,7 +6,7 @@ Shape suffixes: b = rows of this rank's batch, B = rows of the gathered batch, D
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -60,16 +60,17 @@ class Ranks:
         return cls(dist.get_rank(group), dist.get_world_size(group), group)
 
 
-def gather_rows(rows: Tensor, ranks: Ranks) -> Tensor:
+def gather_rows(rows: Tensor, ranks: Ranks, *, beside: bool = False) -> Tensor:
     """Return the rows [n, ...] of all ranks, rank by rank, the same number of each: one all-gather.
 
-    Any dtype that the backend moves: nothing is computed.
+    Any dtype that the backend moves: nothing is computed. ``beside``: on a GPU it is behind the
+    collectives of a step that does not wait for it, so its time says nothing of the other ranks.
     """
     if ranks.size == 1:
         return rows
     _enter()
     gathered = rows.new_empty(ranks.size * len(rows), *rows.shape[1:])
-    with _timed("all_gather", rows):
+    with nullcontext() if beside and rows.is_cuda else _timed("all_gather", rows):
         _all_gather(gathered, rows.contiguous(), group=ranks.group)
     return gathered
 
@@ -111,7 +112,7 @@ def sum_to_owner(gradient_BD: Tensor, ranks: Ranks, shares: Shares | None = None
 
 
 _seconds: dict[str, float] = {}
-_on_device: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=4096)
+_on_device: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
 
 
 @contextmanager
@@ -123,6 +124,7 @@ def _timed(kind: str, tensor: Tensor) -> Iterator[None]:
         yield
         ended.record()
         _on_device.append((kind, began, ended))
+        _count_ended()  # at once, so that no more are kept than a GPU is behind
         return
     start = time.monotonic()
     yield
@@ -140,7 +142,12 @@ def wait_seconds() -> dict[str, float]:
     has the smallest. No host synchronisation: what a GPU has not come to yet is left for the next
     call.
     """
+    _count_ended()
+    return dict(_seconds)
+
+
+def _count_ended() -> None:
+    """Add up what a GPU is done with; no host synchronisation."""
     while _on_device and _on_device[0][2].query():  # type: ignore[no-untyped-call]
         kind, began, ended = _on_device.popleft()
         _seconds[kind] = _seconds.get(kind, 0.0) + began.elapsed_time(ended) / 1e3
-    return dict(_seconds)
