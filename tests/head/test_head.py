@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from partialfc.head.centers import fill_initial_
 from partialfc.head.row_set import RowSet
 from partialfc.head.rows.formats import decode
 from partialfc.head.tiles import passes
+from partialfc.head.tiles.products import scaled_products
 from partialfc.head.tiles.torch_steps import project_
 from tests.support import reference
 from tests.support.heads import flat_head
@@ -533,3 +535,32 @@ def test_positive_at_zero_angle_gives_finite_exact_gradient():
     assert math.isfinite(loss)
     assert gradient.isfinite().all()
     assert change.isfinite().all()
+
+
+@pytest.mark.parametrize("batch", [16, 4096])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_tile_has_its_size_whatever_the_batch(batch, device):
+    """A GPU's counted logits alone: of a batch of 16, a tile of centers took 4 GiB."""
+    query = SimpleNamespace(shape=(batch, 512), device=torch.device(device))
+    centers = range(10_000_000)
+    start, stop = next(passes.tiles(query, centers, None))
+    assert start == 0
+    assert 4 * (batch + 512) * stop <= max(passes.TILE_BYTES[device], 4 * (batch + 512) * 128)
+    assert stop < len(centers)
+
+
+def test_products_of_16_bits_are_scaled_as_they_are_made(monkeypatch):
+    """A pass over fp32 logits for the scale alone is a third of what a GPU's tile moves."""
+
+    class There(torch.Tensor):
+        is_cuda = True
+
+    def addmm(unread, left, right, dtype, *, beta, alpha):
+        assert beta == 0
+        assert unread.untyped_storage().nbytes() <= 4
+        return alpha * (left.to(dtype) @ right.to(dtype))
+
+    key, query = torch.ones(3, 2, dtype=torch.bfloat16), torch.ones(4, 2, dtype=torch.bfloat16)
+    monkeypatch.setattr(torch, "addmm", addmm)
+    found = scaled_products(key.as_subclass(There), query, 64.0)
+    assert torch.equal(found.as_subclass(torch.Tensor), torch.full((3, 4), 128.0))

@@ -42,11 +42,11 @@ _NO_LOGIT = -1e30
 """Row maximum of a tile without negatives: finite, so that no difference of two is NaN."""
 
 TILE_BYTES = {"cpu": 5 << 20, "cuda": 1 << 27}
-"""Size of a tile of centers and logits in fp32 on a CPU: with the gradient and the states of its
-rows it stays in the last cache, and Python's part of a tile is small beside it. On a GPU, size of a
-tile of logits: half of the L2 cache of a Hopper, 32 MiB, would keep them there, but at B = 4096 its
-products take 22 us and the host 60 to 100 us to start them; four times that size hides the host.
-(By arithmetic: ``tools/bench/head.py --tile-mib`` measures it.)"""
+"""Size of a tile of centers and logits in fp32. On a CPU, with the gradient and the states of its
+rows it stays in the last cache, and Python's part of a tile is small beside it. On a GPU, half of
+the L2 cache of a Hopper, 32 MiB, would keep logits there, but at B = 4096 its products take 22 us
+and the host 60 to 100 us to start them; four times that size hides the host. (By arithmetic:
+``tools/bench/head.py --tile-mib`` measures it.)"""
 
 _TILE_ROWS = 128
 """A tile is a multiple of it, as tensor cores like it."""
@@ -229,8 +229,7 @@ def tiles(
     """Yield (start, stop) of the tiles of a sample; a function of device, B, D, n and K."""
     total = len(centers_CD) if rows is None else len(rows)
     batch, dim = query_BD.shape
-    device = query_BD.device.type
-    size = TILE_BYTES[device] // (4 * (batch + (dim if device == "cpu" else 0)))
+    size = TILE_BYTES[query_BD.device.type] // (4 * (batch + dim))
     step = _TILE_ROWS * per_identity
     size = max(step, size // step * step)
     for start in range(0, total, size):

@@ -49,8 +49,8 @@ def step_seconds(name: str, case: Case) -> float:
         return max(seconds, _STEP)
     tile_bytes = TILE_BYTES["cuda"] if case.tile_mib is None else case.tile_mib << 20
     most, in_turn = positives_of(name)
-    passes = most if in_turn else 1
-    return passes * max(seconds, _STEP + 2 * 4 * logits / tile_bytes * _LAUNCHES)
+    passes, tiles = most if in_turn else 1, 4 * rows * (case.batch + dim) / tile_bytes
+    return passes * max(seconds, _STEP + 2 * tiles * _LAUNCHES)
 
 
 def _rate(dtype: str) -> float:
