@@ -1,6 +1,6 @@
 """BatchNorm's running statistics, which each rank keeps of its own batches, and their mean."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -8,6 +8,32 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from partialfc.distributed.ranks import Ranks
+
+
+class Remembered:
+    """Buffers as they were: a handful of launches on a GPU, however many there are.
+
+    Args:
+        buffers: Any floating dtypes, on one device.
+    """
+
+    def __init__(self, buffers: Sequence[Tensor]) -> None:
+        dtypes = dict.fromkeys(buffer.dtype for buffer in buffers)
+        self._buffers = [[one for one in buffers if one.dtype == dtype] for dtype in dtypes]
+        self._before = [_flat(some) for some in self._buffers]
+
+    def restore_where(self, bad: Tensor) -> None:
+        """Write what they were where ``bad``, a scalar bool on the device, is true; no host
+        synchronisation."""
+        for some, before in zip(self._buffers, self._before, strict=True):
+            kept = torch.where(bad, before, _flat(some))
+            parts = torch.split(kept, [one.numel() for one in some])
+            pairs = zip(parts, some, strict=True)
+            torch._foreach_copy_(some, [part.view(one.shape) for part, one in pairs])
+
+
+def _flat(buffers: Sequence[Tensor]) -> Tensor:
+    return torch.cat([buffer.flatten() for buffer in buffers])
 
 
 def statistics(module: nn.Module) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from partialfc.config import Config
 from partialfc.keyed import key
 from partialfc.losses import Lesson
+from partialfc.model.batch_norm import Remembered
 from partialfc.model.build import Model
 from partialfc.model.optimizer import clip, set_rate
 
@@ -70,8 +71,7 @@ def train_step(
     torch.manual_seed(key(config.run.seed, "dropout", step, ranks.rank))
     of_heads = (buffer for head in heads.values() for buffer in head.buffers())
     buffers = (*model.backbone.buffers(), *of_heads)
-    statistics = [buffer for buffer in buffers if buffer.is_floating_point()]
-    before = [buffer.clone() for buffer in statistics]
+    before = Remembered([buffer for buffer in buffers if buffer.is_floating_point()])
     loss = torch.zeros((), device=images.device)
     terms: dict[str, Tensor] = {}
     shares = config.uneven_shares(ranks.size)
@@ -115,8 +115,7 @@ def train_step(
         head.optimizer.step()
     scaler.update()
     optimizer.zero_grad()
-    for buffer, old in zip(statistics, before, strict=True):  # they saw the bad batch already
-        buffer.copy_(torch.where(skipped > 0, old, buffer))
+    before.restore_where(skipped > 0)  # they saw the bad batch already
     if model.average is not None:
         model.average.update(step, skipped)
     return Step(loss, norm, skipped, loss_scale, terms)

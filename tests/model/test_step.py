@@ -3,8 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from partialfc import ArcFace, PartialFC
+from partialfc.model.batch_norm import Remembered
 from partialfc.model.build import assemble
 from partialfc.model.step import train_step
 from tests.support.models import Flat, batch, flat_model, runtime, settings, weights
@@ -114,3 +116,33 @@ def test_losses_beside_the_softmax_are_added_and_recorded():
     expected = softmax + 0.5 * done.terms["triplet"] + 2.0 * done.terms["center"]
     assert float(done.loss) == pytest.approx(float(expected), rel=1e-6)
     assert done.terms["triplet"] > 0
+
+
+class _Launches(TorchDispatchMode):
+    """Counts operators that are kernels on a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, kinds, arguments=(), options=None):
+        views = {"view", "split_with_sizes", "split", "slice", "detach", "alias"}
+        self.count += function.overloadpacket.__name__ not in views
+        return function(*arguments, **(options or {}))
+
+
+def test_statistics_are_kept_and_given_back_in_a_handful_of_launches():
+    """A clone, a choice and a copy of each of 150 buffers took longer to start than to run."""
+    many = [torch.full((4,), float(i)) for i in range(150)]
+    many += [torch.full((), 7.0, dtype=torch.float64), torch.full((2, 3), 8.0)]
+    own = [one.clone() for one in many]
+    with _Launches() as kept:
+        before = Remembered(many)
+    for one in many:
+        one.fill_(torch.nan)
+    with _Launches() as given_back:
+        before.restore_where(torch.tensor(True))
+    assert all(torch.equal(*pair) for pair in zip(many, own, strict=True))
+    assert kept.count + given_back.count < 12
+    for one in many:
+        one.fill_(1)
+    before.restore_where(torch.tensor(False))
+    assert all(bool((one == 1).all()) for one in many)
