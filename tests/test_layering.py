@@ -21,6 +21,7 @@ FLOORS = (
         "words",
         "writing",
         "numerics",
+        "pinned",
         "backbones",
         "protocols",
         "distributed",

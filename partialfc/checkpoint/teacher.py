@@ -23,6 +23,7 @@ from partialfc.errors import in_words
 from partialfc.losses import Lesson
 from partialfc.model.adapted import digest_of
 from partialfc.model.build import AUTOCAST
+from partialfc.pinned import to_device
 from partialfc.runtime.process import Runtime
 
 SampleIds = NDArray[np.int64]
@@ -164,7 +165,7 @@ def _takes_pixels(path: Path) -> bool:
 
 def _of_vectors(vectors: Vectors) -> Teacher:
     def embed(images: Tensor, sample_ids: SampleIds) -> Tensor:
-        return torch.from_numpy(vectors.of(sample_ids)).to(images.device)
+        return to_device(torch.from_numpy(vectors.of(sample_ids)), images.device)
 
     return Teacher(embed, vectors.dim, vectors.digest)
 

@@ -23,10 +23,11 @@ class Batches:
     Args:
         ranks: Those that gather.
         what: What has the size, for messages.
+        beside: Whether a GPU gathers beside the steps, which do not wait for it.
     """
 
-    def __init__(self, ranks: Ranks, what: str = "batches") -> None:
-        self._ranks, self._what = ranks, what
+    def __init__(self, ranks: Ranks, what: str = "batches", *, beside: bool = False) -> None:
+        self._ranks, self._what, self._beside = ranks, what, beside
         self._last = 0
 
     def gather(
@@ -91,12 +92,15 @@ class Batches:
         sent = torch.cat([size_1K, row_bK])
         if own < max(count, last):
             sent = F.pad(sent, (0, 0, 0, max(count, last) - own))
-        row_WbK = gather_rows(sent[: 1 + last], ranks).view(ranks.size, 1 + last, -1)
+        row_WbK = gather_rows(sent[: 1 + last], ranks, beside=self._beside).view(
+            ranks.size, 1 + last, -1
+        )
         self._refuse_other(row_WbK[:, 0, :8].contiguous().view(torch.int64).squeeze(1), shares)
         row_WbK = row_WbK[:, 1 : 1 + count]
         if count > last:
             more = sent[1 + last : 1 + count]
-            more_WbK = gather_rows(more, ranks).view(ranks.size, count - last, -1)
+            more_WbK = gather_rows(more, ranks, beside=self._beside)
+            more_WbK = more_WbK.view(ranks.size, count - last, -1)
             row_WbK = torch.cat([row_WbK, more_WbK], dim=1)
         self._last = count
         return row_WbK

@@ -15,6 +15,7 @@ from partialfc.distributed.shares import Shares
 from partialfc.head.options import Several
 from partialfc.head.sampling import refuse_unknown
 from partialfc.head.several import NONE, Labels, distinct, filled, refuse_weights
+from partialfc.pinned import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,31 +44,54 @@ class Gathering:
         several: What rows of several identities, or of none, are to the loss; ``None``: every row
             has one.
         binary: Whether each center is a question of its own.
+        device: Of the head and of the ranks' collectives.
     """
 
     def __init__(
-        self, ranks: Ranks, num_identities: int, several: Several | None, *, binary: bool
+        self,
+        ranks: Ranks,
+        num_identities: int,
+        several: Several | None,
+        *,
+        binary: bool,
+        device: torch.device,
     ) -> None:
         self._several, self._num_identities, self._binary = several, num_identities, binary
-        self._batches, self._steps = Batches(ranks), Batches(ranks, "steps")
+        self._ranks, self._device = ranks, device
+        self._batches, self._steps = Batches(ranks), Batches(ranks, "steps", beside=True)
 
-    def step(self, identities: Tensor, shares: Shares | None) -> tuple[Tensor, Tensor | None]:
-        """Return all identities of a step [P], and the fraction of its rows that name any, if they
-        need not. Collective: one all-gather, or two.
+    @property
+    def most(self) -> int:
+        """K, 1 where each row has one identity."""
+        return 1 if self._several is None else self._several.most
+
+    def step(self, identities: Tensor, shares: Shares | None) -> Tensor:
+        """Return all identities of a step, [B] or [B, K]: those of several ranks on the device.
+
+        Collective: one all-gather, or two. No host synchronisation.
 
         Args:
             identities: int64 [any] or [any, at most K], of this rank.
             shares: The numbers of all ranks where they differ.
         """
+        own = filled(identities, self.most)
+        own = own.flatten() if self._several is None else own
+        if self._ranks.size > 1:
+            own = to_device(own, self._device)
+        return self._steps.gather_identities(own, shares)
+
+    def names(self, identities: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return what :meth:`step` did as [P], and the fraction of the rows that name any, if they
+        need not.
+
+        Raises:
+            ValueError: If one is unknown.
+        """
         if self._several is None:
-            own_b = filled(identities, 1).flatten()
-            identities_B = self._steps.gather_identities(own_b, shares)
-            refuse_unknown(identities_B, self._num_identities)
-            return identities_B, None
-        own_bK = filled(identities, self._several.most)
-        identities_BK = self._steps.gather_identities(own_bK, shares)
-        refuse_unknown(identities_BK, self._num_identities, none=True)
-        return identities_BK.T.flatten(), (identities_BK != NONE).any(1).float().mean()
+            refuse_unknown(identities, self._num_identities)
+            return identities, None
+        refuse_unknown(identities, self._num_identities, none=True)
+        return identities.T.flatten(), (identities != NONE).any(1).float().mean()
 
     def batch(
         self,
@@ -78,7 +102,7 @@ class Gathering:
         shares: Shares | None,
         fraction: Tensor | None,
     ) -> Gathered:
-        """Return the batch of all ranks; collective as :meth:`Batches.gather`.
+        """Return the batch of all ranks, on the device; collective as :meth:`Batches.gather`.
 
         Args:
             query_bD: Of this rank.
@@ -88,6 +112,9 @@ class Gathering:
             shares: b of every rank where it is not equal.
             fraction: Of :meth:`step`, if the batch is a part of one.
         """
+        identities = to_device(identities, self._device)
+        if weights is not None:
+            weights = to_device(weights, self._device)
         if self._several is None:
             query_BD, identities_B, norm_B = self._batches.gather(
                 query_bD, identities.flatten(), norm_b, shares

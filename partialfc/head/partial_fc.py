@@ -17,7 +17,7 @@ from torch._compile import _disable_dynamo
 from partialfc.distributed.ranks import Ranks
 from partialfc.distributed.shares import Shares
 from partialfc.head.batch import Batch, Queries
-from partialfc.head.centers import expand, fill_initial_
+from partialfc.head.centers import fill_initial_
 from partialfc.head.checks import (
     refuse_batch,
     refuse_center_losses,
@@ -35,10 +35,11 @@ from partialfc.head.rows.formats import DTYPES
 from partialfc.head.rows.optimizer import RowOptimizer
 from partialfc.head.rows.rules import RowRule, RowSGD
 from partialfc.head.rows.staging import host_tensor, row_tensor
-from partialfc.head.sampling import KeyedSampler, Sample, StepSample, refuse_unfixed
+from partialfc.head.sampling import KeyedSampler, Sample
 from partialfc.head.set_masks import SetMasks
 from partialfc.head.shard import Shard, refuse_copies
 from partialfc.head.sharding import Sharding, default_canonical_shards
+from partialfc.head.steps import StepSamples
 from partialfc.keyed import key
 from partialfc.margins import Margin
 
@@ -156,7 +157,6 @@ class PartialFC(Shard):
             self.ranks.rank,
             sample_rate=sample_rate,
             seed=seed,
-            path=self.plan.path,
             negatives=negatives,
         )
         size = len(self.owned_rows), embedding_dim + margin.bias
@@ -171,6 +171,8 @@ class PartialFC(Shard):
         if margin.bias:
             centers[:, -1] = 0
         self.memory, self.keep_bytes = memory, memory.keep_bytes(self.device.type)
+        self.draws_ahead = memory.uses_host or (sample_rate < 1 and self.device.type == "cuda")
+        """Whether a step is faster for a ``sample_step`` ahead."""
         self.optimizer = RowOptimizer(
             nn.Parameter(centers, requires_grad=False),
             rule,
@@ -182,13 +184,17 @@ class PartialFC(Shard):
             overlap=kernels.overlap,
             every_row=sample_rate == 1,
         )
-        self._gathering = Gathering(self.ranks, num_identities, positives, binary=margin.binary)
+        self._gathering = Gathering(
+            self.ranks, num_identities, positives, binary=margin.binary, device=self.device
+        )
+        self._samples = StepSamples(
+            self._gathering, self.sampler, self.centers_per_identity, self.device
+        )
         self._masks = SetMasks(sets, self.owned, self.centers_per_identity, self.device)
         self._forgotten, self._first = Forgotten(), True
         self.center_weight, self.inter_class_weight = center_weight, inter_class_weight
         self.terms: dict[str, Tensor] = {}
         """Losses beside the softmax in the last forward pass, without their weights."""
-        self._step_sample: StepSample | None = None
 
     def extra_repr(self) -> str:
         """Sizes for ``print(head)``."""
@@ -198,35 +204,42 @@ class PartialFC(Shard):
         )
 
     @_disable_dynamo
-    def sample_step(self, identities: Tensor, shares: Shares | None = None) -> None:
-        """Fix the sample of this step from the identities of all its micro-batches.
+    def sample_step(
+        self, identities: Tensor, shares: Shares | None = None, *, ahead: bool = False
+    ) -> None:
+        """Fix the sample of this step, or of the next, from the identities of its micro-batches.
 
         With gradient accumulation, N micro-batches after this call use the centers that one batch
         of all of them would use; without it each uses its own positives. Collective: one
         all-gather, two where there are more than the last time. Holds until the next
         ``optimizer.step()``.
 
+        ``ahead``: before the forward pass of the present step, with the identities of the next one.
+        Its centers are drawn, and brought from host memory, beside the present step, and no
+        host waits for a GPU. To fix that step again, when it has come, does nothing.
+
         Args:
             identities: int64 [any] or [any, K], this rank's, as many on every rank; -1 also where
-                a weight is 0.
+                a weight is 0. On any device.
             shares: The numbers of all ranks where they differ.
+            ahead: Whether they are of the next step.
 
         Raises:
-            ValueError: If the number is another, or there is an unknown one; on a GPU, a
-                device-side assertion fails instead.
+            ValueError: If there is an unknown one, ahead in the next forward pass; if the number is
+                another: on a GPU, a device-side assertion fails instead.
         """
-        identities_P, fraction = self._gathering.step(identities, shares)
-        step = self.optimizer.steps
-        rows = expand(self.sampler(step, identities_P), self.centers_per_identity).rows
-        self._step_sample = StepSample(step, identities_P, rows, fraction)
+        step = self.optimizer.steps + ahead
+        if ahead or not self._samples.was_ahead(step):
+            draw = self._samples.fix(step, identities, shares, ahead=ahead)
+            if ahead:
+                self.optimizer.prefetch(lambda: draw().host_n)
 
     @_disable_dynamo
     def prefetch(self, identities: Tensor, shares: Shares | None = None) -> None:
         """Begin to bring the rows of the next step from host memory; a no-op where none are there.
 
-        Optional, and changes no result. Call it before the forward pass of the present step, with
-        the identities of the whole next one. Collective where rows are in host memory: as
-        :meth:`sample_step`.
+        Optional, and changes no result: unlike :meth:`sample_step` ahead, the next step may have
+        other identities. Collective where rows are in host memory: as that.
 
         Args:
             identities: int64 [any] or [any, K], this rank's of the next step, as many on every
@@ -234,9 +247,8 @@ class PartialFC(Shard):
             shares: The numbers of all ranks where they differ.
         """
         if self.memory.uses_host:
-            identities_P, _ = self._gathering.step(identities, shares)
-            sample = self.sampler(self.optimizer.steps + 1, identities_P)
-            self.optimizer.prefetch(expand(sample, self.centers_per_identity).rows)
+            draw = self._samples.begin(self.optimizer.steps + 1, identities, shares)
+            self.optimizer.prefetch(lambda: draw().host_n)
 
     # The sampler is integers on the host, and the optimizer's step is among its keys.
     @_disable_dynamo
@@ -260,13 +272,15 @@ class PartialFC(Shard):
         ``embeddings.grad`` is the world size times the exact gradient, so that the mean over
         ranks that DistributedDataParallel takes is exact.
 
+        A GPU is waited for once, for a sample that :meth:`sample_step` has not fixed.
+
         A margin's moving averages move with every forward pass that wants a gradient and has a
         finite loss, micro-batches included, even if a GradScaler then skips the step.
 
         Args:
             embeddings: [b, D] of this rank, any float dtype, any length; b equal on all ranks.
-            identities: int64 [b], global, in [0, C). With ``positives``, [b] or [b, K], or fewer
-                than K: -1 is none, one that is named twice counts once.
+            identities: int64 [b], global, in [0, C), on any device. With ``positives``, [b] or
+                [b, K], or fewer than K: -1 is none, one that is named twice counts once.
             shares: b of every rank where it is not equal. The loss is the mean over all rows still.
             weights: >= 0, of the shape of ``identities``, for the loss ``"soft"`` and no other. A
                 weight of 0 is as no identity; those of one identity are added.
@@ -313,6 +327,7 @@ class PartialFC(Shard):
     ) -> Batch:
         """Gather the global batch, refuse what is no identity of it, and sample its centers."""
         margin, optimizer = self.margin, self.optimizer
+        steps, part = optimizer.steps, optimizer.micro_batches
         if self._first:
             fewest = self.sharding.fewest * self.centers_per_identity
             refuse_copies(self.centers, fewest, self.device, self.ranks)
@@ -320,15 +335,14 @@ class PartialFC(Shard):
         state = {name: value.clone() for name, value in self.margin_state().items()}
         queries = Queries.of(embeddings, margin, state, self.compute)
         norms_b = queries.norm_b if margin.needs_norms else None
-        fixed = self._fixed()
-        fraction = None if fixed is None else fixed.fraction
+        of_ranks = shares or Shares((len(embeddings),) * self.ranks.size)
+        fraction = self._samples.fraction(steps, sum(of_ranks.sizes))
         gathered = self._gathering.batch(
             queries.query_bD, identities, weights, norms_b, shares, fraction
         )
         sample = self.sample(gathered.identities_P)
-        optimizer.catch_up(sample.rows)
-        centers_CD, rows = optimizer.open(sample.rows)
-        steps, part = optimizer.steps, optimizer.micro_batches
+        optimizer.catch_up(sample.rows, sample.host_n)
+        centers_CD, rows = optimizer.open(sample.rows, sample.host_n)
         return Batch(
             queries=queries,
             query_BD=gathered.query_BD,
@@ -336,7 +350,7 @@ class PartialFC(Shard):
             centers_CD=centers_CD,
             rows=rows,
             labels=gathered.labels,
-            mask=self._masks(gathered.identities_P, gathered.labels.most, rows.row_n),
+            mask=self._masks(gathered.identities_P, gathered.labels.most, sample.host_n),
             target_P=sample.target_B,
             log_weight_n=sample.log_weight_n,
             margin=margin,
@@ -348,7 +362,7 @@ class PartialFC(Shard):
             compute=self.compute,
             path=self.plan.path,
             ranks=self.ranks,
-            shares=shares or Shares((len(embeddings),) * self.ranks.size),
+            shares=of_ranks,
             want_gradient=want_gradient,
             want_pull=want_gradient and embeddings.requires_grad,
             keep_bytes=self.keep_bytes - optimizer.kept_bytes if want_gradient else 0,
@@ -364,20 +378,7 @@ class PartialFC(Shard):
 
     def sample(self, identities_P: Tensor) -> Sample:
         """Return the sampled rows of this step, and the first row of each positive's identity."""
-        fixed = self._fixed()
-        if fixed is None:
-            sample = self.sampler(self.optimizer.steps, identities_P)
-            return expand(sample, self.centers_per_identity)
-        refuse_unfixed(identities_P, fixed.identities_P)
-        # The set of positives is that of the step, so the rows are; the targets are this batch's.
-        known_P = torch.cat([fixed.identities_P, identities_P])
-        every = expand(self.sampler(fixed.step, known_P), self.centers_per_identity)
-        own_B = every.target_B[len(fixed.identities_P) :]
-        return Sample(fixed.rows, own_B, every.log_weight_n)
-
-    def _fixed(self) -> StepSample | None:
-        fixed = self._step_sample
-        return None if fixed is None or fixed.step != self.optimizer.steps else fixed
+        return self._samples(self.optimizer.steps, identities_P)
 
     def _decide(self, rule: RowRule, *, weighted: bool, fused: bool) -> Plan:
         """Return which code computes this head; refuse the fused kernels where they cannot."""

@@ -1,6 +1,7 @@
 """The sampled class centers of one step: all positives of the global batch, and keyed negatives.
 
-Every canonical shard orders its rows by a permutation keyed by (seed, step, shard) and samples the
+It is made on the host, which then knows how many rows a step has: a GPU is never asked. Every
+canonical shard orders its rows by a permutation keyed by (seed, step, shard) and samples the
 first ``quota`` of them. A positive that is not among them takes the place of the last negative. So
 the negatives are uniform without replacement given the positives, any number of ranks samples the
 same rows, and nothing costs time or memory in the size of the shard.
@@ -19,10 +20,8 @@ from torch import Tensor
 
 from partialfc import keyed as permutation
 from partialfc.head.options import Negatives
-from partialfc.head.plan import Path
 from partialfc.head.several import NONE
 from partialfc.head.sharding import Sharding
-from partialfc.head.tiles.dispatch import steps_of
 from partialfc.keyed import key, keys
 
 NOT_LOCAL = -1
@@ -37,28 +36,13 @@ class Sample:
         rows: int64 [n] shard-local rows, distinct; ``None`` for all rows in order.
         target_B: int64 column of each row's own class center, or ``NOT_LOCAL``.
         log_weight_n: fp32, log of how many rows each stands for; ``None``: each for itself.
+        host_n: ``rows`` on the host.
     """
 
     rows: Tensor | None
     target_B: Tensor
     log_weight_n: Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class StepSample:
-    """A sample that several micro-batches share.
-
-    Attributes:
-        step: Optimizer steps taken so far.
-        identities_P: int64 identities of all of them; -1 is none.
-        rows: int64 rows of this rank; ``None`` for all in order.
-        fraction: Of the rows of all of them that name any; ``None`` where all do.
-    """
-
-    step: int
-    identities_P: Tensor
-    rows: Tensor | None
-    fraction: Tensor | None
+    host_n: Tensor | None = None
 
 
 class KeyedSampler:
@@ -70,7 +54,6 @@ class KeyedSampler:
         sample_rate: Fraction of a canonical shard's rows sampled per step, positives included, in
             (0, 1]. A shard with more positives than that samples its positives only.
         seed: The run's seed.
-        path: Which code permutes.
         negatives: ``"weighted"`` lets each stand for the rows that it was drawn among, and draws at
             least one from each shard that has any.
     """
@@ -82,7 +65,6 @@ class KeyedSampler:
         *,
         sample_rate: float,
         seed: int,
-        path: Path = "torch",
         negatives: Negatives = "uniform",
     ) -> None:
         if negatives not in get_args(Negatives):
@@ -91,30 +73,33 @@ class KeyedSampler:
             raise ValueError(f"sample_rate must be in (0, 1], got {sample_rate}.")
         shards = sharding.shards(rank)
         self.owned = sharding.owned(rank)
-        self._all, self._weighted = sample_rate == 1, negatives == "weighted"
-        self._seed, self._path = seed, path
+        self.every, self._weighted = sample_rate == 1, negatives == "weighted"
+        self._seed = seed
         self._shard_V = np.arange(shards.start, shards.stop)
         start = np.array([sharding.start(v) for v in range(shards.start, shards.stop + 1)])
         self._start_V = torch.from_numpy(start[:-1] - self.owned.start)
         self._size_V = torch.from_numpy(np.diff(start))
         # Of all ranks' shards, so that any world size permutes a shard in the same way.
         self._largest = -(-sharding.num_identities // sharding.canonical_shards)
-        self._quota_V = torch.tensor([sharding.quota(v, sample_rate) for v in shards])
+        self._quota_V = torch.from_numpy(
+            np.array([sharding.quota(v, sample_rate) for v in shards], np.int64)
+        )
 
     def __call__(self, step: int, identities_B: Tensor) -> Sample:
-        """Return the sample of ``step`` for a global batch; no collective.
+        """Return the sample of ``step`` for a global batch, on the host; no collective.
 
         Args:
             step: Optimizer steps taken so far.
-            identities_B: int64 global identities, in [0, C), the same on every rank; -1 is none.
+            identities_B: int64 global identities, in [0, C), the same on every rank; -1 is none. On
+                the host, or a GPU is waited for.
         """
+        identities_B = identities_B.cpu()
         local_B = identities_B - self.owned.start
         is_local_B = (local_B >= 0) & (local_B < len(self.owned))
-        if self._all or not len(self.owned):
-            rows = None if self._all else local_B.new_empty(0)
+        if self.every or not len(self.owned):
+            rows = None if self.every else local_B.new_empty(0)
             return Sample(rows, torch.where(is_local_B, local_B, NOT_LOCAL))
 
-        # A boolean index and unique synchronise a GPU with the host.
         positive_P, which_B = torch.unique(local_B[is_local_B], return_inverse=True)
         rows_n, column_P, log_weight_n = self._sample(step, positive_P)
         target_B = torch.full_like(identities_B, NOT_LOCAL)
@@ -123,18 +108,17 @@ class KeyedSampler:
 
     def _sample(self, step: int, positive_P: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the sampled rows [n], the column of each distinct positive [P], and weights."""
-        device = positive_P.device
-        start_V, size_V = self._start_V.to(device), self._size_V.to(device)
-        key_V = torch.from_numpy(keys(self._shard_V, key(self._seed, "negatives", step))).to(device)
+        start_V, size_V, device = self._start_V, self._size_V, positive_P.device
+        key_V = torch.from_numpy(keys(self._shard_V, key(self._seed, "negatives", step)))
         shard_P = torch.bucketize(positive_P, start_V, right=True) - 1
         positives_V = shard_P.bincount(minlength=len(start_V))
         fewest_V = positives_V + 1 if self._weighted else positives_V
-        quota_V = torch.maximum(self._quota_V.to(device), fewest_V).minimum(size_V)
+        quota_V = torch.maximum(self._quota_V, fewest_V).minimum(size_V)
         stop_V = quota_V.cumsum(0)
         offset_V = stop_V - quota_V
 
         # Columns in the order of the permutation: place k of a shard holds its k-th row.
-        shard_n = torch.repeat_interleave(quota_V)  # host sync
+        shard_n = torch.repeat_interleave(quota_V)
         place_n = torch.arange(len(shard_n), device=device) - offset_V[shard_n]
         rows_n = (
             self._permute(place_n, size_V[shard_n], key_V[shard_n], inverse=False)
@@ -168,15 +152,8 @@ class KeyedSampler:
         return rows_n, torch.searchsorted(rows_n, positive_P), log_weight_n
 
     def _permute(self, index: Tensor, size: Tensor, key: Tensor, *, inverse: bool) -> Tensor:
-        """On a GPU, one kernel instead of hundreds; on a CPU, numpy: a third of torch's time."""
-        if self._path != "torch":
-            image: Tensor = steps_of(self._path).permute(
-                index, size, key, self._largest, inverse=inverse
-            )
-            return image
+        """By numpy, which takes a third of torch's time."""
         walk = permutation.unpermute if inverse else permutation.permute
-        if index.device.type != "cpu":
-            return walk(index, size, key, largest=self._largest)
         arrays = (index.numpy(), size.numpy(), key.numpy())
         return torch.from_numpy(walk(*arrays, largest=self._largest))
 
@@ -209,12 +186,11 @@ def refuse_unfixed(identities_B: Tensor, fixed_P: Tensor) -> None:
 
     Args:
         identities_B: int64 identities of a micro-batch; -1 is none.
-        fixed_P: int64 identities that the sample was fixed for.
+        fixed_P: int64 identities that the sample was fixed for, ascending.
 
     Raises:
         ValueError: If there is one; on a GPU, a device-side assertion fails instead.
     """
-    fixed_P = fixed_P.sort().values
     place_B = torch.searchsorted(fixed_P, identities_B).clamp(max=len(fixed_P) - 1)
     unfixed_B = (fixed_P[place_B] != identities_B) & (identities_B >= 0)
     if unfixed_B.device.type != "cpu":

@@ -60,18 +60,21 @@ class Rows:
     """The rows of a head among the images of a step or of a micro-batch.
 
     Attributes:
-        own_h: int64 places among this rank's images, on the device; ``None`` for all of them.
+        own_h: int64 places among this rank's images, on the host; ``None`` for all of them.
+        there_h: The same on the device.
         shares: Rows of every rank; ``None`` where all have the same number.
         factor: What makes the mean over micro-batches the mean over the rows of all of them.
     """
 
     own_h: Tensor | None
+    there_h: Tensor | None
     shares: Shares | None
     factor: float = 1.0
 
     def of(self, value: Tensor) -> Tensor:
-        """Return the rows of a tensor [b, ...]."""
-        return value if self.own_h is None else value.index_select(0, self.own_h)
+        """Return the rows of a tensor [b, ...], which is on the host or on the device."""
+        own_h = self.there_h if value.is_cuda else self.own_h
+        return value if own_h is None else value.index_select(0, own_h)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,22 +146,24 @@ class Heads(Mapping[str, PartialFC]):
             self._routed = config, self._route(config)
         return self._routed[1]
 
-    def sample_step(self, config: Config, identities: Tensor) -> None:
-        """Fix the samples of a step of several micro-batches; see :meth:`PartialFC.sample_step`.
+    @property
+    def draw_ahead(self) -> bool:
+        """Whether a step should be drawn before it comes; see :meth:`PartialFC.sample_step`."""
+        return any(head.draws_ahead for head in self.values())
+
+    def sample_step(self, config: Config, identities: Tensor, *, ahead: bool = False) -> None:
+        """Fix the samples of this step, or of the next; see :meth:`PartialFC.sample_step`.
 
         Args:
             config: Settings of the run.
-            identities: int64 [b] of the run, of all micro-batches of this rank; or [b, K].
+            identities: int64 [b] of the run, of all micro-batches of this rank; or [b, K]. On any
+                device.
+            ahead: Whether they are of the next step: then only for heads that profit.
         """
         for name, route in self.routes(config).items():
-            own_h = self.numbered(name, route.step.of(identities))
-            self[name].sample_step(own_h, route.step.shares)
-
-    def prefetch(self, config: Config, identities: Tensor) -> None:
-        """Begin to bring the rows of the next step; see :meth:`PartialFC.prefetch`."""
-        for name, route in self.routes(config).items():
-            own_h = self.numbered(name, route.step.of(identities))
-            self[name].prefetch(own_h, route.step.shares)
+            if self[name].draws_ahead or not ahead:
+                own_h = self.numbered(name, route.step.of(identities))
+                self[name].sample_step(own_h, route.step.shares, ahead=ahead)
 
     def loss(
         self,
@@ -221,8 +226,8 @@ class Heads(Mapping[str, PartialFC]):
             device = self[name].device
             if is_own_B is None:
                 uneven = config.uneven_shares(ranks.size)
-                each = Rows(None, uneven and uneven.of_each(parts))
-                routes[name] = Route(one, 1.0, Rows(None, uneven), (each,) * parts)
+                each = Rows(None, None, uneven and uneven.of_each(parts))
+                routes[name] = Route(one, 1.0, Rows(None, None, uneven), (each,) * parts)
                 continue
             of_ranks = [is_own_B[shares.rows(rank)] for rank in range(ranks.size)]
             cut = [np.split(own_b, parts) for own_b in of_ranks]
@@ -242,7 +247,8 @@ class Heads(Mapping[str, PartialFC]):
 def _rows(of_ranks: list[NDArray[np.bool_]], rank: int, mean: float, device: torch.device) -> Rows:
     """The rows of a head where all ranks have these images; ``mean`` is their mean number."""
     shares = Shares(tuple(int(own_b.sum()) for own_b in of_ranks))
-    own_h = torch.from_numpy(np.flatnonzero(of_ranks[rank])).to(device)
-    whole = all(own_b.all() for own_b in of_ranks)
-    factor = sum(shares.sizes) / mean
-    return Rows(None if whole else own_h, None if shares.equal else shares, factor)
+    uneven, factor = None if shares.equal else shares, sum(shares.sizes) / mean
+    if all(own_b.all() for own_b in of_ranks):
+        return Rows(None, None, uneven, factor)
+    own_h = torch.from_numpy(np.flatnonzero(of_ranks[rank]))
+    return Rows(own_h, own_h.to(device), uneven, factor)

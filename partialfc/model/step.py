@@ -15,6 +15,7 @@ from partialfc.losses import Lesson
 from partialfc.model.batch_norm import Remembered
 from partialfc.model.build import Model
 from partialfc.model.optimizer import clip, set_rate
+from partialfc.pinned import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,18 +48,18 @@ def train_step(
 ) -> Step:
     """Take one optimizer step on this rank's part of the global batch. Collective.
 
-    The host waits for a GPU in the sampler only (``sample_rate`` < 1). Where the loss or the
-    gradient is not finite, the device itself leaves all weights and statistics as they are, on
-    every rank.
+    The host waits for a GPU only where a head samples and was not told of the step before
+    (:meth:`partialfc.model.heads.Heads.sample_step`, ahead). Where the loss or the gradient is not
+    finite, the device itself leaves all weights and statistics as they are, on every rank.
 
     Args:
         model: What is trained.
         config: Accumulation, clipping and the rate of the centers.
         images: [b, 3, S, S] on the device.
-        identities: int64 [b] of the run, or [b, K] of several.
+        identities: int64 [b] of the run, or [b, K] of several; on any device.
         rate: Learning rate of the backbone.
         lesson_of: Returns what the teacher says of images that are these rows of the batch.
-        weights: What each of the identities counts for, if the head wants to know.
+        weights: What each of the identities counts for, if the head wants to know; likewise.
     """
     heads, optimizer, scaler = model.heads, model.optimizer, model.scaler
     parts, step, ranks = config.optimizer.accumulation, heads.steps, heads.ranks
@@ -78,6 +79,8 @@ def train_step(
     if parts > 1:
         heads.sample_step(config, identities)
         shares = shares and shares.of_each(parts)
+    identities = to_device(identities, images.device)
+    weights = weights if weights is None else to_device(weights, images.device)
     pieces = zip(images.chunk(parts), identities.chunk(parts), strict=True)
     for number, (part, own) in enumerate(pieces, 1):
         rows = slice((number - 1) * len(part), number * len(part))

@@ -187,13 +187,16 @@ def augmentation_of(config: Config) -> Augmentation:
     return Augmentation(shift=data.shift, flip=data.flip, **data.augment.model_dump())
 
 
-def with_next(batches: Batches, *, want_next: bool) -> Iterator[tuple[Batch, Tensor | None]]:
-    """Yield every batch and, if wanted, the identities of the one behind it."""
+def with_next(batches: Batches, steps: int) -> Iterator[tuple[Batch, Tensor | None]]:
+    """Yield every batch and, of the first ``steps``, the identities of the one behind it."""
     batch = next(batches)
-    while True:
-        ahead = next(batches) if want_next else None
-        yield batch, None if ahead is None else ahead[1]
-        batch = next(batches) if ahead is None else ahead
+    for _ in range(steps):
+        ahead = next(batches)
+        yield batch, ahead.identities
+        batch = ahead
+    yield batch, None
+    for batch in batches:
+        yield batch, None
 
 
 def _refused(batches: Batches) -> Batches:

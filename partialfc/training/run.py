@@ -231,8 +231,8 @@ class _Loop:
         if step == 0 or step >= end:
             self._verify(step)
         ledger.switch("train")
-        uses_host = any(head.memory.uses_host for head in heads.values())
-        stop, pairs = False, with_next(self.batches, want_next=uses_host)
+        stop = False
+        pairs = with_next(self.batches, last - 1 - step if heads.draw_ahead else 0)
         while step < last and not stop:
             with recorder.waiting():
                 batch, next_identities = next(pairs)
@@ -240,7 +240,7 @@ class _Loop:
             rate = stage.rate(step)
             self.saver.check()
             if next_identities is not None:
-                heads.prefetch(config, next_identities)
+                heads.sample_step(config, next_identities, ahead=True)
             lesson_of = None
             if teacher is not None:
                 lesson_of = teacher.lessons(batch.sample_ids, stage.teacher_factor(step))

@@ -496,3 +496,27 @@ def test_a_stream_checks_its_order_against_the_pack_and_the_ranks():
         Stream(order=Order(59, 12, seed=5), **some)
     with pytest.raises(ValueError, match=r"data.global_batch must be a multiple of the 5 ranks"):
         Stream(order=Order(60, 12, seed=5), world_size=5, **some)
+
+
+def test_images_go_to_a_gpu_from_pinned_memory(monkeypatch):
+    """A copy from other memory waits for all that the GPU was given; identities stay here."""
+    threads, sent = [], []
+
+    def pin_memory(images):
+        threads.append(threading.current_thread().name)
+        return images
+
+    def to(images, device, non_blocking=False):
+        sent.append((device.type, non_blocking))
+        return images
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    gpu = torch.device("cuda")
+    with contextlib.closing(
+        torch_batches(golden_stream(batch=4), 0, device=gpu, threads=1, prefetch=1)
+    ) as batches:
+        batch = next(batches)
+    assert threads[0].startswith("batch"), "the thread of training would copy them"
+    assert sent == [("cuda", True)]
+    assert batch.identities.device == CPU

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("pydantic")
 
-from partialfc import ArcFace, CosFace, RowAdagrad, RowAdamW, RowSGD
+from partialfc import ArcFace, CosFace, RowAdagrad, RowAdamW, RowSGD, Softmax, SubCenterArcFace
 from partialfc.distributed.ranks import Ranks
 from partialfc.head.rows.formats import FIRST_SCALE, decode
 from partialfc.model.build import assemble
@@ -58,12 +58,40 @@ def test_loss_and_gradients_equal_the_fp64_oracle(margin, rate):
 
 
 def test_gpu_and_cpu_sample_the_same_rows():
+    """Whether a step draws its centers itself, or the step before it did."""
     labels = torch.randint(0, 70_001, (256,), generator=torch.Generator().manual_seed(1))
-    head = flat_head(70_001, 8, ArcFace(), sample_rate=0.05)
-    for step in range(3):
-        here, there = head.sampler(step, labels), head.sampler(step, labels.cuda())
+    heads = [
+        flat_head(70_001, 8, ArcFace(), sample_rate=0.05, device=device)
+        for device in ("cpu", "cuda")
+    ]
+    for step in range(4):
+        here, there = (head.sample(labels.to(head.device)) for head in heads)
         assert torch.equal(here.rows, there.rows.cpu())
         assert torch.equal(here.target_B, there.target_B.cpu())
+        if step % 2:
+            heads[1].sample_step(labels, ahead=True)
+        for head in heads:
+            head.optimizer.step()
+
+
+@pytest.mark.parametrize("margin", [ArcFace(), Softmax(), SubCenterArcFace(sub_centers=2)], ids=str)
+@pytest.mark.parametrize("rule", [RowSGD(), RowAdamW()], ids=["sgd", "adamw"])
+def test_a_step_that_is_fixed_ahead_does_not_wait_for_the_gpu(rule, margin):
+    """The first one draws for itself, and may."""
+    generator = torch.Generator().manual_seed(1)
+    head = flat_head(5000, 32, margin, sample_rate=0.1, optimizer=rule, device="cuda")
+    given = [torch.randint(0, 5000, (64,), generator=generator) for _ in range(5)]
+    own = torch.randn(64, 32, generator=generator).cuda().requires_grad_()
+    try:
+        for step, labels in enumerate(given[:-1]):
+            head.sample_step(given[step + 1], ahead=True)
+            if step == 2:
+                torch.cuda.set_sync_debug_mode("error")
+            there = labels.pin_memory().cuda(non_blocking=True)
+            head(own, there).backward()
+            head.optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 FORMATS = [("fp32", "fp32"), ("fp16", "int8"), ("bf16", "bf16"), ("fp16", "fp32"), ("fp8", "int8")]

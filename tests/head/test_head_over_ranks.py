@@ -67,7 +67,7 @@ def golden_on_rank(rank, world_size):
         inputs = f"w{world_size}.{prefix}"
         centers = data[f"{inputs}.centers"]
         head = flat_head(*centers.shape, GOLDEN_MARGINS[margin_name], optimizer=PLAIN)
-        head.sampler = fixed_sampler(head, data[f"{case}.sampled"])
+        head._samples.sampler = fixed_sampler(head, data[f"{case}.sampled"])
         results[case] = one_step(
             head, data[f"{inputs}.embeddings"], data[f"{inputs}.labels"], centers
         )

@@ -12,6 +12,7 @@ from partialfc.head.plan import Machine, decide
 from partialfc.head.rows.catch_up import Moves
 from partialfc.head.rows.formats import decode, encode, noise
 from partialfc.head.rows.rules import RowRule
+from partialfc.head.tiles.positives import Positives
 from partialfc.keyed import key
 from tests.support import reference
 from tests.support.heads import flat_head
@@ -455,3 +456,25 @@ def test_every_format_resumes_bit_for_bit_from_state_dicts(rule, center_format):
     for name, value in ours.items():
         assert value.dtype == theirs[name].dtype, name
         assert torch.equal(value, theirs[name]), name
+
+
+class _There(torch.Tensor):
+    """A tensor of the host that says it is a GPU's."""
+
+    is_cuda = True
+
+
+def test_positives_that_a_gpu_adds_are_those_that_the_host_finds():
+    """The host may not ask a GPU where a tile's positives begin: that waits for all of backward."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.tensor([3, -1, 9, 3, 0, 3, -1, 7, 9, 11])
+    own = Positives.of(
+        [target], [torch.rand(10, generator=generator)], [torch.rand(10, 4, generator=generator)]
+    )
+    factor = torch.rand(12, 1, generator=generator)
+    for start, stop in ((0, 4), (4, 7), (7, 12)):
+        here, there = torch.ones(stop - start, 4), torch.ones(stop - start, 4)
+        own.add_(here, start, factor[start:stop])
+        own.add_(there.as_subclass(_There), start, factor[start:stop])
+        torch.testing.assert_close(there, here)
+        assert here.ne(1).any() == (start != 4)

@@ -82,19 +82,22 @@ def dali_batches(
                         raise
                     pipeline = started(start)
             # No copy: DALI's default executor never writes to an output again.
-            images, identities = (from_dlpack(output.as_tensor()) for output in outputs)
+            (images,) = (from_dlpack(output.as_tensor()) for output in outputs)
             batch = under_way.pop(start)
-            weights = None
-            if batch.weight_B is not None:
-                weights = torch.from_numpy(batch.weight_B).to(device, non_blocking=True)
-            yield Batch(images, identities, batch.replaced, batch.sample_id_B, weights)
+            yield Batch(
+                images,
+                torch.from_numpy(batch.identity_B),
+                batch.replaced,
+                batch.sample_id_B,
+                None if batch.weight_B is None else torch.from_numpy(batch.weight_B),
+            )
     finally:
         del pipeline  # the only reference: this ends its threads
 
 
 def _inputs(stream: Stream, batch: Encoded) -> list[Any]:
     """One batch of ``stream`` as the outputs of DALI's external source."""
-    inputs = [batch.jpegs, batch.identity_B, batch.resize_B, batch.draw.flip_B.astype(np.int32)]
+    inputs = [batch.jpegs, batch.resize_B, batch.draw.flip_B.astype(np.int32)]
     for drawn in batch.draw.changes.values():
         inputs += [drawn.chosen_B, drawn.value_Bn]
     if stream.augmentation.shift:
@@ -111,9 +114,9 @@ def _inputs(stream: Stream, batch: Encoded) -> list[Any]:
 def _pipeline(
     source: Any, image_size: int, changes: tuple[str, ...], shifts: bool, on_gpu: bool
 ) -> Any:
-    dtypes = [types.UINT8, types.INT64, types.BOOL, types.INT32]
+    dtypes = [types.UINT8, types.BOOL, types.INT32]
     dtypes += [types.BOOL, types.FLOAT] * len(changes) + [types.FLOAT] * shifts
-    jpeg, identity, resize, flip, *others = fn.external_source(
+    jpeg, resize, flip, *others = fn.external_source(
         source=source, batch=True, num_outputs=len(dtypes), dtype=dtypes
     )
     image = _decoded(jpeg, on_gpu)
@@ -124,10 +127,9 @@ def _pipeline(
             image = change(name, image, others[2 * i + 1], image_size)
     if shifts:
         image = fn.warp_affine(image, matrix=others[-1], interp_type=types.INTERP_NN)
-    image = fn.crop_mirror_normalize(
+    return fn.crop_mirror_normalize(
         image, mirror=flip, mean=[127.5] * 3, std=[127.5] * 3, output_layout="CHW"
     )
-    return image, identity.gpu() if on_gpu else identity
 
 
 def _decoded(jpeg: Any, on_gpu: bool) -> Any:

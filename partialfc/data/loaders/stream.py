@@ -38,14 +38,13 @@ class Replaced(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """A decoded batch, on the device.
+    """A decoded batch: images on the device, all else on the host.
 
     Attributes:
         images: float32 [B, 3, S, S], RGB, (value - 127.5) / 127.5.
         identities: int64 [B], or [B, K] of several, -1 for none.
         replaced: The samples that others stand for.
-        sample_ids: int64 [B] of the data set, of an image that stands for another its own; on the
-            host.
+        sample_ids: int64 [B] of the data set, of an image that stands for another its own.
         weights: float32, what each of the identities counts for; ``None`` where nobody says so.
     """
 

@@ -144,10 +144,12 @@ def catch_up_(
         return
     at_C, place_n = stored.states[AT_STEP], stored.rows.place_n
     at_n = (at_C if place_n is None else at_C.index_select(0, place_n))[:, 0]
-    (behind,) = (at_n < moves.steps).nonzero(as_tuple=True)  # host sync
-    if len(behind) < len(at_n):
-        at_n = at_n[behind]
-        stored = replace(stored, rows=stored.rows.some(behind))
+    on_gpu = at_n.is_cuda  # it leaves rows as they are without telling the host which
+    if not on_gpu:
+        (behind,) = (at_n < moves.steps).nonzero(as_tuple=True)
+        if len(behind) < len(at_n):
+            at_n = at_n[behind]
+            stored = replace(stored, rows=stored.rows.some(behind))
     at_n = at_n.long()
     size = max(1, _TILE_BYTES // (4 * stored.centers.shape[1]))
     for start in range(0, len(at_n), size):
@@ -155,7 +157,8 @@ def catch_up_(
         tile = Tile(stored, start, stop, workspace)
         product_T22 = moves.since(at_n[start:stop]).float()
         _move_(product_T22, tile.row_TD, tile.states.get(MOMENTUM), workspace)
-        tile.write(step_key, skip=None)
+        newest_T1 = (at_n[start:stop] == moves.steps).unsqueeze(1)
+        tile.write(step_key, skip=newest_T1 if on_gpu else None)
     mark_newest_(moves, stored)
 
 

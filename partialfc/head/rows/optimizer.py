@@ -31,6 +31,7 @@ from partialfc.head.rows.update import RowStep, update_
 from partialfc.head.tiles.parts import Kept
 from partialfc.head.tiles.workspace import Workspace
 from partialfc.keyed import key
+from partialfc.pinned import to_device
 
 _STAGED_ROWS = 1 << 16
 """Rows of the host that catch up at once, where all do."""
@@ -150,19 +151,24 @@ class RowOptimizer(torch.optim.Optimizer):
         self._loss_scale.reset()
 
     @torch.no_grad()
-    def open(self, row_n: Tensor | None) -> tuple[Tensor, RowSet]:
+    def open(self, row_n: Tensor | None, host_n: Tensor | None = None) -> tuple[Tensor, RowSet]:
         """Return the centers to read in this step, and where the sampled rows lie in them.
 
         They are all centers of the rank, or a compact copy of the sampled ones on the device.
+        ``host_n`` is ``row_n`` on the host, which staging waits for otherwise.
         """
         rows = self._row_set(row_n)
         if row_n is None or not rows.compact:
             return self.centers.detach(), rows
-        return self._stage().open(self.steps, row_n)[CENTERS], rows
+        return self._stage().open(self.steps, row_n, host_n)[CENTERS], rows
 
-    def prefetch(self, rows: Tensor | None) -> None:
-        """Begin to bring the rows of the step after the present one; a no-op without staging."""
-        if rows is not None and self._memory.uses_host:
+    def prefetch(self, rows: Callable[[], Tensor | None]) -> None:
+        """Begin to bring the rows of the step after the present one; a no-op without staging.
+
+        Args:
+            rows: Returns them, on the host; called from a thread.
+        """
+        if self._memory.uses_host:
             self._stage().prefetch(self.steps + 1, rows)
 
     def settle(self) -> None:
@@ -180,7 +186,7 @@ class RowOptimizer(torch.optim.Optimizer):
         return self._staging
 
     @torch.no_grad()
-    def catch_up(self, rows: Tensor | None) -> None:
+    def catch_up(self, rows: Tensor | None, host_n: Tensor | None = None) -> None:
         """Bring rows up to the present step where unsampled rows move; a no-op otherwise.
 
         The head does it before pass 1 for the rows of its sample. After ``catch_up`` of all rows,
@@ -188,6 +194,7 @@ class RowOptimizer(torch.optim.Optimizer):
 
         Args:
             rows: int64 [n] rows; ``None`` for all.
+            host_n: The same on the host, as in :meth:`open`.
         """
         moves = self._moves
         if moves is None or not moves.steps:
@@ -195,13 +202,17 @@ class RowOptimizer(torch.optim.Optimizer):
         if rows is None and self._memory.uses_host:
             total = len(self.centers)
             for start in range(0, total, _STAGED_ROWS):
-                stop = min(start + _STAGED_ROWS, total)
-                self.catch_up(torch.arange(start, stop, device=self._device))
+                host_n = torch.arange(start, min(start + _STAGED_ROWS, total))
+                self.catch_up(to_device(host_n, self._device), host_n)
             self.settle()
             return
         step_key = key(self._seed, "catch up", self.steps)
         unsampled.catch_up_(
-            moves, self._working(rows), step_key, path=self._plan.path, workspace=self.workspace
+            moves,
+            self._working(rows, host_n),
+            step_key,
+            path=self._plan.path,
+            workspace=self.workspace,
         )
 
     @_disable_dynamo
@@ -321,12 +332,12 @@ class RowOptimizer(torch.optim.Optimizer):
             states[CENTERS + SCALE].fill_(FIRST_SCALE[centers.dtype])
         return states
 
-    def _working(self, row_n: Tensor | None) -> Stored:
+    def _working(self, row_n: Tensor | None, host_n: Tensor | None = None) -> Stored:
         """Centers and states to update: all of the rank, or compact ones of the rows."""
         rows = self._row_set(row_n)
         if row_n is None or not rows.compact:
             return Stored(self.centers.detach(), self.states(), rows)
-        tensors = dict(self._stage().open(self.steps, row_n))
+        tensors = dict(self._stage().open(self.steps, row_n, host_n))
         return Stored(tensors.pop(CENTERS), tensors, rows)
 
     def _row_set(self, row_n: Tensor | None) -> RowSet:

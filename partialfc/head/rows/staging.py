@@ -16,7 +16,7 @@ import mmap
 import os
 import tempfile
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from partialfc.head.tiles.torch_steps import put_rows_, take_rows
+from partialfc.pinned import to_device
 
 _HUGE = 16 << 20
 """Bytes from which huge pages are asked for; smaller tensors are few pages anyway."""
@@ -36,11 +37,13 @@ class Staged:
     """Some rows of every tensor.
 
     Attributes:
-        rows: int64 [n], distinct.
+        rows: int64 [n], distinct, on the device.
+        host_n: The same on the host.
         tensors: Compact ones [n, ...] on the device, by name.
     """
 
     rows: Tensor
+    host_n: Tensor
     tensors: dict[str, Tensor]
 
 
@@ -49,7 +52,7 @@ class _Ahead:
     """Rows on their way to the device for a step to come; how often rows were closed before."""
 
     step: int
-    rows: Tensor
+    rows: Callable[[], Tensor | None]
     tensors: "Future[dict[str, Tensor]]"
     closed: int
 
@@ -79,36 +82,43 @@ class Staging:
         self._closed = 0
 
     @torch.inference_mode(False)  # training may ask for the same rows next
-    def open(self, step: int, rows: Tensor) -> dict[str, Tensor]:
+    def open(self, step: int, rows: Tensor, host_n: Tensor | None = None) -> dict[str, Tensor]:
         """Return the compact tensors of ``rows``; those opened before are closed.
 
         Waits for the rows only as far as :meth:`prefetch` has not brought them. May be changed in
-        place until :meth:`close`, which makes the changes last.
+        place until :meth:`close`, which makes the changes last. ``host_n`` is ``rows`` on the host;
+        ``None``: they are fetched.
         """
         if self._open is not None and self._open.rows is rows:
             return self._open.tensors
         self.close()
+        host_n = rows.cpu() if host_n is None else host_n  # host sync
         ahead = None
         while self._ahead and self._ahead[0].step <= step:
             ahead = self._ahead.popleft()  # the last for a step; what came before it is of no use
         # Of what was written since it was gathered, only the last rows are still here.
         fresh = ahead is not None and ahead.step == step and self._closed - ahead.closed <= 1
-        if ahead is not None and fresh and _same(ahead.rows, rows):
+        if ahead is not None and fresh and _same(ahead.rows(), host_n):
             compact = self._arrived(ahead.tensors)
             if self._last is not None:
-                _carry_over(self._last, rows, compact)
+                _carry_over(self._last, host_n, compact)
         else:
-            compact = self._arrived(self._gather(rows))
+            compact = self._arrived(self._gather(lambda: host_n))
         self._last = None
         for name, tensor in self._tensors.items():
             if name not in self._in_host:
                 compact[name] = take_rows(tensor, rows, 0, len(rows))
-        self._open = Staged(rows, {name: compact[name] for name in self._tensors})
+        self._open = Staged(rows, host_n, {name: compact[name] for name in self._tensors})
         return self._open.tensors
 
-    def prefetch(self, step: int, rows: Tensor) -> None:
+    def prefetch(self, step: int, rows: Callable[[], Tensor | None]) -> None:
         """Begin to gather the rows of a step to come: of use if no others than those of the present
-        one are open before."""
+        one are open before.
+
+        Args:
+            step: Their step.
+            rows: Returns them, on the host; the thread calls it.
+        """
         self._ahead.append(_Ahead(step, rows, self._gather(rows), self._closed))
 
     def close(self) -> None:
@@ -133,12 +143,13 @@ class Staging:
         self._ahead.clear()
         self._last = None
 
-    def _gather(self, rows: Tensor) -> "Future[dict[str, Tensor]]":
-        return self._thread.submit(self._fetch, rows.cpu())  # host sync
+    def _gather(self, rows: Callable[[], Tensor | None]) -> "Future[dict[str, Tensor]]":
+        return self._thread.submit(self._fetch, rows)
 
-    def _fetch(self, rows: Tensor) -> dict[str, Tensor]:
+    def _fetch(self, wanted: Callable[[], Tensor | None]) -> dict[str, Tensor]:
         """On the thread, in the order of the calls: after every scatter that was asked for."""
-        found = {}
+        found, rows = {}, wanted()
+        assert rows is not None, "rows lie in host memory where a step has some of them"
         with self._on_own_stream():
             for name in self._in_host:
                 tensor = self._tensors[name]
@@ -161,14 +172,13 @@ class Staging:
         with self._on_own_stream():
             if self._stream is not None:
                 self._stream.wait_event(ready)
-            rows = staged.rows.cpu()
             for name in self._in_host:
                 compact = staged.tensors[name]
                 if self._stream is not None:
                     there = torch.empty_like(compact, device="cpu", pin_memory=True)
                     compact = there.copy_(compact, non_blocking=True)
                     self._stream.synchronize()
-                put_rows_(self._tensors[name], rows, compact)
+                put_rows_(self._tensors[name], staged.host_n, compact)
 
     def _on_own_stream(self) -> contextlib.AbstractContextManager[Any]:
         """On a GPU, a stream of the thread's own."""
@@ -234,20 +244,21 @@ def host_tensor(
     return mapped.view(*size)
 
 
-def _same(rows: Tensor, others: Tensor) -> bool:
-    return torch.equal(rows, others)  # host sync
+def _same(host_n: Tensor | None, other_n: Tensor) -> bool:
+    return host_n is not None and torch.equal(host_n, other_n)
 
 
-def _carry_over(last: Staged, rows: Tensor, compact: dict[str, Tensor]) -> None:
+def _carry_over(last: Staged, host_n: Tensor, compact: dict[str, Tensor]) -> None:
     """Take the rows that the last step had too from there: the host's may be older."""
-    if not len(last.rows) or not len(rows):
+    if not len(last.host_n) or not len(host_n):
         return
-    sorted_n, order_n = last.rows.sort()
-    place_n = torch.searchsorted(sorted_n, rows).clamp(max=len(sorted_n) - 1)
-    (both,) = (sorted_n[place_n] == rows).nonzero(as_tuple=True)  # host sync
+    sorted_n, order_n = last.host_n.sort()
+    place_n = torch.searchsorted(sorted_n, host_n).clamp(max=len(sorted_n) - 1)
+    (both,) = (sorted_n[place_n] == host_n).nonzero(as_tuple=True)
     source = order_n[place_n[both]]
     for name, tensor in compact.items():
-        put_rows_(tensor, both, take_rows(last.tensors[name], source, 0, len(source)))
+        there, here = (to_device(one, tensor.device) for one in (both, source))
+        put_rows_(tensor, there, take_rows(last.tensors[name], here, 0, len(here)))
 
 
 def _finished(write: "Future[None]") -> bool:

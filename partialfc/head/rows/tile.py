@@ -35,7 +35,8 @@ class Tile:
         self.states = values
 
     def write(self, step_key: int, *, skip: Tensor | None) -> None:
-        """Store rows and states; nothing where ``skip`` is true, which a GPU decides by itself."""
+        """Store rows and states; nothing where ``skip`` is true, a scalar or [T, 1], which a GPU
+        decides by itself."""
         number_T = self._rows.numbers(self._start, self._stop, self.row_TD.device)
         for name, value in {CENTERS: self.row_TD, **self.states}.items():
             stored = self._stored[name]

@@ -4,7 +4,7 @@ There are a few positives for each row of the batch and they outweigh all negati
 they are left out of the matrix products, whose operands may have 16 bits.
 
 Shape suffixes: B = rows of all micro-batches, D = embedding, P = their positives, T = rows of a
-tile, 1 = one a row.
+tile, N = T + 1, 1 = one a row.
 """
 
 from bisect import bisect_left
@@ -47,13 +47,23 @@ class Positives:
             row_P = torch.cat(list(rows))[order_P]
         return cls(target_P, row_P, slope_P, torch.cat(list(embeddings)))
 
-    def first(self, rows: int) -> Tensor:
-        """Return int64 [rows + 1]: positives of row i are ``first[i]`` to ``first[i + 1]``."""
-        every = torch.arange(rows + 1, device=self.target_P.device)
+    def first(self, stop: int, start: int = 0) -> Tensor:
+        """Return int64 [stop - start + 1]: positives of row ``start + i`` are ``first[i]`` to
+        ``first[i + 1]``."""
+        every = torch.arange(start, stop + 1, device=self.target_P.device)
         return torch.searchsorted(self.target_P, every)
 
     def add_(self, gradient_TD: Tensor, start: int, factor_T1: Tensor | None = None) -> None:
-        """Add their share, times ``factor_T1``, to the gradient of the tile at ``start``."""
+        """Add their share, times ``factor_T1``, to the gradient of the tile at ``start``.
+
+        No host synchronisation: a GPU finds the positives of each row by itself, and adds them up
+        in their order.
+        """
+        if gradient_TD.is_cuda:
+            first_N = self.first(start + len(gradient_TD), start)
+            share_TD = torch.segment_reduce(self._pull_PD, "sum", offsets=first_N, unsafe=True)
+            gradient_TD.add_(share_TD if factor_T1 is None else share_TD * factor_T1)
+            return
         low, high = (self._before(row) for row in (start, start + len(gradient_TD)))
         if low == high:
             return
@@ -70,8 +80,12 @@ class Positives:
 
     @cached_property
     def _targets(self) -> list[int]:
-        targets: list[int] = self.target_P.tolist()  # host sync
+        targets: list[int] = self.target_P.tolist()
         return targets
+
+    @cached_property
+    def _pull_PD(self) -> Tensor:
+        return self.embedding_BD[self.row_P].float() * self.slope_P.unsqueeze(1)
 
 
 def _several(target_P: Tensor, embedding_BD: Tensor) -> bool:
