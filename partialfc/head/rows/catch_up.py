@@ -32,16 +32,23 @@ cache."""
 
 _BLOCK = 1024
 """Steps whose products every step multiplies. A constant: products are rounded by it."""
+_KEPT = 64 * _BLOCK
+"""Steps whose products are kept: a row that none of them sampled is brought up to date, and a run
+of any length keeps 2 MiB. A constant: such a row is rounded once more."""
 
 
 class Moves:
     """What the steps so far do to a row that none of them samples, from any of them on.
 
     The newest block of steps has the products up to now, all earlier steps those up to the start of
-    that block, so that a step costs no more in a long run; a step takes 32 bytes.
+    that block, so that a step costs no more in a long run; a step takes 32 bytes. Steps that no row
+    is at are dropped (:attr:`due`), and the others counted from the first that is left.
 
     Args:
         device: Where the rows are brought up to date.
+
+    Attributes:
+        steps: t.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -59,6 +66,16 @@ class Moves:
     def block(self) -> int:
         """The step that the newest block starts at."""
         return self.steps // _BLOCK * _BLOCK
+
+    @property
+    def due(self) -> int:
+        """How many of the oldest steps are to be dropped, when no row is at them; whole blocks."""
+        return max(0, self.steps - _KEPT) // _BLOCK * _BLOCK
+
+    def drop(self, steps: int) -> None:
+        """Forget the oldest steps; rows must count theirs from there."""
+        self._products = self._products[steps:].clone()
+        self.steps -= steps
 
     def load(self, products: Tensor) -> None:
         """Take over what :attr:`products` was.

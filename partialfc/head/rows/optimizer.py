@@ -237,8 +237,25 @@ class RowOptimizer(torch.optim.Optimizer):
         self._loss_scale.reset()
         if self._staging is not None:
             self._staging.close()
+        if self._moves is not None and self._moves.due:
+            self._drop_oldest(self._moves)
         group["steps"] += 1
         return loss
+
+    def _drop_oldest(self, moves: Moves) -> None:
+        """Bring rows that were not sampled for very long up to date, and forget what they missed.
+
+        Once in many steps, and the same on any number of ranks and after any restart: it goes by
+        the number of moves, and a row by its own step.
+        """
+        self.settle()
+        dropped, at_step = moves.due, self.states()[AT_STEP]
+        (behind,) = (at_step[:, 0] < dropped).nonzero(as_tuple=True)  # host sync
+        for rows in torch.split(behind.to(self._device), _STAGED_ROWS):
+            self.catch_up(rows)
+        self.settle()
+        at_step.sub_(dropped)
+        moves.drop(dropped)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what ``state_dict`` returned; the states keep their formats and their places.
