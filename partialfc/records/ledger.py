@@ -82,7 +82,7 @@ class Ledger:
                 self.before, damaged = read_lines(path, is_sound, EVENTS)
                 if damaged:
                     print(f"{path}: {damaged} damaged lines are left out.", file=sys.stderr)
-            self._lines = Lines(path)
+            self._lines = Lines(path, EVENTS)
             self._append("start", began=self._began, ranks=ranks, settings=settings)
 
     def switch(self, kind: str) -> None:

@@ -5,20 +5,18 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from partialfc.records import parts
+from partialfc.records.parts import LONGEST_LINE, Words, lines_in, some_lines
 from partialfc.records.unessential import unessential
 from partialfc.writing import opened
 
-LONGEST_LINE = 1 << 20
 _BLOCK = 1 << 16
 _SECONDS_TO_WAIT = 5.0
-WHOLE_BYTES = 32 << 20
-"""A longer file is not read line for line;"""
-SOME_LINES = 20_000
-"""but about so many of it, spread evenly: more than any picture has points."""
 
 
 class Lines:
@@ -26,11 +24,17 @@ class Lines:
 
     A line that cannot be written is lost (:mod:`partialfc.records.unessential`). What a kill or a
     full disk left of one is ended before the next, so that no two become one.
+
+    Args:
+        path: Of the file.
+        always: Given, the file is kept in parts (:mod:`partialfc.records.parts`), of which lines
+            with these words are always read.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._file = path, -1
+    def __init__(self, path: Path, always: Words | None = None) -> None:
+        self._path, self._file, self._always = path, -1, always
         self._closed = False
+        self._size, self._most = 0, parts.PART_BYTES
         self._writing = threading.Lock()
 
     def append(self, line: str) -> None:
@@ -41,6 +45,8 @@ class Lines:
             try:
                 if not self._closed:
                     self._write(line)
+                    if self._always is not None and self._size >= self._most:
+                        self._split(self._always)
             finally:
                 self._writing.release()
 
@@ -50,16 +56,24 @@ class Lines:
             if self._file < 0:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = opened(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
-                size = os.fstat(self._file).st_size
+                size = self._size = os.fstat(self._file).st_size
                 if size and os.pread(self._file, 1, size - 1) != b"\n":
                     data = b"\n" + data
             if os.write(self._file, data) < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._size += len(data)
         except OSError:
             # The next line opens the file anew: a server that came back knows no old descriptor.
             with suppress(OSError):
                 self._let_go()
             raise
+
+    def _split(self, always: Words) -> None:
+        """Begin the file anew; where that fails, it is tried again after as many bytes more."""
+        self._most = self._size + parts.PART_BYTES
+        parts.split_off(self._path, always)
+        self._most = parts.PART_BYTES
+        self._let_go()
 
     def _let_go(self) -> None:
         file, self._file = self._file, -1
@@ -77,60 +91,34 @@ Sound = Callable[[dict[str, Any]], bool]
 """Whether an object is what its line should hold."""
 
 
-def read_lines(
-    path: Path, is_sound: Sound, always: tuple[bytes, ...] = ()
-) -> tuple[list[dict[str, Any]], int]:
+def read_lines(path: Path, is_sound: Sound, always: Words = ()) -> tuple[list[dict[str, Any]], int]:
     """Return the objects of a file, none where there is no file, and how many lines are damaged.
 
-    A last line that a kill cut short counts as damaged, an empty one does not. Of a file above
-    ``WHOLE_BYTES``, see :func:`some_lines`.
+    A last line that a kill cut short counts as damaged, an empty one does not. Its parts come
+    before it; of these and of a long file see :func:`~partialfc.records.parts.some_lines`.
 
     Args:
         path: A file of :class:`Lines`.
         is_sound: Whether an object is what its line should hold.
-        always: As in :func:`some_lines`.
+        always: As of :data:`~partialfc.records.parts.Words`.
 
     Raises:
         OSError: If there is a file and it cannot be read, or it is none.
     """
     entries, damaged = [], 0
-    try:
-        descriptor = opened(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return [], 0
-    with os.fdopen(descriptor, "rb") as file:
-        for line in some_lines(file, os.fstat(descriptor).st_size, always):
+    with ExitStack() as stack:
+        own: Iterator[bytes] = iter(())
+        inode = 0
+        with suppress(FileNotFoundError):
+            file = stack.enter_context(os.fdopen(opened(path, os.O_RDONLY), "rb"))
+            status = os.fstat(file.fileno())
+            inode, own = status.st_ino, some_lines(lines_in(file), status.st_size, always)
+        for line in chain(parts.earlier_lines(path, always, inode), own):
             if (entry := parsed(line, is_sound)) is not None:
                 entries.append(entry)
             else:
                 damaged += bool(line.strip())
     return entries, damaged
-
-
-def some_lines(file: BinaryIO, size: int, always: tuple[bytes, ...] = ()) -> Iterator[bytes]:
-    """Yield the lines of a file in order: all, or of a long one those that tell most of it.
-
-    That is ``SOME_LINES`` spread evenly, the last, and those that hold one of some words, each with
-    the line before it.
-
-    Args:
-        file: At its first line.
-        size: Bytes of it, from there.
-        always: The words.
-    """
-    stride = size / SOME_LINES if size > WHOLE_BYTES else 0.0
-    at, due, before = 0, 0.0, b""
-    while line := file.readline(LONGEST_LINE):
-        at += len(line)
-        if wanted := any(word in line for word in always) if stride else False:
-            yield from filter(None, [before])
-        before = b""
-        if at > due or wanted:
-            due += stride * (at > due)
-            yield line
-        else:
-            before = line
-    yield from filter(None, [before])
 
 
 def parsed(line: bytes, is_sound: Sound) -> dict[str, Any] | None:
@@ -142,14 +130,32 @@ def parsed(line: bytes, is_sound: Sound) -> dict[str, Any] | None:
     return entry if isinstance(entry, dict) and is_sound(entry) else None
 
 
-def cut_after(path: Path, is_sound: Sound, belongs: Callable[[dict[str, Any]], bool]) -> None:
-    """Drop the lines behind the last one that belongs to a file, if there is the file.
+Belongs = Callable[[dict[str, Any]], bool]
 
-    Only what is dropped is read.
+
+def cut_after(path: Path, is_sound: Sound, belongs: Belongs, always: Words) -> None:
+    """Drop the lines behind the last one that belongs to a file and its parts, if there are any.
+
+    Only what is dropped is read, and the part that has the last line.
 
     Raises:
         OSError: If it cannot be read or written, or is no file.
     """
+    _cut(path, is_sound, belongs)
+    if path.exists() and path.stat().st_size:
+        return
+    for part in reversed(parts.parts_of(path)):
+        before = part.stat().st_size
+        _cut(part, is_sound, belongs)
+        if after := part.stat().st_size:
+            if after < before:
+                parts.write_some(part, part, always)
+            return
+        parts.remove(part)
+
+
+def _cut(path: Path, is_sound: Sound, belongs: Belongs) -> None:
+    """The same for one of these files."""
     try:
         descriptor = opened(path, os.O_RDWR)
     except FileNotFoundError:

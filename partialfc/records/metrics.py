@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from partialfc.records.ledger import KINDS
 from partialfc.records.lines import Lines, cut_after, is_number, is_step, read_lines
+from partialfc.records.parts import parts_of, remove
 from partialfc.records.unessential import unessential
 from partialfc.writing import write_text
 
@@ -114,7 +115,8 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """``metrics.jsonl``: a JSON object per record, with ``step`` and ``time`` (Unix seconds).
+    """``metrics.jsonl``: a JSON object per record, with ``step`` and ``time`` (Unix seconds); of a
+    long run the newest, and the others in ``metrics.parts`` (:mod:`partialfc.records.parts`).
 
     Records after ``step`` are dropped: they belong to a part of the run that will be repeated.
     """
@@ -122,10 +124,12 @@ class JsonLines:
     def __init__(self, path: Path, step: int) -> None:
         with unessential(path):
             if step:
-                cut_after(path, is_sound, lambda record: record["step"] <= step)
+                cut_after(path, is_sound, lambda record: record["step"] <= step, MEASURES)
             else:
                 write_text(path, "")
-        self._lines = Lines(path)
+                for part in parts_of(path):
+                    remove(part)
+        self._lines = Lines(path, MEASURES)
 
     def write(self, step: int, values: Values) -> None:
         """Append one line."""
@@ -139,8 +143,8 @@ class JsonLines:
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """Return the records of a metrics.jsonl; lines that are damaged or cut short are left out.
 
-    Of one that has grown for weeks, some that are spread over it and all of held-out sets; see
-    :func:`~partialfc.records.lines.some_lines`.
+    Of a long run, some that are spread over it and all of held-out sets; see
+    :func:`~partialfc.records.parts.some_lines`.
     """
     return read_lines(path, is_sound, MEASURES)[0]
 

@@ -51,7 +51,7 @@ def page(run: Snapshot, *, every: int) -> str:
         ],
         no_ranks=_no_ranks(run),
         checkpoints=[
-            (f"{one.step:,}", size(one.bytes), _date(one.time)) for one in run.checkpoints[:_LISTED]
+            (f"{one.step:,}", size(one.bytes), _date(one.time)) for one in run.checkpoints
         ],
         starts=[_start(start, start is run.starts[-1]) for start in run.starts[-_LISTED:]][::-1],
         count=len(run.starts),

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.request import HTTPSHandler, OpenerDirector, ProxyHandler, build_opener
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -25,7 +25,16 @@ from partialfc.config import Config, ConfigError, load
 from partialfc.config.monitor import Monitor
 from partialfc.monitoring.targets import Target, read_targets, targets_path
 from partialfc.records import ledger, metrics
-from partialfc.records.lines import LONGEST_LINE, SOME_LINES, Sound, is_number, parsed, some_lines
+from partialfc.records.lines import Sound, is_number, parsed
+from partialfc.records.parts import (
+    LONGEST_LINE,
+    SOME_LINES,
+    Words,
+    earlier_lines,
+    lines_in,
+    parts_of,
+    some_lines,
+)
 from partialfc.records.stages import StageRecord, read_stages
 from partialfc.writing import opened
 
@@ -35,7 +44,8 @@ _LONGEST_ANSWER = 1 << 20
 _OF_A_STEP = ("last_step_timestamp_seconds", "steps_total")
 _WAIT = "partialfc_collective_wait_seconds_total"
 _SECONDS_BETWEEN_LOOKS_AT_RANKS = 5.0
-_MOST_ENTRIES = 4 * SOME_LINES
+MOST_CHECKPOINTS = 12
+"""A run may have kept thousands."""
 
 
 BEGUN = ("config.toml", "ledger.jsonl", "metrics.jsonl", ".lock", "checkpoints")
@@ -54,32 +64,47 @@ class Growing:
     Args:
         path: One object a line.
         is_sound: Whether an object is what its line should hold; any other is left out.
-        always: What is read of a long file; see :func:`~partialfc.records.lines.some_lines`.
+        always: What is read of a long file; see :func:`~partialfc.records.parts.some_lines`.
     """
 
-    def __init__(self, path: Path, is_sound: Sound, always: tuple[bytes, ...]) -> None:
-        self._path, self._position, self._file = path, 0, -1
+    def __init__(self, path: Path, is_sound: Sound, always: Words) -> None:
+        self._path, self._position, self._most = path, 0, 0
+        self._files: tuple[tuple[int, int], ...] | None = None
         self._is_sound, self._always = is_sound, always
         self.entries: list[dict[str, Any]] = []
 
     def read(self) -> list[dict[str, Any]]:
         """Return the entries so far; a line that is not complete yet is left for the next call."""
         try:
-            status = self._path.stat()
-            anew = status.st_ino != self._file or status.st_size < self._position
-            if anew or len(self.entries) > _MOST_ENTRIES:
-                self._position, self._file, self.entries = 0, status.st_ino, []
             with os.fdopen(opened(self._path, os.O_RDONLY), "rb") as file:
-                file.seek(self._position)
-                line = b"\n"
-                for line in some_lines(file, status.st_size - self._position, self._always):
-                    if (entry := parsed(line, self._is_sound)) and line.endswith(b"\n"):
-                        self.entries.append(entry)
-                cut = 0 if line.endswith(b"\n") or len(line) == LONGEST_LINE else len(line)
-                self._position = file.tell() - cut
+                status = os.fstat(file.fileno())
+                found = [part.stat() for part in parts_of(self._path)]
+                files = ((status.st_ino, 0), *((one.st_ino, one.st_size) for one in found))
+                anew = files != self._files or status.st_size < self._position
+                if anew or len(self.entries) > self._most:
+                    self._position, self._files, self.entries = 0, files, []
+                    self._take(earlier_lines(self._path, self._always, status.st_ino))
+                    self._read_on(file, status.st_size)
+                    self._most = len(self.entries) + 2 * SOME_LINES
+                else:
+                    self._read_on(file, status.st_size)
         except OSError:
             return self.entries
         return self.entries
+
+    def _read_on(self, file: BinaryIO, size: int) -> None:
+        file.seek(self._position)
+        line = self._take(some_lines(lines_in(file), size - self._position, self._always))
+        cut = 0 if line.endswith(b"\n") or len(line) == LONGEST_LINE else len(line)
+        self._position = file.tell() - cut
+
+    def _take(self, lines: Iterator[bytes]) -> bytes:
+        """Add what is complete; return the last line."""
+        line = b"\n"
+        for line in lines:
+            if (entry := parsed(line, self._is_sound)) and line.endswith(b"\n"):
+                self.entries.append(entry)
+        return line
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +148,7 @@ class Snapshot:
         spent: Seconds by kind over all starts, ``wall`` and ``goodput`` with them.
         ranks: What each answered, by rank; empty where none serves metrics.
         closed: Whether they serve them, and not to us.
-        checkpoints: Newest first.
+        checkpoints: The newest of them, newest first.
         free, size: Bytes of the file system.
         ended: Whether the run has come to its end.
         stages: Of a run with stages.
@@ -173,6 +198,7 @@ class RunFolder:
         self._metrics = Growing(folder / "metrics.jsonl", metrics.is_sound, metrics.MEASURES)
         self._ledger = Growing(folder / "ledger.jsonl", ledger.is_sound, ledger.EVENTS)
         self._ranks: tuple[float, list[RankAnswer] | None] = (0.0, [])
+        self._checkpoints: dict[tuple[str, int, int], Checkpoint] = {}
         self._config: Config | None = None
         self._config_stamp: tuple[int, int] | None = None
 
@@ -190,7 +216,7 @@ class RunFolder:
             spent=ledger.goodput(entries) if entries else {},
             ended=(self.folder / "summary.json").exists(),
         )
-        run.checkpoints = sorted(_checkpoints(self.folder), key=lambda one: -one.step)
+        run.checkpoints = list(self._newest_checkpoints())
         disk = shutil.disk_usage(self.folder)
         run.free, run.size = disk.free, disk.total
         if config is not None and config.monitor.targets is not None:
@@ -198,6 +224,23 @@ class RunFolder:
             ranks = self._ask(path, config.monitor)
             run.ranks, run.closed = ranks or [], ranks is None
         return run
+
+    def _newest_checkpoints(self) -> Iterator[Checkpoint]:
+        """Some, newest first; the files of each are looked at once."""
+        before, self._checkpoints = self._checkpoints, {}
+        paths = checkpoint_folder.steps(self.folder / "checkpoints")
+        for path in reversed(paths[-MOST_CHECKPOINTS:]):
+            with suppress(OSError):  # deleted while it was looked at
+                status = path.stat()
+                key = (path.name, status.st_ino, status.st_mtime_ns)
+                files = [] if key in before else [file.stat() for file in path.iterdir()]
+                if files:
+                    newest = max(file.st_mtime for file in files)
+                    count = sum(file.st_size for file in files)
+                    before[key] = Checkpoint(checkpoint_folder.step_of(path), count, newest)
+                if key in before:
+                    self._checkpoints[key] = before[key]
+                    yield before[key]
 
     def _settings(self) -> Config | None:
         """The settings, read when they are new: what a moved run's say of it is said once."""
@@ -302,16 +345,3 @@ def _values(text: str) -> dict[str, float]:
             if is_number(sample.value):
                 values[sample.name] = values.get(sample.name, 0.0) + sample.value
     return values
-
-
-def _checkpoints(folder: Path) -> Iterator[Checkpoint]:
-    for path in checkpoint_folder.steps(folder / "checkpoints"):
-        try:
-            files = [file.stat() for file in path.iterdir()]
-        except OSError:  # deleted while it was looked at
-            continue
-        if files:
-            newest = max(file.st_mtime for file in files)
-            yield Checkpoint(
-                checkpoint_folder.step_of(path), sum(file.st_size for file in files), newest
-            )

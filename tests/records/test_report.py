@@ -221,3 +221,14 @@ def test_a_browser_shows_it_at_every_width_without_a_network(width, tmp_path):
     subprocess.run([*command, f"--screenshot={shot}", page], capture_output=True, timeout=120)
     with Image.open(shot) as picture:
         assert np.asarray(picture.convert("L")).std() > 8
+
+
+def test_of_thousands_of_checkpoints_the_newest_are_listed(tmp_path, monkeypatch):
+    make_run(tmp_path / "a")
+    for step in range(1000, 1200):
+        (tmp_path / "a" / "checkpoints" / f"step_{step:08d}").mkdir()
+    run = read_run(tmp_path / "a")
+    assert [step for step, _ in run.checkpoints] == list(range(1150, 1200))
+    assert run.older == 151
+    write_report(tmp_path / "report.html", [run])
+    assert "and 151 before" in (tmp_path / "report.html").read_text()

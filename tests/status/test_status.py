@@ -7,6 +7,7 @@ import threading
 import time
 import urllib.request
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
@@ -247,3 +248,24 @@ def wait_for(happened):
     while not happened():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_thousands_of_checkpoints_are_not_looked_at_one_by_one(folder, monkeypatch):
+    """With checkpoint.keep_every_steps none is deleted; a page looked at each file of all."""
+    for step in range(3000):
+        (folder / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+    for step in range(2980, 3000):
+        (folder / "checkpoints" / f"step_{step:08d}" / "x").write_bytes(bytes(step))
+    looked = []
+    real = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda path: looked.append(path.name) or real(path))
+    run = RunFolder(folder)
+    found = run.look().checkpoints
+    assert [one.step for one in found] == list(range(2999, 2987, -1))
+    assert found[0].bytes == 2999
+    assert len([name for name in looked if name.startswith("step_")]) == 12
+    looked.clear()
+    (folder / "checkpoints" / "step_00003000").mkdir()
+    (folder / "checkpoints" / "step_00003000" / "x").write_bytes(b"1")
+    assert [one.step for one in run.look().checkpoints][:2] == [3000, 2999]
+    assert [name for name in looked if name.startswith("step_")] == ["step_00003000"]

@@ -92,9 +92,7 @@ def write_report(path: Path, runs: Sequence[RunFiles]) -> None:
         times=[
             (run.name, parts) for run in runs if (parts := time_parts(run.summary.get("spent", {})))
         ],
-        checkpoints=[
-            (run.name, f"{step:,}", size(count)) for run in runs for step, count in run.checkpoints
-        ],
+        checkpoints=[row for run in runs for row in _checkpoints(run)],
         people=[row for run in runs for row in _people(run)],
         settings=settings,
         differing=[row for row in settings if len(set(row[1:])) > 1 and row[0] != "run.folder"],
@@ -218,6 +216,13 @@ def _verified(runs: Sequence[RunFiles]) -> list[list[str]]:
                 ]
             )
     return rows
+
+
+def _checkpoints(run: RunFiles) -> Iterator[tuple[str, str, str]]:
+    if run.older:
+        yield run.name, f"and {run.older:,} before", ""
+    for step, count in run.checkpoints:
+        yield run.name, f"{step:,}", size(count)
 
 
 def _people(run: RunFiles) -> Iterator[tuple[str, str, str]]:

@@ -9,10 +9,13 @@ from typing import Any
 
 from partialfc.data.names import NAMES, Names, read_names
 from partialfc.records.metrics import read_metrics
+from partialfc.records.parts import parts_of
 from partialfc.records.stages import StageRecord, read_stages
 from partialfc.writing import read_text
 
 Json = dict[str, Any]
+_CHECKPOINTS = 50
+"""That are listed; a run may have kept thousands."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +28,11 @@ class RunFiles:
         metrics: Lines of metrics.jsonl.
         summary: summary.json, or nothing while it runs.
         curves: curves.json: ROC and histogram of each verification set.
-        checkpoints: Step and bytes of each, oldest first.
+        checkpoints: Step and bytes of the newest, oldest first.
         people: Names of the identities that it was trained on, if its data has names; by head, ""
             for the only one.
         stages: Of a run with stages.
+        older: Checkpoints before those.
     """
 
     name: str
@@ -39,6 +43,7 @@ class RunFiles:
     checkpoints: list[tuple[int, int]]
     people: dict[str, Names]
     stages: Sequence[StageRecord] = ()
+    older: int = 0
 
     def values(self, name: str) -> tuple[list[float], list[float]]:
         """Return steps and values of a metric."""
@@ -60,15 +65,17 @@ def read_run(folder: Path) -> RunFiles:
     except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{config}: {error}") from error
     metrics = folder / "metrics.jsonl"
+    checkpoints, older = _checkpoints(folder / "checkpoints")
     return RunFiles(
         name=folder.resolve().name,
         settings=settings,
-        metrics=read_metrics(metrics) if metrics.is_file() else [],
+        metrics=read_metrics(metrics) if metrics.is_file() or parts_of(metrics) else [],
         summary=_json(folder / "summary.json"),
         curves=_json(folder / "curves.json"),
-        checkpoints=_checkpoints(folder / "checkpoints"),
+        checkpoints=checkpoints,
         people=_people(folder),
         stages=read_stages(folder),
+        older=older,
     )
 
 
@@ -100,11 +107,15 @@ def _flat(values: Json, prefix: str = "") -> Json:
     return flat
 
 
-def _checkpoints(folder: Path) -> list[tuple[int, int]]:
-    found = []
-    for path in folder.glob("step_*"):
-        word = path.name.removeprefix("step_")
-        if word.isdecimal():
-            size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
-            found.append((int(word), size))
-    return sorted(found)
+def _checkpoints(folder: Path) -> tuple[list[tuple[int, int]], int]:
+    """Step and bytes of the newest, oldest first, and how many others there are."""
+    words = [path.name.removeprefix("step_") for path in folder.glob("step_*")]
+    steps = sorted((word for word in words if word.isdecimal()), key=int)
+    sizes = [
+        (
+            int(word),
+            sum(f.stat().st_size for f in (folder / f"step_{word}").iterdir() if f.is_file()),
+        )
+        for word in steps[-_CHECKPOINTS:]
+    ]
+    return sizes, len(steps) - len(sizes)
