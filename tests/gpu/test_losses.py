@@ -26,7 +26,7 @@ def test_loss_and_gradients_equal_the_fp64_equations(name, rate, angles):
     there = head_of(EVERY_MARGIN[name], sample_rate=rate, device="cuda")
     there.centers.data.copy_(centers)
     weight = 1 / float(truth[2].norm())
-    found = step(there, embeddings.cuda(), labels.cuda(), weight)
+    found = step(there, embeddings.cuda(), labels.cuda(), weight=weight)
     limit = {"random": 1e-5, "pi/2": 1e-5, "0": 5e-3, "pi": 1e-3}[angles]
     for value, expected in zip(found, truth, strict=True):
         assert relative_error(value.cpu(), expected) < limit
