@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from partialfc.distributed.shares import Shares
-    from partialfc.head.options import Kernels, Memory, Precision, Sets, Several
+    from partialfc.head.options import Kernels, Memory, Nearest, Precision, Sets, Several
     from partialfc.head.partial_fc import PartialFC
     from partialfc.head.rows.rules import RowAdagrad, RowAdamW, RowSGD
     from partialfc.losses.over_ranks import EmbeddingLosses
@@ -49,6 +49,7 @@ __all__ = [
     "Margin",
     "Memory",
     "ModifiedSoftmax",
+    "Nearest",
     "NormalizedSoftmax",
     "PartialFC",
     "Precision",
@@ -68,6 +69,7 @@ __all__ = [
 _HOME = {
     "Kernels": "head.options",
     "Memory": "head.options",
+    "Nearest": "head.options",
     "PartialFC": "head.partial_fc",
     "Precision": "head.options",
     "RowAdagrad": "head.rows.rules",

@@ -70,7 +70,7 @@ def content_of(model: Model, ranks: Ranks) -> Content:
             heads[checkpoint_folder.head_of(name)] = shared
         if len(head.owned):
             file = checkpoint_folder.centers_of(name, head.owned_rows.start)
-            own[file] = {"centers": head.centers, **head.optimizer.states()}
+            own[file] = {"centers": head.centers, **head.optimizer.states(), **head.lists()}
     return Content(own, backbone, heads)
 
 

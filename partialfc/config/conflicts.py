@@ -209,6 +209,13 @@ def _of_the_sets(config: "Config") -> Iterator[str]:
 def _of_a_head(config: "Config", key: str) -> Iterator[str]:
     """What a head says itself; ``key`` is its section."""
     settings = config.head
+    for name, field in type(settings.nearest).model_fields.items():
+        value = getattr(settings.nearest, name)
+        if settings.negatives != "nearest" and value != field.default:
+            yield (
+                f"{key}.nearest.{name} = {to_value(value)}: {key}.negatives is "
+                f'"{settings.negatives}". Set it to "nearest", or remove {name}.'
+            )
     if settings.overlap and config.precision.compute == "fp16":
         yield (
             f'{key}.overlap = true with precision.compute = "fp16": whether a step with a loss '
@@ -264,7 +271,7 @@ def plan_of(config: "Config", machine: Machine | None, positives: int = 1) -> Pl
         sgd=config.head.optimizer.name == "sgd",
         compute=head_compute(config, machine.device if machine else "cuda"),
         fused=config.head.fused,
-        weighted=config.head.negatives == "weighted",
+        weighted=config.head.negatives != "uniform",
         sets=may_share(config),
         positives=positives,
     )

@@ -11,7 +11,8 @@ from partialfc.config.optimizers import AnyOfCenters, SgdOfCenters
 from partialfc.config.schema import Section, UserPath, absolute
 from partialfc.definitions import Range, Unit
 from partialfc.definitions.phrases import to_value
-from partialfc.head.options import SeveralLoss, Without
+from partialfc.head.options import Nearest as NearestOptions
+from partialfc.head.options import Negatives, NegativesName, SeveralLoss, Without
 
 STARTS = ("random", "pack:mean")
 """What centers may begin with, beside files."""
@@ -37,6 +38,21 @@ class Several(Section):
     leave_out: nothing."""
 
 
+class Nearest(Section):
+    """Negatives near to the batch's own class centers, with head.negatives = "nearest"."""
+
+    neighbours: Annotated[int, Range(ge=1, le=1024)] = 16
+    """How many each class center has in its list: the nearest ones by their angle."""
+
+    every_steps: Annotated[int, Range(ge=1)] = 1000
+    """Steps from one search to the next. A search compares all class centers with all others;
+    ``partialfc estimate`` says what it takes."""
+
+    share: Annotated[float, Range(gt=0, lt=1)] = 0.5
+    """Most of the sampled negatives that are taken for being near. The others are drawn as ever and
+    stand for all that are left."""
+
+
 class Head(Section):
     """The class centers, one per identity, and the softmax over them."""
 
@@ -49,10 +65,12 @@ class Head(Section):
     sample_rate: Annotated[float, Range(gt=0, le=1)] = 1.0
     """Fraction of the class centers used per step, the batch's own included. 1 uses all."""
 
-    negatives: Literal["uniform", "weighted"] = "uniform"
+    negatives: NegativesName = "uniform"
     """What a sampled negative counts for in the softmax. ``uniform``: itself, as Partial FC has it,
     so that the sum over all identities is taken for less than it is. ``weighted``: all those that
-    it was drawn among, so that the sum is right in the mean."""
+    it was drawn among, so that the sum is right in the mean. ``nearest``: as ``weighted``, and the
+    class centers nearest to the batch's own are in every sample, each for itself. With a sample
+    rate of 1 all three are one."""
 
     canonical_shards: Annotated[int | None, Range(ge=1)] = None
     """Units that negatives are sampled from and centers are moved in; at least the largest number
@@ -93,6 +111,7 @@ class Head(Section):
     backbone that is not finite stops the run after the centers have moved in memory; nothing of
     that step is saved."""
 
+    nearest: Nearest = Field(default_factory=Nearest)
     several: Several = Field(default_factory=Several)
     margin: AnyMargin = Field(default_factory=SECTIONS["arcface"])
     optimizer: AnyOfCenters = Field(default_factory=SgdOfCenters)
@@ -111,7 +130,13 @@ class Head(Section):
     @property
     def weighted_rate(self) -> float | None:
         """The sample rate where negatives are weighted; ``None`` where each counts once."""
-        return self.sample_rate if self.negatives == "weighted" else None
+        return None if self.negatives == "uniform" else self.sample_rate
+
+    @property
+    def negatives_of(self) -> Negatives:
+        """The negatives as the head takes them, with their options."""
+        near = self.negatives == "nearest"
+        return NearestOptions(**self.nearest.model_dump()) if near else self.negatives
 
     @property
     def start_file(self) -> Path | None:

@@ -4,10 +4,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from partialfc.head.options import Kernels, Memory, Precision, Several
+    from partialfc.head.options import Kernels, Memory, Nearest, Precision, Several
     from partialfc.head.partial_fc import PartialFC
 
-__all__ = ["Kernels", "Memory", "PartialFC", "Precision", "Several"]
+__all__ = ["Kernels", "Memory", "Nearest", "PartialFC", "Precision", "Several"]
 
 
 def __getattr__(name: str) -> object:

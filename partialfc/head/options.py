@@ -15,7 +15,7 @@ CenterFormat = Literal["fp32", "bf16", "fp16", "fp8"]
 Where = Literal["device", "host"]
 SeveralLoss = Literal["mean", "any", "soft"]
 Without = Literal["push", "leave_out"]
-Negatives = Literal["uniform", "weighted"]
+NegativesName = Literal["uniform", "weighted", "nearest"]
 
 _KEEP_MIB = {"cpu": 256, "cuda": 2048}
 """Default of ``keep_mib`` by the type of the device."""
@@ -108,6 +108,37 @@ class Kernels:
 
     fused: bool = False
     overlap: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Nearest:
+    """Negatives near to the batch's own centers, beside those that are drawn.
+
+    Attributes:
+        neighbours: Length of the list of each center, in [1, 1024]; 14 bytes of host memory each.
+        every_steps: Optimizer steps from one search of all lists to the next, >= 1.
+        share: Most of the negatives of a canonical shard that are taken for being near, in (0, 1).
+            The others are drawn as ever, and stand for all that are left.
+
+    Raises:
+        ValueError: If a value is outside its range.
+    """
+
+    neighbours: int = 16
+    every_steps: int = 1000
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.neighbours <= 1024:
+            raise ValueError(f"neighbours must be in [1, 1024], got {self.neighbours}.")
+        if self.every_steps < 1:
+            raise ValueError(f"every_steps must be >= 1, got {self.every_steps}.")
+        if not 0 < self.share < 1:
+            raise ValueError(f"share must be in (0, 1), got {self.share}.")
+
+
+Negatives = NegativesName | Nearest
+"""By name, or with options of their own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -37,7 +37,7 @@ from partialfc.head.rows.rules import RowRule, RowSGD
 from partialfc.head.rows.staging import host_tensor, row_tensor
 from partialfc.head.sampling import KeyedSampler, Sample
 from partialfc.head.set_masks import SetMasks
-from partialfc.head.shard import Shard, refuse_copies
+from partialfc.head.shard import Shard
 from partialfc.head.sharding import Sharding, default_canonical_shards
 from partialfc.head.steps import StepSamples
 from partialfc.keyed import key
@@ -64,8 +64,8 @@ class PartialFC(Shard):
             row has one.
         sets: Sets of identities that may have the same people, whom a row is not told from;
             ``None``: a row is told from all other identities.
-        negatives: Whether a sampled one counts once (``"uniform"``) or for all that it was drawn
-            among (``"weighted"``): then the softmax's sum is that of all centers in the mean.
+        negatives: What a sampled one counts for: itself (``"uniform"``), or all that it was drawn
+            among (``"weighted"``, and ``"nearest"`` or a ``Nearest``: near centers for certain).
         seed: Initial centers, negatives and rounding are functions of it and of global ids.
         center_weight: Of the mean of 1 - cos(theta) to the own center, added to the loss; >= 0.
         inter_class_weight: Of the mean cosine of the batch's centers and the nearest other sampled
@@ -151,13 +151,14 @@ class PartialFC(Shard):
             self.register_buffer(f"margin_{name}", torch.tensor(value, device=self.device))
         rule = optimizer or RowSGD()
         self.compute, self.center_format = precision.compute, precision.center_format
-        self.plan = self._decide(rule, weighted=negatives == "weighted", fused=kernels.fused)
+        self.plan = self._decide(rule, weighted=negatives != "uniform", fused=kernels.fused)
         self.sampler = KeyedSampler(
             self.sharding,
             self.ranks.rank,
             sample_rate=sample_rate,
             seed=seed,
             negatives=negatives,
+            nearest=self._nearest_of(negatives, sample_rate),
         )
         size = len(self.owned_rows), embedding_dim + margin.bias
         dtype = DTYPES[self.center_format]
@@ -191,7 +192,7 @@ class PartialFC(Shard):
             self._gathering, self.sampler, self.centers_per_identity, self.device
         )
         self._masks = SetMasks(sets, self.owned, self.centers_per_identity, self.device)
-        self._forgotten, self._first = Forgotten(), True
+        self._forgotten = Forgotten()
         self.center_weight, self.inter_class_weight = center_weight, inter_class_weight
         self.terms: dict[str, Tensor] = {}
         """Losses beside the softmax in the last forward pass, without their weights."""
@@ -228,11 +229,13 @@ class PartialFC(Shard):
             ValueError: If there is an unknown one, ahead in the next forward pass; if the number is
                 another: on a GPU, a device-side assertion fails instead.
         """
+        self.find_neighbours()
         step = self.optimizer.steps + ahead
-        if ahead or not self._samples.was_ahead(step):
-            draw = self._samples.fix(step, identities, shares, ahead=ahead)
-            if ahead:
-                self.optimizer.prefetch(lambda: draw().host_n)
+        if self.begins_with_search(step) if ahead else self._samples.was_ahead(step):
+            return
+        draw = self._samples.fix(step, identities, shares, ahead=ahead)
+        if ahead:
+            self.optimizer.prefetch(lambda: draw().host_n)
 
     @_disable_dynamo
     def prefetch(self, identities: Tensor, shares: Shares | None = None) -> None:
@@ -327,16 +330,13 @@ class PartialFC(Shard):
     ) -> Batch:
         """Gather the global batch, refuse what is no identity of it, and sample its centers."""
         margin, optimizer = self.margin, self.optimizer
-        steps, part = optimizer.steps, optimizer.micro_batches
-        if self._first:
-            fewest = self.sharding.fewest * self.centers_per_identity
-            refuse_copies(self.centers, fewest, self.device, self.ranks)
-            self._first = False
+        self.refuse_copies()
+        self.find_neighbours()
         state = {name: value.clone() for name, value in self.margin_state().items()}
         queries = Queries.of(embeddings, margin, state, self.compute)
         norms_b = queries.norm_b if margin.needs_norms else None
         of_ranks = shares or Shares((len(embeddings),) * self.ranks.size)
-        fraction = self._samples.fraction(steps, sum(of_ranks.sizes))
+        fraction = self._samples.fraction(optimizer.steps, sum(of_ranks.sizes))
         gathered = self._gathering.batch(
             queries.query_bD, identities, weights, norms_b, shares, fraction
         )
@@ -355,8 +355,8 @@ class PartialFC(Shard):
             log_weight_n=sample.log_weight_n,
             margin=margin,
             state=state,
-            step=steps,
-            draw_key=key(self.seed, "margin", steps, part),
+            step=optimizer.steps,
+            draw_key=key(self.seed, "margin", optimizer.steps, optimizer.micro_batches),
             center_weight=self.center_weight,
             inter_class_weight=self.inter_class_weight,
             compute=self.compute,

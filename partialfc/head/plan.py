@@ -110,7 +110,7 @@ def decide(
     elif sets:
         reason = "they tell a row from all sampled centers, and sets leave some out"
     elif weighted:
-        reason = 'they count every negative once, and negatives is "weighted"'
+        reason = "they count every negative once, and negatives stand for others"
     elif dim > LARGEST_DIM:
         reason = f"they hold embeddings of up to {LARGEST_DIM} elements, not {dim}"
     elif not sgd:

@@ -4,11 +4,12 @@ It is made on the host, which then knows how many rows a step has: a GPU is neve
 canonical shard orders its rows by a permutation keyed by (seed, step, shard) and samples the
 first ``quota`` of them. A positive that is not among them takes the place of the last negative. So
 the negatives are uniform without replacement given the positives, any number of ranks samples the
-same rows, and nothing costs time or memory in the size of the shard.
+same rows, and nothing costs time or memory in the size of the shard. Centers near to the positives
+are taken as positives are, where they are asked for.
 
 Shape suffixes: B = rows of the gathered batch, n = sampled rows, P = distinct positives on this
-rank or all that a step was fixed for, V = canonical shards of this rank, M = positives beyond the
-quota.
+rank or all that a step was fixed for, N = centers near to them, Q = positives and such centers, V =
+canonical shards of this rank, M = those beyond the quota.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor
 
 from partialfc import keyed as permutation
-from partialfc.head.options import Negatives
+from partialfc.head.nearest import NearestCenters, first_of_shards
+from partialfc.head.options import Nearest, Negatives, NegativesName
 from partialfc.head.several import NONE
 from partialfc.head.sharding import Sharding
 from partialfc.keyed import key, keys
@@ -55,7 +57,8 @@ class KeyedSampler:
             (0, 1]. A shard with more positives than that samples its positives only.
         seed: The run's seed.
         negatives: ``"weighted"`` lets each stand for the rows that it was drawn among, and draws at
-            least one from each shard that has any.
+            least one from each shard that has any. So do ``"nearest"`` and its options.
+        nearest: Whose rows near to the positives are in the sample for certain, each for itself.
     """
 
     def __init__(
@@ -66,14 +69,17 @@ class KeyedSampler:
         sample_rate: float,
         seed: int,
         negatives: Negatives = "uniform",
+        nearest: NearestCenters | None = None,
     ) -> None:
-        if negatives not in get_args(Negatives):
-            raise ValueError(f"negatives must be uniform or weighted, got {negatives!r}.")
+        if negatives not in get_args(NegativesName) and not isinstance(negatives, Nearest):
+            names = ", ".join(get_args(NegativesName))
+            raise ValueError(f"negatives must be one of {names}, got {negatives!r}.")
         if not 0 < sample_rate <= 1:
             raise ValueError(f"sample_rate must be in (0, 1], got {sample_rate}.")
         shards = sharding.shards(rank)
         self.owned = sharding.owned(rank)
-        self.every, self._weighted = sample_rate == 1, negatives == "weighted"
+        self.every, self._weighted = sample_rate == 1, negatives != "uniform"
+        self.nearest = nearest
         self._seed = seed
         self._shard_V = np.arange(shards.start, shards.stop)
         start = np.array([sharding.start(v) for v in range(shards.start, shards.stop + 1)])
@@ -101,18 +107,41 @@ class KeyedSampler:
             return Sample(rows, torch.where(is_local_B, local_B, NOT_LOCAL))
 
         positive_P, which_B = torch.unique(local_B[is_local_B], return_inverse=True)
-        rows_n, column_P, log_weight_n = self._sample(step, positive_P)
+        certain_Q = positive_P
+        if self.nearest is not None:
+            certain_Q = self._with_nearest(self.nearest, positive_P, identities_B)
+        rows_n, log_weight_n = self._sample(step, certain_Q)
         target_B = torch.full_like(identities_B, NOT_LOCAL)
-        target_B[is_local_B] = column_P[which_B]
+        target_B[is_local_B] = torch.searchsorted(rows_n, positive_P)[which_B]
         return Sample(rows_n, target_B, log_weight_n)
 
-    def _sample(self, step: int, positive_P: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the sampled rows [n], the column of each distinct positive [P], and weights."""
-        start_V, size_V, device = self._start_V, self._size_V, positive_P.device
+    def _with_nearest(
+        self, nearest: NearestCenters, positive_P: Tensor, identities_B: Tensor
+    ) -> Tensor:
+        """Add rows near to the batch's positives: of each shard at most a share of its negatives.
+
+        Which ones depends on the batch and the lists alone, so what is drawn afterwards is uniform
+        among what is left.
+        """
+        own_N, place_N = nearest.near(identities_B.numpy())
+        positive = positive_P.numpy()
+        other_N = ~np.isin(own_N, positive)
+        start_V = self._start_V.numpy()
+        positives_V = np.bincount(
+            np.searchsorted(start_V, positive, "right") - 1, minlength=len(start_V)
+        )
+        left_V = np.maximum(self._quota_V.numpy() - positives_V, 0)
+        most_V = (left_V * nearest.options.share).astype(np.int64)
+        taken = first_of_shards(own_N[other_N], place_N[other_N], start_V, most_V)
+        return torch.from_numpy(np.sort(np.concatenate([positive, taken])))
+
+    def _sample(self, step: int, certain_Q: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the sampled rows [n] with some that are certain, ascending, and their weights."""
+        start_V, size_V, device = self._start_V, self._size_V, certain_Q.device
         key_V = torch.from_numpy(keys(self._shard_V, key(self._seed, "negatives", step)))
-        shard_P = torch.bucketize(positive_P, start_V, right=True) - 1
-        positives_V = shard_P.bincount(minlength=len(start_V))
-        fewest_V = positives_V + 1 if self._weighted else positives_V
+        shard_Q = torch.bucketize(certain_Q, start_V, right=True) - 1
+        certain_V = shard_Q.bincount(minlength=len(start_V))
+        fewest_V = certain_V + 1 if self._weighted else certain_V
         quota_V = torch.maximum(self._quota_V, fewest_V).minimum(size_V)
         stop_V = quota_V.cumsum(0)
         offset_V = stop_V - quota_V
@@ -125,31 +154,31 @@ class KeyedSampler:
             + start_V[shard_n]
         )
 
-        # A positive knows its place by the inverse permutation. Those beyond the quota take the
-        # last places of their shard that hold no positive.
-        place_P = self._permute(
-            positive_P - start_V[shard_P], size_V[shard_P], key_V[shard_P], inverse=True
+        # A certain row knows its place by the inverse permutation. Those beyond the quota take the
+        # last places of their shard that hold none.
+        place_Q = self._permute(
+            certain_Q - start_V[shard_Q], size_V[shard_Q], key_V[shard_Q], inverse=True
         )
-        column_P = offset_V[shard_P] + place_P
-        beyond_P = place_P >= quota_V[shard_P]
+        column_Q = offset_V[shard_Q] + place_Q
+        beyond_Q = place_Q >= quota_V[shard_Q]
         free_n = torch.ones_like(rows_n)
-        free_n[column_P[~beyond_P]] = 0
+        free_n[column_Q[~beyond_Q]] = 0
         count_n = free_n.cumsum(0)
-        shard_M = shard_P[beyond_P]
+        shard_M = shard_Q[beyond_Q]
         beyond_V = shard_M.bincount(minlength=len(start_V))
         nth_M = torch.arange(len(shard_M), device=device) - (beyond_V.cumsum(0) - beyond_V)[shard_M]
         last_M = count_n[stop_V[shard_M] - 1]
         column_M = torch.searchsorted(count_n, last_M - nth_M)
-        rows_n[column_M] = positive_P[beyond_P]
+        rows_n[column_M] = certain_Q[beyond_Q]
         # Ascending, so that a step goes through the memory of its rows from one end to the other.
         rows_n, order_n = rows_n.sort()
         log_weight_n = None
         if self._weighted:
             free_n[column_M] = 0
-            among_V, drawn_V = size_V - positives_V, quota_V - positives_V
+            among_V, drawn_V = size_V - certain_V, quota_V - certain_V
             log_V = (among_V.double() / drawn_V).log().float()
             log_weight_n = torch.where(free_n > 0, log_V[shard_n], 0.0)[order_n]
-        return rows_n, torch.searchsorted(rows_n, positive_P), log_weight_n
+        return rows_n, log_weight_n
 
     def _permute(self, index: Tensor, size: Tensor, key: Tensor, *, inverse: bool) -> Tensor:
         """By numpy, which takes a third of torch's time."""

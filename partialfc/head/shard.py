@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from partialfc.distributed.ranks import Ranks, gather_rows
+from partialfc.head.nearest import LISTS, NearestCenters
+from partialfc.head.options import Nearest, Negatives, Sets
 from partialfc.head.rows.optimizer import RowOptimizer
+from partialfc.head.sampling import KeyedSampler
 from partialfc.head.sharding import Sharding
 from partialfc.head.tiles.torch_steps import take_rows
 
@@ -34,6 +37,20 @@ class Shard(nn.Module):
     """Identities of this rank."""
     centers_per_identity: int
     """Rows of an identity."""
+    ranks: Ranks
+    """Those that share the head."""
+    embedding_dim: int
+    """D."""
+    sets: Sets | None
+    """Of identities that may have the same people."""
+    sampler: KeyedSampler
+    """Of the rows of a step."""
+    _compared = False
+
+    @property
+    def nearest(self) -> NearestCenters | None:
+        """The neighbours of every center, if the sample wants them."""
+        return self.sampler.nearest
 
     @property
     def owned_rows(self) -> range:
@@ -59,6 +76,49 @@ class Shard(nn.Module):
                 f"these centers were saved for {state}, this rank holds {self.get_extra_state()}; "
                 "load a checkpoint of partialfc.checkpoint to change the number of ranks."
             )
+
+    def _nearest_of(self, negatives: Negatives, sample_rate: float) -> NearestCenters | None:
+        """The lists of neighbours; ``None`` where no sample asks for them: that of all does not."""
+        options = Nearest() if negatives == "nearest" else negatives
+        if not isinstance(options, Nearest) or sample_rate == 1:
+            return None
+        return NearestCenters(
+            options,
+            self.sharding,
+            self.ranks,
+            dim=self.embedding_dim,
+            per_identity=self.centers_per_identity,
+            sets=self.sets,
+            device=self.device,
+        )
+
+    def lists(self) -> dict[str, Tensor]:
+        """What is kept for each row beside the optimizer's states, on the CPU, by name."""
+        return {} if self.nearest is None else {LISTS: self.nearest.lists}
+
+    def lists_loaded(self) -> None:
+        """Say that :meth:`lists` have been filled from outside."""
+        if self.nearest is not None:
+            self.nearest.forget()
+
+    def find_neighbours(self) -> None:
+        """Search the neighbours of all centers where the step wants it, before its sample.
+
+        Collective as :meth:`partialfc.head.nearest.NearestCenters.refresh`; nothing without one.
+        """
+        if self.nearest is not None:
+            self.nearest.refresh(self.optimizer)
+
+    def begins_with_search(self, step: int) -> bool:
+        """Whether a step's sample is unknown before it: its lists are not made yet."""
+        return self.nearest is not None and self.nearest.due(step)
+
+    def refuse_copies(self) -> None:
+        """Refuse centers that are those of another rank, once; as :func:`refuse_copies`."""
+        if not self._compared:
+            fewest = self.sharding.fewest * self.centers_per_identity
+            refuse_copies(self.centers, fewest, self.device, self.ranks)
+            self._compared = True
 
     def margin_state(self) -> dict[str, Tensor]:
         """What the margin remembers, by name; the same on all ranks."""
@@ -111,15 +171,19 @@ class Shard(nn.Module):
         metadata = {**metadata, "assign_to_params_buffers": False}
         with self._as_parameter():
             super()._load_from_state_dict(state, prefix, metadata, *arguments)
+        self.lists_loaded()
 
     @contextmanager
     def _as_parameter(self) -> Iterator[None]:
-        """Inside, torch saves and loads the centers as any parameter."""
+        """Inside, torch saves and loads the centers as any parameter, and lists as buffers."""
         self._parameters["centers"] = self.centers
+        self._buffers.update(self.lists())
         try:
             yield
         finally:
             del self._parameters["centers"]
+            for name in self.lists():
+                del self._buffers[name]
 
 
 def refuse_copies(centers_CD: Tensor, rows: int, device: torch.device, ranks: Ranks) -> None:

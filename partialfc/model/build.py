@@ -339,7 +339,7 @@ def _head(
             config.backbone.embedding_dim,
             margin,
             sample_rate=settings.sample_rate,
-            negatives=settings.negatives,
+            negatives=settings.negatives_of,
             optimizer=row_rule_of(config),
             precision=Precision(
                 compute=head_compute(config, runtime.device.type),

@@ -104,10 +104,13 @@ def agreed_shards(config: Config, runtime: Runtime) -> dict[str, int]:
     return shards
 
 
-def _negatives(config: Config) -> str | None:
+def _negatives(config: Config) -> object:
     """What a sampled one counts for, if not itself: older checkpoints have no such fact."""
-    weighted = config.head.negatives == "weighted" and config.head.sample_rate < 1
-    return "weighted" if weighted else None
+    head = config.head
+    if head.negatives == "uniform" or head.sample_rate == 1:
+        return None
+    near = head.negatives == "nearest"
+    return {"nearest": head.nearest.model_dump(mode="json")} if near else head.negatives
 
 
 def _unsampled(config: Config) -> str | None:

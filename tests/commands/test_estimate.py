@@ -342,3 +342,24 @@ def test_a_teacher_has_weights_a_forward_pass_and_time(tmp_path):
     wider = [taught[0], "losses.teacher.from=nowhere.safetensors"]
     with pytest.raises(ConfigError, match=r"losses\.teacher\.from: .*nowhere.*on this machine"):
         estimate.main([*map(str, request), *wider])
+
+
+def test_a_search_of_neighbours_is_counted(tmp_path):
+    """Four times the identities take 16 times as long: all centers are compared with all others."""
+    request = [
+        *(ROOT / "configs/ms1mv3_r50.toml", "--gpus-per-node", "1", "--gpu", "h200"),
+        *("backbone.name=convnet_s", "head.sample_rate=0.1", "head.negatives=nearest"),
+    ]
+    found = [
+        estimated(tmp_path, *request, "--identities", identities)
+        for identities in (250_000, 1_000_000)
+    ]
+    seconds = [_named(one["seconds"], "head: search of neighbours")["seconds"] for one in found]
+    assert seconds[1] == pytest.approx(16 * seconds[0], rel=0.01)
+    lists = _named(found[1]["memory"]["head"], "lists of neighbours")
+    assert lists["bytes"][0] == 0
+    assert lists["origin"] == "1,000,000 x 16 x 14 B, 0.21 GiB in host memory"
+
+
+def _named(parts, name):
+    return next(part for part in parts if part["name"] == name)

@@ -213,8 +213,14 @@ def keys_of(names, prefix: str) -> Iterator[str]:
             [],
             "head.embedding_dim = 256: unknown setting. Did you mean backbone.embedding_dim? "
             "[head] takes start, sample_rate, negatives, canonical_shards, compute, center_format, "
-            "keep_mib, centers_in, states_in, host_folder, fused, overlap, [head.several], "
-            "[head.margin], [head.optimizer].",
+            "keep_mib, centers_in, states_in, host_folder, fused, overlap, [head.nearest], "
+            "[head.several], [head.margin], [head.optimizer].",
+        ),
+        (  # what no sample asks for
+            MINIMAL + "[head]\nnegatives = 'weighted'\nnearest.neighbours = 8\n",
+            [],
+            'head.nearest.neighbours = 8: head.negatives is "weighted". Set it to "nearest", or '
+            "remove neighbours.",
         ),
         (  # unknown section
             MINIMAL + "[sched]\nname = 'linear'\n",

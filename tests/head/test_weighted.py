@@ -198,7 +198,9 @@ def test_at_a_rate_of_1_both_are_one():
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(ValueError, match="negatives must be uniform or weighted, got 'near'"):
+    with pytest.raises(
+        ValueError, match="negatives must be one of uniform, weighted, nearest, got 'near'"
+    ):
         head_of(ArcFace(), negatives="near")
     plan = decide(
         Machine("cuda", True, (9, 0)),

@@ -32,6 +32,19 @@ def test_a_rule_without_unsampled_has_no_such_fact():
     assert facts["head.optimizer.unsampled"] is None
 
 
+def test_what_negatives_count_for_is_a_fact_where_some_are_drawn():
+    """Older checkpoints say nothing of it; other lists are other samples."""
+    near = {"neighbours": 8, "every_steps": 100, "share": 0.5}
+
+    def fact(rate, negatives, nearest=()):
+        head = {"sample_rate": rate, "negatives": negatives, "nearest": dict(nearest)}
+        return must_match(settings(head=head), PACK)["head.negatives"]
+
+    assert [fact(0.5, "uniform"), fact(1.0, "weighted"), fact(1.0, "nearest")] == [None] * 3
+    assert fact(0.5, "weighted") == "weighted"
+    assert fact(0.5, "nearest", {"neighbours": 8, "every_steps": 100}.items()) == {"nearest": near}
+
+
 def test_a_look_at_a_run_needs_no_teacher():
     """clean and identities open a run whose teacher may be gone; training itself opens it."""
     teaches = {"weight": 1.0, "from": "gone", "final_factor": 0.5}

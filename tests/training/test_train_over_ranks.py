@@ -10,6 +10,7 @@ from torch import nn
 
 from partialfc import (
     CurricularFace,
+    Nearest,
     RowAdagrad,
     RowSGD,
     Softmax,
@@ -172,6 +173,7 @@ HEADS = {
     "sub-centers": {"margin": SubCenterArcFace(scale=16)},
     "a margin's average": {"margin": CurricularFace(scale=16, averaging=0.3)},
     "bias": {"margin": Softmax()},
+    "nearest": {"negatives": Nearest(neighbours=3, every_steps=2), "canonical_shards": 4},
     "fp8, int8, in host memory": {
         "rule": RowSGD(lr=0.1, momentum_format="int8", unsampled="stay"),
         "center_format": "fp8",
@@ -207,6 +209,7 @@ def global_state(model):
     """This rank's rows of everything, and what all ranks share."""
     states = model.head.optimizer.state[model.head.centers]
     rows = [model.head.centers, *(states[name] for name in sorted(states))]
+    rows += model.head.lists().values()
     shared = [*model.backbone.parameters()]
     shared += [state["momentum_buffer"] for state in model.optimizer.state.values()]
     shared += model.head.shared_state().values()

@@ -3,7 +3,7 @@
     python tools/bench/head.py --classes 100000 --batch 128 --rate 1,0.1 --json OUT.json
     python tools/bench/head.py --margins all --json OUT.json
     python tools/bench/head.py --positives 1,8 --rate 1,0.1 --json OUT.json
-    python tools/bench/head.py --negatives uniform,weighted --rate 0.1 --json OUT.json
+    python tools/bench/head.py --negatives uniform,weighted,nearest --rate 0.1 --json OUT.json
     python tools/bench/head.py --plot OUT.png --from a.json b.json
 
 A row is one full step: forward, backward to the embeddings' gradient, update of the centers; "3
@@ -11,8 +11,9 @@ GEMMs" are the matrix products of such a step alone, in caches, timed in the sam
 textbook head (tests/support/reference.py) is the algorithm of arcface_torch's PartialFC_V2: all
 logits in fp32, a dense gradient, dense SGD. --margins compares ours with other margins instead,
 each against a plain normalised softmax, and --positives rows of several identities: all in one
-pass, and one pass for each in turn; --negatives what a sampled one counts for. Lists separated by
-commas give every combination. Under torchrun its ranks are used; --world N starts N processes here.
+pass, and one pass for each in turn; --negatives what a sampled one counts for, and in the record
+what a search of all neighbours takes, which no step has. Lists separated by commas give every
+combination. Under torchrun its ranks are used; --world N starts N processes here.
 A head that finds no memory fails alone, and --budget ends in time: the record names what was not
 measured.
 """
@@ -26,13 +27,14 @@ import time
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from partialfc.cores import usable_cores
+from partialfc.head.options import NegativesName
 from partialfc.margins import MARGINS
 from partialfc.writing import write_json
 from tools.bench._head.expected import START, expected_seconds
@@ -225,7 +227,9 @@ def _parser() -> argparse.ArgumentParser:
         "--positives", metavar="K", help="identities of a row instead of these heads; a list"
     )
     parser.add_argument(
-        "--negatives", metavar="KIND", help="uniform, weighted instead of these heads; a list"
+        "--negatives",
+        metavar="KIND",
+        help="uniform, weighted, nearest instead of these heads; a list",
     )
     parser.add_argument(
         "--budget", type=float, default=math.inf, metavar="S", help="begin no row after S seconds"
@@ -254,8 +258,9 @@ def _cases(options: argparse.Namespace, world: int) -> list[Case]:
         heads = several_heads(options.positives)
     if options.negatives:
         heads = tuple(options.negatives.split(","))
-        if set(heads) - {"uniform", "weighted"}:
-            raise SystemExit(f"--negatives {options.negatives}: must be uniform, weighted or both.")
+        if set(heads) - set(get_args(NegativesName)):
+            names = ", ".join(get_args(NegativesName))
+            raise SystemExit(f"--negatives {options.negatives}: must be of {names}, with commas.")
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     cases = []
     tiles = [int(value) for value in options.tile_mib.split(",")] if options.tile_mib else [None]

@@ -15,6 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from partialfc.commands._estimate.backbone import Device, MemoryItem, TensorMeter, bytes_of
+from partialfc.commands._estimate.nearest import nearest_parts
 from partialfc.commands._estimate.start import start_parts
 from partialfc.config import Config, ConfigError, conflicts
 from partialfc.config.conflicts import head_compute, memory_of
@@ -317,6 +318,7 @@ def head_parts(
             (n * sampler, rows, rows, 0),
             f"{sampler} B a row in the sampler (measured), 8 afterwards" if rows else "all rows",
         ),
+        *nearest_parts(config, shard.rows, dim, device),
         *start_parts(config, shard.rows // shard.per_identity, device),
     ]
 

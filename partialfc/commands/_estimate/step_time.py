@@ -13,6 +13,7 @@ from partialfc.commands._estimate.backbone import (
 )
 from partialfc.commands._estimate.head import OfHead, head_parts
 from partialfc.commands._estimate.losses import LossCost
+from partialfc.commands._estimate.nearest import search_seconds, searches
 from partialfc.commands._estimate.teacher import TeacherCost
 from partialfc.config import Config
 from partialfc.config.conflicts import head_compute
@@ -191,7 +192,7 @@ def _products_and_rows(head: OfHead, cluster: Cluster) -> list[tuple[str, float,
     caught_up = 2 * (moves and config.head.sample_rate < 1)  # read and written before pass 1
     times = 4 + caught_up, 2 + caught_up
     row_bytes = shard.sampled * (times[0] * center_bytes + times[1] * state_bytes)
-    return [
+    found = [
         (
             f"{head.group}: products",
             head_flops / head_rate,
@@ -205,6 +206,18 @@ def _products_and_rows(head: OfHead, cluster: Cluster) -> list[tuple[str, float,
             f"({gpu.bandwidth / TERA:.4g} TB/s x {MEMORY})",
         ),
     ]
+    if searches(config):
+        seconds, why = search_seconds(
+            config,
+            shard.rows,
+            head.identities * shard.per_identity,
+            dim,
+            products=(gpu.bf16 if cluster.device == "cuda" else gpu.fp32) * PRODUCTS,
+            bandwidth=gpu.bandwidth * MEMORY,
+        )
+        every = config.head.nearest.every_steps
+        found.append((f"{head.group}: search of neighbours", seconds / every, why))
+    return found
 
 
 def _moved(head: OfHead, cluster: Cluster) -> dict[str, int]:

@@ -138,7 +138,7 @@ def build(name: str, case: Case, device: torch.device) -> tuple[Any, Step]:
         head = textbook(case.classes, case.dim, **settings, **rule)
         return head, head.step
     from partialfc import Kernels, PartialFC, Precision, RowSGD, Several
-    from partialfc.head.options import CenterFormat, Compute, Negatives
+    from partialfc.head.options import CenterFormat, Compute, NegativesName
     from partialfc.head.tiles import passes
     from partialfc.margins import MARGINS, ArcFace
 
@@ -154,9 +154,9 @@ def build(name: str, case: Case, device: torch.device) -> tuple[Any, Step]:
     most, in_turn = positives_of(name)
     if most and not in_turn:
         settings["positives"] = Several(most=most)
-    if name in get_args(Negatives):
+    if name in get_args(NegativesName):
         settings["negatives"] = name
-    plain = name in ("ours", "fused", *get_args(Negatives)) or most > 0
+    plain = name in ("ours", "fused", *get_args(NegativesName)) or most > 0
     margin = ArcFace(scale=SCALE, angular=ANGULAR) if plain else MARGINS[name]()
     head = PartialFC(case.classes, case.dim, margin, optimizer=RowSGD(**rule), **settings)
 
@@ -231,6 +231,11 @@ def times_of(case: Case, device: torch.device, before: dict[str, float]) -> Resu
     dtype = torch.bfloat16 if case.dtype == "bf16" else torch.float32
     bare = three_products(rows, case.dim, case.batch, dtype, device)
     turns = Turns(case.heads, lambda name: build(name, case, device), device)
+    searches = {
+        name: over_ranks(timed(device, turn.head.find_neighbours)[0], "MAX", device)
+        for name, turn in turns.heads.items()
+        if getattr(turn.head, "nearest", None) is not None
+    }
     products: list[float] = []
     number, start, passed = 0, 0.0, 0.0
     while turns.heads and (number < WARM_UP + case.steps or passed < case.seconds):
@@ -247,6 +252,8 @@ def times_of(case: Case, device: torch.device, before: dict[str, float]) -> Resu
     for name in turns.heads:
         rows = sampled_rows(turns.heads[name].head, identities_B)
         found[name]["sampled_rows"] = int(over_ranks(rows, "SUM", device))
+        if name in searches:
+            found[name]["search_seconds"] = searches[name]
     del turns, bare
     gc.collect()
     if device.type == "cuda":

@@ -1,0 +1,206 @@
+"""The nearest centers of every center: an exact search over the shards of all ranks, in tiles.
+
+Directions are rounded to whole numbers of eight bits, so small that fp32 adds up their products
+without an error, from bf16 operands too. So a score depends on no tile, number of ranks, library or
+device, and the lists are the same wherever they are made. Of equal scores the smaller number wins.
+What is found is exact for these directions, whose cosines are those of the centers to 0.001.
+
+The centers of all ranks pass by in blocks, each gathered once. Beside the lists there is one tile
+of scores, never one of all rows by all rows.
+
+Shape suffixes: C = rows of this rank, D = embedding, G = groups of columns, H = columns found, J =
+sets of identities, k = length of a list, M = groups found, q = rows of a tile that look, t = rows
+of a tile that are looked at, T = those of one rank.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from partialfc.distributed.ranks import Ranks, gather_rows, moved
+
+NOBODY = -1
+"""In a list, in the place of a row: there are no more."""
+
+TILE_ROWS = {"cpu": 2048, "cuda": 8192}
+"""Rows of a tile in both directions, by the type of the device; no result depends on it."""
+
+_GROUP = 32
+"""Columns whose largest score is looked at before they are."""
+_SMALLEST = 1e-30
+"""A row whose elements are all smaller has no direction: it is at 90 degrees to every other."""
+_LOWEST = torch.finfo(torch.float32).min
+_NO_KEY = -(1 << 63)
+_LOW = 0xFFFFFFFF
+_MOST_EXACT = 1 << 24
+"""fp32 has all whole numbers up to here."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """The rows that are searched.
+
+    Attributes:
+        centers_CD: Of this rank, as they are stored, on any device. Of more than D elements, the
+            first D are looked at; lengths are not.
+        dim: D.
+        of_rank: Rows of every rank by their numbers in the whole head, one after the other.
+        per_identity: Rows of an identity, which are no neighbours of each other.
+        first_of_set: First rows of sets of identities; ``None`` for one set.
+        share_JJ: bool, sets that may have the same people: no row of one is a neighbour of one of
+            the other.
+    """
+
+    centers_CD: Tensor
+    dim: int
+    of_rank: Sequence[range]
+    per_identity: int = 1
+    first_of_set: Tensor | None = None
+    share_JJ: Tensor | None = None
+
+
+def nearest_rows(rows: Rows, most: int, ranks: Ranks, device: torch.device) -> Tensor:
+    """Return the nearest rows of other identities of each row of this rank, int32 [C, k], on a CPU.
+
+    Numbers of the whole head, the nearest first, :data:`NOBODY` where there are no more.
+    Collective: an all-gather for every block of rows. On a GPU, the host waits for each tile.
+
+    Args:
+        rows: Those searched.
+        most: k, >= 1.
+        ranks: Those that share the rows.
+        device: Where it is computed.
+    """
+    size, own = TILE_ROWS[device.type], rows.of_rank[ranks.rank]
+    best_Ck = torch.full((len(own), most), _NO_KEY, dtype=torch.int64, device=device)
+    for parts, key_tD in _blocks(rows, size, ranks, device):
+        length_t = key_tD.float().square_().sum(1)
+        reciprocal_t = torch.where(length_t > 0, 1 / length_t.sqrt(), 0.0)
+        operand_tD = key_tD.to(_operand(device))
+        number_t = torch.cat([torch.arange(part.start, part.stop) for part in parts]).to(device)
+        for start in range(0, len(own), size):
+            moved()
+            looking = own[start : start + size]
+            query_qD = directions(rows.centers_CD[start : start + size, : rows.dim].to(device))
+            score_qt = _products(query_qD.to(operand_tD.dtype), operand_tD).mul_(reciprocal_t)
+            _leave_out_(score_qt, looking, parts, rows)
+            _merge_(best_Ck[start : start + size], score_qt, number_t)
+    row_Ck = _LOW - (best_Ck & _LOW)
+    return torch.where(best_Ck == _NO_KEY, NOBODY, row_Ck).int().cpu()
+
+
+def directions(row_TD: Tensor) -> Tensor:
+    """Return the directions of rows as whole numbers, int8: the largest is 127 at most.
+
+    A row without a direction, or with an element that is not finite, is all zeros.
+
+    Args:
+        row_TD: Any float dtype, any length.
+    """
+    row_TD = row_TD.float()
+    levels = min(127, math.isqrt(_MOST_EXACT // row_TD.shape[1]))
+    largest_T1 = row_TD.abs().amax(1, keepdim=True)
+    has_T1 = (largest_T1 > _SMALLEST) & largest_T1.isfinite()
+    whole_TD = (row_TD * (levels / largest_T1)).round_()
+    return torch.where(has_T1, whole_TD, 0.0).to(torch.int8)
+
+
+def _blocks(
+    rows: Rows, size: int, ranks: Ranks, device: torch.device
+) -> Iterator[tuple[list[range], Tensor]]:
+    """Yield directions of ``size`` rows or more, a part from each rank, and the numbers of the
+    parts; a number behind the last row of its rank has no row."""
+    part = -(-size // (ranks.size * _GROUP)) * _GROUP
+    longest = max(map(len, rows.of_rank))
+    for start in range(0, longest, part):
+        own_TD = directions(rows.centers_CD[start : start + part, : rows.dim].to(device))
+        block_TD = own_TD.new_zeros(part, rows.dim)
+        block_TD[: len(own_TD)] = own_TD
+        parts = [range(one.start + start, one.start + start + part) for one in rows.of_rank]
+        yield parts, gather_rows(block_TD, ranks)
+
+
+def _operand(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def _products(query_qD: Tensor, key_tD: Tensor) -> Tensor:
+    """Whole numbers up to 2**24, without an error."""
+    if query_qD.is_cuda:
+        return torch.mm(query_qD, key_tD.T, out_dtype=torch.float32)
+    return query_qD @ key_tD.T
+
+
+def _leave_out_(score_qt: Tensor, looking: range, parts: list[range], rows: Rows) -> None:
+    """Set to -inf what is no neighbour: numbers without a row, the own identity, sets that may have
+    the same people."""
+    per, device = rows.per_identity, score_qt.device
+    for number, (part, owned) in enumerate(zip(parts, rows.of_rank, strict=True)):
+        score_qT = score_qt[:, number * len(part) : (number + 1) * len(part)]
+        if part.stop > owned.stop:
+            score_qT[:, max(0, owned.stop - part.start) :] = -torch.inf
+        if part.start < looking.stop + per and looking.start < part.stop + per:
+            who_q = torch.arange(looking.start, looking.stop, device=device) // per
+            who_T = torch.arange(part.start, part.stop, device=device) // per
+            score_qT.masked_fill_(who_q.unsqueeze(1) == who_T, -torch.inf)
+        if rows.first_of_set is not None and rows.share_JJ is not None:
+            first = rows.first_of_set.to(device)
+            set_q, set_T = (
+                torch.bucketize(torch.arange(one.start, one.stop, device=device), first, right=True)
+                for one in (looking, part)
+            )
+            share_qJ = rows.share_JJ.to(device)[set_q - 1]
+            score_qT.masked_fill_(share_qJ[:, set_T - 1], -torch.inf)
+
+
+def _merge_(best_qk: Tensor, score_qt: Tensor, number_t: Tensor) -> None:
+    """Put the columns of a tile that belong there into the lists of the best so far.
+
+    Few columns of a tile do once the lists are filled, so groups are looked at by their largest
+    score first. The k-th largest of these bounds the k-th largest score from below.
+
+    Args:
+        best_qk: int64 keys in descending order; changed in place.
+        score_qt: fp32.
+        number_t: int64 numbers of the columns.
+    """
+    most = best_qk.shape[1]
+    group_qGt = score_qt.view(len(score_qt), -1, _GROUP)
+    largest_qG = group_qGt.amax(2)
+    bound_q = _score_of(best_qk[:, -1])
+    if largest_qG.shape[1] >= most:
+        bound_q = bound_q.maximum(largest_qG.topk(most, sorted=False).values.amin(1))
+    bound_q = bound_q.clamp(min=_LOWEST)  # -inf is what is left out
+    query_M, group_M = (largest_qG >= bound_q.unsqueeze(1)).nonzero(as_tuple=True)  # host sync
+    score_MG = group_qGt[query_M, group_M]
+    group_H, within_H = (score_MG >= bound_q[query_M].unsqueeze(1)).nonzero(as_tuple=True)
+    if not len(group_H):
+        return
+    query_H = query_M[group_H]
+    number_H = number_t[group_M[group_H] * _GROUP + within_H]
+    count_q = query_H.bincount(minlength=len(best_qk))
+    first_q = count_q.cumsum(0) - count_q
+    nth_H = torch.arange(len(query_H), device=query_H.device) - first_q[query_H]
+    found = best_qk.new_full((len(best_qk), int(count_q.max())), _NO_KEY)  # host sync
+    found[query_H, nth_H] = _key_of(score_MG[group_H, within_H], number_H)
+    best_qk.copy_(torch.cat([best_qk, found], dim=1).topk(most).values)
+
+
+def _key_of(score_H: Tensor, number_H: Tensor) -> Tensor:
+    """int64 that orders by the larger fp32 score, then by the smaller number, and has both."""
+    bits_H = (score_H + 0.0).view(torch.int32)  # -0 becomes 0
+    return (_in_order(bits_H).long() << 32) | (_LOW - number_H)
+
+
+def _score_of(key_q: Tensor) -> Tensor:
+    """The score of a key; -inf of none."""
+    score_q = _in_order((key_q >> 32).int()).view(torch.float32)
+    return torch.where(key_q == _NO_KEY, -torch.inf, score_q)
+
+
+def _in_order(bits_H: Tensor) -> Tensor:
+    """The bits of fp32 as int32 of the same order, or back."""
+    return torch.where(bits_H >= 0, bits_H, bits_H ^ 0x7FFFFFFF)
