@@ -19,7 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from partialfc.config import load
 from partialfc.distributed import links
 from partialfc.distributed.ranks import Ranks
-from partialfc.head import partial_fc
+from partialfc.head import shard
 from partialfc.model import build
 from partialfc.runtime.process import Runtime
 from partialfc.training import run
@@ -92,7 +92,7 @@ def main(settings, rank, ranks, steps):
     """Begin a run and take some steps; return counts of the start and of the last step."""
     links.ThreadPoolExecutor = AtOnce
     links.Links._meet, build.DistributedDataParallel = meet, Replica
-    partial_fc.refuse_copies = lambda *words: None  # all others are copies here
+    shard.refuse_copies = lambda *words: None  # all others are copies here
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     config = load(Path(settings))
     seen, opened, at = Collectives(), [], []
