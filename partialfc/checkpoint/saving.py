@@ -185,7 +185,7 @@ class Saver:
             if f"{file}/{name}" not in self._copies
         )
         needed *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # every rank of this host copies
-        free = _available_bytes()
+        free = available_bytes()
         if not needed or free is None or needed <= free // 2:
             return True
         print(
@@ -213,7 +213,7 @@ class Saver:
         return copy.copy_(tensor, non_blocking=True)
 
     def _write(self, step: int, staged: Staged, manifest: dict[str, Any], began: float) -> Saved:
-        _yield_to_training()
+        yield_to_training()
         final = path_of(self._folder, step)
         temporary = final.with_name(f".{final.name}.partial")
         lead = self._runtime.leads
@@ -267,7 +267,7 @@ class Saver:
             raise CheckpointError(f"{final} was not written: {reason}") from problem
 
 
-def _yield_to_training() -> None:
+def yield_to_training() -> None:
     """Hash and write in the time that training leaves over; Linux alone has threads with ranks."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
@@ -286,7 +286,7 @@ def _bytes_of_copy(size: int, *, pinned: bool) -> int:
     return 1 << (size - 1).bit_length() if pinned and size else size
 
 
-def _available_bytes() -> int | None:
+def available_bytes() -> int | None:
     """Memory that can be had without swapping; ``None`` where the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
+from typing import Any
 
 from partialfc.checkpoint.folder import read_manifest, steps
 from partialfc.config import Config, ConfigError
@@ -20,10 +21,14 @@ def kept_shards(config: Config) -> dict[str, int]:
         paths.append(config.run.resume_from)
     for path in paths:
         with suppress(CheckpointError):
-            manifest = read_manifest(path)
-            heads = manifest.get("heads") or {"": manifest}
-            return {name: int(one["canonical_shards"]) for name, one in heads.items()}
+            return shards_in(read_manifest(path))
     return {}
+
+
+def shards_in(manifest: Mapping[str, Any]) -> dict[str, int]:
+    """Return the canonical shards of each head by its name, as a manifest says."""
+    heads = manifest.get("heads") or {"": manifest}
+    return {name: int(one["canonical_shards"]) for name, one in heads.items()}
 
 
 def refuse_more_ranks(config: Config, kept: Mapping[str, int], ranks: int) -> None:

@@ -34,6 +34,7 @@ from partialfc.commands._estimate.baseline import process_baseline
 from partialfc.commands._estimate.head import OfHead, head_parts, heads_of
 from partialfc.commands._estimate.losses import LossCost, count_losses, loss_parts
 from partialfc.commands._estimate.numbers import counts_of_heads, positive
+from partialfc.commands._estimate.peers import peers_cost
 from partialfc.commands._estimate.start import refuse_other_centers
 from partialfc.commands._estimate.step_time import (
     ALLOCATOR_SLACK,
@@ -82,6 +83,9 @@ def memory_of(
         "backbone": backbone_parts(config, counted, cluster.ranks, cluster.device),
         "data": data_parts(config, cluster.ranks, cluster.device),
     }
+    copies = peers_cost(config, {one.name: one.identities for one in heads}, cluster.nodes)
+    if copies is not None and cluster.device == "cpu":  # a rank's memory is the host's
+        parts["peers"] = [copies.part(cluster.gpus_per_node)]
     if teacher is not None:
         parts["teacher"] = teacher.items
     moving = max(counted.saved, counted.backward, counted.inference)
@@ -287,6 +291,8 @@ def main(arguments: list[str]) -> int:
         f"a rank with {identities:,} identities; the most that fit are "
         f"{min(one.most_identities for one in every):,}."
     )
+    if (copies := peers_cost(config, of_heads, cluster.nodes)) is not None:
+        print(copies.words(config.checkpoint.peers_every_steps))
     if options.json:
         record = {
             "command": [options.config, *options.override],
@@ -296,6 +302,7 @@ def main(arguments: list[str]) -> int:
             **most.numbers(),
             "fits": fits,
             "assumptions": assumptions(cluster),
+            **({"peers": asdict(copies)} if copies else {}),
         }
         if config.stages:
             record["stages"] = {name: one.numbers() for name, one in zip(names, every, strict=True)}

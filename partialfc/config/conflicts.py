@@ -133,6 +133,12 @@ def _of_shards(config: "Config") -> Iterator[str]:
             f'{shard} with optimizer.name = "{config.optimizer.name}": it takes norms of whole '
             "weights, and a rank has its rows. Choose another optimizer."
         )
+    if config.checkpoint.peers_every_steps:
+        yield (
+            f"{shard} with checkpoint.peers_every_steps = {config.checkpoint.peers_every_steps}: "
+            "not supported together. A copy has the backbone once a host, and no host has all of "
+            "it. Remove one."
+        )
     if backbone.lora.rank:
         yield (
             f"{shard} with backbone.lora.rank = {backbone.lora.rank}: not supported together. "

@@ -112,6 +112,23 @@ class Checkpoint(Section):
     """Checkpoints of multiples of this number of steps are never deleted; it is a multiple of
     ``every_steps``. 0 keeps no more than ``keep``."""
 
+    peers_every_steps: EverySteps = 0
+    """Steps between copies that each host keeps in its memory of the ranks of another one, so that
+    a run that loses a host goes on from them and reads no checkpoint. 0 makes none."""
+
+    peers_folder: UserPath = Path("/dev/shm")
+    """Where they lie on every host: in memory, or on a disk of its own."""
+
+    @model_validator(mode="after")
+    def _folder_of_copies(self) -> "Checkpoint":
+        folder = type(self).model_fields["peers_folder"].default
+        if not self.peers_every_steps and self.peers_folder != folder:
+            raise ValueError(
+                f"peers_folder = {to_value(self.peers_folder)}: with peers_every_steps = 0 no "
+                "copies are made. Set peers_every_steps, or remove it."
+            )
+        return self
+
     @model_validator(mode="after")
     def _keeps_what_is_saved(self) -> "Checkpoint":
         every = self.interval(0)

@@ -2,7 +2,8 @@
 
 from partialfc.checkpoint import CONFIG_HASH
 from partialfc.checkpoint.loading import LABELS
-from partialfc.checkpoint.shards import kept_shards, refuse_more_ranks
+from partialfc.checkpoint.peers.run import Peers
+from partialfc.checkpoint.shards import kept_shards, refuse_more_ranks, shards_in
 from partialfc.checkpoint.teacher import Teacher
 from partialfc.config import Config, config_hash
 from partialfc.config.heads import each_head, labelled_of, section_of_head, sets_of
@@ -91,14 +92,17 @@ def _lora(config: Config) -> dict[str, object] | None:
     return lora.model_dump(mode="json") | lists if lora.rank else None
 
 
-def agreed_shards(config: Config, runtime: Runtime) -> dict[str, int]:
-    """Return the canonical shards of each head in the checkpoint to go on from; none if there is
-    none, or it has not this head. Collective.
+def agreed_shards(config: Config, runtime: Runtime, peers: Peers | None = None) -> dict[str, int]:
+    """Return the canonical shards of each head in what to go on from; none if there is nothing, or
+    it has not this head. Collective.
 
     Raises:
         ConfigError: If there are more ranks than shards.
     """
-    kept = kept_shards(config) if runtime.leads else {}
+    if peers is not None and peers.found is not None:
+        kept = shards_in(peers.found.manifest)
+    else:
+        kept = kept_shards(config) if runtime.leads else {}
     shards = {name: from_leader(kept.get(name, 0), runtime.ranks) for name in each_head(config)}
     refuse_more_ranks(config, shards, runtime.ranks.size)
     return shards

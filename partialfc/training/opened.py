@@ -16,6 +16,7 @@ import torch
 from partialfc.checkpoint import loading as checkpoint
 from partialfc.checkpoint.base import fact_of, may_vanish, restore_base
 from partialfc.checkpoint.folder import read_manifest, steps
+from partialfc.checkpoint.peers.run import Peers
 from partialfc.checkpoint.pretrained import load_pretrained
 from partialfc.checkpoint.teacher import Teacher, open_teacher
 from partialfc.checkpoint.trained_backbone import state_at
@@ -90,28 +91,45 @@ class Opened:
         if self.runtime.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def restore(self, stages: Sequence[Stage]) -> tuple[int, dict[str, object]]:
+    def restore(
+        self, stages: Sequence[Stage], peers: Peers | None = None
+    ) -> tuple[int, dict[str, object]]:
         """Load what the run goes on from or begins with, in the stage that it then is in.
 
         Collective. Returns the steps taken, and the base of adapters as a fact for checkpoints.
 
         Args:
             stages: Of the run.
+            peers: At a start, copies that may be newer than what is on the disk.
 
         Raises:
             CheckpointError: If there are checkpoints and none is valid, or it is of another run.
         """
+        copied = peers is not None and peers.step >= peers.on_disk
+        found = None if copied else self._on_disk()
+        step = 0 if found is None else int(read_manifest(found)["step"])
+        if peers is not None and peers.step > step:  # also where newer files are damaged
+            copied, step = True, peers.step
+        if (stage := stage_at(stages, step)) is not self.stage:
+            self._close()
+            self._open(stage)
+        if peers is not None and copied:
+            with peers.fetched(self.model) as path:
+                base = self._go_on(path, step, writer_of(stages, step))
+        elif found is None:
+            base = self._begin()
+        else:
+            base = self._go_on(found, step, writer_of(stages, step))
+        if peers is not None:
+            peers.begin(self.model, step, from_copies=copied)
+        return step, base
+
+    def _on_disk(self) -> Path | None:
         run = self.stage.config.run
         found = checkpoint.newest(run.folder / "checkpoints", self.runtime)
         if found is None and run.resume_from is not None:
             found = checkpoint.named(run.resume_from, self.runtime)
-        step = 0 if found is None else int(read_manifest(found)["step"])
-        if (stage := stage_at(stages, step)) is not self.stage:
-            self._close()
-            self._open(stage)
-        if found is None:
-            return 0, self._begin()
-        return step, self._go_on(found, step, writer_of(stages, step))
+        return found
 
     def _begin(self) -> dict[str, object]:
         config, dataset = self.stage.config, self.stage.data.dataset
@@ -144,8 +162,10 @@ class Opened:
         return restore_base(found, model.backbone, config, state_at)
 
 
-def likely_step(config: Config, runtime: Runtime) -> int:
+def likely_step(config: Config, runtime: Runtime, peers: Peers | None = None) -> int:
     """Return the step that a run will go on from if its newest checkpoint is valid. Collective."""
+    if peers is not None and peers.step >= peers.on_disk:
+        return peers.step
     *_, path = config.run.resume_from, *steps(config.run.folder / "checkpoints")
     step = 0
     if runtime.leads and path is not None:

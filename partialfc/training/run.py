@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from partialfc.checkpoint import loading as checkpoint
 from partialfc.checkpoint.folder import path_of
+from partialfc.checkpoint.peers.run import Peers, peers_of
 from partialfc.checkpoint.saving import Saver
 from partialfc.config import Config, ConfigError, to_toml
 from partialfc.config.conflicts import head_compute
@@ -59,17 +61,17 @@ def train(config: Config, runtime: Runtime) -> None:
     if runtime.leads:
         find(config.log.sinks)  # what is not installed is said before anything takes time
         _announce(config, runtime)
-    with locked(config.run.folder, runtime):
-        _train(config, runtime)
+    with locked(config.run.folder, runtime), peers_of(config, runtime) as peers:
+        _train(config, runtime, peers)
 
 
-def _train(config: Config, runtime: Runtime) -> None:
+def _train(config: Config, runtime: Runtime, peers: Peers | None) -> None:
     if config.run.preflight:
         report(look_before(config, runtime), runtime)
-    shards = agreed_shards(config, runtime)
+    shards = agreed_shards(config, runtime, peers)
     folder, settings = config.run.folder, to_toml(config)
     stages = open_stages(config, runtime)
-    opened = Opened(stage_at(stages, likely_step(config, runtime)), runtime, shards)
+    opened = Opened(stage_at(stages, likely_step(config, runtime, peers)), runtime, shards)
     if not config.run.resume and checkpoint.exist(folder / "checkpoints"):
         raise ConfigError(
             f"run.resume = false with run.folder = {str(folder)!r}, which holds checkpoints of a "
@@ -82,7 +84,7 @@ def _train(config: Config, runtime: Runtime) -> None:
             runtime.watchdog.follow(ledger)
         _refuse_crash_loop(config, runtime, ledger.before, digest)
         with ledger.spending("restore"):
-            step, base = opened.restore(stages)
+            step, base = opened.restore(stages, peers)
         ledger.at(step, now=True)
         summary, end = folder / "summary.json", stages[-1].span.last
         if step >= end and summary.exists():
@@ -97,12 +99,12 @@ def _train(config: Config, runtime: Runtime) -> None:
             any_rank(preemption.asked, links) as asked_to_stop,
             preemption.stepping(),
         ):
-            step, stop = _train_stage(opened, step, base, recorder, asked_to_stop)
+            step, stop = _train_stage(opened, step, base, recorder, asked_to_stop, peers)
             while step < end and not stop:
                 with ledger.spending("restore"):
                     step, base = opened.restore(stages)
                 recorder.enter(opened.stage.span, opened.stage.config)
-                step, stop = _train_stage(opened, step, base, recorder, asked_to_stop)
+                step, stop = _train_stage(opened, step, base, recorder, asked_to_stop, peers)
             if step < end:
                 saved = from_here(path_of(folder / "checkpoints", step))
                 raise Preempted(
@@ -118,24 +120,31 @@ def _train_stage(
     base: Mapping[str, object],
     recorder: Recorder,
     asked_to_stop: Callable[[], bool],
+    peers: Peers | None,
 ) -> tuple[int, bool]:
     """Go from a step to the end of its stage; return the step reached, and whether to stop."""
     stage, runtime, ledger = opened.stage, opened.runtime, recorder.ledger
     config = stage.config
+    facts, settings = {**opened.facts, **base}, to_toml(config)
     with (
         Saver(
             config.run.folder / "checkpoints",
-            {**opened.facts, **base},
+            facts,
             runtime,
             keep=config.checkpoint.keep,
             keep_every_steps=config.checkpoint.keep_every_steps,
-            settings=to_toml(config),
+            settings=settings,
         ) as saver,
         closing(open_batches(config, runtime, stage.data, stage.span.batch(step))) as batches,
     ):
         if runtime.watchdog is not None:
             runtime.watchdog.follow(ledger, saver)
-        loop = _Loop(opened, batches, recorder, saver)
+        copy = (
+            partial(peers.copy, model=opened.model, facts=facts, settings=settings)
+            if peers
+            else None
+        )
+        loop = _Loop(opened, batches, recorder, saver, copy)
         return loop.run(step, asked_to_stop)
 
 
@@ -218,6 +227,7 @@ class _Loop:
     batches: Batches
     recorder: Recorder
     saver: Saver
+    copy: Callable[..., None] | None
 
     def run(self, step: int, asked_to_stop: Callable[[], bool]) -> tuple[int, bool]:
         """Go from ``step`` to the end of the stage, or to where it is asked to stop.
@@ -264,6 +274,7 @@ class _Loop:
                 step,
                 verify=_due(step, config.verification.every_steps, last),
                 save=stop or _due(step, config.checkpoint.interval(end), last),
+                copy=self._copies(step, last) and not stop,
                 in_a_hurry=stop,
             )
         with ledger.spending("save"):
@@ -273,8 +284,12 @@ class _Loop:
                 recorder.finish()
         return step, stop
 
-    def _pause(self, step: int, *, verify: bool, save: bool, in_a_hurry: bool) -> None:
-        if not (verify or save):
+    def _copies(self, step: int, last: int) -> bool:
+        every = self.opened.stage.config.checkpoint.peers_every_steps
+        return every > 0 and step % every == 0 and step < last
+
+    def _pause(self, step: int, *, verify: bool, save: bool, copy: bool, in_a_hurry: bool) -> None:
+        if not (verify or save or copy):
             return
         self.recorder.refuse_unsound()
         with self.recorder.pausing():
@@ -284,6 +299,9 @@ class _Loop:
                 self._verify(step)
             if save and not in_a_hurry:
                 self._save(step)
+            if copy and self.copy is not None:
+                with self.recorder.ledger.spending("save"):
+                    self.copy(step, saved=self.saver.last)
 
     def _save(self, step: int) -> None:
         with self.recorder.ledger.spending("save"):

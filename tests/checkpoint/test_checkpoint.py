@@ -276,7 +276,7 @@ def test_what_is_changed_after_save_returned_is_not_saved(tmp_path):
 
 def test_without_room_for_a_copy_the_live_tensors_are_written(tmp_path, monkeypatch, capsys):
     """Centers that fill the machine; training waits, so that nothing changes below the writer."""
-    monkeypatch.setattr("partialfc.checkpoint.saving._available_bytes", lambda: 1000)
+    monkeypatch.setattr("partialfc.checkpoint.saving.available_bytes", lambda: 1000)
     model = trained(3)
     model.backbone.project.weight.data = model.backbone.project.weight.data.T.contiguous().T
     with Saver(tmp_path, FACTS, runtime(), keep=1) as saver:
@@ -406,7 +406,7 @@ def test_copies_in_pinned_memory_are_counted_as_torch_locks_them(monkeypatch, tm
     """The next power of two: a host was given up to twice the copies that were thought to fit."""
     saver = object.__new__(saving.Saver)
     saver._copies, saver._folder = {}, tmp_path
-    monkeypatch.setattr(saving, "_available_bytes", lambda: 12 << 20)
+    monkeypatch.setattr(saving, "available_bytes", lambda: 12 << 20)
     files = {"centers": {"one": SimpleNamespace(nbytes=(4 << 20) + 1, is_cuda=True)}}
     assert not saver._has_room(files)
     files["centers"]["one"].is_cuda = False

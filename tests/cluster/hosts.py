@@ -52,9 +52,13 @@ class Hosts:
         _ip("-n", "pfcbr", "link", "set", f"p{i}", "up")
 
     def command(self, i: int, *words: str) -> list[str]:
-        """A command as it runs on a host, under the host's name."""
-        name = ["unshare", "--uts", "sh", "-c", f'hostname pfc{i}; exec "$@"', "sh"]
-        return ["ip", "netns", "exec", f"pfc{i}", *name, *words]
+        """A command as it runs on a host, under the host's name.
+
+        Its /dev/shm is that of this command and what it starts, and is gone with the last of them.
+        """
+        own = f'hostname pfc{i}; mount -t tmpfs tmpfs /dev/shm; exec "$@"'
+        host = ["unshare", "--uts", "--mount", "sh", "-c", own, "sh"]
+        return ["ip", "netns", "exec", f"pfc{i}", *host, *words]
 
 
 def address(i: int) -> str:

@@ -363,3 +363,17 @@ def test_a_search_of_neighbours_is_counted(tmp_path):
 
 def _named(parts, name):
     return next(part for part in parts if part["name"] == name)
+
+
+def test_copies_for_other_hosts_are_counted_by_host(tmp_path):
+    """Two generations of a host's own part and of another's, and what leaves it for each copy."""
+    wanted = [
+        ROOT / "configs/ms1mv3_r50.toml",
+        *("--identities", "1000000", "--nodes", "4", "--gpus-per-node", "2", "--gpu", "h200"),
+        "backbone.name=convnet_s",
+    ]
+    assert "peers" not in estimated(tmp_path, *wanted)
+    found = estimated(tmp_path, *wanted, "checkpoint.peers_every_steps=20")["peers"]
+    part = 10**6 * 2 * 4 * 512 / 4
+    assert found["sent"] == pytest.approx(part, rel=0.01)
+    assert found["memory"] == pytest.approx(4 * part, rel=0.02)

@@ -133,6 +133,12 @@ CONFLICTS = {
         "must be an integer in [1, 95]",
         "Leave it out for the default, 20.",
     ),
+    "checkpoint.peers_folder": (
+        ["checkpoint.peers_folder=/local"],
+        '"/local"',
+        "no copies are made",
+        "Set peers_every_steps, or remove it.",
+    ),
     "verification.pairs": (
         ['verification.pairs=["/a/lfw.bin", "/b/lfw.bin"]'],
         '"/b/lfw.bin"',
@@ -149,6 +155,10 @@ ALSO = [
     (["head.fused=true", "head.margin.name=uniface"], "head.fused = true: .*a softmax over unit"),
     (["head.fused=true", "head.margin.name=subcenter_arcface"], "head.fused = true: .*one an id"),
     (["head.margin={name='combined',past_pi='drop',multiplicative=2}"], r"head\.margin\.past_pi"),
+    (
+        ["backbone.shard=fsdp2", "checkpoint.peers_every_steps=9"],
+        'backbone.shard = "fsdp2" with che',
+    ),
     (["head.overlap=true", "precision.compute=fp16"], "head.overlap = true with precision.comp"),
 ]
 

@@ -1,0 +1,256 @@
+"""Copies made behind the training: a rank's part in its host's memory, and in that of another host.
+
+Training stands still while live tensors are copied into mapped files. A thread then sends them to
+the rank that keeps them, and takes the part that this rank keeps. Of two generations the older is
+written over, and only once all ranks have said that the newer is whole.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from partialfc.checkpoint.content import Content, Files, about, content_of
+from partialfc.checkpoint.peers.memory import ABOUT, COMMON, Memory, Slot, name_of, sha256_of
+from partialfc.checkpoint.peers.streams import (
+    Pieces,
+    exchange,
+    received_as,
+    received_text,
+    sent,
+    sent_text,
+)
+from partialfc.checkpoint.saving import yield_to_training
+from partialfc.checkpoint.tensor_file import Written
+from partialfc.distributed.agreement import words_of_any
+from partialfc.distributed.ranks import Ranks
+from partialfc.model.build import Model
+from partialfc.runtime.process import Runtime
+
+Notes = dict[str, dict[str, Any]]
+"""What each file of a part is like: bytes, checksum, names of tensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ring:
+    """Who keeps what.
+
+    Attributes:
+        keeper: Rank that keeps this rank's part; ``None`` where no other host can.
+        kept: Rank whose part this rank keeps.
+        has_common: Whether this rank writes what is the same on all, for its host.
+    """
+
+    keeper: int | None
+    kept: int | None
+    has_common: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """A copy that is complete on all ranks.
+
+    Attributes:
+        step: Of it.
+        paused: Seconds that training stood still for it.
+        seconds: From the copy in memory to the last rank's word.
+        bytes: That this rank sent.
+    """
+
+    step: int
+    paused: float
+    seconds: float
+    bytes: int
+
+
+class Copier:
+    """Makes the copies of one start.
+
+    Args:
+        memory: Of this host.
+        start: Token of the start.
+        runtime: This rank.
+        ranks: The same ranks with a process group of their own, of gloo.
+        ring: Who keeps what.
+    """
+
+    def __init__(
+        self, memory: Memory, start: str, runtime: Runtime, ranks: Ranks, ring: Ring
+    ) -> None:
+        self._runtime, self._ranks, self._ring, self._start = runtime, ranks, ring, start
+        self._on_gpu = runtime.device.type == "cuda"
+        origins = {"own": ranks.rank}
+        if ring.kept is not None:
+            origins["kept"] = ring.kept
+        if ring.has_common:
+            origins["common"] = COMMON
+        self._slots: list[dict[str, Slot]] = [
+            {
+                what: memory.slot(
+                    start, name_of(ranks.rank, origin, generation), pinned=self._on_gpu
+                )
+                for what, origin in origins.items()
+            }
+            for generation in (0, 1)
+        ]
+        self._next = 0
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="peers")
+        self._pending: Future[Copied | str] | None = None
+        self.last: Copied | None = None
+
+    def copy(
+        self, step: int, model: Model, facts: Mapping[str, Any], settings: str, base: int
+    ) -> None:
+        """Copy a step into memory, and send it while training goes on; waits for the copy before.
+
+        Collective: as :func:`~partialfc.checkpoint.content.content_of`.
+
+        Args:
+            step: Done.
+            model: Copied.
+            facts: As of a checkpoint.
+            settings: As of a checkpoint.
+            base: Step of the last checkpoint that is complete.
+
+        Raises:
+            OSError: On every rank, if the copy before has failed on any.
+        """
+        self.wait()
+        began = time.monotonic()
+        content = content_of(model, self._runtime.ranks)
+        manifest = about(step, model, self._ranks, facts, settings)
+        manifest[ABOUT] = {"start": self._start, "base": base}
+        problem = ""
+        try:
+            self._fill(content)
+        except OSError as error:
+            problem = str(error)
+        if self._on_gpu:
+            torch.cuda.synchronize()  # host sync: the copies are complete
+        paused = time.monotonic() - began
+        self._pending = self._pool.submit(self._share, manifest, problem, began, paused)
+
+    @property
+    def pending(self) -> bool:
+        """Whether a copy is on its way."""
+        return self._pending is not None and not self._pending.done()
+
+    def wait(self) -> None:
+        """Return when all copies are complete.
+
+        Raises:
+            OSError: On every rank, if one has failed on any.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        done = pending.result()
+        if isinstance(done, str):
+            raise OSError(done)
+        self.last = done
+
+    def close(self) -> None:
+        """Let go of the thread."""
+        self._pool.shutdown(wait=False)
+
+    def _fill(self, content: Content) -> None:
+        slots = self._slots[self._next]
+        files = {"own": content.own}
+        if "common" in slots:
+            files["common"] = content.backbone | content.heads
+        for what, tensors in files.items():
+            live = _named(tensors)
+            for file, targets in slots[what].begin(live).items():
+                for name, target in targets.items():
+                    target.copy_(live[file][name], non_blocking=True)
+
+    def _share(
+        self, manifest: dict[str, Any], problem: str, began: float, paused: float
+    ) -> Copied | str:
+        """Send, take and commit; return what any rank says went wrong."""
+        yield_to_training()
+        slots, ring, ranks = self._slots[self._next], self._ring, self._ranks
+        sizes: dict[str, int] = {}
+        own = slots["own"].mapped
+        told = json.dumps({name: len(whole) for name, whole in own.items()})
+        self._exchange(sent_text(told), received_text(lambda text: sizes.update(json.loads(text))))
+        if "kept" in slots and not problem:
+            try:
+                slots["kept"].begin({}, sizes)
+            except OSError as error:
+                problem = str(error)
+        if problem := words_of_any(problem, ranks):
+            return problem
+        digests = {name: hashlib.sha256() for name in own}
+        kept = slots["kept"].mapped if "kept" in slots else {}
+        bytes_sent = self._exchange(
+            (piece for name in sorted(own) for piece in _hashed(own[name], digests[name])),
+            (piece for name in sorted(kept) for piece in received_as(kept[name])),
+        )
+        tensors = slots["own"].tensors
+        notes = {
+            name: _note(whole, digests[name].hexdigest(), tensors[name])
+            for name, whole in own.items()
+        }
+        theirs: Notes = {}
+        self._exchange(
+            sent_text(json.dumps(notes)),
+            received_text(lambda text: theirs.update(json.loads(text))),
+        )
+        try:
+            self._commit("own", ranks.rank, manifest, notes)
+            if ring.kept is not None:
+                self._commit("kept", ring.kept, manifest, theirs)
+            if "common" in slots:
+                self._commit("common", COMMON, manifest, _notes(slots["common"]))
+        except OSError as error:
+            problem = str(error)
+        if problem := words_of_any(problem, ranks):
+            return problem
+        self._next = 1 - self._next
+        return Copied(manifest["step"], paused, time.monotonic() - began, bytes_sent)
+
+    def _commit(self, what: str, origin: int, manifest: Mapping[str, Any], notes: Notes) -> None:
+        said = {**manifest[ABOUT], "origin": origin}
+        self._slots[self._next][what].commit({**manifest, ABOUT: said}, notes)
+
+    def _exchange(self, out: Pieces, back: Pieces) -> int:
+        keeper, kept = self._ring.keeper, self._ring.kept
+        if keeper is None or kept is None:
+            for piece in out:  # its checksum is made on the way
+                del piece
+            return 0
+        return exchange({keeper: out}, {kept: back}, self._ranks)
+
+
+def _named(files: Files) -> dict[str, dict[str, Tensor]]:
+    return {
+        f"{file}.safetensors": {name: tensor.detach() for name, tensor in tensors.items()}
+        for file, tensors in files.items()
+    }
+
+
+def _hashed(whole: Tensor, digest: Any) -> Iterator[Tensor]:
+    """What :func:`sent` yields, hashed on the way: bytes are looked at once."""
+    pieces = sent(whole)
+    yield next(pieces)
+    for piece in pieces:
+        digest.update(piece.numpy().data)
+        yield piece
+
+
+def _note(whole: Tensor, digest: str, tensors: list[str]) -> dict[str, Any]:
+    return asdict(Written(len(whole), digest, tensors))
+
+
+def _notes(slot: Slot) -> Notes:
+    return {
+        name: _note(whole, sha256_of(whole), slot.tensors[name])
+        for name, whole in slot.mapped.items()
+    }
