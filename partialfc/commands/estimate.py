@@ -31,6 +31,7 @@ from partialfc.commands._estimate.backbone import (
     count_backbone,
 )
 from partialfc.commands._estimate.baseline import process_baseline
+from partialfc.commands._estimate.gpus import GPUS, Gpu
 from partialfc.commands._estimate.head import OfHead, head_parts, heads_of
 from partialfc.commands._estimate.losses import LossCost, count_losses, loss_parts
 from partialfc.commands._estimate.numbers import counts_of_heads, positive
@@ -45,11 +46,9 @@ from partialfc.commands._estimate.step_time import (
     CUDNN_WORKSPACE,
     DALI_ON_GPU,
     DECODED_PER_CORE,
-    GPUS,
     HEAP_SLACK,
     NCCL_BUFFERS,
     Cluster,
-    Gpu,
     assumptions,
     seconds_of,
 )

@@ -1,9 +1,9 @@
-"""Compile every variant of the Triton kernels for sm_90, without a GPU or a driver.
+"""Compile every variant of the Triton kernels for Hopper or Blackwell, without a GPU or a driver.
 
-``python tools/bench/compile_kernels.py [--only KERNEL] [--json OUT]`` prints registers, spills and
-shared memory of each variant. It calls the launch wrappers themselves with tensors on the CPU and
-stops every launch behind the compiler, so it compiles what a launch on a GPU compiles. Exit code 1
-if a variant spills registers.
+``python tools/bench/compile_kernels.py [--capability 100] [--only KERNEL] [--json OUT]`` prints
+registers, spills and shared memory of each variant, and what its compiler took. It calls the launch
+wrappers themselves with tensors on the CPU and stops every launch behind the compiler, so it
+compiles what a launch on a GPU compiles. Exit code 1 if a variant spills registers.
 
 Shape suffixes: B = rows of the gathered batch, C = rows of a shard, D = embedding, n = sampled
 rows, P = positives, S = splits of a tile, T = rows of a tile.
@@ -53,7 +53,7 @@ Row = dict[str, Any]
 Variant = tuple[str, dict[str, str], Callable[[], object]]
 """Kernel, what sets the variant apart, and a call of its launch wrapper."""
 
-CAPABILITY = 90
+CAPABILITY = {90: "H100 and H200", 100: "B200"}
 KERNELS = ("unit_rows", "exponentials", "sgd_", "catch_up_", "permute", "pull_", "update_")
 DTYPES = {
     "fp32": torch.float32,
@@ -74,20 +74,21 @@ def main() -> int:
     """Compile, print a table and write the record; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", choices=KERNELS)
+    parser.add_argument("--capability", type=int, default=90, choices=CAPABILITY)
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the table to OUT")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache  # nothing from an earlier run
-        rows = compile_all(arguments.only)
+        rows = compile_all(arguments.only, arguments.capability)
     if arguments.json:
         record = {
             "command": "python tools/bench/compile_kernels.py " + " ".join(sys.argv[1:]),
-            "target": f"sm_{CAPABILITY}",
+            "target": f"sm_{arguments.capability}",
             "versions": {
                 "triton": triton.__version__,
                 "torch": torch.__version__,
                 "python": platform.python_version(),
-                "ptxas": _version("ptxas"),
+                "ptxas": _nvidia("ptxas", "--version").split("release ")[-1].split(",")[0],
             },
             "kernels": rows,
         }
@@ -97,9 +98,9 @@ def main() -> int:
     return bool(spilling)
 
 
-def compile_all(only: str | None) -> list[Row]:
+def compile_all(only: str | None, capability: int) -> list[Row]:
     """Compile all variants, or those of one kernel, and print a line for each."""
-    compiled = compile_only()
+    compiled = compile_only(capability)
     rows = []
     print(
         f"{'kernel':13} {'registers':>9} {'spills B':>8} {'shared B':>8} {'warps/SM':>8}  variant"
@@ -107,8 +108,10 @@ def compile_all(only: str | None) -> list[Row]:
     for name, variant, call in variants():
         if only and name != only:
             continue
+        before = os.times()
         call()
-        row = {"kernel": name, **variant, **_resources(compiled.pop())}
+        spent = sum(os.times()[:4]) - sum(before[:4])  # the assembler is a child
+        row = {"kernel": name, **variant, **_resources(compiled.pop()), "compile_seconds": spent}
         rows.append(row)
         print(
             f"{name:13} {row['registers']:9} {row['spill_bytes']:8} {row['shared_bytes']:8} "
@@ -117,7 +120,7 @@ def compile_all(only: str | None) -> list[Row]:
     return rows
 
 
-def compile_only() -> list[Any]:
+def compile_only(capability: int = 90) -> list[Any]:
     """From now on launch nothing in this process; return the list that gets what launches compile.
 
     A launch that needs no compiling adds the kernel that it would use.
@@ -129,7 +132,7 @@ def compile_only() -> list[Any]:
         compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
 
     JITFunction.run = stop_behind_compiler
-    driver.set_active(_NoDriver())
+    driver.set_active(_NoDriver(capability))
     return compiled
 
 
@@ -376,15 +379,14 @@ def _nvidia(tool: str, *arguments: str) -> str:
     return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def _version(tool: str) -> str:
-    return _nvidia(tool, "--version").split("release ")[-1].split(",")[0]
-
-
 class _NoDriver:
     """As much of a driver as the compiler asks for."""
 
+    def __init__(self, capability: int) -> None:
+        self._capability = capability
+
     def get_current_target(self) -> Any:
-        return GPUTarget("cuda", CAPABILITY, 32)
+        return GPUTarget("cuda", self._capability, 32)
 
     def get_current_device(self) -> int:
         return 0

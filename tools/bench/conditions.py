@@ -1,10 +1,12 @@
 """Under which conditions a figure was measured: for every benchmark's JSON."""
 
+import hashlib
 import os
 import platform
 import subprocess
 import sys
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,17 @@ def conditions() -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "numpy": np.__version__,
+            **_version("triton"),
         },
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
     }
+
+
+def _version(name: str) -> dict[str, str]:
+    try:
+        return {name: metadata.version(name)}
+    except metadata.PackageNotFoundError:
+        return {}
 
 
 def _command() -> str:
@@ -48,19 +58,28 @@ def _relative(path: str) -> str:
 
 
 def _commit() -> dict[str, Any]:
-    """The commit, and whether tracked files differ from it; nothing outside a git checkout."""
+    """The commit, and whether tracked files differ from it; without git, a sum of the sources."""
     found: dict[str, Any] = {}
     for name, command in (
         ("hash", ["rev-parse", "HEAD"]),
         ("changes", ["status", "--porcelain", "--untracked-files=no"]),
     ):
-        done = subprocess.run(
-            ["git", *command], cwd=ROOT, capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            return {}
+        try:
+            done = subprocess.run(
+                ["git", *command], cwd=ROOT, capture_output=True, text=True, check=True
+            )
+        except (OSError, subprocess.CalledProcessError):
+            return {"sha256_of_sources": _sum_of_sources()}
         found[name] = done.stdout.strip()
     return {"hash": found["hash"], "dirty": bool(found["changes"])}
+
+
+def _sum_of_sources() -> str:
+    found = hashlib.sha256()
+    for folder in ("partialfc", "tools"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            found.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()
 
 
 def _hardware() -> dict[str, Any]:
@@ -77,7 +96,7 @@ def _hardware() -> dict[str, Any]:
             "memory_bytes": gpu.total_memory,
             "count": torch.cuda.device_count(),
             "cuda": torch.version.cuda,
-            "driver": _driver(),
+            **_asked_of_the_driver(),
         }
     return hardware
 
@@ -89,10 +108,18 @@ def _cpu_model() -> str:
     return next(named, platform.processor())
 
 
-def _driver() -> str | None:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+def _asked_of_the_driver() -> dict[str, str | None]:
+    """Its version, and the clock and power that the card is allowed; ``None`` if it is mute."""
+    names = {
+        "driver": "driver_version",
+        "clock_max_mhz": "clocks.max.sm",
+        "power_limit_w": "power.limit",
+        "temperature_c": "temperature.gpu",
+    }
+    query = [f"--query-gpu={','.join(names.values())}", "--format=csv,noheader,nounits", "--id=0"]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, check=True)
+        done = subprocess.run(["nvidia-smi", *query], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.splitlines()[0].strip()
+        return dict.fromkeys(names)
+    values = done.stdout.splitlines()[0].split(",")
+    return {name: value.strip() for name, value in zip(names, values, strict=True)}

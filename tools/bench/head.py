@@ -4,17 +4,20 @@
     python tools/bench/head.py --margins all --json OUT.json
     python tools/bench/head.py --positives 1,8 --rate 1,0.1 --json OUT.json
     python tools/bench/head.py --negatives uniform,weighted,nearest --rate 0.1 --json OUT.json
+    python tools/bench/head.py --device cuda --margin normalized_softmax --with all --json OUT.json
     python tools/bench/head.py --plot OUT.png --from a.json b.json
 
 A row is one full step: forward, backward to the embeddings' gradient, update of the centers; "3
 GEMMs" are the matrix products of such a step alone, in caches, timed in the same turns. The
 textbook head (tests/support/reference.py) is the algorithm of arcface_torch's PartialFC_V2: all
-logits in fp32, a dense gradient, dense SGD. --margins compares ours with other margins instead,
-each against a plain normalised softmax, and --positives rows of several identities: all in one
-pass, and one pass for each in turn; --negatives what a sampled one counts for, and in the record
-what a search of all neighbours takes, which no step has. Lists separated by commas give every
-combination. Under torchrun its ranks are used; --world N starts N processes here.
-A head that finds no memory fails alone, and --budget ends in time: the record names what was not
+logits in fp32, a dense gradient, dense SGD. --with adds what others publish for the same step at
+rate 1 (_head/baselines.py); what is not installed is skipped with its reason. --margins compares
+ours with other margins instead, each against a plain normalised softmax, and --positives rows of
+several identities: all in one pass, and one pass for each in turn; --negatives what a sampled one
+counts for, and in the record what a search of all neighbours takes, which no step has. Lists
+separated by commas give every combination. Under torchrun its ranks are used;
+--world N starts N processes here. A head that finds no memory fails alone and says how large a card
+it needs, --budget ends in time, and the record is written after each head: it names what was not
 measured.
 """
 
@@ -24,24 +27,22 @@ import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
-
 from partialfc.cores import usable_cores
 from partialfc.head.options import NegativesName
 from partialfc.margins import MARGINS
 from partialfc.writing import write_json
-from tools.bench._head.expected import START, expected_seconds
-from tools.bench._head.measure import TEXTBOOKS, Case, several_heads
-from tools.bench._head.plot import plot
+from tools.bench._head.baselines import BASELINES
+from tools.bench._head.expected import START, card_for, expected_seconds
+from tools.bench._head.measure import NO_TIME, TEXTBOOKS, Case, several_heads
 from tools.bench._head.processes import measured
 from tools.bench.conditions import conditions
+from tools.bench.text import table
 
 Row = dict[str, Any]
 
@@ -56,6 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure every combination, print the table and write the record."""
     options = _parser().parse_args(arguments)
     if options.plot:
+        from tools.bench._head.plot import plot  # it needs matplotlib
+
         plot(
             [json.loads(Path(path).read_text(encoding="utf-8")) for path in options.records],
             options.plot,
@@ -72,26 +75,38 @@ def main(arguments: list[str] | None = None) -> int:
     until = time.monotonic() + options.budget
     about = {**conditions(), "arguments": _plain(options)}  # now: it asks the GPU's driver
     rows: list[Row] = []
-    # One refresh a second: the bar shares the cores with what is measured.
-    bar = Progress(console=Console(stderr=True), refresh_per_second=1, disable=not leads)
-    with bar as progress:
-        task = progress.add_task("measuring", total=len(cases))
+    row: Row | None = None
+    try:
         for case, found in measured(cases, world, until):
-            progress.advance(task)
-            if case.device == "cpu":
+            is_partial = found.get("partial", False)
+            if case.device == "cpu" and not is_partial:
                 _add_memory(case, found, world, until)
-            rows.append(with_floors({"world": world, **asdict(case), **found}))
-            if leads:  # after each: they are kept if one fails
-                _save(options.json, about, rows, cases[len(rows) :])
+            row = with_floors({"world": world, **asdict(case), **found})
+            row.pop("partial", None)
+            if not is_partial:
+                rows, row = [*rows, row], None
+            if leads:  # after each head: what is measured is kept, whatever comes
+                _save(options.json, about, [*rows, *([row] if row else [])], cases)
+                _tell(case, found)
+    except KeyboardInterrupt:  # by who gave it a time
+        sys.stderr.write("interrupted\n")
+    rows = [*rows, *([row] if row else [])]
     left = cases[len(rows) :]
     if leads:
-        _save(options.json, about, rows, left)
-        console = Console()
-        Console(width=max(console.width, 140)).print(table(rows))
+        _save(options.json, about, rows, cases)
+        print(shown(rows))
         for case in left:
-            print(f"not measured, no time: {_named(case)}")
-    failed = any("failed" in head for row in rows for head in row["heads"].values())
-    return int(failed or bool(left))
+            print(f"not measured, no time: {_named(asdict(case), case.heads)}")
+    heads = [head for row in rows for head in row["heads"].values()]
+    late = any("failed" in head or "not_measured" in head for head in heads)
+    return int(late or bool(left) or row is not None)
+
+
+def _tell(case: Case, found: Row) -> None:
+    """Say what was found last, on a line."""
+    name, head = [*found["heads"].items()][-1]
+    said = _missing(head) or f"{head['step_seconds']['median'] * 1e3:.1f} ms"
+    sys.stderr.write(f"{_named(asdict(case), [name])}: {said}\n")
 
 
 def _add_memory(case: Case, found: Row, world: int, until: float) -> None:
@@ -103,18 +118,25 @@ def _add_memory(case: Case, found: Row, world: int, until: float) -> None:
                 found["heads"][name] |= taken.get("heads", {}).get(name, taken)
 
 
-def _save(path: str | None, about: Row, rows: list[Row], left: list[Case]) -> None:
+def _save(path: str | None, about: Row, rows: list[Row], cases: list[Case]) -> None:
     """Write the record so far, if one is wanted: the whole file or none."""
     if path is None:
         return
-    record = {**about, "rows": rows, "not_measured": [_named(case) for case in left]}
+    missing = []
+    for number, case in enumerate(cases):
+        found = rows[number]["heads"] if number < len(rows) else {}
+        absent = [name for name in case.heads if name not in found]
+        whys = [(name, _missing(head)) for name, head in found.items()]
+        missing += [f"{_named(asdict(case), [name])} ({why})" for name, why in whys if why]
+        missing += [f"{_named(asdict(case), absent)} ({NO_TIME})"] if absent else []
+    record = {**about, "rows": rows, "not_measured": missing}
     out = Path(path)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, record)
 
 
-def _named(case: Case) -> str:
-    return f"C {case.classes:,}, B {case.batch:,}, r {case.rate:g}: {', '.join(case.heads)}"
+def _named(row: Row, heads: Sequence[str]) -> str:
+    return f"C {row['classes']:,}, B {row['batch']:,}, r {row['rate']:g}: {', '.join(heads)}"
 
 
 def with_floors(row: Row) -> Row:
@@ -124,6 +146,9 @@ def with_floors(row: Row) -> Row:
     row_io_seconds: centers and states of the sampled rows read and written at the ceiling of a
     copy.
     """
+    for name, head in row["heads"].items():
+        if "out_of_memory" in head and row["device"] == "cuda":
+            head["needs"] = card_for(name, row)
     heads: dict[str, Row] = {n: head for n, head in row["heads"].items() if "step_seconds" in head}
     for name, head in heads.items():
         ceilings = row["ceilings"]
@@ -153,24 +178,24 @@ def with_floors(row: Row) -> Row:
     return row
 
 
-def table(rows: list[Row]) -> Table:
+def shown(rows: list[Row]) -> str:
     """Return the table of all rows: one line a head."""
-    shown = Table(title="One step of the head; memory beyond centers and states, largest rank")
-    for name in ("C", "B", "r", "W", "head", "median", "p10-p90", "against", "memory"):
-        shown.add_column(name, justify="left" if name == "head" else "right")
-    for name in ("4-GEMM floor", "of it", "row I/O", "3 GEMMs"):
-        shown.add_column(name, justify="right")
-    for row in rows:
-        for name, head in row["heads"].items():
-            shown.add_row(
-                f"{row['classes']:,}",
-                f"{row['batch']:,}",
-                f"{row['rate']:g}",
-                str(row["world"]),
-                _label(row, name),
-                *_figures(row, name, head),
-            )
-    return shown
+    names = ("C", "B", "r", "W", "head", "median", "p10-p90", "against", "memory")
+    floors = ("4-GEMM floor", "of it", "row I/O", "3 GEMMs")
+    lines = [
+        (
+            f"{row['classes']:,}",
+            f"{row['batch']:,}",
+            f"{row['rate']:g}",
+            str(row["world"]),
+            _label(row, name),
+            *_figures(row, name, head),
+        )
+        for row in rows
+        for name, head in row["heads"].items()
+    ]
+    title = "One step of the head; memory beyond centers and states, largest rank"
+    return table(title, (*names, *floors), lines, left=("head",))
 
 
 def _label(row: Row, name: str) -> str:
@@ -180,9 +205,22 @@ def _label(row: Row, name: str) -> str:
     return f"{name} {row['dtype']}{tile}"
 
 
+def _missing(head: Row) -> str | None:
+    """Return why a head has no figures, or ``None`` if it has."""
+    if "step_seconds" in head:
+        return None
+    if "out_of_memory" in head:
+        return "out of memory" + (f", needs {head['needs']}" if "needs" in head else "")
+    for key, word in (("skipped", "skipped: "), ("not_measured", ""), ("failed", "failed: ")):
+        if key in head:
+            return f"{word}{head[key]}"
+    return "failed"
+
+
 def _figures(row: Row, name: str, head: Row) -> list[str]:
-    if "step_seconds" not in head:
-        return ["out of memory" if "out_of_memory" in head else "failed"]
+    missing = _missing(head)
+    if missing:
+        return [missing]
     times, extra = head["step_seconds"], head.get("extra_peak_bytes")
     ratios = (f"times_faster_than_{name}", f"times_{PLAIN}_{name}", f"times_{ONE}_{name}")
     faster = next((row[key] for key in ratios if key in row), None)
@@ -215,7 +253,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="of each rank; default: cores // ranks")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each head, at least")
     parser.add_argument("--seconds", type=float, default=5, help="and for as long, warm-up not in")
+    parser.add_argument("--longest", type=float, metavar="S", help="of a head's steps, about")
     parser.add_argument("--only", default="both", choices=("ours", "textbook", "both"))
+    parser.add_argument(
+        "--margin", default="arcface", choices=("arcface", "normalized_softmax"), help="of all"
+    )
+    parser.add_argument(
+        "--with", dest="others", metavar="NAMES", help=f"also {', '.join(BASELINES)}, or all"
+    )
     parser.add_argument(
         "--passes", default="tiles", help="of ours: tiles, fused (kernels), or both"
     )
@@ -247,6 +292,11 @@ def _cases(options: argparse.Namespace, world: int) -> list[Case]:
     if not set(ours) <= {"ours", "fused"}:
         raise SystemExit(f"--passes {options.passes}: must be tiles, fused or both, with a comma.")
     heads = {"ours": ours, "textbook": textbooks, "both": (*ours, *textbooks)}[options.only]
+    if options.others:
+        others = tuple(BASELINES) if options.others == "all" else tuple(options.others.split(","))
+        if unknown := set(others) - set(BASELINES):
+            raise SystemExit(f"--with {', '.join(unknown)}: must be of {', '.join(BASELINES)}.")
+        heads = (*heads, *others)
     if options.margins:
         names = MARGINS if options.margins == "all" else options.margins.split(",")
         if unknown := set(names) - set(MARGINS):
@@ -287,6 +337,8 @@ def _cases(options: argparse.Namespace, world: int) -> list[Case]:
                 threads=options.threads or max(1, usable_cores() // local),
                 steps=options.steps,
                 seconds=options.seconds,
+                longest=options.longest,
+                margin=options.margin,
                 tile_mib=tile_mib,
             )
         )

@@ -31,19 +31,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 from torch import nn
 
 from partialfc import ArcFace, Kernels, Memory, PartialFC, Precision, RowSGD
-from partialfc.checkpoint import loading as checkpoint
-from partialfc.commands._estimate.step_time import GPUS, HEAD_SHARE, MEMORY, PRODUCTS
-from partialfc.config import Config
-from partialfc.distributed.ranks import Ranks
-from partialfc.model.build import assemble
-from partialfc.runtime.process import Runtime
+from partialfc.commands._estimate.gpus import GPUS, HEAD_SHARE, MEMORY, PRODUCTS
 from tools.bench.conditions import conditions
+from tools.bench.text import table
 
 _WARM_UP = 3
 _START, _LOCKED, _HOST_ROWS = 10.0, 2e9, 3e9
@@ -88,27 +81,57 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.write(f"{len(cases)} rows, about {expected / 60:.1f} minutes on an H200\n")
     if options.dry_run:
         return 0
+    until = time.monotonic() + options.budget
+    about = conditions()
     rows: list[dict[str, Any]] = []
-    failed = False
-    with Progress(console=Console(stderr=True), refresh_per_second=1) as progress:
-        task = progress.add_task("measuring", total=len(cases))
+    missing = dict.fromkeys(cases, "no time was left")
+    try:
         for case in cases:
+            if time.monotonic() > until:
+                break
             command = [sys.executable, __file__, "--worker", json.dumps(asdict(case))]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
-            progress.advance(task)
             if done.returncode:  # the others may have room
                 sys.stderr.write(done.stderr)
-                failed = True
-                continue
-            no_paths = {"folder": bool(case.folder), "checkpoint": bool(case.checkpoint)}
-            found = json.loads(done.stdout.splitlines()[-1])
-            rows.append({**asdict(case), **no_paths, **found})
-            if options.json:
-                record = {**conditions(), "rows": rows}
-                options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    console = Console()
-    Console(width=max(console.width, 120)).print(table(rows))
-    return int(failed)
+                missing[case] = _why(done.stderr, case)
+            else:
+                del missing[case]
+                no_paths = {"folder": bool(case.folder), "checkpoint": bool(case.checkpoint)}
+                found = json.loads(done.stdout.splitlines()[-1])
+                rows.append({**asdict(case), **no_paths, **found})
+            sys.stderr.write(f"{_named(case)}: {missing.get(case, 'measured')}\n")
+            _save(options.json, about, rows, missing)
+    except KeyboardInterrupt:  # by who gave it a time
+        sys.stderr.write("interrupted\n")
+    _save(options.json, about, rows, missing)
+    print(shown(rows))
+    return int(bool(missing))
+
+
+def _save(
+    path: Path | None, about: dict[str, Any], rows: list[dict[str, Any]], missing: dict[Case, str]
+) -> None:
+    if path is not None:
+        named = [f"{_named(case)} ({why})" for case, why in missing.items()]
+        text = json.dumps({**about, "rows": rows, "not_measured": named}, indent=2)
+        path.write_text(text + "\n", encoding="utf-8")
+
+
+def _named(case: Case) -> str:
+    size = f"C {case.identities:,}, D {case.dim}, r {case.rate:g}"
+    return f"{size}, {case.centers}+{case.momentum} in {case.place}, {case.passes}"
+
+
+def _why(stderr: str, case: Case) -> str:
+    """The last line of a process that failed; of one that found no memory, what it needs."""
+    last = next(iter(stderr.strip().splitlines()[-1:]), "its process was killed")
+    if "OutOfMemory" not in last:
+        return last
+    kept = {"device": (case.centers, case.momentum), "states": (case.centers,)}
+    needed = case.identities * case.dim * sum(_BYTES[one] for one in kept.get(case.place, ()))
+    cards = sorted(GPUS.values(), key=lambda gpu: gpu.memory)
+    fits = (gpu.name for gpu in cards if gpu.memory > needed + 2**32)
+    return f"out of memory: about {needed >> 30} GiB, {next(fits, 'no card that is known')}"
 
 
 def expected_seconds(case: Case) -> float:
@@ -189,7 +212,8 @@ def steps_of(head: PartialFC, case: Case, device: torch.device) -> list[float]:
         now, ahead = ahead, batch()
         _wait(device)
         began = time.perf_counter()
-        head.prefetch(ahead[1])
+        if head.draws_ahead:
+            head.sample_step(ahead[1], ahead=True)
         head(now[0].requires_grad_(), now[1]).backward()
         head.optimizer.step()
         _wait(device)
@@ -200,6 +224,13 @@ def steps_of(head: PartialFC, case: Case, device: torch.device) -> list[float]:
 
 def checkpointed(head: PartialFC, case: Case, device: torch.device) -> dict[str, float]:
     """Save, verify and load; seconds of each and the memory beyond what is held."""
+    # Here, for figures without checkpoints need none of what settings and checkpoints import.
+    from partialfc.checkpoint import loading as checkpoint
+    from partialfc.config import Config
+    from partialfc.distributed.ranks import Ranks
+    from partialfc.model.build import assemble
+    from partialfc.runtime.process import Runtime
+
     config = Config.model_validate(
         {"data": {"train": "none.rec"}, "precision": {"compute": "fp32"}}
     )
@@ -294,22 +325,14 @@ def _cases(options: argparse.Namespace) -> Iterator[Case]:
             )
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
+def shown(rows: list[dict[str, Any]]) -> str:
     """Return what people read of the record."""
-    made = Table(
-        *("identities", "D", "rows a step", "centers+momentum", "in", "built, s"),
-        *(
-            "step, ms (p10)",
-            "of the floor",
-            "held, GiB",
-            "B/identity",
-            "extra, MiB",
-            "save/verify/load, s",
-        ),
-    )
+    names = ("identities", "D", "rows a step", "centers+momentum", "in", "built, s")
+    more = ("step, ms (p10)", "of the floor", "held, GiB", "B/identity", "extra, MiB")
+    lines = []
     for row in rows:
         saved, step = row.get("saved", {}), row["step_seconds"]
-        made.add_row(
+        line = (
             f"{row['identities']:,}",
             str(row["dim"]),
             f"{row['sampled_rows']:,}",
@@ -325,7 +348,9 @@ def table(rows: list[dict[str, Any]]) -> Table:
             if saved
             else "",
         )
-    return made
+        lines.append(line)
+    title = "A step of the head; memory beyond what is held"
+    return table(title, (*names, *more, "save/verify/load, s"), lines, left=("in",))
 
 
 def _numbers(text: str) -> list[float]:
@@ -360,6 +385,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="save and load there too")
     parser.add_argument("--threads", type=int, default=2, help="of torch (2)")
     parser.add_argument("--seconds", type=float, default=5, help="of steps, at least (5)")
+    parser.add_argument(
+        "--budget", type=float, default=math.inf, metavar="S", help="begin no row after S seconds"
+    )
     parser.add_argument("--dry-run", action="store_true", help="say how long it should take")
     parser.add_argument("--json", type=Path, metavar="OUT")
     parser.add_argument("--worker", help=argparse.SUPPRESS)

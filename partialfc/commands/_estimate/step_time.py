@@ -1,4 +1,4 @@
-"""What a training step takes: rates of GPUs and networks, and every assumption with its number."""
+"""What a training step takes: rates of networks, and every assumption with its number."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from partialfc.commands._estimate.backbone import (
     exchanged_bytes,
     is_divided,
 )
+from partialfc.commands._estimate.gpus import BACKBONE, HEAD_SHARE, MEMORY, PRODUCTS, Gpu
 from partialfc.commands._estimate.head import OfHead, head_parts
 from partialfc.commands._estimate.losses import LossCost
 from partialfc.commands._estimate.nearest import search_seconds, searches
@@ -22,40 +23,6 @@ from partialfc.head.rows.formats import DTYPES
 
 TERA, GIGA = 1e12, 1e9
 
-
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    """Peak rates of a GPU, or of one rank's share of this machine's CPU.
-
-    Attributes:
-        memory: Bytes.
-        bf16, fp16, tf32, fp32: Dense matrix products, FLOP/s.
-        bandwidth: Of its memory, bytes/s.
-        link: To the other GPUs of its node, bytes/s in each direction.
-    """
-
-    name: str
-    memory: int
-    bf16: float
-    fp16: float
-    tf32: float
-    fp32: float
-    bandwidth: float
-    link: float
-
-
-GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        Gpu("h200", 140 * GIB, 989e12, 989e12, 495e12, 67e12, 4.8e12, 450e9),
-        Gpu("h100", 79 * GIB, 989e12, 989e12, 495e12, 67e12, 3.35e12, 450e9),
-        Gpu("a100", 79 * GIB, 312e12, 312e12, 156e12, 19.5e12, 2.0e12, 300e9),
-        Gpu("v100-32g", 31 * GIB, 15.7e12, 125e12, 15.7e12, 15.7e12, 0.9e12, 150e9),
-    )
-}
-"""SXM modules. Memory as the driver reports it; rates are the data sheets' dense peaks. A V100 has
-no bf16 and no TF32: its fp32 rate stands for both."""
-
 CPU_CORE = {"fp32": 113e9, "bf16": 232e9}
 CPU_BANDWIDTH, CPU_LINK = 17e9, 2e9
 CUDA_CONTEXT, CUDNN_WORKSPACE, NCCL_BUFFERS, DALI_ON_GPU = (
@@ -65,7 +32,7 @@ CUDA_CONTEXT, CUDNN_WORKSPACE, NCCL_BUFFERS, DALI_ON_GPU = (
     512 * MIB,
 )
 ALLOCATOR_SLACK, HEAP_SLACK = 0.05, 0.25
-PRODUCTS, BACKBONE, HEAD_SHARE, MEMORY, LINKS = 0.78, 0.25, 0.55, 0.90, 0.80
+LINKS = 0.80
 CPU_BACKBONE, HIDDEN = 0.30, 0.67
 LATENCY, NETWORK_LATENCY = 3e-6, 10e-6
 DECODED_PER_CORE = 8000.0

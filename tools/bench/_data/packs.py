@@ -6,13 +6,11 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from rich.progress import track
 
 from partialfc.data.images.jpeg import encode
 from partialfc.data.packs.pack import open_pack
 from partialfc.data.packs.recordio import MAGIC, PART_HEADER, RECORD_HEADER
 from partialfc.data.packs.writer import PackWriter, write_insightface_pack
-from tools._faces.packs import render
 
 IMAGES, IDENTITIES = 42_474_557, 2_059_906
 """Of WebFace42M."""
@@ -23,8 +21,10 @@ _IN_SHARD = 3000
 
 def write_faces(path: Path, images: int) -> None:
     """Write a plain pack of 112 x 112 faces at quality 95; the same few hundred again and again."""
+    from tools._faces.packs import render  # it needs packages that the other parts do without
+
     jpegs = []
-    for start in track(range(0, _DISTINCT, 64), "faces"):
+    for start in range(0, _DISTINCT, 64):
         ids = np.arange(start, start + 64)
         jpegs += [encode(face) for face in render(ids, ids, seed=1, size=112)]
     with PackWriter(path) as writer:
@@ -43,7 +43,7 @@ def write_sorted(path: Path, pack: Path) -> None:
 def write_files(pack: Path, folder: Path) -> None:
     """Write the images of a pack as files, a folder for each identity."""
     images = open_pack(pack)
-    for image in track(range(len(images)), "files"):
+    for image in range(len(images)):
         identity, jpeg = images.record(image)
         (folder / f"{identity:03d}").mkdir(parents=True, exist_ok=True)
         (folder / f"{identity:03d}" / f"{image:08d}.jpg").write_bytes(jpeg.tobytes())
@@ -53,7 +53,7 @@ def write_shards(pack: Path, folder: Path) -> None:
     """Write the images of a pack as tar shards of about 30 MB, each with its identity beside it."""
     images = open_pack(pack)
     folder.mkdir(parents=True)
-    for start in track(range(0, len(images), _IN_SHARD), "shards"):
+    for start in range(0, len(images), _IN_SHARD):
         with tarfile.open(folder / f"{start // _IN_SHARD:04d}.tar", "w") as tar:
             for image in range(start, min(start + _IN_SHARD, len(images))):
                 identity, jpeg = images.record(image)
@@ -96,7 +96,7 @@ def write_huge(folder: Path) -> None:
         file.write(identity.tobytes())
     count = IMAGES + 1 + IDENTITIES
     with (folder / "train.idx").open("w", encoding="utf-8") as lines:
-        for start in track(range(0, count, 1 << 20), "index of 42 million records"):
+        for start in range(0, count, 1 << 20):
             keys = np.arange(start, min(start + (1 << 20), count))
             place = keys - IMAGES - 1
             offset = np.where(place < 0, keys * _GAP, end + place * identity.itemsize)

@@ -39,6 +39,12 @@ def timed(device: torch.device, run: Callable[..., Any], *arguments: object) -> 
     return time.perf_counter() - start, result
 
 
+def multiply_backward(device: torch.device) -> None:
+    """Have cuBLAS take what the thread of backward wants once, lest it be some head's memory."""
+    weight = torch.ones(64, 64, device=device, requires_grad=True)
+    torch.autograd.backward((weight @ weight).sum())
+
+
 def ceilings_of(dim: int, batch: int, device: torch.device) -> dict[str, float]:
     """Measure what the machine can do, all ranks at once, summed over ranks; collective.
 
@@ -47,7 +53,8 @@ def ceilings_of(dim: int, batch: int, device: torch.device) -> dict[str, float]:
         of a square; bytes/s, read and written, of copying an array far larger than the caches.
     """
     gpu = device.type == "cuda"
-    square, rows = (8192, (16384, 131072)) if gpu else (2048, (1024, 8192))
+    # In units of D, so that a trial at a few dimensions is over soon: 8192 at the usual 512.
+    square, rows = (16 * dim, (32 * dim, 256 * dim)) if gpu else (2048, (1024, 8192))
     shapes = [*((row, dim, batch) for row in rows), (square, square, square)]
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     if gpu:
@@ -58,7 +65,7 @@ def ceilings_of(dim: int, batch: int, device: torch.device) -> dict[str, float]:
         best = max(_matmul_rate(shape, dtype, device) for shape in shapes)
         found[name] = over_ranks(best, "SUM", device)
     torch.backends.cuda.matmul.allow_tf32 = False
-    source = torch.ones(2**28 if gpu else 2**25, device=device)
+    source = torch.ones(2**19 * dim if gpu else 2**25, device=device)
     target = torch.empty_like(source)
     best = _best_seconds(lambda: target.copy_(source), device)
     found["copy"] = over_ranks(2 * source.nbytes / best, "SUM", device)

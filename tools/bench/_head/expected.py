@@ -1,10 +1,15 @@
-"""What a case of tools/bench/head.py should take on an H200, for tools/bench/gpu.sh.
+"""What a case of tools/bench/head.py should take on an H200, and on which card it finds room.
 
 Rates are those of partialfc estimate; the textbook head's bytes are counted.
 """
 
-from partialfc.commands._estimate.step_time import GPUS, HEAD_SHARE, MEMORY, PRODUCTS
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from partialfc.commands._estimate.gpus import GPUS, HEAD_SHARE, MEMORY, PRODUCTS
 from partialfc.head.tiles.passes import TILE_BYTES
+from tools.bench._head.baselines import BASELINES
 from tools.bench._head.measure import TEXTBOOKS, WARM_UP, Case, positives_of
 
 START = 25.0
@@ -20,21 +25,50 @@ _BUILT = 2e7
 """Guess: centers drawn a second."""
 _RANDOM = 2e8
 """Guess: random numbers a second of a CPU core: the textbook head draws one for each center."""
+_COMPILED = {"compiled": 30.0, "cut_cross_entropy": 10.0, "cut_cross_entropy_filtered": 10.0}
+"""Guess: seconds that the compiler or a search for the best blocks takes."""
+_CONTEXT = 2**31
+"""Guess: bytes of a card that are nobody's: CUDA's own, and what lies between tensors."""
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int8": 1}
 
 
 def expected_seconds(case: Case) -> float:
     """Return the seconds of a case, what does not fit included."""
-    steps = sum(step_seconds(name, case) for name in case.heads)
     products = 6 * case.batch * _rows(case) * case.dim / (_rate(case.dtype))
-    built = len(case.heads) * case.classes / _BUILT
-    return built + _CASE + max((WARM_UP + case.steps) * (steps + products), case.seconds)
+    seconds = _CASE
+    for name in case.heads:  # one after the other
+        steps = (WARM_UP + case.steps) * (step_seconds(name, case) + products)
+        if case.longest is not None:
+            steps = min(steps, (WARM_UP + 1) * step_seconds(name, case) + case.longest)
+        seconds += case.classes / _BUILT + _COMPILED.get(name, 0.0) + max(steps, case.seconds)
+    return seconds
+
+
+def card_for(name: str, row: Mapping[str, Any]) -> str:
+    """Return the bytes that this head of a row needs, and the smallest card that has them."""
+    logits, whole = row["batch"] * _rows(row), row["classes"] * row["dim"]
+    if name in TEXTBOOKS:
+        needed = 16 * logits + 16 * whole
+    elif name == "compiled":
+        needed = 12 * logits + 24 * whole
+    elif name in BASELINES:
+        needed = 24 * whole + logits / 2  # a quarter of the logits at once
+    else:
+        needed = (_BYTES[row["centers"]] + _BYTES[row["momentum"]]) * whole + 2**30
+    cards = sorted(GPUS.values(), key=lambda gpu: gpu.memory)
+    fits = (gpu.name for gpu in cards if gpu.memory >= needed + _CONTEXT)
+    return f"about {needed / 2**30:.0f} GiB: {next(fits, 'no card that is known')}"
 
 
 def step_seconds(name: str, case: Case) -> float:
     """Return the seconds of a step: those of the GPU, or of the host where it takes longer."""
     rows, dim = _rows(case), case.dim
     bandwidth, logits = GPUS["h200"].bandwidth * MEMORY, case.batch * rows
+    if name == "liger":  # reads and writes the gradient of all centers for every few rows
+        chunks = case.batch / max(1, case.batch * dim / case.classes)
+        return chunks * 2 * 2 * case.classes * dim / bandwidth
+    if name in BASELINES:
+        return 8 * logits * dim / (_rate(case.dtype) * 0.3) + 64 * case.classes * dim / bandwidth
     if name in TEXTBOOKS:
         rate = _rate("tf32" if name == "textbook_tf32" else "fp32")
         moved = 162 * logits + (124 * rows + 56 * case.classes) * dim
@@ -58,5 +92,7 @@ def _rate(dtype: str) -> float:
     return peak * PRODUCTS
 
 
-def _rows(case: Case) -> float:
-    return max(case.rate * case.classes, min(case.batch, case.classes))
+def _rows(case: Case | Mapping[str, Any]) -> float:
+    one = case if isinstance(case, Mapping) else asdict(case)
+    rows: float = max(one["rate"] * one["classes"], min(one["batch"], one["classes"]))
+    return rows

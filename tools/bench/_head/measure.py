@@ -1,9 +1,11 @@
 """Measure heads in a process of their own: the worker of tools/bench/head.py, one per rank.
 
 ``python tools/bench/_head/measure.py JOB_JSON OUT`` goes through the cases of a job: it times the
-heads of a case in turns, on a GPU with their memory, or takes the peak memory of one head. What it
-found is a line of OUT as soon as it is known. A job is ``{"cases": [...], "until": T}``: no case
-begins after the time.time() T. RANK, WORLD_SIZE and the rest come from the environment.
+heads of a case, in turns on a CPU, which others may share, and on a GPU one after the other with
+their memory, so that the card holds one at a time; or it takes the peak memory of one head. What is
+found is a line of OUT as soon as it is known; a ``partial`` one has the heads so far. A job is
+``{"cases": [...], "until": T}``: nothing begins after the time.time() T. RANK, WORLD_SIZE and the
+rest come from the environment.
 
 Shape suffixes: b = rows of this rank's batch, B = rows of the global batch, D = embedding, K =
 identities of a row.
@@ -12,10 +14,11 @@ identities of a row.
 import gc
 import importlib
 import json
+import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,13 +28,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tools.bench._head.ceilings import ceilings_of, over_ranks, three_products, timed
+from tools.bench._head.baselines import BASELINES, AbsentError, Size, baseline
+from tools.bench._head.ceilings import (
+    ceilings_of,
+    multiply_backward,
+    over_ranks,
+    three_products,
+    timed,
+)
 from tools.bench._head.memory import Memory, bytes_of, stored_tensors
 from tools.bench._head.turns import LostError, Step, Turns, percentiles
 
 TEXTBOOKS = ("textbook", "textbook_tf32")
 WARM_UP = 3
 """Steps of each head before anything is measured; the first makes its optimizer's states."""
+
+DISTINCT = 8
+"""Batches of a case, again and again: drawing one takes longer than a step on a GPU."""
+
+NO_TIME = "no time was left"
 
 LR, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 5e-4
 SCALE, ANGULAR = 64.0, 0.5
@@ -64,14 +79,19 @@ class Case:
     device: str
     """cpu or cuda."""
     heads: tuple[str, ...]
-    """In the order of their turns: ``ours`` (ArcFace), ``fused`` (the same by the fused kernels),
-    one of :data:`TEXTBOOKS`, the name of a margin, or one of :func:`several_heads`."""
+    """In the order of their turns: ``ours``, ``fused`` (the same by the fused kernels), one of
+    :data:`TEXTBOOKS` or of :data:`tools.bench._head.baselines.BASELINES`, the name of a margin, or
+    one of :func:`several_heads`."""
     threads: int
     """Of each rank."""
     steps: int
     """Timed steps of each head, at least."""
     seconds: float
     """Go on with further steps until this many seconds have passed."""
+    longest: float | None = None
+    """Begin no further step of a head after so many seconds, if one was timed; ``None``: do."""
+    margin: str = "arcface"
+    """Of these heads: arcface, or normalized_softmax for none."""
     tile_mib: int | None = None
     """Size of a tile of ours; ``None`` for that of
     :data:`partialfc.head.tiles.passes.TILE_BYTES`."""
@@ -85,26 +105,27 @@ def main(arguments: list[str]) -> int:
     cases = [Case(**{**settings, "heads": tuple(settings["heads"])}) for settings in job["cases"]]
     with joined(cases[0]) as device, Path(arguments[1]).open("a", encoding="utf-8") as out:
         ceilings: dict[str, float] = {}
+
+        def tell(found: Result) -> None:
+            print(json.dumps(found), file=out, flush=True)
+
         for case in cases:
             if over_ranks(time.time() - job["until"], "MAX", device) > 0:
                 break
             if not case.memory and not ceilings:
-                _multiply_backward(device)
+                multiply_backward(device)
                 ceilings = ceilings_of(case.dim, max(one.batch for one in cases), device)
             try:
-                found = memory_of(case, device) if case.memory else times_of(case, device, ceilings)
+                if case.memory:
+                    found = memory_of(case, device)
+                else:
+                    found = times_of(case, device, ceilings, job["until"], tell)
             except LostError as error:
                 found = {"lost": error.name, "why": error.why}
-            print(json.dumps(found), file=out, flush=True)
+            tell(found)
             if "lost" in found:
                 return 1
     return 0
-
-
-def _multiply_backward(device: torch.device) -> None:
-    """Have cuBLAS take what the thread of backward wants once, lest it be some head's memory."""
-    weight = torch.ones(64, 64, device=device, requires_grad=True)
-    torch.autograd.backward((weight @ weight).sum())
 
 
 @contextmanager
@@ -131,16 +152,25 @@ def build(name: str, case: Case, device: torch.device) -> tuple[Any, Step]:
     """Return a head and its full step: forward, backward to the embeddings, update of the rows."""
     rule: dict[str, Any] = {"lr": LR, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY}
     settings: dict[str, Any] = {"sample_rate": case.rate, "device": device}
+    angular = ANGULAR if case.margin == "arcface" else 0.0
+    if name in BASELINES:
+        if case.rate < 1 or dist.is_initialized():
+            raise AbsentError("it takes all centers, on one rank")
+        dtype = torch.bfloat16 if case.dtype == "bf16" else torch.float32
+        sizes = {"classes": case.classes, "batch": case.batch, "dim": case.dim}
+        size = Size(**sizes, dtype=dtype, angular=angular)
+        other = baseline(name, size, SCALE, rule, device)
+        return other, other.step
     if name in TEXTBOOKS:
         # By name, for mypy not to follow it into the tests, which are not typed.
         textbook = importlib.import_module("tests.support.reference").TextbookHead
-        settings |= {"scale": SCALE, "angular": ANGULAR, "tf32": name == "textbook_tf32"}
+        settings |= {"scale": SCALE, "angular": angular, "tf32": name == "textbook_tf32"}
         head = textbook(case.classes, case.dim, **settings, **rule)
         return head, head.step
     from partialfc import Kernels, PartialFC, Precision, RowSGD, Several
     from partialfc.head.options import CenterFormat, Compute, NegativesName
     from partialfc.head.tiles import passes
-    from partialfc.margins import MARGINS, ArcFace
+    from partialfc.margins import MARGINS, ArcFace, Margin, NormalizedSoftmax
 
     usual = _USUAL_TILE.setdefault(case.device, passes.TILE_BYTES[case.device])
     passes.TILE_BYTES[case.device] = usual if case.tile_mib is None else case.tile_mib << 20
@@ -157,7 +187,9 @@ def build(name: str, case: Case, device: torch.device) -> tuple[Any, Step]:
     if name in get_args(NegativesName):
         settings["negatives"] = name
     plain = name in ("ours", "fused", *get_args(NegativesName)) or most > 0
-    margin = ArcFace(scale=SCALE, angular=ANGULAR) if plain else MARGINS[name]()
+    margin: Margin = MARGINS[name]() if not plain else NormalizedSoftmax(scale=SCALE)
+    if plain and angular:
+        margin = ArcFace(scale=SCALE, angular=angular)
     head = PartialFC(case.classes, case.dim, margin, optimizer=RowSGD(**rule), **settings)
 
     def loss_of(embeddings_bD: Tensor, identities_b: Tensor) -> Tensor:
@@ -219,18 +251,63 @@ def sampled_rows(head: Any, identities_B: Tensor) -> int:
     return len(head.centers) if rows is None else len(rows)
 
 
-def times_of(case: Case, device: torch.device, before: dict[str, float]) -> Result:
-    """Time the heads in turns: A B A B ... on the same batches, a new one each round, and the bare
-    products at its end; collective.
+def times_of(
+    case: Case,
+    device: torch.device,
+    before: dict[str, float],
+    until: float = math.inf,
+    tell: Callable[[Result], None] = lambda _: None,
+) -> Result:
+    """Time the heads on the same batches, and the bare products after each round; collective.
 
+    On a CPU they take turns: A B A B ... On a GPU each is built, timed and gone before the next,
+    and the bare products between its steps tell whether the card was as fast for all of them.
     Seconds are those of the slowest rank after the warm-up. The machine's ceilings are the better
-    ones of ``before`` and, on a CPU, which others may share, those afterwards.
+    ones of ``before`` and, on a CPU, those afterwards.
+
+    Args:
+        case: What to measure.
+        device: Of this rank.
+        before: The ceilings so far.
+        until: The time.time() after which no head begins.
+        tell: Gets the result so far after each head, marked ``partial``.
     """
     size = dist.get_world_size() if dist.is_initialized() else 1
     rows = max(1, round(case.rate * case.classes / size))
     dtype = torch.bfloat16 if case.dtype == "bf16" else torch.float32
     bare = three_products(rows, case.dim, case.batch, dtype, device)
-    turns = Turns(case.heads, lambda name: build(name, case, device), device)
+    together = [case.heads] if device.type == "cpu" else [(name,) for name in case.heads]
+    result: Result = {"heads": {}, "ceilings": before}
+    products: list[float] = []
+    kept: dict[int, tuple[Tensor, Tensor]] = {}
+    for names in together:
+        if over_ranks(time.time() - until, "MAX", device) > 0:
+            result["heads"] |= {name: {"not_measured": NO_TIME} for name in names}
+            continue
+        found, seconds = _in_turns(names, case, device, bare, kept)
+        products += seconds
+        result["heads"] |= found
+        if products:
+            result["three_products_seconds"] = percentiles(products)
+        tell({**result, "partial": True})
+    del bare, kept
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # in whole for the next case
+    else:
+        after = ceilings_of(case.dim, case.batch, device)
+        result["ceilings"] = {key: max(before[key], after[key]) for key in before}
+    return result
+
+
+def _in_turns(
+    names: tuple[str, ...],
+    case: Case,
+    device: torch.device,
+    bare: Callable[[], None],
+    kept: dict[int, tuple[Tensor, Tensor]],
+) -> tuple[Result, list[float]]:
+    """Return what was found of these heads, and the seconds of the bare products; collective."""
+    turns = Turns(names, lambda name: build(name, case, device), device)
     searches = {
         name: over_ranks(timed(device, turn.head.find_neighbours)[0], "MAX", device)
         for name, turn in turns.heads.items()
@@ -239,10 +316,18 @@ def times_of(case: Case, device: torch.device, before: dict[str, float]) -> Resu
     products: list[float] = []
     number, start, passed = 0, 0.0, 0.0
     while turns.heads and (number < WARM_UP + case.steps or passed < case.seconds):
+        if number > WARM_UP and case.longest is not None and passed > case.longest:
+            break
         if number == WARM_UP:
             start = time.perf_counter()
-        embeddings_bD, identities_B = batch_of(case, number, device)
-        turns.take(embeddings_bD, own_part(identities_B), counted=number >= WARM_UP)
+        for place in (number % DISTINCT, (number + 1) % DISTINCT):
+            kept[place] = kept.get(place) or batch_of(case, place, device)
+        embeddings_bD, identities_B = kept[number % DISTINCT]
+        following_b = None
+        if not any(positives_of(name)[0] for name in names):  # these have others of their own
+            following_b = own_part(kept[(number + 1) % DISTINCT][1]).cpu()
+        counted = number >= WARM_UP
+        turns.take(embeddings_bD, own_part(identities_B), counted=counted, following_b=following_b)
         seconds, _ = timed(device, bare)
         if number >= WARM_UP:
             products.append(over_ranks(seconds, "MAX", device))
@@ -254,14 +339,13 @@ def times_of(case: Case, device: torch.device, before: dict[str, float]) -> Resu
         found[name]["sampled_rows"] = int(over_ranks(rows, "SUM", device))
         if name in searches:
             found[name]["search_seconds"] = searches[name]
-    del turns, bare
+        if device.type == "cuda":
+            found[name]["three_products_seconds"] = percentiles(products)["median"]
+    del turns
     gc.collect()
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # in whole for the next case
-    after = ceilings_of(case.dim, case.batch, device) if device.type == "cpu" else before
-    ceilings = {key: max(before[key], after[key]) for key in before}
-    result: Result = {"heads": found, "ceilings": ceilings}
-    return {**result, "three_products_seconds": percentiles(products)} if products else result
+        torch.cuda.empty_cache()
+    return found, products
 
 
 def memory_of(case: Case, device: torch.device) -> Result:

@@ -28,6 +28,8 @@ Found = dict[str, Any]
 def measured(cases: Sequence[Case], world: int, until: float) -> Iterator[tuple[Case, Found]]:
     """Yield each case with what was found of it; those that no time was left for are not yielded.
 
+    What is found before a case is whole is yielded too, marked ``partial``.
+
     On a GPU, whose allocator tells the peak of every step, one process measures all cases; on a CPU
     each has a process of its own. Where a process is lost, the next one goes on after the case that
     it was at; where its last words were which head it was lost by, at that case without that head.
@@ -45,6 +47,7 @@ def measured(cases: Sequence[Case], world: int, until: float) -> Iterator[tuple[
             for case in sent
         ]
         done, lost = 0, False
+        so_far: Found = {}
         run = _Run(whole, world, until)
         for found in run:
             if "lost" in found:
@@ -53,14 +56,17 @@ def measured(cases: Sequence[Case], world: int, until: float) -> Iterator[tuple[
                 continue
             if "heads" in found:
                 found["heads"] |= {n: broken[n] for n in sent[done].heads if n in broken}
+            is_partial = found.get("partial", False)
+            so_far = {**found, "heads": {**found["heads"]}} if is_partial else {}
             yield sent[done], found
-            done += 1
+            done += not is_partial
         if any(run.codes) and not lost and done < len(sent):
             if "RANK" in os.environ:  # torchrun ends the other ranks
                 raise SystemExit(f"a measuring process failed: exit codes {run.codes}")
             failed = {"failed": f"its process was lost, exit code {run.codes}", "at": "any time"}
-            heads = {name: broken.get(name, failed) for name in sent[done].heads}
-            yield sent[done], {"heads": heads}
+            known = broken | so_far.get("heads", {})
+            heads = {name: known.get(name, failed) for name in sent[done].heads}
+            yield sent[done], {**so_far, "heads": heads, "partial": False}
             done += 1
         elif not done and not lost:
             return  # no time was left

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tools.bench._head.baselines import AbsentError
 from tools.bench._head.ceilings import over_ranks, timed
 from tools.bench._head.memory import Memory, bytes_of, stored_tensors
 
@@ -56,8 +57,8 @@ class Turns:
 
     Attributes:
         heads: Those that have not failed.
-        failed: Of the others: ``out_of_memory`` or ``failed`` with the message, and the bytes that
-            were held beside.
+        failed: Of the others: ``skipped`` with the reason, or ``out_of_memory`` or ``failed`` with
+            the message, and the bytes that were held beside.
     """
 
     def __init__(
@@ -73,10 +74,21 @@ class Turns:
         for name in names:
             self._attempt(name, "construction", partial(self._build, name, build))
 
-    def take(self, embeddings_bD: Tensor, identities_b: Tensor, *, counted: bool) -> None:
-        """One step of each head, in turn; collective."""
+    def take(
+        self,
+        embeddings_bD: Tensor,
+        identities_b: Tensor,
+        *,
+        counted: bool,
+        following_b: Tensor | None = None,
+    ) -> None:
+        """One step of each head, in turn; collective.
+
+        ``following_b`` are the identities of the next one, on the host: a head that is faster for
+        them draws its centers beside this step, as in a training.
+        """
         for name in [*self.heads]:
-            run = partial(self._step, name, embeddings_bD, identities_b, counted)
+            run = partial(self._step, name, embeddings_bD, identities_b, counted, following_b)
             self._attempt(name, "a step", run)
 
     def results(self) -> dict[str, dict[str, Any]]:
@@ -117,14 +129,27 @@ class Turns:
             held=self.memory.now() - before,
         )
 
-    def _step(self, name: str, embeddings_bD: Tensor, identities_b: Tensor, counted: bool) -> None:
+    def _step(
+        self,
+        name: str,
+        embeddings_bD: Tensor,
+        identities_b: Tensor,
+        counted: bool,
+        following_b: Tensor | None,
+    ) -> None:
         turn, memory = self.heads[name], self.memory
         own_bD = embeddings_bD.clone().requires_grad_()
         before = 0
         if memory.is_exact:
             before = memory.now()
             memory.reset()
-        seconds, loss = timed(self.device, turn.step, own_bD, identities_b)
+
+        def step() -> Tensor:
+            if following_b is not None and getattr(turn.head, "draws_ahead", False):
+                turn.head.sample_step(following_b, ahead=True)
+            return turn.step(own_bD, identities_b)
+
+        seconds, loss = timed(self.device, step)
         peak = memory.peak() if memory.is_exact else 0
         turn.loss, loss, own_bD.grad = float(loss), None, None
         if counted:
@@ -142,6 +167,8 @@ class Turns:
         why: str | None = None
         try:
             run()
+        except AbsentError as error:
+            self.failed[name] = {"skipped": str(error)}
         except Exception as error:
             if dist.is_initialized():
                 raise
