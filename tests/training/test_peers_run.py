@@ -14,6 +14,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 RULES = (
     "run.steps=9",
     "head.sample_rate=0.5",
+    "head.negatives=nearest",
     "head.center_format=fp16",
     "head.optimizer.momentum_format=int8",
     "backbone.ema=0.9",

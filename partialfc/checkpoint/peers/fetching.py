@@ -245,7 +245,7 @@ class Fetching:
 
 def _likes(head: PartialFC, rows: int) -> dict[str, Tensor]:
     """What a file of a head's rows has, without memory."""
-    live = {"centers": head.centers, **head.optimizer.states()}
+    live = {"centers": head.centers, **head.optimizer.states(), **head.lists()}
     return {
         name: torch.empty(rows, *one.shape[1:], dtype=one.dtype, device="meta")
         for name, one in live.items()
