@@ -66,7 +66,8 @@ def golden_on_rank(rank, world_size):
         prefix, margin_name = case.split(".")[1], case.split(".")[2]
         inputs = f"w{world_size}.{prefix}"
         centers = data[f"{inputs}.centers"]
-        head = flat_head(*centers.shape, GOLDEN_MARGINS[margin_name], optimizer=PLAIN)
+        margin = GOLDEN_MARGINS[margin_name]
+        head = flat_head(*centers.shape, margin, sample_rate=0.5, optimizer=PLAIN)
         head._samples.sampler = fixed_sampler(head, data[f"{case}.sampled"])
         results[case] = one_step(
             head, data[f"{inputs}.embeddings"], data[f"{inputs}.labels"], centers

@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from partialfc.cores import usable_cores
 from tools.bench._gpu.stages import PATIENCE, TOTAL, Stage, stages
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,7 +112,7 @@ def run(stage: Stage, out: Path, deadline: float) -> Found:
 def _filled(words: Sequence[str], stage: Stage, out: Path, left: float) -> list[str]:
     filled = [word.replace("{left}", f"{left - _SOONER:.0f}") for word in words]
     if "pytest" in filled:
-        beside = ["-n", "8"] if _has("xdist") and (os.cpu_count() or 1) >= 8 else []
+        beside = ["-n", "8"] if _has("xdist") and usable_cores() >= 8 else []
         filled += [*beside, "-p", "no:cacheprovider", f"--junitxml={out}/{stage.name}.xml"]
     return filled
 
