@@ -18,7 +18,7 @@ import torch
 from partialfc import ArcFace, RowSGD, Several, SubCenterArcFace
 from partialfc.head.rows.catch_up import Moves
 from partialfc.head.rows.formats import DTYPES, FIRST_SCALE, FORMATS, SCALED, decode, encode
-from partialfc.keyed import key, permute, unpermute
+from partialfc.keyed import key
 from partialfc.margins import CurricularFace
 from tests.support.heads import flat_head, small_tiles
 from tests.support.kernels import (
@@ -629,30 +629,6 @@ def test_compact_rows_catch_up_as_they_would_in_the_shard(launch, centers, momen
         assert not torch.equal(bits_of(after[name]), bits_of(compact[name])), name
 
 
-# --- permute -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("inverse", [False, True], ids=["permute", "unpermute"])
-@pytest.mark.parametrize(
-    ("largest", "count"), [(1, 1), (3, 20), (9, 40), (1000, 300), (1025, 129), (100_000_007, 200)]
-)
-def test_permute_gives_the_integers_of_permutation(launch, largest, count, inverse):
-    """Another integer anywhere would make a GPU sample other rows than a CPU."""
-    generator = torch.Generator().manual_seed(count)
-    smallest = 1 if largest < 10 else largest // 4
-    size = torch.randint(smallest, largest + 1, (count,), generator=generator)
-    size[0] = largest
-    size[-1] = max(1, largest - 1)
-    index = (torch.rand(count, generator=generator, dtype=torch.float64) * size).long()
-    keys = torch.tensor([key(3, "negatives", i) for i in range(count)])
-    image, after = launch(
-        "permute", index=index, size=size, key=keys, largest=largest, inverse=inverse
-    )
-    truth = unpermute if inverse else permute
-    assert torch.equal(image, truth(index.clone(), size, keys, largest=largest))
-    assert torch.equal(after["index"], index), "the input was changed"
-
-
 # --- the head, through the kernels -------------------------------------------------------------
 
 
@@ -791,7 +767,7 @@ print(len(set(map(id, compiled))), len(compiled), compiled[0].asm["ptx"].count("
 def test_the_record_is_of_kernels_without_spills_atomics_or_fused_rounding():
     record = json.loads((ROOT / "tools/bench/results/kernels_sm90.json").read_text())
     rows = record["kernels"]
-    kernels = {"unit_rows", "exponentials", "sgd_", "catch_up_", "permute", "pull_", "update_"}
+    kernels = {"unit_rows", "exponentials", "sgd_", "catch_up_", "pull_", "update_"}
     assert {row["kernel"] for row in rows} == kernels
     assert not any(row["spill_bytes"] for row in rows)
     assert not any(row["atomics"] for row in rows), "sums would depend on the order of blocks"

@@ -150,35 +150,33 @@ def test_two_heads_are_two_heads_on_their_rows_to_the_last_bit():
         assert torch.equal(centers[name], value), name
 
 
+def assert_like_one_rank(parted):
+    """Losses, weights and all centers of several ranks are those of heads called by hand."""
+    expected, weight_of_one, centers_of_one = alone(settings())
+    for losses, weight, _ in parted:
+        for one, other in zip(losses, expected, strict=True):
+            assert {name: one[name] for name in other} == pytest.approx(other, rel=1e-5)
+        assert (weight - weight_of_one).norm() <= 1e-5 * weight_of_one.norm()
+    for name, value in centers_of_one.items():
+        centers = torch.cat([centers[name] for _, _, centers in parted])
+        assert (centers - value).norm() <= 1e-5 * value.norm(), name
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize(("ranks", "accumulation"), [(2, 1), (2, 2), (1, 3)])
 def test_ranks_and_micro_batches_change_rounding_alone(ranks, accumulation):
     """A head's 7 rows are not as many on each rank, nor in each micro-batch."""
-    whole = alone(settings())
     parted = run_on_ranks(ranks, trained, accumulation)
-    for losses, weight, _ in parted:
-        for one, other in zip(losses, whole[0], strict=True):
-            assert {name: one[name] for name in other} == pytest.approx(other, rel=1e-5)
-        assert (weight - whole[1]).norm() <= 1e-5 * whole[1].norm()
-    for name, value in whole[2].items():
-        centers = torch.cat([centers[name] for _, _, centers in parted])
-        assert (centers - value).norm() <= 1e-5 * value.norm(), name
+    assert_like_one_rank(parted)
 
 
 @pytest.mark.distributed
 def test_heads_on_some_of_the_ranks_change_rounding_alone():
     """One head on the first of three ranks, the other on the two behind it."""
-    whole = alone(settings())
     parted = run_on_ranks(3, trained, 1, on_ranks(people=1, things=2))
     held = {name: [len(centers[name]) for *_, centers in parted] for name in HEADS}
     assert held == {"people": [55, 0, 0], "things": [0, 10, 10]}
-    for losses, weight, _ in parted:
-        for one, other in zip(losses, whole[0], strict=True):
-            assert {name: one[name] for name in other} == pytest.approx(other, rel=1e-5)
-        assert (weight - whole[1]).norm() <= 1e-5 * whole[1].norm()
-    for name, value in whole[2].items():
-        centers = torch.cat([centers[name] for _, _, centers in parted])
-        assert (centers - value).norm() <= 1e-5 * value.norm(), name
+    assert_like_one_rank(parted)
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ Variant = tuple[str, dict[str, str], Callable[[], object]]
 """Kernel, what sets the variant apart, and a call of its launch wrapper."""
 
 CAPABILITY = {90: "H100 and H200", 100: "B200"}
-KERNELS = ("unit_rows", "exponentials", "sgd_", "catch_up_", "permute", "pull_", "update_")
+KERNELS = ("unit_rows", "exponentials", "sgd_", "catch_up_", "pull_", "update_")
 DTYPES = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -165,8 +165,6 @@ def variants() -> Iterator[Variant]:
         yield _catch_up("fp32", "fp32", rows, dim)
         yield _catch_up("fp16", "int8", rows, dim)
     yield _catch_up(*EIGHT_BITS, "y", 512)
-    for inverse in (False, True):
-        yield _permute(inverse)
     for dim, bend, maximum, kept in itertools.product((128, 500, 512), "ny", "ny", "ny"):
         if "y" not in (maximum, kept) or maximum != kept:
             yield _pull(dim, bend, maximum, kept)
@@ -234,14 +232,6 @@ def _catch_up(centers: str, momentum: str, rows: str, dim: int) -> Variant:
 
     variant = {"centers": centers, "momentum": momentum, "rows": rows, "dim": str(dim)}
     return "catch_up_", variant, call
-
-
-def _permute(inverse: bool) -> Variant:
-    def call() -> object:
-        ones = torch.ones(256, dtype=torch.int64)
-        return kernels.permute(ones, ones, ones, 1_000_000, inverse=inverse)
-
-    return "permute", {"inverse": "y" if inverse else "n"}, call
 
 
 def _pull(dim: int, bend: str, maximum: str, kept: str) -> Variant:

@@ -1,7 +1,7 @@
 """The steps of a tile as Triton kernels: one pass over memory each, no host synchronisation.
 
-They give what :mod:`partialfc.head.tiles.torch_steps` and :mod:`partialfc.keyed` give. No kernel
-uses atomics and no block size depends on the device, so the same inputs give the same bits.
+They give what :mod:`partialfc.head.tiles.torch_steps` gives. No kernel uses atomics and no block
+size depends on the device, so the same inputs give the same bits.
 
 Shape suffixes: B = rows of the gathered batch, C = rows of the centers at hand, D = embedding, K =
 positives of a row, n = sampled rows, T = rows of a tile, 1 = one a row.
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from partialfc.head.tiles.torch_steps import leave_out_
 from partialfc.head.tiles.workspace import Workspace
-from partialfc.keyed import FINAL, MULTIPLIERS, ROUNDS
 from partialfc.margins.base import Bend
 
 _LARGEST_DIM = 4096
@@ -24,9 +23,6 @@ _SMALLEST_NORM = tl.constexpr(1e-10)
 
 _COLUMNS, _ROWS_AT_ONCE, _ROWS = 128, 16, 128
 """Block of ``exponentials``: columns, rows in registers, rows of one program."""
-
-_WALKERS = 128
-"""Elements of one program of ``permute``: it walks until its last element is inside."""
 
 
 def unit_rows(
@@ -116,26 +112,6 @@ def exponentials(
     return exp_TB
 
 
-def permute(index: Tensor, size: Tensor, key: Tensor, largest: int, *, inverse: bool) -> Tensor:
-    """Return what :func:`partialfc.keyed.permute` returns, or ``unpermute`` if ``inverse``.
-
-    Args:
-        index: int64 [n], each in [0, size); any other may never come back from its walk.
-        size: int64 [n], >= 1.
-        key: int64 [n].
-        largest: Bound of ``size``: the permutation depends on its number of bits.
-        inverse: Undo the permutation.
-    """
-    index, size, key = index.contiguous(), size.contiguous(), key.contiguous()
-    image = torch.empty_like(index)
-    if index.numel():
-        bits = max(4, (largest - 1).bit_length())
-        _permute[(triton.cdiv(index.numel(), _WALKERS),)](
-            index, size, key, image, index.numel(), bits // 2, bits, inverse, _WALKERS, num_warps=4
-        )
-    return image
-
-
 def row_block(dim: int) -> int:
     """Return the width of a block that holds one row of ``dim`` elements."""
     assert 1 <= dim <= _LARGEST_DIM, f"the kernels hold rows of 1 to {_LARGEST_DIM}, not {dim}"
@@ -219,53 +195,3 @@ def _exponentials(
         tl.store(exp + place, (value * slope).to(exp.dtype.element_ty), mask=mask)
     if partial is not None:
         tl.store((partial + block * B) + b, tl.sum(total, 0), mask=is_column)
-
-
-_NETWORK = tl.constexpr(MULTIPLIERS)
-_NETWORK_ROUNDS = tl.constexpr(ROUNDS)
-_NETWORK_FINAL = tl.constexpr(FINAL)
-
-
-@triton.jit
-def _feistel(value, key, LOW_BITS: tl.constexpr, BITS: tl.constexpr, INVERSE: tl.constexpr):
-    low = value & ((1 << LOW_BITS) - 1)
-    high = value >> LOW_BITS
-    first: tl.constexpr = _NETWORK_ROUNDS - 1 if INVERSE else 0
-    behind: tl.constexpr = -1 if INVERSE else _NETWORK_ROUNDS
-    for i in tl.static_range(first, behind, -1 if INVERSE else 1):
-        if i % 2 == 0:
-            high = high ^ (_hash(low, key, _NETWORK[i]) & ((1 << (BITS - LOW_BITS)) - 1))
-        else:
-            low = low ^ (_hash(high, key, _NETWORK[i]) & ((1 << LOW_BITS) - 1))
-    return (high << LOW_BITS) | low
-
-
-@triton.jit
-def _hash(value, key, MULTIPLIER: tl.constexpr):
-    value = (value + 1) * MULTIPLIER + key
-    value = (value ^ ((value >> 32) & 0xFFFFFFFF)) * _NETWORK_FINAL
-    return (value >> 32) & 0xFFFFFFFF
-
-
-@triton.jit(do_not_specialize=["n"])
-def _permute(
-    index,
-    size,
-    key,
-    image,
-    n: tl.int64,
-    LOW_BITS: tl.constexpr,
-    BITS: tl.constexpr,
-    INVERSE: tl.constexpr,
-    WALKERS: tl.constexpr,
-):
-    i = tl.program_id(0).to(tl.int64) * WALKERS + tl.arange(0, WALKERS)
-    mask = i < n
-    value = tl.load(index + i, mask=mask, other=0)
-    bound = tl.load(size + i, mask=mask, other=0x7FFFFFFFFFFFFFFF)  # inside wherever it lands
-    per_element = tl.load(key + i, mask=mask, other=0)
-    value = _feistel(value, per_element, LOW_BITS, BITS, INVERSE)
-    while tl.max((value >= bound).to(tl.int32), 0) > 0:
-        walked = _feistel(value, per_element, LOW_BITS, BITS, INVERSE)
-        value = tl.where(value >= bound, walked, value)
-    tl.store(image + i, value, mask=mask)
