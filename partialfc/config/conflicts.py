@@ -280,6 +280,7 @@ def plan_of(config: "Config", machine: Machine | None, positives: int = 1) -> Pl
         weighted=config.head.negatives != "uniform",
         sets=may_share(config),
         positives=positives,
+        fp8=config.head.center_format == "fp8",
     )
 
 

@@ -185,6 +185,7 @@ class Links:
             number = _greeted(caller, token)
             if number in expected and number not in came:
                 came[number] = _tuned(caller, self._seconds)
+                self._from.append(came[number])
             else:
                 caller.close()
         self._from = [came[rank] for rank in expected]

@@ -88,8 +88,12 @@ def nearest_rows(rows: Rows, most: int, ranks: Ranks, device: torch.device) -> T
             score_qt = _products(query_qD.to(operand_tD.dtype), operand_tD).mul_(reciprocal_t)
             _leave_out_(score_qt, looking, parts, rows)
             _merge_(best_Ck[start : start + size], score_qt, number_t)
-    row_Ck = _LOW - (best_Ck & _LOW)
-    return torch.where(best_Ck == _NO_KEY, NOBODY, row_Ck).int().cpu()
+    list_Ck = torch.empty(best_Ck.shape, dtype=torch.int32)
+    for start in range(0, len(own), size):
+        key_qk = best_Ck[start : start + size]
+        row_qk = torch.where(key_qk == _NO_KEY, NOBODY, _LOW - (key_qk & _LOW))
+        list_Ck[start : start + size] = row_qk.int().cpu()
+    return list_Ck
 
 
 def directions(row_TD: Tensor) -> Tensor:

@@ -39,9 +39,7 @@ def parts_of(path: Path) -> list[Path]:
     """Return the parts of a file of records, oldest first."""
     folder = path.with_suffix(".parts")
     with suppress(OSError):
-        return sorted(
-            one for one in folder.iterdir() if one.name.removesuffix(".jsonl").isdecimal()
-        )
+        return sorted(one for one in folder.iterdir() if _PART.fullmatch(one.name))
     return []
 
 

@@ -45,15 +45,16 @@ def raise_limit(place: Place) -> int:
     return _NO_LIMIT if soft == resource.RLIM_INFINITY else soft
 
 
-def needed(rank: int, size: int, *, nccl: bool) -> dict[str, int]:
+def needed(rank: int, size: int, *, nccl: bool, peers: bool = False) -> dict[str, int]:
     """Return how many a rank needs, by what for; those that are certain first.
 
     Beside NCCL it does not grow with W but with its logarithm, and on the rank that serves the
-    store if torchrun does not.
+    store if torchrun does not. Copies for peers have a group of gloo of their own.
     """
     if size == 1:
         return {"files": _OTHERS}
-    connections = {} if nccl else {"gloo's connections with each other rank": size - 1}
+    groups = peers + (not nccl)
+    connections = {"gloo's connections with each other rank": groups * (size - 1)} if groups else {}
     serves = rank == 0 and "TORCHELASTIC_RUN_ID" not in os.environ
     return {
         **connections,
@@ -70,13 +71,13 @@ def in_words(parts: Mapping[str, int], limit: int) -> str:
     return f"{sum(parts.values()):,} descriptors of {limit:,} allowed ({each})"
 
 
-def refuse_too_few(place: Place, *, nccl: bool) -> None:
+def refuse_too_few(place: Place, *, nccl: bool, peers: bool = False) -> None:
     """Raise the limit, and look whether it is enough for what is certain.
 
     Raises:
         ConfigError: If it is not.
     """
-    limit, parts = raise_limit(place), needed(place.rank, place.size, nccl=nccl)
+    limit, parts = raise_limit(place), needed(place.rank, place.size, nccl=nccl, peers=peers)
     certain = sum(parts.values()) - parts["files"] - parts.get("NCCL", 0)
     if certain > limit:
         raise ConfigError(
@@ -85,12 +86,14 @@ def refuse_too_few(place: Place, *, nccl: bool) -> None:
         )
 
 
-def ran_out(error: BaseException, place: Place, *, nccl: bool) -> ConfigError | None:
+def ran_out(
+    error: BaseException, place: Place, *, nccl: bool, peers: bool = False
+) -> ConfigError | None:
     """Return what to tell of an error that says that no more can be opened; ``None`` of another."""
     first = next((one for one in _causes(error) if _says_so(one)), None)
     if first is None:
         return None
-    parts = in_words(needed(place.rank, place.size, nccl=nccl), raise_limit(place))
+    parts = in_words(needed(place.rank, place.size, nccl=nccl, peers=peers), raise_limit(place))
     return ConfigError(
         f"too many open files ({str(first).splitlines()[0]}): a rank of {place.size:,} needs about "
         f"{parts}. {REMEDY}."

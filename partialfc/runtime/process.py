@@ -83,7 +83,8 @@ def running(config: Config) -> Iterator[Runtime]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     nccl = device.type == "cuda"
-    refuse_too_few(place, nccl=nccl)
+    peers = config.checkpoint.peers_every_steps > 0
+    refuse_too_few(place, nccl=nccl, peers=peers)
     watchdog = None
     try:
         if place.size > 1:
@@ -95,7 +96,7 @@ def running(config: Config) -> Iterator[Runtime]:
     except Preempted:  # all ranks leave together, and wait to be queued again
         raise
     except BaseException as error:
-        told = ran_out(error, place, nccl=nccl) or error
+        told = ran_out(error, place, nccl=nccl, peers=peers) or error
         explained = told if watchdog is None else watchdog.explain(told)
         if explained is error:
             raise

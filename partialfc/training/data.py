@@ -16,7 +16,7 @@ from partialfc.data.loaders.stream import Batch, Batches, Stream
 from partialfc.data.order import Order
 from partialfc.data.order_of_sets import AnyOrder, OrderOfSets
 from partialfc.distributed.agreement import from_leader, words_of_any
-from partialfc.errors import DataError
+from partialfc.errors import DataError, in_words
 from partialfc.runtime.process import Runtime, local_rank
 from partialfc.training.images import open_images, order_of
 
@@ -108,9 +108,10 @@ def _open_by_hosts(config: Config, runtime: Runtime) -> DataSet:
                 found = open_images(config)
             except Exception as error:  # whatever it is, the others wait
                 problem = error
+        words = "" if problem is None else in_words(problem)
+        if words := links.words_of_any(words):  # before others go on and wait
+            raise problem or ConfigError(words)
         whole = links.union(found_whole.own() if found else frozenset(), found_whole.BYTES)
-    if problem is not None:
-        raise problem
     with found_whole.trusting(whole):
         return found or open_images(config)
 

@@ -65,7 +65,7 @@ def preflight(
         _versions(runtime, plugins.versions(config.model_dump())),
         _frozen(config),
         _clocks(runtime),
-        open_files(runtime),
+        open_files(config, runtime),
         names(runtime),
         collectives(config, runtime),
         _decoding(runtime, open_batches),

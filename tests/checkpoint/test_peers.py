@@ -3,8 +3,10 @@
 A host is a folder here: what a rank of another host has not in its own came over the network.
 """
 
+import errno
 import os
 import shutil
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import torch
 
 from partialfc.checkpoint import loading as checkpoint
 from partialfc.checkpoint.folder import MANIFEST
+from partialfc.checkpoint.peers.memory import Memory, Slot
 from partialfc.checkpoint.peers.run import LINE, Peers
 from partialfc.config import ConfigError
 from partialfc.errors import CheckpointError
@@ -169,6 +172,39 @@ def test_rows_of_another_format_are_refused_on_every_rank(tmp_path):
     for said in run_on_ranks(3, other_rows_on_rank, tmp_path):
         assert "centers is torch.float16" in said
         assert "the settings want torch.bfloat16" in said
+
+
+def no_room_on_rank(rank, world_size, folder, at):
+    config, model = model_of("bias", folder, rank)
+    peers = Peers(config, runtime())
+    full = OSError(errno.ENOSPC, "No space left on device")
+    try:
+        if at == "fetch":
+            with pytest.MonkeyPatch.context() as patch:
+                if rank == 1:
+                    patch.setattr(Slot, "begin", Mock(side_effect=full))
+                with peers.fetched(model):
+                    return "fetched"
+        peers.begin(model, 3, from_copies=False)
+        peers.copy(4, model, FACTS, "", None)
+        peers._copier.wait()
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == 0:
+                patch.setattr(Memory, "keep_only", Mock(side_effect=full))
+            peers.copy(5, model, FACTS, "", None)
+        return f"off: {peers._off}"
+    except CheckpointError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    ("at", "words"), [("fetch", "rank 1 has no room for what it reads"), ("copy", "off: True")]
+)
+def test_a_rank_without_room_is_heard_of_by_all(at, words, tmp_path):
+    """Alone, it would leave the others in a collective."""
+    copies(tmp_path, "bias")
+    for said in run_on_ranks(3, no_room_on_rank, tmp_path, at):
+        assert words in said
 
 
 def too_little_on_rank(rank, world_size, folder):

@@ -262,6 +262,20 @@ def test_a_page_follows_a_file_that_becomes_a_part(tmp_path, small_parts):
     assert [one["step"] for one in growing.read()] == [1, 2, 3, 4, 5]
 
 
+def test_a_page_of_a_run_that_ended_as_its_file_became_a_part_has_all(tmp_path, small_parts):
+    path = tmp_path / "metrics.jsonl"
+    sink_of(path, 100)
+    parts.split_off(path, metrics.MEASURES)
+    assert not path.exists()
+    growing = Growing(path, metrics.is_sound, metrics.MEASURES)
+    found = [one["step"] for one in growing.read()]
+    assert found[-1] == 100
+    assert [one["step"] for one in growing.read()] == found, "it was read twice"
+    sink = sink_of(path, 101, step=100)
+    sink.write(102, {"loss": 1.0})
+    assert [one["step"] for one in growing.read()][-1] == 102
+
+
 def test_a_ledger_in_parts_sums_to_the_same(tmp_path, small_parts, monkeypatch):
     """Every start and what ended it is read, and the last sign of life before it."""
     path, clock = tmp_path / "ledger.jsonl", [1e9]

@@ -12,6 +12,7 @@ measured.
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -133,7 +134,7 @@ def _run(words: list[str], seconds: float) -> int | None:
                 stopped = True
                 os.killpg(process.pid, sign)
     finally:
-        if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):  # also what it left behind
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     return None if stopped else process.returncode
@@ -149,7 +150,10 @@ def _not_measured(path: Path) -> list[str]:
         return []
     if not path.exists():
         return [f"{path.name}: nothing of it"]
-    found = json.loads(path.read_text(encoding="utf-8")).get("not_measured", [])
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")).get("not_measured", [])
+    except ValueError:
+        return [f"{path.name}: damaged, as it was being written"]
     return [f"{path.name}: {one}" for one in found]
 
 
@@ -159,7 +163,11 @@ def _tests(path: Path) -> Found:
         return {}
     counts: dict[str, int] = {"passed": 0}
     said: dict[str, list[str]] = {"failed": [], "skipped": []}
-    for case in ET.parse(path).getroot().iter("testcase"):
+    try:
+        cases = [*ET.parse(path).getroot().iter("testcase")]
+    except ET.ParseError:
+        return {"tests": {}, "failed": [f"{path.name}: damaged, as it was being written"]}
+    for case in cases:
         kinds = {"failure": "failed", "error": "failed", "skipped": "skipped"}
         kind = next((kinds[child.tag] for child in case if child.tag in kinds), "passed")
         counts[kind] = counts.get(kind, 0) + 1

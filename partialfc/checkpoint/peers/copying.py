@@ -93,7 +93,9 @@ class Copier:
         self._slots: list[dict[str, Slot]] = [
             {
                 what: memory.slot(
-                    start, name_of(ranks.rank, origin, generation), pinned=self._on_gpu
+                    start,
+                    name_of(ranks.rank, origin, generation),
+                    pinned=self._on_gpu and what != "kept",  # that comes from the network
                 )
                 for what, origin in origins.items()
             }
@@ -129,17 +131,12 @@ class Copier:
         problem = ""
         try:
             self._fill(content)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # RuntimeError: torch cannot map a file
             problem = str(error)
         if self._on_gpu:
             torch.cuda.synchronize()  # host sync: the copies are complete
         paused = time.monotonic() - began
         self._pending = self._pool.submit(self._share, manifest, problem, began, paused)
-
-    @property
-    def pending(self) -> bool:
-        """Whether a copy is on its way."""
-        return self._pending is not None and not self._pending.done()
 
     def wait(self) -> None:
         """Return when all copies are complete.
@@ -183,7 +180,7 @@ class Copier:
         if "kept" in slots and not problem:
             try:
                 slots["kept"].begin({}, sizes)
-            except OSError as error:
+            except (OSError, RuntimeError) as error:
                 problem = str(error)
         if problem := words_of_any(problem, ranks):
             return problem

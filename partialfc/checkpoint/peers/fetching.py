@@ -95,7 +95,7 @@ class Fetching:
         Collective: an exchange. Files of this host are linked, so they take no memory.
 
         Raises:
-            OSError: If there is no room.
+            CheckpointError: On every rank, if one has no room.
         """
         me = self._ranks.rank
         wants = [*self._wants(me)]
@@ -108,7 +108,16 @@ class Fetching:
             elif want.head == _STATISTICS:
                 sizes[self._file(want)] = want.high
         rows = {self._file(want): self._like(want) for want in away if self._is_of_rows(want)}
-        targets = slot.begin(rows, sizes)
+        problem, targets = "", {}
+        try:
+            targets = slot.begin(rows, sizes)
+        except (OSError, RuntimeError) as error:  # RuntimeError: torch cannot map a file
+            problem = f"rank {me} has no room for what it reads: {error}"
+        if problem := words_of_any(problem, self._ranks):  # before others wait in an exchange
+            raise CheckpointError(
+                f"copies in the memory of hosts: {problem}. Make room in checkpoint.peers_folder, "
+                "or remove peers.json from the run's folder to go on from its checkpoint."
+            )
         receives: dict[int, list[Pieces]] = {}
         for want in away:
             receives.setdefault(want.offer.rank, []).append(self._filled(want, slot, targets))

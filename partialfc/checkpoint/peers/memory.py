@@ -195,11 +195,19 @@ class Slot:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for path in self.folder.iterdir():
             if path.name not in self.mapped or path.name not in sizes:
-                self.mapped.pop(path.name, None)
+                self._let_go(path.name)
                 path.unlink()
         for name, size in sizes.items():
             if name not in self.mapped or len(self.mapped[name]) != size:
+                self._let_go(name)
                 self.mapped[name] = _mapped(self.folder / name, size, pinned=self._pinned)
+
+    def _let_go(self, name: str) -> None:
+        """Forget a mapping; the driver first, who would take another at its address for it."""
+        whole = self.mapped.pop(name, None)
+        if whole is not None and self._pinned:
+            runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            runtime.cudaHostUnregister(whole.data_ptr())
 
     def discard(self) -> None:
         """Let what is here be no copy any more; its memory is kept for the next."""

@@ -1,9 +1,10 @@
 """The copies of a run, from its start to its end: ``checkpoint.peers_every_steps``."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from partialfc.distributed.agreement import from_leader, words_of_any
 from partialfc.distributed.ranks import Ranks
 from partialfc.errors import Preempted
 from partialfc.model.build import Model
+from partialfc.runtime.beats import longest_patience
 from partialfc.runtime.process import Runtime
 
 LINE = "peers.json"
@@ -74,7 +76,8 @@ class Peers:
         ranks, group = runtime.ranks, None
         if ranks.size > 1:
             members = dist.get_process_group_ranks(ranks.group or dist.group.WORLD)
-            group = dist.new_group(members, backend="gloo")
+            patience = timedelta(seconds=longest_patience(config.run.hang_seconds))
+            group = dist.new_group(members, timeout=patience, backend="gloo")
         self._ranks = Ranks(ranks.rank, ranks.size, group)
         self._hosts = [host for _, (host,) in gathered([[host_number()]], 1, self._ranks)]
         beside = [rank for rank, host in enumerate(self._hosts) if host == self._host]
@@ -150,13 +153,13 @@ class Peers:
         if found and self._leads_host:
             parts = self._memory.parts(found.start)
             kept = [part.path for part in parts if part.step == found.step]
-        if self._leads_host:
-            self._memory.keep_only(kept)
+        problem = self._kept_only(kept)
         keeper_of, rank = keepers(self._hosts), self._ranks.rank
         ring = Ring(None, None, self._leads_host)
         if keeper_of is not None:
             ring = Ring(keeper_of[rank], keeper_of.index(rank), self._leads_host)
-        if problem := words_of_any(self._lack(model, keeper_of, kept), self._ranks):
+        lack = self._lack(model, keeper_of, kept)
+        if problem := words_of_any(problem or lack, self._ranks):
             if not step:
                 raise ConfigError(problem)
             self._give_up(problem)
@@ -193,8 +196,11 @@ class Peers:
         self._base = max(self._base, saved.step if saved else 0)
         try:
             self._copier.wait()
-            if self._copier.last is not None and self._leads_host:  # those of before are not needed
-                self._memory.keep_only((), self._line.start)
+            problem = ""
+            if self._copier.last is not None:  # those of before are not needed
+                problem = self._kept_only((), self._line.start)
+            if problem := words_of_any(problem, self._ranks):
+                raise OSError(problem)
             self._copier.copy(step, model, facts, settings, self._base)
         except OSError as error:
             self._give_up(str(error))
@@ -217,6 +223,15 @@ class Peers:
     @property
     def _host(self) -> int:
         return self._hosts[self._ranks.rank]
+
+    def _kept_only(self, paths: Sequence[Path], *starts: str) -> str:
+        """Remove the other copies of this host; return what went wrong, which all must hear of."""
+        if self._leads_host:
+            try:
+                self._memory.keep_only(paths, *starts)
+            except OSError as error:
+                return str(error)
+        return ""
 
     def _open(self) -> tuple[Line, Memory]:
         """The line that rank 0 reads or begins, and the folder of its run on this host."""
