@@ -5,6 +5,7 @@ copy of the same size, and until the GPU is done with it.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,10 +28,9 @@ def to_host(value: Tensor) -> Callable[[], Tensor]:
         return lambda: value
     there = torch.empty_like(value, device="cpu", pin_memory=True)
     there.copy_(value, non_blocking=True)
-    arrived: Any = torch.cuda.current_stream(value.device).record_event()
+    return partial(_arrived, there, torch.cuda.current_stream(value.device).record_event())
 
-    def wait() -> Tensor:
-        arrived.synchronize()
-        return there
 
-    return wait
+def _arrived(there: Tensor, copied: Any) -> Tensor:
+    copied.synchronize()
+    return there
