@@ -29,11 +29,10 @@ quick: lint
 test: lint
 	$(PYTEST) $(BESIDE) $(TESTS)
 
-# What needs a CUDA device, on one made of host memory: without Triton's kernels, and the head with them
-# in its interpreter, which is slow.
+# What needs a CUDA device, on one made of host memory, without Triton's kernels; TRITON_INTERPRET=1 has
+# them in their interpreter, which takes a minute a test.
 test-simulated-gpu: .venv/installed
 	$(SIMULATED) tests/gpu tests/simulated_gpu
-	TRITON_INTERPRET=1 $(SIMULATED) tests/gpu/test_head.py -k "oracle or never_waits"
 
 # The rest: what is slow, and as root on Debian what needs Slurm, Prometheus, a browser and network
 # namespaces. Coverage is that of the slow tests and the quick ones.
