@@ -264,7 +264,7 @@ def read_centers(
     filled = {"centers": head.centers.data, **(head.optimizer.states() if with_states else {})}
     if with_states and not begins:  # a stage begins with a search
         filled |= head.lists()
-        head.lists_loaded()
+    head.loaded()
     done, owned = 0, head.owned_rows
     for first, part_file in _centers_in(manifest, name).items():
         with safe_open(path / part_file, framework="pt", device="cpu") as file:

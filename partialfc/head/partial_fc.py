@@ -131,7 +131,7 @@ class PartialFC(Shard):
         refuse_center_losses(margin, center_weight, inter_class_weight)
         refuse_several(positives, margin, max(center_weight, inter_class_weight))
         refuse_sets(sets, margin, num_identities)
-        self.several, self.sets = positives, sets
+        self.margin, self.several, self.sets = margin, positives, sets
         self.ranks = Ranks.of(group)
         self.sharding = Sharding(
             num_identities=num_identities,
@@ -143,7 +143,6 @@ class PartialFC(Shard):
             world_size=self.ranks.size,
             holders=holders,
         )
-        self.margin = margin
         self.owned = self.sharding.owned(self.ranks.rank)
         self.embedding_dim, self.seed = embedding_dim, seed
         self.centers_per_identity = margin.centers_per_identity
@@ -191,6 +190,7 @@ class PartialFC(Shard):
         self._samples = StepSamples(
             self._gathering, self.sampler, self.centers_per_identity, self.device
         )
+        self.optimizer.register_load_state_dict_post_hook(lambda _: self.loaded())
         self._masks = SetMasks(sets, self.owned, self.centers_per_identity, self.device)
         self._forgotten = Forgotten()
         self.center_weight, self.inter_class_weight = center_weight, inter_class_weight

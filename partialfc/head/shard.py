@@ -16,6 +16,7 @@ from partialfc.head.options import Nearest, Negatives, Sets
 from partialfc.head.rows.optimizer import RowOptimizer
 from partialfc.head.sampling import KeyedSampler
 from partialfc.head.sharding import Sharding
+from partialfc.head.steps import StepSamples
 from partialfc.head.tiles.torch_steps import take_rows
 
 
@@ -45,6 +46,8 @@ class Shard(nn.Module):
     """Of identities that may have the same people."""
     sampler: KeyedSampler
     """Of the rows of a step."""
+    _samples: StepSamples
+    """Of its steps."""
     _compared = False
 
     @property
@@ -96,8 +99,12 @@ class Shard(nn.Module):
         """What is kept for each row beside the optimizer's states, on the CPU, by name."""
         return {} if self.nearest is None else {LISTS: self.nearest.lists}
 
-    def lists_loaded(self) -> None:
-        """Say that :meth:`lists` have been filled from outside."""
+    def loaded(self) -> None:
+        """Say that centers, :meth:`lists` or the number of steps have been set from outside.
+
+        What was drawn for another state is forgotten.
+        """
+        self._samples.forget()
         if self.nearest is not None:
             self.nearest.forget()
 
@@ -171,7 +178,7 @@ class Shard(nn.Module):
         metadata = {**metadata, "assign_to_params_buffers": False}
         with self._as_parameter():
             super()._load_from_state_dict(state, prefix, metadata, *arguments)
-        self.lists_loaded()
+        self.loaded()
 
     @contextmanager
     def _as_parameter(self) -> Iterator[None]:

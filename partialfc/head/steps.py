@@ -123,6 +123,11 @@ class StepSamples:
             self.fixed(step)
         return draw
 
+    def forget(self) -> None:
+        """Forget what is fixed: another state has been loaded, whose steps are not these."""
+        self._fixed.clear()
+        self._ahead.clear()
+
     def was_ahead(self, step: int) -> bool:
         """Whether a step was fixed ahead; says so once."""
         was = step in self._ahead

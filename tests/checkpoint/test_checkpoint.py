@@ -50,6 +50,15 @@ def test_everything_comes_back_and_the_runs_own_settings_stay(tmp_path):
     assert other.optimizer.param_groups[0]["momentum"] == 0.5
 
 
+def test_a_step_that_was_fixed_ahead_is_forgotten_with_the_state_it_was_of(tmp_path):
+    """It would have the identities of another batch."""
+    path, other = save(tmp_path, 1), flat_model(settings())
+    other.head.sample_step(torch.tensor([3, 4]), ahead=True)
+    checkpoint.load(path, other, FACTS, runtime())
+    other.head.sample_step(torch.tensor([7, 8]))
+    other.head(torch.randn(2, other.head.embedding_dim), torch.tensor([7, 8]))
+
+
 def test_states_keep_the_memory_layout_of_their_parameter(tmp_path):
     """torch's fused kernels pair elements by memory order and do not look at strides."""
     model = trained()

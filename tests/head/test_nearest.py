@@ -11,11 +11,17 @@ from partialfc import ArcFace, CosFace, Nearest, PartialFC, RowSGD, Sets, SubCen
 from partialfc.distributed.ranks import Ranks
 from partialfc.head import neighbours
 from partialfc.head.neighbours import NOBODY, Rows, directions, nearest_rows
-from partialfc.head.plan import Machine, decide
 from partialfc.head.sampling import NOT_LOCAL
 from tests.support.center_truth import truth_of
 from tests.support.every_margin import EVERY_MARGIN
-from tests.support.margin_heads import DIM, IDENTITIES, head_of, problem, step
+from tests.support.margin_heads import (
+    DIM,
+    IDENTITIES,
+    assert_micro_batches_equal_one,
+    head_of,
+    problem,
+    step,
+)
 from tests.support.ranks import run_on_ranks
 from tests.support.reference import relative_error
 
@@ -274,16 +280,7 @@ def test_lists_stay_between_two_searches_and_follow_the_centers_then():
 
 
 def test_micro_batches_have_the_sample_of_their_batch():
-    whole, pieces = (head_of(ArcFace(), **NEAREST) for _ in range(2))
-    embeddings, labels = problem(whole)
-    expected = step(whole, embeddings, labels)
-    before, own = pieces.centers.detach().clone(), embeddings.clone().requires_grad_()
-    pieces.sample_step(labels)
-    for part, its in zip(own.chunk(3), labels.chunk(3), strict=True):
-        (pieces(part, its) / 3).backward()
-    pieces.optimizer.step()
-    assert relative_error(own.grad, expected[1]) < 1e-5
-    assert relative_error(before - pieces.centers.detach(), expected[2]) < 1e-5
+    assert_micro_batches_equal_one(**NEAREST)
 
 
 @pytest.mark.parametrize("how", ["prefetch", "ahead"])
@@ -333,19 +330,3 @@ def test_at_a_rate_of_1_there_are_no_lists():
 def test_what_cannot_be_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         Nearest(**settings)
-
-
-def test_fused_kernels_are_refused():
-    plan = decide(
-        Machine("cuda", True, (9, 0)),
-        dim=512,
-        unit_centers=True,
-        centers_per_identity=1,
-        binary=False,
-        sgd=True,
-        compute="bf16",
-        fused=True,
-        weighted=True,
-    )
-    with pytest.raises(ValueError, match="they count every negative once"):
-        plan.refuse(fused=True)

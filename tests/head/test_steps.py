@@ -1,5 +1,6 @@
 """Steps whose samples are drawn beside the step before."""
 
+import copy
 import functools
 
 import pytest
@@ -101,6 +102,19 @@ def test_other_identities_than_those_of_the_step_ahead_are_refused():
     head.optimizer.step()
     with pytest.raises(ValueError, match="identity 5 was not given to sample_step"):
         head(torch.randn(2, 8), torch.tensor([3, 5]))
+
+
+@pytest.mark.parametrize("loaded", ["head", "optimizer"])
+def test_a_step_that_was_fixed_ahead_is_forgotten_with_the_state_it_was_of(loaded):
+    """It would have the identities of another batch, and centers that were near to others."""
+    head = flat_head(100, 8, ArcFace(), sample_rate=0.2)
+    saved = copy.deepcopy({"head": head.state_dict(), "optimizer": head.optimizer.state_dict()})
+    head.sample_step(torch.tensor([3, 4]), ahead=True)
+    part = head if loaded == "head" else head.optimizer
+    part.load_state_dict(saved[loaded])
+    head.optimizer.step()
+    head.sample_step(torch.tensor([7, 8]))
+    head(torch.randn(2, 8), torch.tensor([7, 8]))
 
 
 def test_a_step_is_drawn_once_if_ahead_and_anew_each_time_if_not(monkeypatch):

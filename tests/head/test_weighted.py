@@ -16,6 +16,7 @@ from tests.support.margin_heads import (
     DIM,
     IDENTITIES,
     PLAIN,
+    assert_micro_batches_equal_one,
     head_of,
     problem,
     state_of,
@@ -145,16 +146,7 @@ def test_some_margins_weighted_and_sharded(world_size):
 
 def test_micro_batches_have_the_weights_of_their_batch():
     """Their sample is that of all of them, and pass 2 goes over its rows once."""
-    whole, pieces = (head_of(ArcFace(), **WEIGHTED) for _ in range(2))
-    embeddings, labels = problem(whole)
-    expected = step(whole, embeddings, labels)
-    before, own = pieces.centers.detach().clone(), embeddings.clone().requires_grad_()
-    pieces.sample_step(labels)
-    for part, its in zip(own.chunk(3), labels.chunk(3), strict=True):
-        (pieces(part, its) / 3).backward()
-    pieces.optimizer.step()
-    assert relative_error(own.grad, expected[1]) < 1e-5
-    assert relative_error(before - pieces.centers.detach(), expected[2]) < 1e-5
+    assert_micro_batches_equal_one(**WEIGHTED)
 
 
 def test_micro_batches_of_their_own_samples_keep_their_weights():

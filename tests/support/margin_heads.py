@@ -4,9 +4,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from partialfc import RowSGD
+from partialfc import ArcFace, RowSGD
 from partialfc.keyed import key, normal
 from tests.support.heads import flat_head
+from tests.support.reference import relative_error
 
 PLAIN = RowSGD(lr=1.0, momentum=0.0, weight_decay=0.0)
 """The change of the centers is minus their gradient."""
@@ -58,6 +59,20 @@ def step(head, embeddings, labels, *, weight=1.0, **more):
     (loss * weight).backward()
     head.optimizer.step()
     return loss.detach(), own.grad / weight, (before - head.centers.detach()) / weight
+
+
+def assert_micro_batches_equal_one(**settings):
+    """Three micro-batches of a step whose sample is fixed have the gradients of one batch."""
+    whole, pieces = (head_of(ArcFace(), **settings) for _ in range(2))
+    embeddings, labels = problem(whole)
+    expected = step(whole, embeddings, labels)
+    before, own = pieces.centers.detach().clone(), embeddings.clone().requires_grad_()
+    pieces.sample_step(labels)
+    for part, its in zip(own.chunk(3), labels.chunk(3), strict=True):
+        (pieces(part, its) / 3).backward()
+    pieces.optimizer.step()
+    assert relative_error(own.grad, expected[1]) < 1e-5
+    assert relative_error(before - pieces.centers.detach(), expected[2]) < 1e-5
 
 
 def step_of_rank(head, centers, embeddings, labels, **more):
