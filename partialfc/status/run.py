@@ -88,14 +88,19 @@ class Growing:
                     self._most = len(self.entries) + 2 * SOME_LINES
                 else:
                     self._read_on(file, status.st_size)
-        except FileNotFoundError:  # its newest part was split off last, if there are any
-            files = ((0, 0), *((one.stat().st_ino, 0) for one in parts_of(self._path)))
-            if len(files) > 1 and files != self._files:
-                self._position, self._files, self.entries = 0, files, []
-                self._take(earlier_lines(self._path, self._always, 0))
+        except FileNotFoundError:
+            with suppress(OSError):
+                self._read_parts()
         except OSError:
             return self.entries
         return self.entries
+
+    def _read_parts(self) -> None:
+        """Read what there is while the newest part was split off last, if there are any."""
+        files = ((0, 0), *((one.stat().st_ino, 0) for one in parts_of(self._path)))
+        if len(files) > 1 and files != self._files:
+            self._position, self._files, self.entries = 0, files, []
+            self._take(earlier_lines(self._path, self._always))
 
     def _read_on(self, file: BinaryIO, size: int) -> None:
         file.seek(self._position)

@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 
 from partialfc.records import ledger, lines, metrics, parts
+from partialfc.status import run
 from partialfc.status.run import Growing
 
 
@@ -260,6 +261,33 @@ def test_a_page_follows_a_file_that_becomes_a_part(tmp_path, small_parts):
     assert [one["step"] for one in growing.read()][-1] == 120
     sink_of(path, 5)
     assert [one["step"] for one in growing.read()] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("at", ["opened", "parts_of", "earlier_lines"])
+def test_a_file_that_becomes_a_part_during_a_look_is_read_once(
+    tmp_path, small_parts, monkeypatch, at
+):
+    """As the file is opened, as its parts are looked for, and as they are read."""
+    path = tmp_path / "metrics.jsonl"
+    sink_of(path, 90).close()
+    real, left = getattr(run, at), ["once"]
+
+    def splitting(*given):
+        found = real(*given)
+        if left:
+            left.pop()
+            parts.split_off(path, metrics.MEASURES)
+            path.write_text(record(91, loss=1.0))
+        return found
+
+    monkeypatch.setattr(run, at, splitting)
+    growing = Growing(path, metrics.is_sound, metrics.MEASURES)
+    first, second = ([one["step"] for one in growing.read()] for _ in range(2))
+    assert not left
+    assert first == sorted(set(first))
+    assert first[-1] == 90
+    assert second == sorted(set(second))
+    assert second[-2:] == [90, 91]
 
 
 def test_a_page_of_a_run_that_ended_as_its_file_became_a_part_has_all(tmp_path, small_parts):
