@@ -64,6 +64,8 @@ def conflicts_of_arrays(config: "Config") -> Iterator[str]:
         yield f"losses.teacher.weight = {config.losses.teacher.weight} {arrays}: it sees images."
     if any(head.start == "pack:mean" for head in (config.head, *dict(config.heads).values())):
         yield f'head.start = "pack:mean" {arrays}: it embeds images. Name a file of centers.'
+    if config.verification.flip:
+        yield f"verification.flip = true {arrays}: it mirrors images. Remove it."
     for path in config.verification.pairs:
         yield (
             f'verification.pairs = "{path}" {arrays}: it is of images. Use '

@@ -17,6 +17,7 @@ from partialfc.head.options import Compute, Kernels, Memory, Precision, check_fi
 from partialfc.head.plan import Machine, Plan, decide
 
 if TYPE_CHECKING:
+    from partialfc.config.head import Head
     from partialfc.config.tree import Config
 
 
@@ -222,6 +223,8 @@ def _of_a_head(config: "Config", key: str) -> Iterator[str]:
                 f"{key}.nearest.{name} = {to_value(value)}: {key}.negatives is "
                 f'"{settings.negatives}". Set it to "nearest", or remove {name}.'
             )
+    if settings.sample_rate == 1 and not config.stages:
+        yield from idle_negatives(settings, key)
     if settings.overlap and config.precision.compute == "fp16":
         yield (
             f'{key}.overlap = true with precision.compute = "fp16": whether a step with a loss '
@@ -251,6 +254,15 @@ def _of_a_head(config: "Config", key: str) -> Iterator[str]:
         check_inter_class(weight, unit_centers=unit_centers, margin=margin, name=name)
     except ValueError as error:
         yield str(error)
+
+
+def idle_negatives(head: "Head", key: str) -> Iterator[str]:
+    """Yield what is wrong with negatives of a head, in a section, that always uses all centers."""
+    if head.negatives != "uniform":
+        yield (
+            f'{key}.negatives = "{head.negatives}" with {key}.sample_rate = 1: every class center '
+            "is in each step and stands for itself. Set a lower sample_rate, or remove negatives."
+        )
 
 
 def memory_of(config: "Config") -> Memory:

@@ -70,7 +70,7 @@ class Head(Section):
     so that the sum over all identities is taken for less than it is. ``weighted``: all those that
     it was drawn among, so that the sum is right in the mean. ``nearest``: as ``weighted``, and the
     class centers nearest to the batch's own are in every sample, each for itself. With a sample
-    rate of 1 all three are one."""
+    rate of 1, where all three are one, ``uniform`` alone."""
 
     canonical_shards: Annotated[int | None, Range(ge=1)] = None
     """Units that negatives are sampled from and centers are moved in; at least the largest number

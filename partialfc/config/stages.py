@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict, Field
 
+from partialfc.config.conflicts import idle_negatives
 from partialfc.config.file import checked
-from partialfc.config.heads import each_head
+from partialfc.config.heads import each_head, section_of_head
 from partialfc.config.schema import Section, tag_name
 from partialfc.config.wider import wider
 from partialfc.definitions import Range, Unit
@@ -119,13 +120,24 @@ def resolved(config: "Config", schema: type["Config"]) -> tuple[list["Config"], 
             wrong += _differing(config, one)
             found.append(one)
         problems += [f"stages.{stage.name}: {line}" for line in wrong]
+    if not problems:
+        for name, whole in each_head(config).items():
+            if all(each_head(one)[name].head.sample_rate == 1 for one in found):
+                problems += idle_negatives(whole.head, section_of_head(name))
     return found, problems
 
 
 def with_stage(config: "Config", stage: Stage) -> dict[str, Any]:
-    """Return the settings of a run with those of a stage on top, as a file has them."""
+    """Return the settings of a run with those of a stage on top, as a file has them.
+
+    A stage that uses all centers has no negatives that stand for others, which another may have.
+    """
     values = _on_top(config, stage.changes)
     del values["stages"]
+    for head in (values["head"], *values["heads"].values()):
+        if isinstance(head, dict) and head.get("sample_rate") == 1:
+            head.pop("negatives", None)
+            head.pop("nearest", None)
     length = stage.model_dump(include={"steps", "epochs"}, exclude_none=True)
     return {**values, "run": {**values["run"], **length}}
 

@@ -58,7 +58,8 @@ class Verification(Section):
     """Steps between measurements. 0 measures at the end only."""
 
     flip: bool = True
-    """Add to every embedding that of the mirrored image, as the field does for faces."""
+    """Add to every embedding that of the mirrored image, as the field does for faces. With
+    data.kind = "arrays" it is false."""
 
     batch: Annotated[int, Range(ge=1), Unit("images")] = 256
     """Images that each rank decodes ahead. Does not change the result."""
@@ -121,6 +122,16 @@ class Config(Section):
         if isinstance(values, dict) and values.get("stages"):
             run = values.get("run", {})
             return {**values, "run": {"epochs": None, **run} if isinstance(run, dict) else run}
+        return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _arrays_are_not_mirrored(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        data, measured = (values.get(key, {}) for key in ("data", "verification"))
+        if isinstance(data, dict) and data.get("kind") == "arrays" and isinstance(measured, dict):
+            return {**values, "verification": {"flip": False, **measured}}
         return values
 
     @model_validator(mode="after")

@@ -35,6 +35,18 @@ class _Survey:
     digest: str
 
 
+class LabelFileError(ValueError):
+    """Labels of one's own that cannot be used; the message names the file.
+
+    Attributes:
+        key: The setting that is at fault: labels, label_weights or identities.
+    """
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+
 class LabelFile:
     """The identities of images; memory is that of the pages looked at.
 
@@ -45,9 +57,8 @@ class LabelFile:
         num_identities: Left out, it is the largest label + 1.
 
     Raises:
-        ValueError: If a file is none, of another type or shape, or a value is outside its range;
-            the message names it.
-        OSError: If it cannot be read.
+        LabelFileError: If a file cannot be read or is none, of another type or shape, or a value is
+            outside its range.
     """
 
     def __init__(
@@ -61,24 +72,30 @@ class LabelFile:
         self.path, self.weights_path = path, weights
         self._label_NK, self._weight_NK = _labels(path), None
         if len(self._label_NK) != images:
-            raise ValueError(
-                f"{path}: it has labels of {len(self._label_NK):,} images, and data.train has "
-                f"{images:,}, the skipped ones included. There must be one row for each."
+            raise LabelFileError(
+                "labels",
+                f"{path}: it has labels of {len(self._label_NK):,} images, and the data has "
+                f"{images:,}, the skipped ones included. There must be one row for each.",
             )
         if weights is not None:
-            self._weight_NK = _two_dimensional(weights, ("<f2", "<f4", "<f8"), "floating point")
+            floats = ("<f2", "<f4", "<f8")
+            self._weight_NK = _two_dimensional("label_weights", weights, floats, "floating point")
             if self._weight_NK.shape != self._label_NK.shape:
-                raise ValueError(
+                raise LabelFileError(
+                    "label_weights",
                     f"{weights}: it is {list(self._weight_NK.shape)}, must be "
-                    f"{list(self._label_NK.shape)} as {path}: a weight for each label."
+                    f"{list(self._label_NK.shape)} as {path}: a weight for each label.",
                 )
         largest = self._survey.largest
         if largest == NONE:
-            raise ValueError(f"{path}: all its labels are {NONE}: no image has an identity.")
+            raise LabelFileError(
+                "labels", f"{path}: all its labels are {NONE}: no image has an identity."
+            )
         if num_identities is not None and largest >= num_identities:
-            raise ValueError(
-                f"data.identities = {num_identities}: {path} has the label {largest:,}. Set it to "
-                f"{largest + 1} or more, or leave it out."
+            raise LabelFileError(
+                "identities",
+                f"it is {num_identities}, and {path} has the label {largest:,}. Set it to "
+                f"{largest + 1} or more, or leave it out.",
             )
         self.num_identities = largest + 1 if num_identities is None else num_identities
 
@@ -128,9 +145,10 @@ class LabelFile:
             smallest = int(label_NK.min())
             if smallest < NONE:
                 row = start + int((label_NK < NONE).any(1).argmax())
-                raise ValueError(
+                raise LabelFileError(
+                    "labels",
                     f"{self.path}: image {row} has the label {smallest}. Labels are >= 0, and "
-                    f"{NONE} is none."
+                    f"{NONE} is none.",
                 )
             has_none |= smallest == NONE
             largest = max(largest, int(label_NK.max()))
@@ -139,14 +157,17 @@ class LabelFile:
             with np.errstate(over="ignore"):  # it is not finite then
                 weight_NK = raw_NK.astype("<f4")
             if not (sound_N := (np.isfinite(weight_NK) & (weight_NK >= 0)).all(1)).all():
-                raise ValueError(
+                raise LabelFileError(
+                    "label_weights",
                     f"{self.weights_path}: image {start + int(sound_N.argmin())} has a weight that "
-                    "is negative or not finite."
+                    "is negative or not finite.",
                 )
             has_weight |= bool((weight_NK > 0).any())
             digest.update(weight_NK.tobytes())
         if not has_weight:
-            raise ValueError(f"{self.weights_path}: all its weights are 0: no label counts.")
+            raise LabelFileError(
+                "label_weights", f"{self.weights_path}: all its weights are 0: no label counts."
+            )
         return _Survey(largest, has_none, digest.hexdigest())
 
 
@@ -158,10 +179,10 @@ def shape_of(path: Path) -> tuple[int, int]:
 
 
 def _labels(path: Path) -> NDArray[np.integer[Any]]:
-    return _two_dimensional(path, ("<i4", "<i8"), "int32 or int64")
+    return _two_dimensional("labels", path, ("<i4", "<i8"), "int32 or int64")
 
 
-def _two_dimensional(path: Path, dtypes: tuple[str, ...], words: str) -> NDArray[Any]:
+def _two_dimensional(key: str, path: Path, dtypes: tuple[str, ...], words: str) -> NDArray[Any]:
     """The array of a file as [N, K]."""
     try:
         array = mapped_array(path)
@@ -170,8 +191,10 @@ def _two_dimensional(path: Path, dtypes: tuple[str, ...], words: str) -> NDArray
                 f"holds {array.dtype} {list(array.shape)}, must be {words} [images] or "
                 "[images, identities of each]."
             )
+    except OSError as error:
+        raise LabelFileError(key, in_words(error)) from None
     except ValueError as error:
-        raise ValueError(f"{path}: {in_words(error)}") from None
+        raise LabelFileError(key, f"{path}: {error}") from None
     return array.reshape(len(array), -1)
 
 

@@ -20,8 +20,12 @@ def mapped_array(path: Path) -> NDArray[Any]:
     os.close(opened(path, os.O_RDONLY))
     try:
         array = np.lib.format.open_memmap(path, mode="r")
-    except (EOFError, OverflowError, TypeError) as error:  # a header may say more than there can be
-        raise ValueError(f"is no array: {error}.") from None
+    # A header may say more than there can be.
+    except (ValueError, EOFError, OverflowError, TypeError) as error:
+        why = str(error).rstrip(".")
+        raise ValueError(
+            f"is no .npy file of numbers ({why}). Write it with numpy.save, or name another."
+        ) from None
     if not array.flags.c_contiguous:
         raise ValueError(f"holds {array.dtype} {list(array.shape)} in columns, must be row by row.")
     if not array.size or path.stat().st_size != array.offset + array.nbytes:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from partialfc.commands._command import command_parser
+from partialfc.commands._numbers import positive
 from partialfc.config import ConfigError
 from partialfc.slurm import actions as jobs
 from partialfc.slurm.submit import REQUEUES, REQUEUES_HERE, Job, submission_text, submit, train_here
@@ -58,15 +59,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = command_parser("slurm", __doc__)
     add = parser.add_argument
     add("words", nargs="+", metavar="CONFIG.toml|key.sub=value", help="settings and overrides")
-    add("--nodes", type=_positive, default=1, help="(default 1)")
-    add("--gpus-per-node", type=_positive, help="ranks of a node, one GPU each")
-    add("--tasks-per-node", type=_positive, help="ranks of a node without GPUs")
-    add("--cpus-per-task", type=_positive, help="cores of a rank; left out, data.threads of them")
+    add("--nodes", type=positive, default=1, help="(default 1)")
+    add("--gpus-per-node", type=positive, help="ranks of a node, one GPU each")
+    add("--tasks-per-node", type=positive, help="ranks of a node without GPUs")
+    add("--cpus-per-task", type=positive, help="cores of a rank; left out, data.threads of them")
     add("--time", type=_minutes, default=24 * 60, help="[DAYS-]HH:MM:SS of one start (24:00:00)")
     add("--partition", type=_word, help="Slurm's partition; left out, its default one")
     add("--account", type=_word, help="whom Slurm charges")
     add("--qos", type=_word, help="Slurm's quality of service")
-    add("--lead", type=_positive, default=120, help="seconds to save before the time limit (120)")
+    add("--lead", type=positive, default=120, help="seconds to save before the time limit (120)")
     add("--max-requeues", type=_count, help="starts after the first one (100; with --local 5)")
     add("--name", help="of the job; left out, the folder of the run")
     add("--setup", action="append", default=[], help="a shell line before training, e.g. a module")
@@ -103,12 +104,6 @@ def _job(options: argparse.Namespace) -> Job:
         options.max_requeues = REQUEUES_HERE if options.local else REQUEUES
     asked = {field.name: getattr(options, field.name, ()) for field in dataclasses.fields(Job)}
     return Job(**asked | {"configs": tuple(configs), "overrides": tuple(overrides)})
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be an integer >= 1")
-    return int(text)
 
 
 def _count(text: str) -> int:

@@ -14,6 +14,7 @@ from partialfc.data.arrangements import arrangement
 from partialfc.data.arrays import open_arrays
 from partialfc.data.dataset import DataSet, Part, most_of, open_dataset
 from partialfc.data.joined import JoinedSets
+from partialfc.data.label_file import LabelFileError
 from partialfc.data.order import Order
 from partialfc.data.order_of_sets import AnyOrder, OrderOfSets
 from partialfc.data.skip_list import read_skip_lists
@@ -30,13 +31,14 @@ def open_images(config: Config) -> DataSet:
     Raises:
         ConfigError: If they cannot be opened; the message names the key or the file.
     """
-    data, where = config.data, "data.train: "
+    data, section, where = config.data, "data.", "data.train: "
     try:
         if not data.by_set:
             return _opened(data)
         sets = {}
         for name, one in data.by_set.items():
-            where = f"data.sets.{name}.train: "
+            section = f"data.sets.{name}."
+            where = f"{section}train: "
             sets[name] = _opened(one)
         where = "data.skip: "
         sets = _without(sets, data.skip)
@@ -44,6 +46,8 @@ def open_images(config: Config) -> DataSet:
             return sets[name]
         where = ""
         return JoinedSets(sets, {name: one.map for name, one in data.by_set.items()})
+    except LabelFileError as error:
+        raise ConfigError(f"{section}{error.key}: {error}") from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"{where}{in_words(error)}") from error
 

@@ -217,10 +217,16 @@ def keys_of(names, prefix: str) -> Iterator[str]:
             "[head.several], [head.margin], [head.optimizer].",
         ),
         (  # what no sample asks for
-            MINIMAL + "[head]\nnegatives = 'weighted'\nnearest.neighbours = 8\n",
+            MINIMAL + "[head]\nsample_rate = 0.1\nnegatives = 'weighted'\nnearest.neighbours = 8\n",
             [],
             'head.nearest.neighbours = 8: head.negatives is "weighted". Set it to "nearest", or '
             "remove neighbours.",
+        ),
+        (  # a sample that is none
+            MINIMAL + "[head]\nnegatives = 'weighted'\n",
+            [],
+            'head.negatives = "weighted" with head.sample_rate = 1: every class center is in each '
+            "step and stands for itself. Set a lower sample_rate, or remove negatives.",
         ),
         (  # unknown section
             MINIMAL + "[sched]\nname = 'linear'\n",

@@ -65,6 +65,18 @@ def test_a_stage_has_the_settings_above_with_its_own_on_top() -> None:
     assert first.stages == second.stages == ()
 
 
+def test_a_stage_with_all_centers_has_no_negatives_that_stand_for_others() -> None:
+    """They are refused where no stage has any."""
+    few = ('head.negatives="nearest"', "head.nearest.neighbours=8")
+    first, second = loaded(TEXT, *few).in_stages()
+    assert (first.head.negatives, first.head.nearest.neighbours) == ("nearest", 8)
+    assert second.head.negatives == "uniform"
+    with pytest.raises(
+        ConfigError, match=r'head\.negatives = "nearest" with head\.sample_rate = 1'
+    ):
+        loaded(TEXT.replace("head.sample_rate = 0.1", "head.sample_rate = 1"), *few)
+
+
 def test_what_has_another_name_or_no_weight_is_stated_whole() -> None:
     """Nothing of a CosFace is an ArcFace's, of a polynomial a cosine's, or of a loss left out."""
     first, second = loaded().in_stages()

@@ -51,9 +51,9 @@ def test_a_sample_has_the_row_of_its_image_whatever_is_skipped(tmp_path, dtype):
 @pytest.mark.parametrize(
     ("values", "weights", "words"),
     [
-        ([0, 1], None, "labels of 2 images, and data.train has 3"),
+        ([0, 1], None, "labels of 2 images, and the data has 3"),
         ([0, -2, 1], None, "image 1 has the label -2"),
-        ([0, 7, 1], None, "data.identities = 7: .* has the label 7. Set it to 8"),
+        ([0, 7, 1], None, "it is 7, and .* has the label 7. Set it to 8"),
         ([-1, -1, -1], None, "all its labels are -1"),
         ([[[0]], [[1]], [[2]]], None, r"holds int64 \[3, 1, 1\], must be int32 or int64"),
         ([0, 1, 2], [[1.0], [1.0]], r"is \[2, 1\], must be \[3, 1\]"),

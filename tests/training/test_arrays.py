@@ -135,6 +135,7 @@ def test_an_estimate_of_a_run_on_arrays_has_its_shape(recipe, tmp_path, capsys):
         ("data.kind=images", r"data\.shape = \[16, 24\]: it is of arrays"),
         ("backbone.name=iresnet50", r"backbone\.name = \"iresnet50\" with .*one of your own"),
         ("head.start=pack:mean", r"head\.start = \"pack:mean\" with"),
+        ("verification.flip=true", r"verification\.flip = true with .*mirrors images"),
         ("verification.pairs=['a.bin']", r"verification\.pairs = .*labels\.npy beside"),
     ],
 )

@@ -142,7 +142,7 @@ def says_too_much(path):
     [
         ("a.npy", bad_row, "row 40 has the length nan; it must be finite"),
         ("a.npy", cut_short, "mmap length is greater|its header says"),
-        ("a.npy", says_too_much, "is no array|mmap length|too big"),
+        ("a.npy", says_too_much, r"is no \.npy file of numbers"),
         ("a.npy", lambda p: np.save(p, np.ones((C - 1, D), "f4")), r"\[44, 6\], and must have one"),
         ("a.npy", lambda p: np.save(p, np.ones((C, D), "i8")), r"int64 \[45, 6\], must be fp16"),
         ("a.npy", lambda p: np.save(p, np.ones((C, D), ">f4")), "must be fp16 or fp32 or fp64"),

@@ -173,7 +173,12 @@ class _Far:
         try:
             self._fs, self._root = fsspec.core.url_to_fs(expanded(url)[0])
         except ImportError as error:  # fsspec says what a kind of URL needs
-            raise ValueError(f"{url}: {error}") from error
+            raise ValueError(f"{url}: {error}.") from error
+        except ValueError as error:  # of a kind that nobody knows
+            raise ValueError(
+                f"{url}: no package here reads it: {error}. Install the one for it, or name a "
+                "folder or a kind that fsspec knows."
+            ) from error
 
     def shards(self) -> list[str]:
         self._paths = self._patterned() if self._is_pattern() else self._in_folder()
@@ -242,7 +247,10 @@ class _Far:
                 why = f"{type(error).__name__}: {error}"
                 if isinstance(error, _LASTING) or attempt == ATTEMPTS:
                     times = f" {attempt} times" if attempt > 1 else ""
-                    raise ShardError(f"{shard}: it could not be read{times}: {why}") from error
+                    raise ShardError(
+                        f"{shard}: it could not be read{times}: {why}. Check the store, the "
+                        "rights to it and the network; a run goes on with the same command."
+                    ) from error
                 self._say(f"{shard}: {why}; attempt {attempt + 1} of {ATTEMPTS} in {wait:g} s.")
             time.sleep(wait)
             wait *= 2

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from partialfc.data.names import NAMES, Names, read_names
+from partialfc.errors import in_words
 from partialfc.records.metrics import read_metrics
 from partialfc.records.parts import parts_of
 from partialfc.records.stages import StageRecord, read_stages
@@ -63,7 +64,9 @@ def read_run(folder: Path) -> RunFiles:
     try:
         settings = _flat(tomllib.loads(read_text(config)))
     except (ValueError, OSError, RecursionError) as error:
-        raise ValueError(f"{config}: {error}") from error
+        raise ValueError(
+            f"{config}: it cannot be read as settings: {in_words(error)}. Copy a sound one back."
+        ) from error
     metrics = folder / "metrics.jsonl"
     checkpoints, older = _checkpoints(folder / "checkpoints")
     return RunFiles(
@@ -91,7 +94,10 @@ def _json(path: Path) -> Json:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(
+            f"{path}: it cannot be read as JSON: {in_words(error)}. Copy a sound one back, or "
+            "remove it."
+        ) from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: must be an object, got {type(value).__name__}.")
     return value
