@@ -17,6 +17,8 @@ from partialfc.checkpoint import folder as checkpoint_folder
 from partialfc.checkpoint.optimizer_states import named_states
 from partialfc.definitions import plugins
 from partialfc.distributed.ranks import Ranks
+from partialfc.errors import CheckpointError
+from partialfc.head.drift import drifted
 from partialfc.model.batch_norm import mean_over_ranks, mean_statistics, statistics
 from partialfc.model.build import Model
 from partialfc.model.heads import Heads
@@ -30,7 +32,8 @@ class Content:
     """The live tensors of a checkpoint that one rank has.
 
     Attributes:
-        own: Which no other rank has: its rows, and its BatchNorm statistics.
+        own: Which this rank writes alone: its rows, of the first copy of the class centers, and its
+            BatchNorm statistics.
         backbone: The backbone, its optimizer and its average: with ``model.shards`` this rank's
             rows, otherwise the same on every rank.
         heads: What all ranks share of the heads.
@@ -44,11 +47,18 @@ class Content:
 def content_of(model: Model, ranks: Ranks) -> Content:
     """Return what a checkpoint of a model has.
 
-    Collective: one all-reduce of BatchNorm's statistics, and one of their averages.
+    Collective: one all-reduce of BatchNorm's statistics, and one of their averages; where a head
+    has several copies of its class centers, their comparison.
+
+    Raises:
+        CheckpointError: On every rank, if two copies differ.
     """
     own: Files = {}
     for head in model.heads.values():
         head.optimizer.settle()
+        rows = {"centers": head.centers, **head.optimizer.states()}
+        if problem := drifted(rows, head.copies):
+            raise CheckpointError(f"copies of the class centers are not the same. {problem}.")
     average = model.average
     means = mean_statistics(model.backbone, ranks)
     averages = average.statistics() if average else {}
@@ -68,7 +78,7 @@ def content_of(model: Model, ranks: Ranks) -> Content:
     for name, head in model.heads.items():
         if shared := head.shared_state():
             heads[checkpoint_folder.head_of(name)] = shared
-        if len(head.owned):
+        if len(head.owned) and head.copies.first:
             file = checkpoint_folder.centers_of(name, head.owned_rows.start)
             own[file] = {"centers": head.centers, **head.optimizer.states(), **head.lists()}
     return Content(own, backbone, heads)

@@ -6,7 +6,7 @@ from typing import Any
 
 from partialfc.checkpoint.folder import read_manifest, steps
 from partialfc.config import Config, ConfigError
-from partialfc.config.heads import holders_of_heads
+from partialfc.config.heads import ranks_of_centers
 from partialfc.errors import CheckpointError
 
 
@@ -37,8 +37,8 @@ def refuse_more_ranks(config: Config, kept: Mapping[str, int], ranks: int) -> No
     Raises:
         ConfigError: If there are more.
     """
-    for name, holders in holders_of_heads(config, ranks).items():
-        shards, wanted = kept.get(name, 0), ranks if holders is None else len(holders)
+    for name, wanted in ranks_of_centers(config, ranks).items():
+        shards = kept.get(name, 0)
         if 0 < shards < wanted:
             raise ConfigError(
                 f"run.folder = {str(config.run.folder)!r}: its checkpoints have {shards} canonical "

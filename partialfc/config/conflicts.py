@@ -231,6 +231,8 @@ def _of_a_head(config: "Config", key: str) -> Iterator[str]:
             f"scale counts is known after the backbone's backward only. Use bf16, or remove "
             f"{key}.overlap."
         )
+    if settings.ranks_per_copy is not None:
+        yield from _of_copies(config, key)
     unit_centers = settings.margin.definition.unit_centers
     margin = f'{key}.margin.name = "{settings.margin.name}"'
     on_cpu = config.run.device == "cpu"
@@ -265,6 +267,25 @@ def idle_negatives(head: "Head", key: str) -> Iterator[str]:
         )
 
 
+def _of_copies(config: "Config", key: str) -> Iterator[str]:
+    """What does not go with several copies of the class centers; ``key`` is the head's section."""
+    copies = f"{key}.ranks_per_copy = {config.head.ranks_per_copy}"
+    if (ranks := getattr(config.head, "ranks", None)) is not None:
+        yield (
+            f"{copies} with {key}.ranks = {ranks}: a head on some of the ranks has one. Remove one."
+        )
+    if config.head.overlap:
+        yield (
+            f"{copies} with {key}.overlap = true: gradients of centers would go between copies "
+            "beside those of the backbone, and ranks may not agree which is first. Remove one."
+        )
+    if (every := config.checkpoint.peers_every_steps) > 0:
+        yield (
+            f"{copies} with checkpoint.peers_every_steps = {every}: not supported together. Remove "
+            "one."
+        )
+
+
 def memory_of(config: "Config") -> Memory:
     """Return what the head may keep, and where its rows lie."""
     return Memory(**config.head.model_dump(include={field.name for field in fields(Memory)}))
@@ -293,6 +314,7 @@ def plan_of(config: "Config", machine: Machine | None, positives: int = 1) -> Pl
         sets=may_share(config),
         positives=positives,
         fp8=config.head.center_format == "fp8",
+        copies=config.head.ranks_per_copy is not None,
     )
 
 

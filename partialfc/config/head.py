@@ -77,6 +77,15 @@ class Head(Section):
     of ranks that the run will ever have. Left out, it follows from the number of identities and is
     at least four times the ranks of the first start; a run that goes on keeps it."""
 
+    ranks_per_copy: Annotated[int | None, Range(ge=1)] = None
+    """Ranks that hold the class centers together, neighbours of each other: those of a node, say.
+    With more ranks there are several copies of the centers, each trained on the images of its own
+    ranks, and gradients of centers are summed over copies in every step: the result is that of one
+    copy to rounding. Embeddings then travel among these ranks alone, and gradients of all sampled
+    centers between them: it pays for small samples on thousands of ranks, which
+    ``partialfc estimate`` compares. Left out, or not fewer than there are: all ranks hold them. It
+    may change when a run goes on."""
+
     compute: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
     """Format of the head's matrix products. ``auto`` is bf16 where ``precision.compute`` is,
     otherwise fp32, or tf32 on a GPU with ``precision.tf32``."""

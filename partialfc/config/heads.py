@@ -20,6 +20,7 @@ from partialfc.config.schema import OneOrMore, Section
 from partialfc.data.parts import parts_of_batch
 from partialfc.definitions import Range
 from partialfc.definitions.phrases import to_value
+from partialfc.distributed.shares import Shares, uneven_copies, wrong_copies
 from partialfc.records.metrics import NAMES
 
 if TYPE_CHECKING:
@@ -187,11 +188,40 @@ def holders_of_heads(config: "Config", world_size: int) -> dict[str, range | Non
     return holders
 
 
+def ranks_of_centers(config: "Config", world_size: int) -> dict[str, int]:
+    """Return over how many ranks the class centers of each head are cut."""
+    ranks = {}
+    for name, holders in holders_of_heads(config, world_size).items():
+        per_copy = each_head(config)[name].head.ranks_per_copy or world_size
+        ranks[name] = min(per_copy, world_size) if holders is None else len(holders)
+    return ranks
+
+
+def bad_copies(config: "Config", world_size: int) -> Iterator[str]:
+    """Yield a line for each head whose copies cannot be, or not have as many rows as each other."""
+    rows, parts = rows_of_heads(config), config.optimizer.accumulation
+    of_all, shares = np.ones(config.data.global_batch, bool), config.shares(world_size)
+    for name, ranks in ranks_of_centers(config, world_size).items():
+        key, own_B = section_of_head(name), rows[name]
+        per_copy = each_head(config)[name].head.ranks_per_copy
+        if per_copy is None or per_copy >= world_size:
+            continue
+        if problem := wrong_copies(per_copy, world_size):
+            yield f"{key}.{problem}"
+            continue
+        own_B = of_all if own_B is None else own_B
+        cut = [np.split(own_B[shares.rows(rank)], parts) for rank in range(world_size)]
+        for part in range(parts):
+            sizes = Shares(tuple(int(of_rank[part].sum()) for of_rank in cut))
+            if problem := uneven_copies(ranks, sizes):
+                yield f"{key}.{problem}. Choose a data.global_batch that the ranks divide."
+                break
+
+
 def few_shards(config: "Config", world_size: int) -> Iterator[str]:
     """Yield a line for each head whose class centers cannot be cut for so many ranks."""
-    for name, holders in holders_of_heads(config, world_size).items():
+    for name, ranks in ranks_of_centers(config, world_size).items():
         shards = each_head(config)[name].head.canonical_shards
-        ranks = world_size if holders is None else len(holders)
         if shards is not None and shards < ranks:
             yield (
                 f"{section_of_head(name)}.canonical_shards = {shards}: must be at least the number "

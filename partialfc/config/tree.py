@@ -21,7 +21,7 @@ from partialfc.config.conflicts import conflicts
 from partialfc.config.data import Data
 from partialfc.config.file import load_settings
 from partialfc.config.head import STARTS, Head
-from partialfc.config.heads import Heads, HeadsInHelp, few_images, few_shards
+from partialfc.config.heads import Heads, HeadsInHelp, bad_copies, few_images, few_shards
 from partialfc.config.losses import Losses
 from partialfc.config.monitor import Monitor
 from partialfc.config.optimizers import (
@@ -221,13 +221,21 @@ class Config(Section):
                 f"{accumulation}), or losses that compare pairs of one identity lose some."
             )
         problems += few_shards(self, world_size)
-        return problems or [*few_images(self, world_size)]
+        return problems or [*few_images(self, world_size), *bad_copies(self, world_size)]
 
 
 STAGE = "stage"
 """The fact of a checkpoint that says of which stage it is; one of the first has none."""
 
-_HOW_A_HEAD_COMPUTES = {"keep_mib", "fused", "overlap", "centers_in", "states_in", "host_folder"}
+_HOW_A_HEAD_COMPUTES = {
+    "keep_mib",
+    "fused",
+    "overlap",
+    "centers_in",
+    "states_in",
+    "host_folder",
+    "ranks_per_copy",
+}
 _CHANGES_NO_RESULT: dict[str, Any] = {
     "run": {
         "folder",

@@ -46,3 +46,27 @@ class Shares:
         """Return where a rank's rows are among all [B]."""
         start = sum(self.sizes[:rank])
         return slice(start, start + self.sizes[rank])
+
+
+def wrong_copies(ranks_per_copy: int, ranks: int) -> str:
+    """Return what is wrong with so many ranks a copy, or ""."""
+    if ranks_per_copy >= 1 and (ranks % ranks_per_copy == 0 or ranks < ranks_per_copy):
+        return ""
+    fits = [size for size in range(1, ranks + 1) if ranks % size == 0]
+    below = max((size for size in fits if size <= ranks_per_copy), default=1)
+    return (
+        f"ranks_per_copy = {ranks_per_copy}: must be a number that the {ranks} ranks divide by, as "
+        f"{below}. Or leave it out: all ranks then hold the class centers together."
+    )
+
+
+def uneven_copies(ranks_per_copy: int, shares: Shares) -> str:
+    """Return what is wrong with copies that have not as many rows as each other, or ""."""
+    starts = range(0, len(shares.sizes), ranks_per_copy)
+    rows = [sum(shares.sizes[start : start + ranks_per_copy]) for start in starts]
+    if len({*rows}) == 1:
+        return ""
+    return (
+        f"ranks_per_copy = {ranks_per_copy}: every copy of the class centers must have as many "
+        f"rows of a batch, and they have {min(rows)} to {max(rows)}"
+    )

@@ -19,6 +19,7 @@ from partialfc.head.row_set import RowSet
 from partialfc.head.several import Labels
 from partialfc.head.tiles.set_mask import SetMask
 from partialfc.head.tiles.workspace import Workspace
+from partialfc.head.whole import Whole
 from partialfc.margins import Margin, State
 from partialfc.numerics import operand_dtype, unit
 
@@ -57,7 +58,9 @@ class Queries:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """The global batch of one forward pass with its sampled centers; no gradient flows through it.
+    """The batch of one forward pass with its sampled centers; no gradient flows through it.
+
+    It is the global one, or, where there are several copies of the centers, that of a copy's ranks.
 
     Attributes:
         queries: Of this rank.
@@ -77,8 +80,9 @@ class Batch:
         inter_class_weight: Of the inter-class loss; 0 for none.
         compute: Precision of the matrix products.
         path: Which code computes them.
-        ranks: Those that share the centers.
-        shares: b of every rank.
+        ranks: Those that share the centers: of a copy of them.
+        shares: b of each of these.
+        whole: The batch among those of all copies of the centers.
         want_gradient: Whether backward may follow.
         want_pull: Whether it wants the gradient of the embeddings.
         keep_bytes: Most memory of the exponentials kept for pass 2.
@@ -104,6 +108,7 @@ class Batch:
     path: Path
     ranks: Ranks
     shares: Shares
+    whole: Whole
     want_gradient: bool
     want_pull: bool
     keep_bytes: int

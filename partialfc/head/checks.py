@@ -122,6 +122,32 @@ def refuse_sets(sets: Sets | None, margin: Margin, num_identities: int) -> None:
         )
 
 
+def refuse_with_copies(copies: int, holders: range | None, *, overlap: bool) -> None:
+    """Refuse what does not go with several copies of the centers.
+
+    Args:
+        copies: How often the centers are held.
+        holders: Ranks that hold them, of a small head.
+        overlap: Whether rows are updated beside the backbone's backward.
+
+    Raises:
+        ValueError: With the name of the option first.
+    """
+    if copies == 1:
+        return
+    if holders is not None:
+        raise ValueError(
+            f"ranks_per_copy with holders = {holders}: a head that lies on some of the ranks is "
+            "held once. Leave one of them out."
+        )
+    if overlap:
+        raise ValueError(
+            "ranks_per_copy with overlap = true: gradients of centers would go between copies "
+            "beside those of the backbone, and the ranks may not agree on which comes first. Leave "
+            "one of them out."
+        )
+
+
 def refuse_batch(
     embeddings: Tensor,
     identities: Tensor,

@@ -3,9 +3,10 @@
 :func:`margin_loss` reads as the data flows: positives, pass 1 over the negatives, sums over ranks,
 the loss of each row and its derivatives, and what the two gradients need of all that.
 
-Shape suffixes: b = rows of this rank's batch, B = rows of the gathered batch, C = rows of the
-centers at hand, D = embedding, and in a query its bias, n = sampled rows, K = positives of a row,
-P = K * B pairs of a row and one of its positives, or other keys that are pulled, 1 = one a row.
+Shape suffixes: b = rows of this rank's batch, B = rows of the gathered batch, A = those of all
+copies of the centers, C = rows of the centers at hand, D = embedding, and in a query its bias, n =
+sampled rows, K = positives of a row, P = K * B pairs of a row and one of its positives, or other
+keys that are pulled, 1 = one a row.
 """
 
 from collections.abc import Callable
@@ -88,16 +89,18 @@ def margin_loss(batch: Batch) -> Outcome:
         positive = margin.positive(state, own.rows)
     else:
         positive = Positive(margin.logit(state, own.rows), own.rows.dot_B)
+    positive = batch.whole.own(positive)
     logits = _logits(batch, own, state)
     negatives = _first_pass(batch, own, logits)
-    sums = sums_of(batch, negatives, positive, own.rows.dot_B, own.local_P)
+    sums = sums_of(batch, negatives, positive, own.dot_P, own.local_P)
     push = push_of(batch, sums, logits.offset)
     means = batch.labels.means
     loss = means.of_rows(push.loss_B)
     terms = _center_terms(batch, own, logits)
     for weight, term in terms.values():
         loss = loss + weight * term.loss
-    found = {name: term.loss for name, (_, term) in terms.items()}
+    loss, *each = batch.whole.mean([loss, *(term.loss for _, term in terms.values())])
+    found = dict(zip(terms, each, strict=True))
     if not batch.want_gradient:
         return Outcome(loss, found)
 
@@ -108,7 +111,7 @@ def margin_loss(batch: Batch) -> Outcome:
         loss,
         found,
         loss.isfinite(),
-        margin.learn(state, learned_B, sums.logit_KB, means),
+        batch.whole.learn(margin, state, learned_B, sums.logit_KB, means),
         _kept(batch, own, positive, slope_P, logits, negatives, sums, push, terms),
         _gradient(batch, own, slope_P, negatives, push, terms) if batch.want_pull else None,
     )
@@ -122,13 +125,16 @@ class _Own:
         key_PD: fp32, of unit length where the margin has it so; 0 where another rank has it.
         target_P: Its place among the sampled, or ``NOT_LOCAL``.
         local_P: Whether this rank has it.
-        rows: What the margin may know of the pairs.
+        dot_P: fp32 product of each query and that key; 0 where another rank has it, unless the
+            margin needs it.
+        rows: What the margin may know of the pairs, those of all copies of the centers.
         first: The same of the rows, each with its first positive.
     """
 
     key_PD: Tensor
     target_P: Tensor
     local_P: Tensor
+    dot_P: Tensor
     rows: Rows
     first: Rows
 
@@ -146,21 +152,24 @@ def _own(batch: Batch) -> _Own:
     dot_P = (query_BD.float() * key_PD.view(most, *query_BD.shape)).sum(2).flatten()
     if margin.needs_positives:
         dot_P = sum_over_ranks(dot_P, batch.ranks)
-    first = Rows(dot_P[: len(query_BD)], norm_B, length_P, batch.step, batch.draw_key)
     norm_P = None if norm_B is None else norm_B.repeat(most)
-    rows = replace(first, dot_B=dot_P, norm_B=norm_P)
-    return _Own(key_PD, target_P, target_P != NOT_LOCAL, rows, first)
+    rows = batch.whole.of(Rows(dot_P, norm_P, length_P, batch.step, batch.draw_key))
+    count = len(rows.dot_B) // most
+    norm_A = None if rows.norm_B is None else rows.norm_B[:count]
+    first = replace(rows, dot_B=rows.dot_B[:count], norm_B=norm_A)
+    return _Own(key_PD, target_P, target_P != NOT_LOCAL, dot_P, rows, first)
 
 
 def _logits(batch: Batch, own: _Own, state: State) -> Logits:
     margin = batch.margin
+    bend = margin.bend(state, own.first)
     return Logits(
         scale=margin.scale,
         unit=margin.unit_centers,
         largest=margin.largest_logit,
         compute=batch.compute,
         per_identity=margin.centers_per_identity,
-        bend=margin.bend(state, own.first),
+        bend=None if bend is None else batch.whole.own(bend),
         offset=margin.offset(state),
         mask=batch.mask,
         log_weight_n=batch.log_weight_n,

@@ -14,32 +14,33 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from partialfc.distributed.ranks import Ranks
+from partialfc.distributed.copies import Copies
 from partialfc.distributed.shares import Shares
 from partialfc.head.batch import Batch, Queries
-from partialfc.head.centers import fill_initial_
+from partialfc.head.centers import fill_initial_, new_centers
 from partialfc.head.checks import (
     refuse_batch,
     refuse_center_losses,
     refuse_other_kinds,
     refuse_sets,
     refuse_several,
+    refuse_with_copies,
 )
 from partialfc.head.forgotten import Forgotten
 from partialfc.head.gathering import Gathering
-from partialfc.head.loss import MarginLoss, Outcome, margin_loss
+from partialfc.head.loss import MarginLoss, margin_loss
 from partialfc.head.machine import machine_of
 from partialfc.head.options import Kernels, Memory, Negatives, Precision, Sets, Several, check_fit
 from partialfc.head.plan import Plan, decide
 from partialfc.head.rows.formats import DTYPES
 from partialfc.head.rows.optimizer import RowOptimizer
 from partialfc.head.rows.rules import RowRule, RowSGD
-from partialfc.head.rows.staging import host_tensor, row_tensor
 from partialfc.head.sampling import KeyedSampler, Sample
 from partialfc.head.set_masks import SetMasks
 from partialfc.head.shard import Shard
 from partialfc.head.sharding import Sharding, default_canonical_shards
 from partialfc.head.steps import StepSamples
+from partialfc.head.whole import Whole
 from partialfc.keyed import key
 from partialfc.margins import Margin
 
@@ -75,6 +76,8 @@ class PartialFC(Shard):
             there are more ranks than that.
         group: Process group; ``None`` for the default one.
         holders: Ranks of the group that hold the centers, of a small head; ``None`` for all.
+        ranks_per_copy: Ranks that hold the centers together, which are then held several times
+            (``copies.md``); ``None`` for all ranks.
         device: Where the centers live; ``None`` for torch's default device.
 
     Raises:
@@ -102,6 +105,7 @@ class PartialFC(Shard):
         canonical_shards: int | None = None,
         group: dist.ProcessGroup | None = None,
         holders: range | None = None,
+        ranks_per_copy: int | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
@@ -132,18 +136,18 @@ class PartialFC(Shard):
         refuse_several(positives, margin, max(center_weight, inter_class_weight))
         refuse_sets(sets, margin, num_identities)
         self.margin, self.several, self.sets = margin, positives, sets
-        self.ranks = Ranks.of(group)
+        self.copies = Copies.of(group, ranks_per_copy)
+        self.ranks, holding = self.copies.every, self.copies.within
+        refuse_with_copies(self.copies.count, holders, overlap=kernels.overlap)
+        if canonical_shards is None:
+            canonical_shards = default_canonical_shards(num_identities, self.ranks.size)
         self.sharding = Sharding(
             num_identities=num_identities,
-            canonical_shards=(
-                default_canonical_shards(num_identities, self.ranks.size)
-                if canonical_shards is None
-                else canonical_shards
-            ),
-            world_size=self.ranks.size,
+            canonical_shards=canonical_shards,
+            world_size=holding.size,
             holders=holders,
         )
-        self.owned = self.sharding.owned(self.ranks.rank)
+        self.owned = self.sharding.owned(holding.rank)
         self.embedding_dim, self.seed = embedding_dim, seed
         self.centers_per_identity = margin.centers_per_identity
         for name, value in margin.new_state(num_identities).items():
@@ -153,20 +157,14 @@ class PartialFC(Shard):
         self.plan = self._decide(rule, weighted=negatives != "uniform", fused=kernels.fused)
         self.sampler = KeyedSampler(
             self.sharding,
-            self.ranks.rank,
+            holding.rank,
             sample_rate=sample_rate,
             seed=seed,
             negatives=negatives,
             nearest=self._nearest_of(negatives, sample_rate),
         )
         size = len(self.owned_rows), embedding_dim + margin.bias
-        dtype = DTYPES[self.center_format]
-        if memory.centers_in == "host":
-            centers = host_tensor(
-                "centers", size, dtype, memory.host_folder, pinned=self.device.type == "cuda"
-            )
-        else:
-            centers = row_tensor(size, dtype, self.device)
+        centers = new_centers(size, DTYPES[self.center_format], memory, self.device)
         fill_initial_(centers, self.owned_rows, seed=seed, device=self.device)
         if margin.bias:
             centers[:, -1] = 0
@@ -183,9 +181,10 @@ class PartialFC(Shard):
             plan=self.plan,
             overlap=kernels.overlap,
             every_row=sample_rate == 1,
+            across=self.copies.across,
         )
         self._gathering = Gathering(
-            self.ranks, num_identities, positives, binary=margin.binary, device=self.device
+            self.copies, num_identities, positives, binary=margin.binary, device=self.device
         )
         self._samples = StepSamples(
             self._gathering, self.sampler, self.centers_per_identity, self.device
@@ -270,7 +269,8 @@ class PartialFC(Shard):
         and one for a margin that needs the positives first; a margin that follows the norm and
         label smoothing make the all-reduce of [2B] longer by [B] and [2B]. The losses beside the
         softmax have their own; see :mod:`partialfc.head.center_losses`. With K identities a row,
-        [2B] is [B + K * B], and [B] of the norm [K * B].
+        [2B] is [B + K * B], and [B] of the norm [K * B]. Several copies of the centers add two
+        all-gathers and one all-reduce, and one all-gather for a margin that learns.
 
         ``embeddings.grad`` is the world size times the exact gradient, so that the mean over
         ranks that DistributedDataParallel takes is exact.
@@ -313,6 +313,7 @@ class PartialFC(Shard):
                     embeddings, identities, shares, weights, want_gradient=anchor.requires_grad
                 )
                 outcome = margin_loss(batch)
+                self.terms = outcome.terms
                 self._learn(outcome)
             loss: Tensor = MarginLoss.apply(  # type: ignore[no-untyped-call]
                 embeddings, anchor, outcome, self.optimizer.add_micro_batch
@@ -335,12 +336,13 @@ class PartialFC(Shard):
         state = {name: value.clone() for name, value in self.margin_state().items()}
         queries = Queries.of(embeddings, margin, state, self.compute)
         norms_b = queries.norm_b if margin.needs_norms else None
-        of_ranks = shares or Shares((len(embeddings),) * self.ranks.size)
+        shares = self.copies.shares(shares)
+        of_ranks = shares or Shares((len(embeddings),) * self.copies.within.size)
         fraction = self._samples.fraction(optimizer.steps, sum(of_ranks.sizes))
         gathered = self._gathering.batch(
             queries.query_bD, identities, weights, norms_b, shares, fraction
         )
-        sample = self.sample(gathered.identities_P)
+        sample = self.sample(gathered.identities_P, gathered.every_P)
         optimizer.catch_up(sample.rows, sample.host_n)
         centers_CD, rows = optimizer.open(sample.rows, sample.host_n)
         return Batch(
@@ -361,24 +363,18 @@ class PartialFC(Shard):
             inter_class_weight=self.inter_class_weight,
             compute=self.compute,
             path=self.plan.path,
-            ranks=self.ranks,
+            ranks=self.copies.within,
             shares=of_ranks,
+            whole=Whole(self.copies.across, len(gathered.query_BD)),
             want_gradient=want_gradient,
             want_pull=want_gradient and embeddings.requires_grad,
             keep_bytes=self.keep_bytes - optimizer.kept_bytes if want_gradient else 0,
             workspace=optimizer.workspace,
         )
 
-    def _learn(self, outcome: Outcome) -> None:
-        """Take over what the margin remembers; a batch without a finite loss leaves no trace."""
-        self.terms = outcome.terms
-        if outcome.state is not None and outcome.finite is not None:
-            for name, value in self.margin_state().items():
-                value.copy_(torch.where(outcome.finite, outcome.state[name], value))
-
-    def sample(self, identities_P: Tensor) -> Sample:
+    def sample(self, identities_P: Tensor, every_P: Tensor | None = None) -> Sample:
         """Return the sampled rows of this step, and the first row of each positive's identity."""
-        return self._samples(self.optimizer.steps, identities_P)
+        return self._samples(self.optimizer.steps, identities_P, every_P)
 
     def _decide(self, rule: RowRule, *, weighted: bool, fused: bool) -> Plan:
         """Return which code computes this head; refuse the fused kernels where they cannot."""
@@ -395,6 +391,7 @@ class PartialFC(Shard):
             compute=self.compute,
             fp8=self.center_format == "fp8",
             fused=fused,
+            copies=self.copies.count > 1,
         )
         plan.refuse(fused=fused)
         return plan

@@ -75,6 +75,7 @@ def decide(
     positives: int = 1,
     sets: bool = False,
     weighted: bool = False,
+    copies: bool = False,
 ) -> Plan:
     """Return how a head is computed; the path is ``"fused"`` only if ``fused`` and possible.
 
@@ -91,11 +92,12 @@ def decide(
         positives: Most identities of a row.
         sets: Whether rows leave out negatives of other sets of identities.
         weighted: Whether sampled negatives stand for others.
+        copies: Whether gradients of centers are summed over copies of them, tile by tile.
     """
     known = machine or Machine("cuda", True, _HOPPER)
     can_read = not fp8 or known.capability is None or known.capability >= _FP8
     has_kernels = known.has_kernels and can_read
-    row_kernel = has_kernels and sgd and unit_centers
+    row_kernel = has_kernels and sgd and unit_centers and not copies
     path: Path = "triton" if has_kernels else "torch"
     if not known.has_kernels:
         reason = f"they need a GPU and Triton, and the head is on {known.device}"
@@ -111,6 +113,8 @@ def decide(
         reason = "they tell a row from all sampled centers, and sets leave some out"
     elif weighted:
         reason = "they count every negative once, and negatives stand for others"
+    elif copies:
+        reason = "they leave no gradient of centers, which copies of them add up"
     elif dim > LARGEST_DIM:
         reason = f"they hold embeddings of up to {LARGEST_DIM} elements, not {dim}"
     elif not sgd:

@@ -10,7 +10,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from partialfc.distributed.copies import Copies
 from partialfc.distributed.ranks import Ranks, gather_rows
+from partialfc.head.loss import Outcome
 from partialfc.head.nearest import LISTS, NearestCenters
 from partialfc.head.options import Nearest, Negatives, Sets
 from partialfc.head.rows.optimizer import RowOptimizer
@@ -40,6 +42,8 @@ class Shard(nn.Module):
     """Rows of an identity."""
     ranks: Ranks
     """Those that share the head."""
+    copies: Copies
+    """Which of them hold the centers together."""
     embedding_dim: int
     """D."""
     sets: Sets | None
@@ -88,7 +92,7 @@ class Shard(nn.Module):
         return NearestCenters(
             options,
             self.sharding,
-            self.ranks,
+            self.copies.within,
             dim=self.embedding_dim,
             per_identity=self.centers_per_identity,
             sets=self.sets,
@@ -124,7 +128,7 @@ class Shard(nn.Module):
         """Refuse centers that are those of another rank, once; as :func:`refuse_copies`."""
         if not self._compared:
             fewest = self.sharding.fewest * self.centers_per_identity
-            refuse_copies(self.centers, fewest, self.device, self.ranks)
+            refuse_copies(self.centers, fewest, self.device, self.copies.within)
             self._compared = True
 
     def margin_state(self) -> dict[str, Tensor]:
@@ -134,6 +138,12 @@ class Shard(nn.Module):
             for name, value in self.named_buffers(recurse=False)
             if name.startswith("margin_")
         }
+
+    def _learn(self, outcome: Outcome) -> None:
+        """Take over what the margin remembers; a batch without a finite loss leaves no trace."""
+        if outcome.state is not None and outcome.finite is not None:
+            for name, value in self.margin_state().items():
+                value.copy_(torch.where(outcome.finite, outcome.state[name], value))
 
     def shared_state(self) -> dict[str, Tensor]:
         """All state that is no row's and the same on all ranks, for a checkpoint."""

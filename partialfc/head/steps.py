@@ -151,17 +151,24 @@ class StepSamples:
         drawn = self.fixed(step)
         return None if drawn is None or drawn.count == count else drawn.fraction
 
-    def __call__(self, step: int, identities_P: Tensor) -> Sample:
+    def __call__(self, step: int, identities_P: Tensor, every_P: Tensor | None = None) -> Sample:
         """Return the sample of a batch: that of its step, or one of its own; on the device.
+
+        Args:
+            step: Optimizer steps taken before it.
+            identities_P: int64 [P], whose targets are wanted.
+            every_P: Those of the batches of all copies of the centers, whom the sample is for;
+                ``None`` for the same.
 
         Raises:
             ValueError: If it has an identity that the sample of its step was not fixed for.
         """
+        every_P = identities_P if every_P is None else every_P
         drawn = self.fixed(step)
         if drawn is not None:
-            refuse_unfixed(identities_P, drawn.identities_P)
+            refuse_unfixed(every_P, drawn.identities_P)
         elif not self._every:
-            drawn = self._drawn(step, identities_P.cpu(), None).to(self._device)  # host sync
+            drawn = self._drawn(step, every_P.cpu(), None).to(self._device)  # host sync
         if drawn is None:
             return Sample(None, self._targets(identities_P, None))
         target_P = self._targets(identities_P, drawn.rows)

@@ -354,6 +354,7 @@ def _head(
             seed=seed_of(config, name),
             canonical_shards=settings.canonical_shards or kept_shards or room_to_grow,
             holders=holders,
+            ranks_per_copy=settings.ranks_per_copy,
             device=runtime.device,
         )
     except ValueError as error:

@@ -111,7 +111,7 @@ def _begin(
         problem = in_words(error)
     if problem := words_of_any(problem, runtime.ranks):
         raise ConfigError(f"{key} = {to_value(settings.start)}: {problem}")
-    without = total(without, runtime.ranks)
+    without = total(without, head.copies.within)
     if runtime.leads:
         count = head.sharding.num_identities
         others = f"; {without:,} without one stay random" if without else ""

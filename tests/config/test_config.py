@@ -212,9 +212,9 @@ def keys_of(names, prefix: str) -> Iterator[str]:
             MINIMAL + "[head]\nembedding_dim = 256\n",
             [],
             "head.embedding_dim = 256: unknown setting. Did you mean backbone.embedding_dim? "
-            "[head] takes start, sample_rate, negatives, canonical_shards, compute, center_format, "
-            "keep_mib, centers_in, states_in, host_folder, fused, overlap, [head.nearest], "
-            "[head.several], [head.margin], [head.optimizer].",
+            "[head] takes start, sample_rate, negatives, canonical_shards, ranks_per_copy, "
+            "compute, center_format, keep_mib, centers_in, states_in, host_folder, fused, overlap, "
+            "[head.nearest], [head.several], [head.margin], [head.optimizer].",
         ),
         (  # what no sample asks for
             MINIMAL + "[head]\nsample_rate = 0.1\nnegatives = 'weighted'\nnearest.neighbours = 8\n",
@@ -500,6 +500,19 @@ def test_check_of_the_number_of_ranks() -> None:
         loaded(MINIMAL, "data.global_batch=8", "optimizer.accumulation=2").check(4)
     synchronised = "backbone.sync_batch_norm=true"
     loaded(MINIMAL, "data.global_batch=8", "optimizer.accumulation=2", synchronised).check(4)
+
+
+def test_check_of_copies_of_the_class_centers() -> None:
+    """They divide the ranks, and each has as many images."""
+    eight = (MINIMAL, "data.global_batch=96", "head.ranks_per_copy=8")
+    for ranks in (4, 8, 16):
+        loaded(*eight).check(ranks)
+    with pytest.raises(ConfigError, match=r"^head\.ranks_per_copy = 8: .* 12 ranks .* as 6\."):
+        loaded(*eight).check(12)
+    loaded(MINIMAL, "head.ranks_per_copy=2", "head.canonical_shards=2").check(8)
+    uneven = (MINIMAL, "data.uneven=true", "data.global_batch=100", "head.ranks_per_copy=8")
+    with pytest.raises(ConfigError, match=r"copy = 8: .* have 48 to 52\. Choose a data\.global"):
+        loaded(*uneven).check(16)
 
 
 def test_check_of_shares_that_differ() -> None:

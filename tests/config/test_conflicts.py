@@ -25,6 +25,12 @@ CONFLICTS = {
         "with rows in host memory every step would bring all of them to the device",
         "Keep them on the device, or sample fewer.",
     ),
+    "head.ranks_per_copy": (
+        ["head.ranks_per_copy=8", "head.overlap=true"],
+        "8 with head.overlap = true",
+        "gradients of centers would go between copies",
+        "Remove one.",
+    ),
     "head.host_folder": (
         ["head.host_folder=/rows"],
         '"/rows"',
@@ -160,6 +166,11 @@ ALSO = [
         'backbone.shard = "fsdp2" with che',
     ),
     (["head.overlap=true", "precision.compute=fp16"], "head.overlap = true with precision.comp"),
+    (["head.fused=true", "head.ranks_per_copy=8"], "head.fused = true: .*copies of them add up"),
+    (
+        ["head.ranks_per_copy=8", "checkpoint.peers_every_steps=9"],
+        "head.ranks_per_copy = 8 with che",
+    ),
 ]
 
 

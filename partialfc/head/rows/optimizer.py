@@ -10,13 +10,14 @@ loss on centers pulls.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
+from partialfc.distributed.ranks import Ranks, max_over_ranks
 from partialfc.head.options import Memory
 from partialfc.head.plan import Plan
 from partialfc.head.row_set import RowSet
@@ -57,6 +58,8 @@ class RowOptimizer(torch.optim.Optimizer):
         overlap: On a GPU, :meth:`step` runs beside what the current stream does since the head's
             backward. ``found_inf`` or a loss scale makes it wait for that stream all the same.
         every_row: Whether every step visits all rows, so that none ever misses one.
+        across: The ranks that hold the same rows, one of each copy of the centers, whose gradients
+            are averaged; ``None`` for one copy.
     """
 
     _step_supports_amp_scaling = True  # GradScaler then sets grad_scale and found_inf before step
@@ -73,7 +76,9 @@ class RowOptimizer(torch.optim.Optimizer):
         plan: Plan | None = None,
         overlap: bool = False,
         every_row: bool = False,
+        across: Ranks | None = None,
     ) -> None:
+        self._across = across or Ranks()
         self.rule, self._plan = rule, plan or Plan()
         self._device = device or centers.device
         self._memory = memory or Memory()
@@ -133,7 +138,9 @@ class RowOptimizer(torch.optim.Optimizer):
             finite: Scalar bool; false makes the next step change nothing.
         """
         self._loss_scale.listen()
-        self._kept.append(_times(kept, weight))
+        if self._across.size > 1:
+            weight = weight / self._across.size
+        self._kept.append(kept.times(weight))
         self._skip.append(~finite)
         if self._stream is not None:
             self._ready = torch.cuda.current_stream(self._stream.device).record_event()
@@ -218,7 +225,10 @@ class RowOptimizer(torch.optim.Optimizer):
     @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update the sampled rows by the micro-batches since the last step; no collective.
+        """Update the sampled rows by the micro-batches since the last step.
+
+        No collective; with several copies of the centers, among ranks that hold the same rows, one
+        all-reduce of [T, D] fp32 for each tile, and one of a number for ``found_inf``.
 
         Nothing changes where a loss was not finite or ``found_inf`` is set; a GPU decides that
         without a host synchronisation.
@@ -315,10 +325,12 @@ class RowOptimizer(torch.optim.Optimizer):
         on_gpu = stored.centers.is_cuda
         if found_inf is not None:
             bad = bad | (torch.as_tensor(found_inf, device=stored.centers.device) != 0)
+            if self._across.size > 1:  # or some would wait for tiles
+                bad = max_over_ranks(bad.int(), self._across) > 0
         if not on_gpu and bad:
             return
         step_key = key(self._seed, "rounding", self.steps)
-        step = RowStep(self.rule, group, step_key, bad if on_gpu else None)
+        step = RowStep(self.rule, group, step_key, bad if on_gpu else None, self._across)
         update_(stored, self._unscaled(kept), step, self._plan, self.workspace)
         if self._moves is not None:
             self._moves.extend(group, step.skip)
@@ -367,17 +379,7 @@ class RowOptimizer(torch.optim.Optimizer):
         factor = self._loss_scale.factor
         if grad_scale is not None:
             factor = 1 / grad_scale if factor is None else factor / grad_scale
-        return kept if factor is None else [_times(one, factor) for one in kept]
-
-
-def _times(kept: Kept, weight: Tensor) -> Kept:
-    return replace(
-        kept,
-        negative_B=kept.negative_B * weight,
-        positive_P=kept.positive_P * weight,
-        even_D=None if kept.even_D is None else kept.even_D * weight,
-        pulls=[replace(pull, slope_P=pull.slope_P * weight) for pull in kept.pulls],
-    )
+        return kept if factor is None else [one.times(factor) for one in kept]
 
 
 def _union(kept: list[Kept]) -> Tensor | None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from partialfc.distributed.ranks import Ranks, sum_over_ranks
 from partialfc.head.plan import Plan
 from partialfc.head.rows import fused
 from partialfc.head.rows.rules import RowRule
@@ -31,12 +32,14 @@ class RowStep:
         settings: ``param_groups[0]``: the rule's fields as they are at this step.
         step_key: Of the stochastic rounding.
         skip: Scalar bool on a GPU: if true, nothing is written. ``None``: false.
+        across: The ranks that hold the same rows, whose gradients are added up.
     """
 
     rule: RowRule
     settings: dict[str, Any]
     step_key: int
     skip: Tensor | None
+    across: Ranks
 
     @property
     def sgd(self) -> SgdStep:
@@ -53,7 +56,9 @@ class RowStep:
 def update_(
     stored: Stored, kept: Sequence[Kept], step: RowStep, plan: Plan, workspace: Workspace
 ) -> None:
-    """Update rows by the micro-batches that sampled them; no collective.
+    """Update rows by the micro-batches that sampled them.
+
+    Collective where other ranks hold the same rows: one all-reduce of each tile's gradient.
 
     Args:
         stored: Centers and states; its rows are a superset of every micro-batch's.
@@ -76,6 +81,7 @@ def update_(
     for start, stop, gradient_TD, factor_T1 in tiles:
         tile = Tile(stored, start, stop, workspace)
         own.add_(gradient_TD, start, factor_T1)
+        gradient_TD = sum_over_ranks(gradient_TD, step.across)
         if kept[0].logits.unit:
             # Pass 2 is done with the keys of this tile.
             size, device = (*gradient_TD.shape,), gradient_TD.device

@@ -159,6 +159,16 @@ class Kept:
         """Memory of the exponentials."""
         return sum(tile.exp_TB.nbytes for tile in self.exponentials)
 
+    def times(self, weight: Tensor) -> "Kept":
+        """Return the same of the loss times a scalar."""
+        return replace(
+            self,
+            negative_B=self.negative_B * weight,
+            positive_P=self.positive_P * weight,
+            even_D=None if self.even_D is None else self.even_D * weight,
+            pulls=[replace(pull, slope_P=pull.slope_P * weight) for pull in self.pulls],
+        )
+
     def spend(self) -> list[Tensor]:
         """Give up the exponentials, for their memory to be used again; pass 2 can do without."""
         tensors = [tile.exp_TB for tile in self.exponentials]

@@ -1,0 +1,281 @@
+"""Several copies of the class centers, each over some of the ranks: equal to one copy over all."""
+
+import numpy as np
+import pytest
+import torch
+
+from partialfc import Nearest, PartialFC, RowAdagrad, RowAdamW, RowSGD, Sets, Several
+from partialfc.distributed.shares import Shares
+from tests.support import loss_truth
+from tests.support.collectives import Collectives
+from tests.support.every_margin import EVERY_MARGIN
+from tests.support.heads import flat_head, small_tiles
+from tests.support.margin_heads import (
+    IDENTITIES,
+    PLAIN,
+    head_of,
+    problem,
+    settings_of,
+    state_of,
+    step_of_rank,
+)
+from tests.support.ranks import run_on_ranks
+
+pytestmark = pytest.mark.distributed
+
+RATES = (0.3, 1.0)
+
+
+def losses_on_rank(rank, world_size, ranks_per_copy, inputs):
+    found = {}
+    for case, (margin, rate, centers, embeddings, labels) in inputs.items():
+        head = PartialFC(
+            IDENTITIES,
+            embeddings.shape[1],
+            margin,
+            sample_rate=rate,
+            optimizer=PLAIN,
+            ranks_per_copy=ranks_per_copy,
+        )
+        own = embeddings.chunk(world_size)[rank], labels.chunk(world_size)[rank]
+        found[case] = *step_of_rank(head, centers, *own), state_of(head)
+    return found
+
+
+@pytest.mark.parametrize("ranks_per_copy", [2, 1])
+def test_every_margin_in_copies_against_the_equations(ranks_per_copy):
+    """Loss, both gradients and what margins remember on 4 ranks: those of one undivided head."""
+    inputs, truth, states = {}, {}, {}
+    for name, margin in EVERY_MARGIN.items():
+        for rate in RATES:
+            head = head_of(margin, sample_rate=rate)
+            embeddings, labels = problem(head)
+            case = f"{name}, rate {rate}"
+            centers = head.centers.detach().clone()
+            inputs[case] = margin, rate, centers, embeddings, labels
+            settings = settings_of(head, labels)
+            truth[case] = loss_truth.gradients_of(margin, embeddings, centers, labels, **settings)
+            head(embeddings.clone().requires_grad_(), labels).backward()
+            states[case] = state_of(head)
+    results = run_on_ranks(4, losses_on_rank, ranks_per_copy, inputs)
+    for case, (loss, embedding_gradient, center_gradient) in truth.items():
+        assert len({result[case][0] for result in results}) == 1, case
+        assert results[0][case][0] == pytest.approx(float(loss), rel=1e-5), case
+        for result in results:
+            assert result[case][3] == pytest.approx(states[case], rel=1e-5), case
+        value = torch.from_numpy(np.concatenate([result[case][1] for result in results]))
+        bound = 2e-5 * embedding_gradient.norm() + 1e-7
+        assert (value - embedding_gradient).norm() <= bound, case
+        changes = [result[case][2] for result in results]
+        copies = [changes[i : i + ranks_per_copy] for i in range(0, 4, ranks_per_copy)]
+        for copy in copies:
+            assert all(map(np.array_equal, copy, copies[0])), f"{case}: all copies are one"
+            value = torch.from_numpy(np.concatenate(copy))
+            bound = 2e-5 * center_gradient.norm() + 1e-7
+            assert (value - center_gradient).norm() <= bound, case
+
+
+C, D, B = 400, 16, 24
+"""Identities, elements, images of a step."""
+
+CASES = {
+    "sgd": {},
+    "all centers": {"sample_rate": 1.0},
+    "adamw": {"optimizer": RowAdamW(lr=1e-2)},
+    "adagrad": {"optimizer": RowAdagrad(lr=0.1)},
+    "bf16 products": {"compute": "bf16"},
+    "unsampled rows move": {"optimizer": RowSGD(lr=0.3, unsampled="move")},
+    "fp16 centers, int8 momentum": {
+        "optimizer": RowSGD(lr=0.3, momentum_format="int8"),
+        "center_format": "fp16",
+        "keep_mib": 0,
+    },
+    "host memory": {"centers_in": "host", "states_in": "host"},
+    "weighted": {"negatives": "weighted"},
+    "nearest": {"negatives": Nearest(neighbours=4, every_steps=3)},
+    "center losses": {"center_weight": 0.5, "inter_class_weight": 0.5},
+    "sets": {"sets": Sets(sizes=(150, 150, 100))},
+    "several, some of none": {"positives": Several(most=3, without="leave_out")},
+    "several, soft": {"positives": Several(most=3, loss="soft")},
+}
+MARGIN_OF_CASE = {"all centers": EVERY_MARGIN["arcface s 128"], "adamw": EVERY_MARGIN["adaface"]}
+
+
+def images_of(case, step):
+    """Inputs, identities and weights of a step, of all ranks."""
+    generator = torch.Generator().manual_seed(step)
+    inputs = torch.randn(B, 12, generator=generator)
+    most = 3 if case.startswith("several") else 1
+    labels = torch.randint(0, C // 4, (B, most), generator=generator)
+    if case.startswith("several"):
+        labels[torch.rand(B, most, generator=generator) < 0.4] = -1
+        labels[: B // 4] = -1  # so that copies have not as many rows that count
+    weights = torch.rand(B, most, generator=generator) if "soft" in case else None
+    return inputs, labels if most > 1 else labels[:, 0], weights
+
+
+def train_on_rank(rank, world_size, ranks_per_copy, parts=1, shares=None):
+    """Seven steps of each case; the second has a loss that is not finite."""
+    found = {}
+    for case, settings in CASES.items():
+        torch.manual_seed(0)
+        backbone = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(12, D))
+        settings = {"sample_rate": 0.2, "optimizer": RowSGD(lr=0.3), **settings}
+        margin = MARGIN_OF_CASE.get(case, EVERY_MARGIN["arcface"])
+        head = flat_head(C, D, margin, ranks_per_copy=ranks_per_copy, **settings)
+        of_ranks = shares or Shares.of(B, world_size, parts)
+        mine, losses = of_ranks.rows(rank), []
+        for step in range(7):
+            inputs, labels, weights = images_of(case, step)
+            own = [inputs[mine], labels[mine], None if weights is None else weights[mine]]
+            if step == 1 and rank == 0:
+                own[0] = own[0] * torch.nan
+            if parts > 1:
+                head.sample_step(own[1], of_ranks)
+            backbone.zero_grad()
+            chunks = [(None,) * parts if one is None else one.chunk(parts) for one in own]
+            for x, y, w in zip(*chunks, strict=True):
+                loss = head(backbone(x), y, of_ranks.of_each(parts), w)
+                (loss / parts).backward()
+                losses.append(loss.item())
+            if step != 1:
+                with torch.no_grad():
+                    for parameter in backbone.parameters():
+                        parameter -= 0.05 * parameter.grad
+            head.optimizer.step()
+        state = head.state_dict() | head.optimizer.states()
+        centers = {name: value.numpy().copy() for name, value in state.items() if name[0] != "_"}
+        found[case] = losses, head.terms, backbone.module.weight.detach().numpy(), centers
+    return found
+
+
+def assert_same_training(one, several, ranks_per_copy, tolerance=2e-5):
+    """What ranks of one copy leave and what those of several do."""
+    for case in CASES:
+        coarse = "fp16" in case or "bf16" in case
+        bound = 2e-2 if coarse else tolerance
+        for result in several:
+            np.testing.assert_allclose(
+                result[case][0], one[0][case][0], rtol=bound, atol=bound, err_msg=case
+            )
+            same = np.array_equal(result[case][0], several[0][case][0], equal_nan=True)
+            assert same, f"{case}: the loss is one"
+            for name, term in result[case][1].items():
+                assert float(term) == pytest.approx(float(one[0][case][1][name]), rel=1e-3), case
+            difference = np.linalg.norm(result[case][2] - one[0][case][2])
+            assert difference <= bound * np.linalg.norm(one[0][case][2]), case
+        for number, result in enumerate(several):
+            twin = several[number % ranks_per_copy]
+            for name, value in result[case][3].items():
+                assert np.array_equal(value, twin[case][3][name]), f"{case}: {name} of copies"
+        if coarse:
+            continue
+        for name in one[0][case][3]:
+            joined = np.concatenate if one[0][case][3][name].ndim else np.mean  # or of the margin
+            expected = joined([result[case][3][name] for result in one])
+            value = joined([result[case][3][name] for result in several[:ranks_per_copy]])
+            difference = np.linalg.norm((value - expected).astype(np.float64))
+            assert difference <= 10 * bound * np.linalg.norm(expected), f"{case}: {name}"
+
+
+@pytest.mark.slow
+def test_two_copies_on_four_ranks_train_as_one_copy_does():
+    """Losses, backbone, centers and their states to rounding; the copies to the last bit."""
+    one = run_on_ranks(4, train_on_rank, None)
+    assert np.isnan(one[0]["sgd"][0][1])
+    assert np.isfinite(one[0]["sgd"][0][2:]).all()
+    assert_same_training(one, run_on_ranks(4, train_on_rank, 2), 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("parts", "shares"), [(3, None), (1, Shares((5, 7, 4, 8)))], ids=str)
+def test_micro_batches_and_unequal_shares_of_copies(parts, shares):
+    """Rows of a copy may differ from rank to rank; those of two copies are as many."""
+    one = run_on_ranks(4, train_on_rank, None, parts, shares)
+    assert_same_training(one, run_on_ranks(4, train_on_rank, 2, parts, shares), 2)
+
+
+def count_on_rank(rank, world_size, margin, tile_rows):
+    with small_tiles(kernels=False, rows=tile_rows):
+        head = PartialFC(400, 8, margin, sample_rate=0.5, ranks_per_copy=2)
+        for _ in range(2):  # the very first pass has more
+            with Collectives() as forward:
+                head(torch.randn(4, 8, requires_grad=True), torch.arange(4)).backward()
+            with Collectives() as update:
+                head.optimizer.step()
+        tiles = len(head.sampler(0, torch.arange(4)).rows) / tile_rows
+    return forward.seen, update.seen, tiles
+
+
+def test_collectives_of_copies_are_as_many_and_as_large_as_the_docstrings_say(monkeypatch):
+    """b = 4 rows on each of 4 ranks, two a copy, D = 8: embeddings stay among the two ranks."""
+    forward, update, tiles = run_on_ranks(4, count_on_rank, EVERY_MARGIN["cosface"], 128)[0]
+    gather, others = ("_allgather_base_", 5 * (8 * 4 + 8)), ("_allgather_base_", 9 * 8)
+    products = ("_allgather_base_", 8 * 4)  # of all rows, for the margin
+    sums, loss = ("allreduce_", 2 * 8 * 4), ("allreduce_", 4)
+    scatter = ("_reduce_scatter_base_", 8 * 8 * 4)
+    assert forward == [gather, others, products, sums, loss, scatter]
+    assert len(update) == -(-tiles // 1)
+    assert {kind for kind, _ in update} == {"allreduce_"}
+    learned = run_on_ranks(4, count_on_rank, EVERY_MARGIN["adacos"], 128)[0][0]
+    assert len(learned) == len(forward) + 1
+
+
+def verdict_on_rank(rank, world_size):
+    """One rank alone is told that the step does not count."""
+    head = PartialFC(50, 8, EVERY_MARGIN["arcface"], ranks_per_copy=2)
+    before = head.centers.detach().clone()
+    head(torch.randn(4, 8, requires_grad=True), torch.arange(4)).backward()
+    head.optimizer.found_inf = torch.tensor(float(rank == 3))
+    head.optimizer.step()
+    return torch.equal(head.centers, before)
+
+
+def test_a_verdict_of_one_rank_holds_for_the_others_of_its_rows():
+    """Or they would wait for its tiles for ever."""
+    assert run_on_ranks(4, verdict_on_rank) == [False, True, False, True]
+
+
+def refuse_on_rank(rank, world_size):
+    margin, said = EVERY_MARGIN["arcface"], []
+
+    def heard(make):
+        try:
+            make()
+        except ValueError as error:
+            said.append(str(error))
+
+    heard(lambda: PartialFC(50, 8, margin, ranks_per_copy=3))
+    heard(lambda: PartialFC(50, 8, margin, ranks_per_copy=0))
+    heard(lambda: PartialFC(50, 8, margin, ranks_per_copy=2, holders=range(1)))
+    head = PartialFC(50, 8, margin, ranks_per_copy=2)
+    for rows, shares in (
+        (4 + (rank == 3), None),  # one copy finds it out, and all refuse
+        (4 + (rank > 1), None),  # no copy does alone
+        (5 - (rank > 1), Shares((5, 5, 4, 4))),
+    ):
+        heard(lambda: head(torch.randn(rows, 8), torch.arange(rows), shares))  # noqa: B023
+    heard(lambda: head(torch.randn(4, 8), torch.arange(4) + 50 * (rank == 2)))
+    return said
+
+
+def test_what_copies_cannot_be_is_refused_by_every_rank():
+    for said in run_on_ranks(4, refuse_on_rank):
+        assert [line.split(":")[0] for line in said[:2]] == [
+            "ranks_per_copy = 3",
+            "ranks_per_copy = 0",
+        ]
+        assert "holders" in said[2]
+        assert all("same size on every rank" in line for line in said[3:5]), said
+        assert "they have 8 to 10" in said[5]
+        assert "identities must be in [0, 50)" in said[6]
+        assert len(said) == 7
+
+
+def one_on_rank(rank, world_size):
+    head = PartialFC(50, 8, EVERY_MARGIN["arcface"], ranks_per_copy=8)
+    return head.copies.count, head.owned
+
+
+def test_fewer_ranks_than_a_copy_has_hold_it_together():
+    assert run_on_ranks(2, one_on_rank) == [(1, range(25)), (1, range(25, 50))]
