@@ -21,10 +21,11 @@ from rich.console import Console
 from rich.progress import track
 
 from partialfc.commands._estimate.backbone import GIB, NetworkCost, count_backbone
+from partialfc.commands._estimate.cluster import Cluster
 from partialfc.commands._estimate.gpus import GPUS as MODULES
 from partialfc.commands._estimate.head import heads_of
 from partialfc.commands._estimate.losses import count_losses
-from partialfc.commands._estimate.step_time import Cluster, seconds_of
+from partialfc.commands._estimate.step_time import seconds_of
 from partialfc.commands.estimate import memory_of, totals
 from partialfc.config import load
 from partialfc.writing import write_text

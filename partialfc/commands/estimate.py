@@ -31,6 +31,8 @@ from partialfc.commands._estimate.backbone import (
     count_backbone,
 )
 from partialfc.commands._estimate.baseline import process_baseline
+from partialfc.commands._estimate.cluster import Cluster
+from partialfc.commands._estimate.copies import compared, layouts
 from partialfc.commands._estimate.gpus import GPUS, Gpu
 from partialfc.commands._estimate.head import OfHead, head_parts, heads_of
 from partialfc.commands._estimate.losses import LossCost, count_losses, loss_parts
@@ -48,7 +50,6 @@ from partialfc.commands._estimate.step_time import (
     DECODED_PER_CORE,
     HEAP_SLACK,
     NCCL_BUFFERS,
-    Cluster,
     assumptions,
     seconds_of,
 )
@@ -290,6 +291,7 @@ def main(arguments: list[str]) -> int:
         f"a rank with {identities:,} identities; the most that fit are "
         f"{min(one.most_identities for one in every):,}."
     )
+    print(compared(of_copies := layouts(most.config, of_heads, cluster)), end="")
     if (copies := peers_cost(config, of_heads, cluster.nodes)) is not None:
         print(copies.words(config.checkpoint.peers_every_steps))
     if options.json:
@@ -302,6 +304,7 @@ def main(arguments: list[str]) -> int:
             "fits": fits,
             "assumptions": assumptions(cluster),
             **({"peers": asdict(copies)} if copies else {}),
+            **({"copies": [asdict(one) for one in of_copies]} if of_copies else {}),
         }
         if config.stages:
             record["stages"] = {name: one.numbers() for name, one in zip(names, every, strict=True)}

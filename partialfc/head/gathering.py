@@ -164,8 +164,10 @@ class Gathering:
         gathered = query_bD, identities, number
         try:
             gathered = self._batches.gather(*gathered, shares)
-            if self._several is not None and self._several.loss == "soft" and number is not None:
-                refuse_weights(gathered[2][:, -self._several.most :])
+            numbers_BM = gathered[2]
+            if self._several is not None and self._several.loss == "soft":
+                assert numbers_BM is not None
+                refuse_weights(numbers_BM[:, -self._several.most :])
         except ValueError as error:
             problem = error
         brought = gathered[1] if problem is None else identities[:0]

@@ -11,7 +11,7 @@ of all G copies.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from partialfc.distributed.ranks import Ranks, gather_rows, sum_over_ranks
 from partialfc.margins import Margin, Positive, RowMeans, Rows, State
 from partialfc.margins.base import Bend
 
-T = TypeVar("T", Rows, RowMeans, Positive, Bend)
+T = TypeVar("T", Positive, Bend)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class Whole:
         """Return the part of this copy of what is said of the rows of all."""
         if self.across.size == 1:
             return value
-        parts = {
+        parts: dict[str, Any] = {
             field.name: self._own(getattr(value, field.name))
             for field in fields(value)
             if field.name.endswith("_B")

@@ -66,15 +66,18 @@ class OfHead:
 
     Attributes:
         name: "" for the head of a run without ``[heads]``.
-        config: The settings as if it were the only head, and its images the whole batch.
+        config: The settings as if it were the only head, and its images the whole batch; with
+            several copies of the class centers those of a copy.
         identities: C.
         shard: What the largest rank has of it.
+        copies: Of the class centers.
     """
 
     name: str
     config: Config
     identities: int
     shard: ShardSizes
+    copies: int = 1
 
     @property
     def group(self) -> str:
@@ -99,16 +102,23 @@ def heads_of(
     found, parts = [], config.optimizer.accumulation
     rows, holders = rows_of_heads(config), holders_of_heads(config, world_size)
     for name, one in each_head(config).items():
-        own_B = rows[name]
-        if own_B is not None:
-            batch = -(-int(own_B.sum()) // parts) * parts
+        own_B, copies = rows[name], copies_of(one, world_size)
+        batch = one.data.global_batch if own_B is None else int(own_B.sum())
+        if own_B is not None or copies > 1:
+            batch = -(-batch // (copies * parts)) * parts
             data = one.data.model_copy(update={"global_batch": batch})
             one = one.model_copy(update={"data": data})
         count = identities[name]
         positives = positives_of(config, name)
         shard = shard_of(one, count, world_size, device, positives, holders[name])
-        found.append(OfHead(name, one, count, shard))
+        found.append(OfHead(name, one, count, shard, copies))
     return found
+
+
+def copies_of(config: Config, world_size: int) -> int:
+    """Return how many copies of its class centers a head has."""
+    per_copy = config.head.ranks_per_copy or world_size
+    return world_size // min(per_copy, world_size)
 
 
 def positives_of(config: Config, head: str) -> int:
@@ -143,12 +153,16 @@ def shard_of(
 ) -> ShardSizes:
     """Return the sizes of the largest rank's part of the head, for images of some identities each.
 
+    With several copies of the class centers, the global batch of the settings is that of a copy.
+
     Raises:
         ConfigError: If the centers cannot be cut for so many ranks, or not go by fused kernels.
     """
     settings, batch = config.head, config.data.global_batch
+    copies = copies_of(config, world_size)
+    world_size, most = world_size // copies, world_size
     shards = settings.canonical_shards or default_canonical_shards(
-        identities, GROWTH * world_size, weighted_rate=settings.weighted_rate
+        identities, GROWTH * most, weighted_rate=settings.weighted_rate
     )
     try:
         sharding = Sharding(
@@ -162,7 +176,7 @@ def shard_of(
     rows = max(len(sharding.owned(rank)) for rank in range(world_size))
     sampled = rows
     if settings.sample_rate < 1:
-        found = -(-batch * positives // shards)  # of a canonical shard, on average
+        found = -(-batch * copies * positives // shards)  # of a canonical shard, on average
         sizes = [sharding.start(v + 1) - sharding.start(v) for v in range(shards)]
         quotas = [
             max(sharding.quota(v, settings.sample_rate), min(found, sizes[v]))
@@ -242,7 +256,7 @@ def head_parts(
     parts, n, tile = config.optimizer.accumulation, shard.sampled, shard.tile
     batch = config.data.global_batch // parts
     whole, unit = batch * dim * 4, batch * dim * operand  # fp32 and operands [B, D]
-    own = whole // world_size
+    own = whole // (world_size // copies_of(config, world_size))
 
     # Between the passes: the operands of every micro-batch and the gradient of its embeddings. In
     # pass 1 also the gathered bytes, the pull, the positives' centers and two results on the way;

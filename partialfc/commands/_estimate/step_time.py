@@ -1,17 +1,16 @@
 """What a training step takes: rates of networks, and every assumption with its number."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from partialfc.commands._estimate.backbone import (
     GIB,
     MIB,
-    Device,
     NetworkCost,
     exchanged_bytes,
     is_divided,
 )
-from partialfc.commands._estimate.gpus import BACKBONE, HEAD_SHARE, MEMORY, PRODUCTS, Gpu
+from partialfc.commands._estimate.cluster import LATENCY, LINKS, NETWORK_LATENCY, Cluster
+from partialfc.commands._estimate.gpus import BACKBONE, HEAD_SHARE, MEMORY, PRODUCTS
 from partialfc.commands._estimate.head import OfHead, head_parts
 from partialfc.commands._estimate.losses import LossCost
 from partialfc.commands._estimate.nearest import search_seconds, searches
@@ -32,35 +31,11 @@ CUDA_CONTEXT, CUDNN_WORKSPACE, NCCL_BUFFERS, DALI_ON_GPU = (
     512 * MIB,
 )
 ALLOCATOR_SLACK, HEAP_SLACK = 0.05, 0.25
-LINKS = 0.80
 CPU_BACKBONE, HIDDEN = 0.30, 0.67
-LATENCY, NETWORK_LATENCY = 3e-6, 10e-6
 DECODED_PER_CORE = 8000.0
 _PASSES = {"sgd": 6, "adamw": 8, "lion": 24, "lamb": 40, "muon": 32, "schedule_free": 40}
 """How often an update of the backbone reads or writes as many bytes as there are weights: fused, or
 with copies of weights and states."""
-
-
-@dataclass(frozen=True, slots=True)
-class Cluster:
-    """What the run is to be trained on; ``network`` is in bytes/s out of a node."""
-
-    gpu: Gpu
-    device: Device
-    nodes: int
-    gpus_per_node: int
-    network: float
-
-    @property
-    def ranks(self) -> int:
-        """World size."""
-        return self.nodes * self.gpus_per_node
-
-    @property
-    def ring(self) -> float:
-        """Bytes/s of a ring over all ranks: a node's share of it crosses the network once."""
-        link = self.gpu.link * LINKS
-        return link if self.nodes == 1 else min(link, self.network * LINKS)
 
 
 def seconds_of(
@@ -91,7 +66,7 @@ def seconds_of(
             f"{flops / TERA:.2f} TFLOP counted / ({getattr(gpu, backbone) / TERA:.4g} TFLOP/s "
             f"{backbone} x {share})",
         ),
-        *(one for head in heads for one in _products_and_rows(head, cluster)),
+        *(one for head in heads for one in products_and_rows(head, cluster)),
         (
             "backbone's update",
             weight_bytes / (gpu.bandwidth * MEMORY),
@@ -115,20 +90,15 @@ def seconds_of(
             )
         )
     if ranks > 1:
-        moved = {
-            f"{head.group}: {name}": size
-            for head in heads
-            for name, size in _moved(head, cluster).items()
-        }
-        if losses:
-            moved["head: losses' collectives"] = parts * sum(loss.moved for loss in losses)
-        hop = LATENCY if cluster.nodes == 1 else NETWORK_LATENCY
+        found += [one for head in heads for one in moved_by(head, cluster)]
+        ring, hop = cluster.ring(ranks)
         turns = (ranks - 1) / ranks
-        for name, size in moved.items():
-            seconds = size * turns / cluster.ring + parts * (ranks - 1) * hop
-            found.append((name, seconds, f"{size / MIB:.2f} MiB in a ring"))
+        if losses:
+            size = parts * sum(loss.moved for loss in losses)
+            seconds = size * turns / ring + parts * (ranks - 1) * hop
+            found.append(("head: losses' collectives", seconds, f"{size / MIB:.2f} MiB in a ring"))
         exchanged = exchanged_bytes(config, counted, ranks)
-        whole = exchanged * turns / cluster.ring + 2 * (ranks - 1) * hop
+        whole = exchanged * turns / ring + 2 * (ranks - 1) * hop
         exposed = max(0.0, whole - HIDDEN * backbone_seconds / parts)
         found.append(
             ("gradients' all-reduce", exposed, f"{whole * 1e3:.2f} ms, beside backward if it can")
@@ -145,7 +115,8 @@ def seconds_of(
     return found
 
 
-def _products_and_rows(head: OfHead, cluster: Cluster) -> list[tuple[str, float, str]]:
+def products_and_rows(head: OfHead, cluster: Cluster) -> list[tuple[str, float, str]]:
+    """Return (name, seconds, arithmetic) of what a rank computes of a head in a step."""
     config, shard, gpu = head.config, head.shard, cluster.gpu
     batch, dim = config.data.global_batch, config.backbone.embedding_dim
     compute = head_compute(config, cluster.device)
@@ -185,6 +156,34 @@ def _products_and_rows(head: OfHead, cluster: Cluster) -> list[tuple[str, float,
         every = config.head.nearest.every_steps
         found.append((f"{head.group}: search of neighbours", seconds / every, why))
     return found
+
+
+def moved_by(head: OfHead, cluster: Cluster) -> list[tuple[str, float, str]]:
+    """Return (name, seconds, arithmetic) of the collectives of a head in a step."""
+    parts, ranks = head.config.optimizer.accumulation, cluster.ranks // head.copies
+    ring, hop = cluster.ring(ranks)
+    found = []
+    for name, size in _moved(head, cluster).items():
+        seconds = size * (ranks - 1) / ranks / ring + parts * (ranks - 1) * hop
+        found.append((f"{head.group}: {name}", seconds, f"{size / MIB:.2f} MiB in a ring"))
+    return found if head.copies == 1 else [*found, _across_copies(head, cluster)]
+
+
+def _across_copies(head: OfHead, cluster: Cluster) -> tuple[str, float, str]:
+    """The sums of rows' gradients over copies of the centers, a tile at a time: a ring's all-reduce
+    moves twice what is summed. Beside them identities, products with own centers and the loss."""
+    copies, shard, parts = head.copies, head.shard, head.config.optimizer.accumulation
+    rate, hop = cluster.ring_across(cluster.ranks // copies)
+    size, tiles = shard.sampled * head.config.backbone.embedding_dim * 4, 1
+    if shard.sampled:
+        tiles = -(-shard.sampled // max(1, shard.tile))
+    hops = (2 * tiles + 4 * parts) * (copies - 1)
+    return (
+        f"{head.group}: rows' gradients over {copies} copies",
+        2 * size * (copies - 1) / copies / rate + hops * hop,
+        f"2 x {size / MIB:,.1f} MiB of {shard.sampled:,} rows at {rate / GIGA:.3g} GB/s, "
+        f"{hops:,} hops",
+    )
 
 
 def _moved(head: OfHead, cluster: Cluster) -> dict[str, int]:
