@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,16 @@ import torch
 from torch.nn import functional as F
 
 from partialfc import ArcFace, NormalizedSoftmax, PartialFC, RowSGD
-from tests.support import image
+from tests.support import image, reference
 from tests.support.places import ROOT
+from tests.support.ranks import run_on_ranks
 from tests.support.reference import relative_error
 from tools.bench import gpu, scale, train
 from tools.bench import head as bench
 from tools.bench._gpu.stages import TOTAL, Stage, stages
 from tools.bench._head.baselines import BASELINES, AbsentError, Size, baseline
+from tools.bench._head.measure import build
+from tools.bench._head.tensor_parallel import PARALLEL, TensorParallel
 
 SIMULATED = """
 if not any(word in " ".join(sys.orig_argv) for word in ("bench/gpu.py", "resource_tracker")):
@@ -72,7 +76,7 @@ def test_the_command_goes_to_its_end_within_the_image(tmp_path):
     missing = [line for one in report for line in one["not_measured"]]
     assert missing
     assert all("skipped: " in line for line in missing), missing
-    assert {line.split(": ")[2].split(" (")[0] for line in missing} == {*BASELINES}
+    assert {line.split(": ")[2].split(" (")[0] for line in missing} == {*BASELINES, *PARALLEL}
     record = json.loads((out / "head_gpu_textbook.json").read_text())
     assert "sha256_of_sources" in record["commit"]
     (row,) = record["rows"]
@@ -201,3 +205,50 @@ def test_a_baseline_that_is_not_there_says_why():
         size = Size(classes=300, batch=24, dim=16, dtype=torch.float32, angular=angular)
         with pytest.raises(AbsentError, match=why):
             baseline(name, size, 64.0, rule, torch.device("cpu"))
+
+
+CLASSES, BATCH, DIM = 203, 24, 32
+"""No multiple of two ranks."""
+
+
+def tensor_parallel_problem():
+    generator = torch.Generator().manual_seed(3)
+    embeddings = torch.randn(BATCH, DIM, generator=generator)
+    centers = torch.randn(CLASSES, DIM, generator=generator)
+    return embeddings, centers, torch.randint(0, CLASSES, (BATCH,), generator=generator)
+
+
+def tensor_parallel_on_rank(rank, world_size, name):
+    """Loss, and gradients of this rank's embeddings and centers: a step of plain SGD is one."""
+    embeddings, centers, identities = tensor_parallel_problem()
+    head = TensorParallel(name, CLASSES, DIM, 16.0, {"lr": 1.0}, torch.device("cpu"))
+    before = centers.chunk(world_size)[rank]
+    head.centers.data.copy_(before)
+    own = embeddings.chunk(world_size)[rank].clone().requires_grad_()
+    loss = head.step(own, identities.chunk(world_size)[rank])
+    return loss.item(), own.grad.numpy(), (before - head.centers.detach()).numpy()
+
+
+@pytest.mark.parametrize("name", PARALLEL)
+def test_tensor_parallel_equals_the_oracle_on_two_ranks(name):
+    """Sharded by torch or whole in fp64: a baseline of another problem would say nothing."""
+    embeddings, centers, identities = tensor_parallel_problem()
+    scaled = lambda cosine: 16.0 * cosine  # noqa: E731
+    truth = reference.gradients_of(embeddings, centers, identities, scaled, scale=16.0)
+    results = run_on_ranks(2, tensor_parallel_on_rank, name)
+    exact = name == "tensor_parallel"
+    for loss, _, _ in results:
+        assert loss == pytest.approx(float(truth[0]), rel=1e-6 if exact else 1e-3)
+    for part in (1, 2):
+        found = torch.cat([torch.from_numpy(result[part]) for result in results])
+        assert relative_error(found, truth[part]) < (1e-5 if exact else 1e-2)
+
+
+def test_tensor_parallel_is_skipped_on_one_rank_and_with_a_margin(tmp_path):
+    (case,) = bench._cases(bench._parser().parse_args(["--classes", "40"]), 1)
+    case = replace(case, margin="normalized_softmax")
+    with pytest.raises(AbsentError, match="on several ranks"):
+        build("tensor_parallel", case, torch.device("cpu"))
+    out = tmp_path / "several.json"
+    assert bench.main(["--world", "gpus", "--json", str(out)]) == 0
+    assert json.loads(out.read_text())["not_measured"] == [bench.ONE_GPU]

@@ -11,14 +11,15 @@ A row is one full step: forward, backward to the embeddings' gradient, update of
 GEMMs" are the matrix products of such a step alone, in caches, timed in the same turns. The
 textbook head (tests/support/reference.py) is the algorithm of arcface_torch's PartialFC_V2: all
 logits in fp32, a dense gradient, dense SGD. --with adds what others publish for the same step at
-rate 1 (_head/baselines.py); what is not installed is skipped with its reason. --margins compares
+rate 1 (_head/baselines.py, and _head/tensor_parallel.py on several ranks); what is not installed or
+has no place is skipped with its reason. --margins compares
 ours with other margins instead, each against a plain normalised softmax, and --positives rows of
 several identities: all in one pass, and one pass for each in turn; --negatives what a sampled one
 counts for, and in the record what a search of all neighbours takes, which no step has. Lists
-separated by commas give every combination. Under torchrun its ranks are used;
---world N starts N processes here. A head that finds no memory fails alone and says how large a card
-it needs, --budget ends in time, and the record is written after each head: it names what was not
-measured.
+separated by commas give every combination. Under torchrun its ranks are used; --world N starts N
+processes here, --world gpus one for each GPU where there are several. A head that finds no memory
+fails alone and says how large a card it needs, --budget ends in time, and the record is written
+after each head: it names what was not measured.
 """
 
 import argparse
@@ -33,6 +34,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
+
 from partialfc.cores import usable_cores
 from partialfc.head.options import NegativesName
 from partialfc.margins import MARGINS
@@ -41,6 +44,7 @@ from tools.bench._head.baselines import BASELINES
 from tools.bench._head.expected import START, card_for, expected_seconds
 from tools.bench._head.measure import NO_TIME, TEXTBOOKS, Case, several_heads
 from tools.bench._head.processes import measured
+from tools.bench._head.tensor_parallel import PARALLEL
 from tools.bench.conditions import conditions
 from tools.bench.text import table
 
@@ -48,6 +52,8 @@ Row = dict[str, Any]
 
 PLAIN = "normalized_softmax"
 """What a margin costs is told against it."""
+
+ONE_GPU = "several ranks: skipped: there are not several GPUs"
 
 ONE = "K=1"
 """What several identities a row cost is told against it."""
@@ -64,7 +70,12 @@ def main(arguments: list[str] | None = None) -> int:
             options.plot,
         )
         return 0
-    world = int(os.environ.get("WORLD_SIZE", options.world))
+    world = _world(options.world)
+    if not world:
+        sys.stderr.write(f"0 rows, about 0 s: {ONE_GPU}\n")
+        if not options.dry_run:
+            _save(options.json, {**conditions(), "arguments": _plain(options)}, [], [], ONE_GPU)
+        return 0
     leads = int(os.environ.get("RANK", "0")) == 0
     cases = _cases(options, world)
     if options.device == "cuda" and leads:
@@ -102,6 +113,18 @@ def main(arguments: list[str] | None = None) -> int:
     return int(late or bool(left) or row is not None)
 
 
+def _world(wanted: str) -> int:
+    """Return the number of ranks; 0 if it is that of the GPUs and there are not several."""
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    if wanted == "gpus":
+        count = torch.cuda.device_count()
+        return count if count > 1 else 0
+    if not wanted.isdigit() or int(wanted) < 1:
+        raise SystemExit(f"--world {wanted}: must be a number >= 1, or gpus.")
+    return int(wanted)
+
+
 def _tell(case: Case, found: Row) -> None:
     """Say what was found last, on a line."""
     name, head = [*found["heads"].items()][-1]
@@ -118,11 +141,13 @@ def _add_memory(case: Case, found: Row, world: int, until: float) -> None:
                 found["heads"][name] |= taken.get("heads", {}).get(name, taken)
 
 
-def _save(path: str | None, about: Row, rows: list[Row], cases: list[Case]) -> None:
+def _save(
+    path: str | None, about: Row, rows: list[Row], cases: list[Case], *missing_too: str
+) -> None:
     """Write the record so far, if one is wanted: the whole file or none."""
     if path is None:
         return
-    missing = []
+    missing = [*missing_too]
     for number, case in enumerate(cases):
         found = rows[number]["heads"] if number < len(rows) else {}
         absent = [name for name in case.heads if name not in found]
@@ -248,7 +273,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--centers", default="fp32", choices=("fp32", "bf16", "fp16", "fp8"))
     parser.add_argument("--momentum", default="fp32", choices=("fp32", "bf16", "int8"))
     parser.add_argument("--unsampled", default="move", choices=("move", "stay"), help="of ours")
-    parser.add_argument("--world", type=int, default=1, help="processes to start")
+    parser.add_argument("--world", default="1", help="processes to start; gpus: one for each")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, help="of each rank; default: cores // ranks")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each head, at least")
@@ -259,7 +284,10 @@ def _parser() -> argparse.ArgumentParser:
         "--margin", default="arcface", choices=("arcface", "normalized_softmax"), help="of all"
     )
     parser.add_argument(
-        "--with", dest="others", metavar="NAMES", help=f"also {', '.join(BASELINES)}, or all"
+        "--with",
+        dest="others",
+        metavar="NAMES",
+        help=f"also {', '.join((*BASELINES, *PARALLEL))}; all",
     )
     parser.add_argument(
         "--passes", default="tiles", help="of ours: tiles, fused (kernels), or both"
@@ -293,9 +321,10 @@ def _cases(options: argparse.Namespace, world: int) -> list[Case]:
         raise SystemExit(f"--passes {options.passes}: must be tiles, fused or both, with a comma.")
     heads = {"ours": ours, "textbook": textbooks, "both": (*ours, *textbooks)}[options.only]
     if options.others:
-        others = tuple(BASELINES) if options.others == "all" else tuple(options.others.split(","))
-        if unknown := set(others) - set(BASELINES):
-            raise SystemExit(f"--with {', '.join(unknown)}: must be of {', '.join(BASELINES)}.")
+        every = (*BASELINES, *PARALLEL)
+        others = every if options.others == "all" else tuple(options.others.split(","))
+        if unknown := set(others) - set(every):
+            raise SystemExit(f"--with {', '.join(unknown)}: must be of {', '.join(every)}.")
         heads = (*heads, *others)
     if options.margins:
         names = MARGINS if options.margins == "all" else options.margins.split(",")

@@ -6,6 +6,9 @@ has measured until then is written. ``rest`` gets what the others leave.
 
 from dataclasses import dataclass, replace
 
+PARALLEL = ("tensor_parallel", "tensor_parallel_bf16")
+"""Baselines of _head/tensor_parallel.py, which needs torch."""
+
 TOTAL = 465.0
 """Seconds in all: eight minutes, less what a stop at a limit may take."""
 
@@ -128,9 +131,14 @@ def stages(device: str, out: str, *, small: bool, kernels: bool) -> list[Stage]:
         ),
         Stage(
             name="rest",
-            shows="more sizes, formats and margins, in the time that is left",
+            shows="several GPUs, more sizes, formats and margins, in the time that is left",
             seconds=0,
             commands=(
+                head(
+                    "head_gpu_several.json",
+                    *(*size, "--rate", "1", "--only", "ours", "--passes", passes, "--world"),
+                    *("gpus", "--margin", "normalized_softmax", "--with", ",".join(PARALLEL)),
+                ),
                 head(
                     "head_gpu_fp16_int8.json",
                     *(*size, "--rate", "1,0.1", "--only", "ours", "--passes", passes),

@@ -11,6 +11,7 @@ from partialfc.commands._estimate.gpus import GPUS, HEAD_SHARE, MEMORY, PRODUCTS
 from partialfc.head.tiles.passes import TILE_BYTES
 from tools.bench._head.baselines import BASELINES
 from tools.bench._head.measure import TEXTBOOKS, WARM_UP, Case, positives_of
+from tools.bench._head.tensor_parallel import PARALLEL
 
 START = 25.0
 """Guess: seconds until two processes have torch, one has the GPU, its ceilings and its kernels."""
@@ -49,8 +50,8 @@ def card_for(name: str, row: Mapping[str, Any]) -> str:
     logits, whole = row["batch"] * _rows(row), row["classes"] * row["dim"]
     if name in TEXTBOOKS:
         needed = 16 * logits + 16 * whole
-    elif name == "compiled":
-        needed = 12 * logits + 24 * whole
+    elif name in ("compiled", *PARALLEL):
+        needed = (12 * logits + 24 * whole) / row.get("world", 1)
     elif name in BASELINES:
         needed = 24 * whole + logits / 2  # a quarter of the logits at once
     else:
@@ -67,7 +68,7 @@ def step_seconds(name: str, case: Case) -> float:
     if name == "liger":  # reads and writes the gradient of all centers for every few rows
         chunks = case.batch / max(1, case.batch * dim / case.classes)
         return chunks * 2 * 2 * case.classes * dim / bandwidth
-    if name in BASELINES:
+    if name in (*BASELINES, *PARALLEL):
         return 8 * logits * dim / (_rate(case.dtype) * 0.3) + 64 * case.classes * dim / bandwidth
     if name in TEXTBOOKS:
         rate = _rate("tf32" if name == "textbook_tf32" else "fp32")

@@ -4,8 +4,7 @@
 heads of a case, in turns on a CPU, which others may share, and on a GPU one after the other with
 their memory, so that the card holds one at a time; or it takes the peak memory of one head. What is
 found is a line of OUT as soon as it is known; a ``partial`` one has the heads so far. A job is
-``{"cases": [...], "until": T}``: nothing begins after the time.time() T. RANK, WORLD_SIZE and the
-rest come from the environment.
+``{"cases": [...], "until": T}``: nothing begins after the time.time() T.
 
 Shape suffixes: b = rows of this rank's batch, B = rows of the global batch, D = embedding, K =
 identities of a row.
@@ -37,6 +36,7 @@ from tools.bench._head.ceilings import (
     timed,
 )
 from tools.bench._head.memory import Memory, bytes_of, stored_tensors
+from tools.bench._head.tensor_parallel import PARALLEL, tensor_parallel
 from tools.bench._head.turns import LostError, Step, Turns, percentiles
 
 TEXTBOOKS = ("textbook", "textbook_tf32")
@@ -80,8 +80,7 @@ class Case:
     """cpu or cuda."""
     heads: tuple[str, ...]
     """In the order of their turns: ``ours``, ``fused`` (the same by the fused kernels), one of
-    :data:`TEXTBOOKS` or of :data:`tools.bench._head.baselines.BASELINES`, the name of a margin, or
-    one of :func:`several_heads`."""
+    :data:`TEXTBOOKS`, ``BASELINES`` or ``PARALLEL``, a margin, or one of :func:`several_heads`."""
     threads: int
     """Of each rank."""
     steps: int
@@ -153,13 +152,16 @@ def build(name: str, case: Case, device: torch.device) -> tuple[Any, Step]:
     rule: dict[str, Any] = {"lr": LR, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY}
     settings: dict[str, Any] = {"sample_rate": case.rate, "device": device}
     angular = ANGULAR if case.margin == "arcface" else 0.0
+    if name in PARALLEL:
+        whole = case.rate == 1 and not angular
+        parallel = tensor_parallel(name, case.classes, case.dim, SCALE, rule, device, whole=whole)
+        return parallel, parallel.step
     if name in BASELINES:
         if case.rate < 1 or dist.is_initialized():
             raise AbsentError("it takes all centers, on one rank")
         dtype = torch.bfloat16 if case.dtype == "bf16" else torch.float32
         sizes = {"classes": case.classes, "batch": case.batch, "dim": case.dim}
-        size = Size(**sizes, dtype=dtype, angular=angular)
-        other = baseline(name, size, SCALE, rule, device)
+        other = baseline(name, Size(**sizes, dtype=dtype, angular=angular), SCALE, rule, device)
         return other, other.step
     if name in TEXTBOOKS:
         # By name, for mypy not to follow it into the tests, which are not typed.
