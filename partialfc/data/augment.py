@@ -21,14 +21,14 @@ _HUE = 45.0
 
 
 class Augmentation(Augment):
-    """What may happen to an image of training, after it has its final size S.
+    """What may happen to an image of training, which in the end has the size S.
 
     The changes come in the order of ``CHANGES``, then shift and flip; numbers are uniform in their
-    range: a square of [crop_side, 1] times S, anywhere, is resized to S; a rotation in either
-    direction; factors in [1 - strength, 1 + strength], and a hue of up to 45 degrees times the
-    strength in either direction; a blur of [0.1, blur_sigma] pixels; a side in between of
-    [downscale_side, 1] times S; a quality in [jpeg_quality, 95]; a grey square of up to cutout_side
-    times S.
+    range: a square of [crop_side, 1] times the side, anywhere, which is cut out before the image is
+    resized to S and so has the detail of the file; then a rotation in either direction; factors in
+    [1 - strength, 1 + strength], and a hue of up to 45 degrees times the strength in either
+    direction; a blur of [0.1, blur_sigma] pixels; a side in between of [downscale_side, 1] times S;
+    a quality in [jpeg_quality, 95]; a grey square of up to cutout_side times S.
     """
 
     shift: Shift = 0

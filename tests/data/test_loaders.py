@@ -235,6 +235,31 @@ def test_a_change_happens_to_the_chosen_images_and_is_what_it_says(smooth, loade
     assert 0.3 < np.median(differences) < 90
 
 
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_part_is_cut_out_of_the_file_and_not_of_the_smaller_image(tmp_path, loader):
+    """Cut after resizing, it would be made larger again, less sharp than what is measured."""
+    rng = np.random.default_rng(3)
+    large = [
+        np.asarray(Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)).resize((224, 224)))
+        for _ in range(6)
+    ]
+    jpegs = [encoded(image) for image in large]
+    stream = Stream(
+        dataset=open_dataset([written(tmp_path, jpegs)]),
+        order=Order(6, 6, seed=5),
+        augmentation=Augmentation(flip=0, crop=1, crop_side=0.5),
+        image_size=112,
+    )
+    [(images, _)] = take(1, stream, loader=loader)
+    ids = stream.order.sample_ids(0)
+    boxes = 2 * draw(stream.augmentation, 5, 0, ids, 112).changes["crop"].value_Bn
+    for image, sample, box in zip(images, ids, boxes, strict=True):
+        source = np.asarray(Image.open(io.BytesIO(jpegs[sample])).convert("RGB"), np.float64)
+        error = np.abs(image.transpose(1, 2, 0) - image_crop(source, box))
+        assert error.max() < 6  # 40 and more, if it is cut afterwards
+        assert error.mean() < 0.6
+
+
 @pytest.mark.skipif("dali" not in LOADERS, reason="DALI is not installed here")
 def test_all_changes_together_are_the_same_on_ranks_and_after_a_resume(smooth):
     """Every number is an input of DALI; one that it drew itself would differ here."""

@@ -49,6 +49,13 @@ def test_the_folder_of_photos_is_found_or_asked_for(tmp_path):
         faces.prepare(tmp_path, None)
 
 
+def test_bf16_is_for_a_cpu_that_multiplies_in_it(monkeypatch):
+    """Others imitate it, several times slower than fp32."""
+    for has, words in (({"avx512_bf16": True}, ["precision.compute=bf16"]), ({"avx2": True}, [])):
+        monkeypatch.setattr("torch.cpu.get_capabilities", lambda has=has: has, raising=False)
+        assert faces._formats() == words
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_the_whole_chain(tmp_path):

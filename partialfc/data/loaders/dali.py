@@ -97,9 +97,12 @@ def dali_batches(
 
 def _inputs(stream: Stream, batch: Encoded) -> list[Any]:
     """One batch of ``stream`` as the outputs of DALI's external source."""
-    inputs = [batch.jpegs, batch.resize_B, batch.draw.flip_B.astype(np.int32)]
-    for drawn in batch.draw.changes.values():
-        inputs += [drawn.chosen_B, drawn.value_Bn]
+    crop = batch.draw.changes.get("crop")
+    resize_B = batch.resize_B if crop is None else batch.resize_B | crop.chosen_B
+    inputs = [batch.jpegs, resize_B, batch.draw.flip_B.astype(np.int32)]
+    for name, drawn in batch.draw.changes.items():
+        whole = stream.image_size if name == "crop" else 1
+        inputs += [drawn.chosen_B, drawn.value_Bn / np.float32(whole)]
     if stream.augmentation.shift:
         # A pixel of the shifted image comes from (x - shift_x, y - shift_y).
         matrix_B23 = np.zeros((len(batch.jpegs), 2, 3), np.float32)
@@ -120,9 +123,13 @@ def _pipeline(
         source=source, batch=True, num_outputs=len(dtypes), dtype=dtypes
     )
     image = _decoded(jpeg, on_gpu)
-    if resize:  # true of some images of a batch: DALI splits the batch and joins it again
+    if "crop" in changes:
+        cropped, box, *others = others
+        if cropped:  # of some images of a batch: DALI splits the batch and joins it again
+            image = fn.slice(image, rel_start=box[:2], rel_end=box[2:], axis_names="HW")
+    if resize:
         image = fn.resize(image, size=(image_size, image_size))
-    for i, name in enumerate(changes):
+    for i, name in enumerate(name for name in changes if name != "crop"):
         if others[2 * i]:
             image = change(name, image, others[2 * i + 1], image_size)
     if shifts:

@@ -17,16 +17,12 @@ def change(name: str, image: Any, value: Any, size: int) -> Any:
     """Return an image [S, S, 3] after one change.
 
     Args:
-        name: One of :data:`~partialfc.data.augment.CHANGES`.
+        name: One of :data:`~partialfc.data.augment.CHANGES` but crop, which comes before resizing.
         image: uint8, on either device.
         value: Its numbers, float32 [n] on the CPU.
         size: S.
     """
     match name:
-        case "crop":
-            box = fn.cast(value, dtype=types.INT32)
-            part = fn.slice(image, start=box[:2], end=box[2:], axis_names="HW")
-            return fn.resize(part, size=(size, size))
         case "rotate":
             turn = fn.transforms.rotation(angle=value[0], center=(size / 2, size / 2))
             return fn.warp_affine(image, matrix=turn, interp_type=types.INTERP_LINEAR)

@@ -56,9 +56,12 @@ def decoded_batch(stream: Stream, samples_seen: int) -> Batch:
                 stream.cannot_decode(int(batch.sample_id_B[i]), str(error))
                 complete = False
                 continue
-            if batch.resize_B[i]:
+            crop = batch.draw.changes.get("crop")
+            if cropped := crop is not None and crop.chosen_B[i]:
+                pixels = _part(pixels, crop.value_Bn[i] / np.float32(size))
+            if cropped or batch.resize_B[i]:
                 pixels = resize(pixels, size)
-            normalise(_augment(pixels, batch.draw, i, size), images[i])
+            normalise(_moved(pixels, batch.draw, i), images[i])
         if complete:
             weights = None if batch.weight_B is None else torch.from_numpy(batch.weight_B)
             return Batch(
@@ -76,11 +79,15 @@ def normalise(pixels: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
     out /= np.float32(127.5)
 
 
-def _augment(pixels: NDArray[np.uint8], draw: Draw, i: int, size: int) -> NDArray[np.uint8]:
-    """The i-th image [S, S, 3] of a batch as its draw says."""
-    if "crop" in draw.changes and draw.changes["crop"].chosen_B[i]:
-        top, left, bottom, right = draw.changes["crop"].value_Bn[i].astype(int).tolist()
-        pixels = resize(pixels[top:bottom, left:right], size)
+def _part(pixels: NDArray[np.uint8], box_4: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """The pixels from top and left to bottom and right, in shares of the image's sides."""
+    sides = np.float32([*pixels.shape[:2]] * 2)
+    top, left, bottom, right = np.rint(box_4 * sides).astype(int).tolist()
+    return pixels[top:bottom, left:right]
+
+
+def _moved(pixels: NDArray[np.uint8], draw: Draw, i: int) -> NDArray[np.uint8]:
+    """The i-th image [S, S, 3] of a batch, shifted and flipped as its draw says."""
     shift_x, shift_y = draw.shift_x_B[i], draw.shift_y_B[i]
     if shift_x or shift_y:
         at = np.arange(len(pixels))
