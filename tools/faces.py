@@ -5,8 +5,8 @@
 Aligns the photos, splits LFW by its own list of people, trains on those of peopleDevTrain.txt with
 configs/faces.toml and two processes, in bf16 where the CPU multiplies in it, and measures people
 that were not trained on: LFW's pairsDevTest.txt, its ten folds of pairs.txt (nothing may be chosen
-by these, and some of their people are in peopleDevTrain), and CFP's ten folds of frontal pairs and of
-frontal and profile ones.
+by these, and some of their people are in peopleDevTrain), and CFP's ten folds of frontal pairs and
+of frontal and profile ones.
 Pixels, whitened PCA and the network before training are measured beside it. Everything lies in
 packs/faces and runs/faces; what is aligned is not aligned again.
 """
