@@ -60,6 +60,10 @@ class CheckpointError(RuntimeError):
     exit_code = 4
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint is not as it was written; the one before it may be."""
+
+
 class OtherFormatError(CheckpointError):
     """A checkpoint of another version of this program; nothing is wrong with it."""
 

@@ -4,7 +4,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from partialfc.checkpoint.folder import verify
     from partialfc.checkpoint.loading import (
         CONFIG_HASH,
         exist,
@@ -14,6 +13,7 @@ if TYPE_CHECKING:
         read_centers,
         read_tensors,
         save,
+        verify,
     )
     from partialfc.checkpoint.saving import Saver
     from partialfc.errors import CheckpointError

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from partialfc.checkpoint import folder as checkpoint_folder
 from partialfc.checkpoint.optimizer_states import named_states
+from partialfc.checkpoint.parts import AVERAGE, centers_of, head_of, statistics_of
 from partialfc.definitions import plugins
 from partialfc.distributed.ranks import Ranks
 from partialfc.errors import CheckpointError
@@ -64,8 +64,8 @@ def content_of(model: Model, ranks: Ranks) -> Content:
     averages = average.statistics() if average else {}
     mean_averages = mean_over_ranks(averages, ranks)
     if means and ranks.size > 1:
-        named = {checkpoint_folder.AVERAGE + key: value for key, value in averages.items()}
-        own[checkpoint_folder.statistics_of(ranks.rank)] = {**statistics(model.backbone), **named}
+        named = {AVERAGE + key: value for key, value in averages.items()}
+        own[statistics_of(ranks.rank)] = {**statistics(model.backbone), **named}
     whole = {**model.state(), **means}
     kept = whole.keys() if model.own is None else model.own
     backbone = {
@@ -77,9 +77,9 @@ def content_of(model: Model, ranks: Ranks) -> Content:
     heads: Files = {}
     for name, head in model.heads.items():
         if shared := head.shared_state():
-            heads[checkpoint_folder.head_of(name)] = shared
+            heads[head_of(name)] = shared
         if len(head.owned) and head.copies.first:
-            file = checkpoint_folder.centers_of(name, head.owned_rows.start)
+            file = centers_of(name, head.owned_rows.start)
             own[file] = {"centers": head.centers, **head.optimizer.states(), **head.lists()}
     return Content(own, backbone, heads)
 
@@ -100,6 +100,21 @@ def about(
             "torch": torch.__version__,
             "numpy": np.__version__,
             **({"plugins": code} if (code := plugins.versions()) else {}),
+        },
+    }
+
+
+def parts_of_model(model: Model, ranks: Ranks) -> dict[str, Any]:
+    """Return what a manifest says of the files that each rank writes for itself."""
+    has_statistics = ranks.size > 1 and bool(statistics(model.backbone))
+    return {
+        "statistics": ranks.size if has_statistics else 0,
+        "centers": {
+            name: {
+                "ranks": len(head.sharding.holders or range(head.sharding.world_size)),
+                "rows_per_identity": head.centers_per_identity,
+            }
+            for name, head in model.heads.items()
         },
     }
 

@@ -11,8 +11,10 @@
         centers_0000000000.safetensors  "centers" and row states of one rank, named by first row
         head.safetensors              state of the head that all ranks share, if any
         centers_NAME_….safetensors, head_NAME.safetensors  the same of each of several heads
-        manifest.json                 sizes, SHA-256 and tensors of the files, and all that is no
-                                      tensor: step, world size, facts, settings, versions
+        statistics_….json, centers_….json  notes of these parts: size, SHA-256 of pieces, mark
+        manifest.json                 the notes of all other files, which parts there are
+                                      (parts.py), and all that is no tensor: step, world size,
+                                      facts, settings, versions, mark
 
 A folder with this name is complete or corrupt, never half-written: everything is written to a
 temporary folder, synced and renamed. What is deleted is renamed first.
@@ -23,18 +25,21 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from partialfc.checkpoint.disk import Disk
-from partialfc.errors import CheckpointError, OtherFormatError
-from partialfc.writing import opened
+from partialfc.checkpoint.parts import ENDING, misshapen, parts_of
+from partialfc.checkpoint.pieces import Note
+from partialfc.errors import CheckpointError, DamagedError, OtherFormatError
+from partialfc.writing import opened, read_text
 
-FORMAT = 4
+FORMAT = 5
 """Every format has the checksum of its manifest, so that a damaged one is not taken for another."""
+WHOLE = 4
+"""The format before: every file is in the manifest, with one checksum of the whole of it."""
 BY_NUMBER = 3
-"""The format before: its optimizer.safetensors has "<parameter number>.<state>"."""
+"""The one before that: its optimizer.safetensors has "<parameter number>.<state>"."""
 MANIFEST = "manifest.json"
 KEYS = {
     "format",
@@ -48,8 +53,9 @@ KEYS = {
     "versions",
     "files",
 }
-_THREADS = 4
 _LONGEST_MANIFEST = 256 << 20
+"""Format 4 notes the tensors of every rank's statistics: 21 MB for 1,024 ranks."""
+_LONGEST_NOTE = 16 << 20
 _PART = re.compile(
     r"(backbone|average|optimizer|head(_[A-Za-z][A-Za-z0-9_]*)?|statistics_\d{6,}"
     r"|centers_([A-Za-z][A-Za-z0-9_]*_)?\d{10,})\.safetensors"
@@ -61,26 +67,6 @@ def path_of(folder: Path, step: int) -> Path:
     return folder / f"step_{step:08d}"
 
 
-def statistics_of(rank: int) -> str:
-    """The name, without its ending, of the file of a rank's own BatchNorm statistics."""
-    return f"statistics_{rank:06d}"
-
-
-def head_of(name: str) -> str:
-    """The name, without its ending, of the file of what all ranks share of a head."""
-    return f"head_{name}" if name else "head"
-
-
-def centers_of(name: str, first: int | None = None) -> str:
-    """The name, without its ending, of the file of a head's rows from one on; or its beginning."""
-    begin = f"centers_{name}_" if name else "centers_"
-    return begin if first is None else f"{begin}{first:010d}"
-
-
-AVERAGE = "average."
-"""Before the name of a statistic's average in such a file."""
-
-
 def step_of(path: Path) -> int:
     """The step that a checkpoint's name says."""
     return int(path.name.removeprefix("step_"))
@@ -88,10 +74,11 @@ def step_of(path: Path) -> int:
 
 def steps(folder: Path) -> list[Path]:
     """The checkpoints of a folder, oldest first; a copy under another name is not one."""
-    return sorted(filter(_is_named, folder.glob("step_*")), key=step_of)
+    return sorted(filter(is_named, folder.glob("step_*")), key=step_of)
 
 
-def _is_named(path: Path) -> bool:
+def is_named(path: Path) -> bool:
+    """Whether a folder has the name of a checkpoint."""
     return re.fullmatch(r"step_[0-9]{8,18}", path.name) is not None
 
 
@@ -119,10 +106,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{MANIFEST}: {type(error).__name__}: {error}") from error
     if not sound:
         raise CheckpointError(f"{MANIFEST} is corrupt: its checksum is not that of its content")
-    if manifest.get("format", FORMAT) not in (FORMAT, BY_NUMBER):
+    if manifest.get("format", FORMAT) not in (FORMAT, WHOLE, BY_NUMBER):
         raise OtherFormatError(
             f"{path}: its format is {manifest['format']!r:.20}, and this version reads "
-            f"{BY_NUMBER} and {FORMAT}. Go on with the version that wrote it, or start in another "
+            f"{BY_NUMBER} to {FORMAT}. Go on with the version that wrote it, or start in another "
             "run.folder."
         )
     if missing := KEYS - manifest.keys():
@@ -151,53 +138,52 @@ def _misshapen(manifest: Mapping[str, Any]) -> str | None:
     for name, about in manifest["files"].items():
         if not _PART.fullmatch(name):
             return f"{name[:80]!a} is no name of a part"
-        if not isinstance(about, dict):
-            return f"{name} is {about!r:.50}, must be an object"
-        tensors = about.get("tensors")
-        if not isinstance(tensors, list) or not all(isinstance(one, str) for one in tensors):
-            return f"{name}: tensors is {tensors!r:.50}, must be names"
-    return None
+        try:
+            Note.of(about)
+        except ValueError as error:
+            return f"{name}: {error}"
+    return misshapen(manifest)
 
 
-def verify(path: Path, *, part: int = 0, of: int = 1) -> str | None:
-    """Return what is wrong with a checkpoint, or ``None`` if every file is as it was written.
-
-    It takes no longer than reading so many bytes as the manifest says.
-
-    Args:
-        path: Of the checkpoint.
-        part: Which share of the files to read, in [0, of): ranks divide them.
-        of: Shares.
+def note_of(path: Path, manifest: Mapping[str, Any], file: str) -> Note:
+    """Return what a file of a checkpoint was when it was written; for a part, a small file is read.
 
     Raises:
-        OtherFormatError: If it is of another format; what it is like is not known then.
+        DamagedError: If the checkpoint has no such file, or its note is not there, corrupt, or of
+            another checkpoint.
     """
+    if file in manifest["files"]:
+        return Note.of(manifest["files"][file])
+    name = file.removesuffix(ENDING) + ".json"
     try:
-        manifest = read_manifest(path)
-        if _is_named(path) and manifest["step"] != step_of(path):
-            return f"{MANIFEST} is of step {manifest['step']}"
-        files = sorted(manifest["files"].items())[part::of]
-        with ThreadPoolExecutor(_THREADS) as pool:
-            problems = pool.map(lambda item: _problem(path / item[0], item[1]), files)
-            return next((problem for problem in problems if problem), None)
-    except OtherFormatError:
-        raise
-    except CheckpointError as error:
-        return str(error)
+        text = read_text(path / name, most=_LONGEST_NOTE)
+        said = json.loads(text)
+        digest = said.pop("sha256")
+        if digest != _digest_of(said) or text != _signed(said):
+            raise DamagedError(f"{name} is corrupt: its checksum is not that of its content")
+        if (said["file"], said["mark"]) != (file, manifest.get("mark")):
+            raise DamagedError(
+                f"{name} is of {said['file']!a:.80} of the checkpoint marked {said['mark']!a:.80}, "
+                f"and this one is {manifest.get('mark')!a:.80}"
+            )
+        return Note.of(said["note"])
+    except FileNotFoundError as error:
+        raise DamagedError(f"it lacks {name}, the note of {file}") from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise DamagedError(f"{name}: {type(error).__name__}: {error}") from error
 
 
-def _problem(file: Path, expected: Mapping[str, Any]) -> str | None:
-    try:
-        with os.fdopen(opened(file, os.O_RDONLY), "rb") as part:
-            size = os.fstat(part.fileno()).st_size
-            if size != expected["bytes"]:
-                return f"{file.name} has {size} bytes, its manifest says {expected['bytes']}"
-            digest = hashlib.file_digest(part, "sha256").hexdigest()
-    except (OSError, KeyError, TypeError) as error:
-        return f"{file.name}: {type(error).__name__}: {error}"
-    if digest != expected["sha256"]:
-        return f"{file.name} is corrupt: its checksum is not that of the manifest"
-    return None
+def write_note(path: Path, note: Note, mark: str, disk: Disk) -> None:
+    """Write what a part is beside it.
+
+    Args:
+        path: Of the part.
+        note: Of it.
+        mark: Of the checkpoint, which no other has.
+        disk: Where to write.
+    """
+    said = {"file": path.name, "mark": mark, "note": note.as_json()}
+    write_text(path.with_suffix(".json"), _signed(said), disk)
 
 
 def write_text(path: Path, text: str, disk: Disk) -> None:
@@ -207,19 +193,38 @@ def write_text(path: Path, text: str, disk: Disk) -> None:
     disk.sync(path)
 
 
-def commit(temporary: Path, final: Path, manifest: Mapping[str, Any], disk: Disk) -> None:
+def commit(
+    temporary: Path,
+    final: Path,
+    manifest: Mapping[str, Any],
+    notes: Mapping[str, Note],
+    disk: Disk,
+) -> None:
     """Add the manifest to a folder whose files are all written, and give it its name.
 
-    Each ``*.safetensors`` has a note beside it, ``*.json``, which goes into the manifest.
+    The folder is listed once, and no file is opened, however many ranks have written.
+
+    Args:
+        temporary: The folder.
+        final: Its name from now on.
+        manifest: All but its files.
+        notes: Of the files that are no part.
+        disk: Where to write.
+
+    Raises:
+        OSError: If a file is not there.
     """
-    files = {}
-    for path in sorted(temporary.glob("*.safetensors")):
-        note = path.with_suffix(".json")
-        files[path.name] = json.loads(note.read_text(encoding="utf-8"))
-        disk.remove(note)
+    files = {name: notes[name].as_json() for name in sorted(notes)}
     whole = {**manifest, "format": FORMAT, "files": files}
-    text = json.dumps({**whole, "sha256": _digest_of(whole)}, indent=1)
-    write_text(temporary / MANIFEST, text, disk)
+    there = {entry.name for entry in os.scandir(temporary)}
+    parts = [*parts_of(whole)]
+    wanted = {*files, *parts, *(part.removesuffix(ENDING) + ".json" for part in parts)}
+    if missing := sorted(wanted - there):
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(wanted)} files are not where rank 0 sees them, such as "
+            f"{missing[0]}. Is {final.parent} on a file system that all hosts share?"
+        )
+    write_text(temporary / MANIFEST, _signed(whole, indent=1), disk)
     disk.sync(temporary)
     disk.rename(temporary, final)
     disk.sync(final.parent)
@@ -257,6 +262,11 @@ def set_aside(paths: Sequence[Path]) -> None:
 def count_invalid(folder: Path) -> int:
     """How many checkpoints of a folder were ever set aside."""
     return sum(1 for _ in folder.glob(".step_*.invalid"))
+
+
+def _signed(content: Mapping[str, Any], *, indent: int | None = None) -> str:
+    """Return JSON with the checksum of the content in it."""
+    return json.dumps({**content, "sha256": _digest_of(content)}, indent=indent)
 
 
 def _digest_of(manifest: Mapping[str, Any]) -> str:

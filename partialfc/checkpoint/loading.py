@@ -1,44 +1,44 @@
 """Checkpoints of a run: find the newest valid one, load it on any number of ranks, save.
 
 :mod:`partialfc.checkpoint.folder` says what is in one, :mod:`partialfc.checkpoint.saving` writes
-them. Centers are stored by global row, so any number of ranks reads them; no rank reads more than
-its own rows, and those in pieces. No pickle anywhere.
+them. Centers are stored by global row, so any number of ranks reads them; no rank opens more than
+the files that have its rows, and it reads those in pieces. No pickle anywhere.
 """
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 
 from partialfc.checkpoint.content import sizes_of
 from partialfc.checkpoint.disk import Disk
 from partialfc.checkpoint.folder import (
-    AVERAGE,
     BY_NUMBER,
-    centers_of,
-    head_of,
     leftovers,
     path_of,
     read_manifest,
     set_aside,
-    statistics_of,
     step_of,
     steps,
-    verify,
 )
 from partialfc.checkpoint.optimizer_states import restore_states, with_names
+from partialfc.checkpoint.parts import ENDING, head_of
+from partialfc.checkpoint.reading import (
+    complete,
+    read_centers,
+    read_statistics,
+    read_tensors,
+    refuse_rows_behind,
+)
 from partialfc.checkpoint.saving import Saver
+from partialfc.checkpoint.verifying import verify
 from partialfc.config.tree import STAGE
 from partialfc.distributed.agreement import from_leader, words_of_any
-from partialfc.errors import CheckpointError, OtherFormatError
-from partialfc.head import PartialFC
-from partialfc.head.rows.stored import AT_STEP
-from partialfc.model.batch_norm import statistics
+from partialfc.errors import CheckpointError, DamagedError, OtherFormatError
 from partialfc.model.build import Model
-from partialfc.model.fsdp import Shards
 from partialfc.model.heads import Heads
 from partialfc.runtime.process import Runtime
 
@@ -50,12 +50,13 @@ __all__ = [
     "load",
     "named",
     "newest",
+    "read_centers",
+    "read_tensors",
     "save",
     "verify",
 ]
 
 _NONE = -1
-_PIECE_BYTES = 64 << 20
 
 CONFIG_HASH = "config_hash"
 """The one fact that may differ when a run goes on."""
@@ -72,12 +73,25 @@ def save(
     return path_of(folder, step)
 
 
-def newest(folder: Path, runtime: Runtime, *, tidy: bool = True) -> Path | None:
+def newest(
+    folder: Path,
+    runtime: Runtime,
+    *,
+    tidy: bool = True,
+    content: bool = True,
+    damaged: Mapping[Path, str] = MappingProxyType({}),
+) -> Path | None:
     """Return the newest checkpoint whose files are as its manifest says. Collective.
 
     Every rank verifies a share of the files. Newer ones that are not valid are set aside as
     ``.step_….invalid``, with a message. What a kill left half-written or half-deleted is removed.
-    Without ``tidy`` nothing is touched: another process may be writing.
+
+    Args:
+        folder: Of the checkpoints.
+        runtime: This rank.
+        tidy: Without it nothing is touched: another process may be writing.
+        content: Whether checksums are compared; otherwise :func:`load` is to do it.
+        damaged: What loading has found to be wrong with some.
 
     Raises:
         CheckpointError: If there are checkpoints and none is valid, or one that is newer than all
@@ -94,12 +108,12 @@ def newest(folder: Path, runtime: Runtime, *, tidy: bool = True) -> Path | None:
         if step == _NONE:
             break
         path = path_of(folder, step)
-        problem = _problem_of(path, runtime)
+        problem = damaged.get(path) or _problem_of(path, runtime, content=content)
         if not problem:
             if runtime.leads and tidy:
                 set_aside(invalid)
             return path
-        if runtime.leads:
+        if runtime.leads and path not in damaged:  # that has been said
             print(f"{path}: not a valid checkpoint: {problem}", flush=True)
         invalid.append(path)
     if invalid:
@@ -110,13 +124,18 @@ def newest(folder: Path, runtime: Runtime, *, tidy: bool = True) -> Path | None:
     return None
 
 
-def named(path: Path, runtime: Runtime) -> Path:
+def named(path: Path, runtime: Runtime, *, content: bool = True) -> Path:
     """Return a checkpoint that somebody chose, verified by all ranks. Collective.
+
+    Args:
+        path: Of it.
+        runtime: This rank.
+        content: As of :func:`newest`.
 
     Raises:
         CheckpointError: If it is none, corrupt, or of another format.
     """
-    if problem := _problem_of(path, runtime):
+    if problem := _problem_of(path, runtime, content=content):
         raise CheckpointError(
             f"{path}: not a valid checkpoint: {problem}. Name a folder such as "
             "runs/mine/checkpoints/step_00002000, or another checkpoint."
@@ -136,8 +155,9 @@ def load(
     runtime: Runtime,
     *,
     begins: bool = False,
+    verified: bool = False,
 ) -> int:
-    """Read a verified checkpoint into the live objects; return its step.
+    """Read a checkpoint into the live objects; return its step. Collective: two all-reduces.
 
     The number of ranks may differ from the one that wrote it. Settings of the optimizers (rate,
     momentum, weight decay) stay those of the run.
@@ -149,192 +169,79 @@ def load(
         runtime: This rank.
         begins: Whether a stage begins with it, whose head may keep more than that of the stage
             before, or less: what the checkpoint has not stays new.
+        verified: Whether its files were just verified; otherwise each rank compares the checksums
+            of what it reads.
 
     Raises:
-        CheckpointError: If the checkpoint is of another run, or something is not in it: the message
-            names what.
+        DamagedError: On every rank, if a file that any rank reads is not as it was written. The
+            model is half filled.
+        CheckpointError: On every rank, if the checkpoint is of another run, or something is not in
+            it: the message names what.
     """
-    manifest = read_manifest(path)
-    _same_run(path, manifest, model.heads, facts)
-    device = str(runtime.device)
+    damage, problem, manifest = "", "", {}
     try:
-        found = read_tensors(path, "backbone", manifest, device, model.shards)
-        if model.own is not None and found.keys() != model.own:
-            raise CheckpointError(f"it has other tensors than {', '.join(sorted(model.own))}")
-        model.load(found)
-        _read_own_statistics(path, manifest, model.backbone, runtime)
-        _read_average(path, manifest, model, runtime)
-        states = read_tensors(path, "optimizer", manifest, device, model.shards)
-        if manifest["format"] == BY_NUMBER:
-            states = with_names(states, model.parameters())
-        restore_states(model.optimizer, model.parameters(), states)
-        for name, head in model.heads.items():
-            read_centers(path, manifest, head, name, begins=begins)
-            if begins:
-                _refuse_rows_behind(path, manifest, head, name)
-            head.optimizer.param_groups[0]["steps"] = manifest["step"]
-            if shared := head.shared_state():
-                has_it = f"{head_of(name)}.safetensors" in manifest["files"] or not begins
-                found = read_tensors(path, head_of(name), manifest, device) if has_it else {}
-                head.load_shared_state({**shared, **found} if begins else _complete(shared, found))
-        if model.scaler.is_enabled():
-            model.scaler.load_state_dict(manifest["scaler"])
-    except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        manifest = read_manifest(path)
+        _same_run(path, manifest, model.heads, facts)
+        _fill(path, manifest, model, runtime, begins=begins, compare=not verified)
+    except DamagedError as error:
+        damage = str(error)
+    except CheckpointError as error:
+        problem = str(error)
+    if damage := words_of_any(damage, runtime.ranks):
+        raise DamagedError(f"{path}: {damage}")
+    if problem := words_of_any(problem, runtime.ranks):
+        raise CheckpointError(problem)
     _say_what_differs(path, manifest, model, runtime)
     return int(manifest["step"])
 
 
-def read_tensors(
-    path: Path, name: str, manifest: Mapping[str, Any], device: str, shards: Shards | None = None
-) -> dict[str, Tensor]:
-    """Return the tensors of one of a checkpoint's files; with ``shards``, this rank's rows of them.
-
-    Raises:
-        CheckpointError: If the file, or a tensor that the manifest lists, is missing.
-    """
-    file = f"{name}.safetensors"
-    if file not in manifest["files"]:
-        raise CheckpointError(f"it lacks {file}")
-    with safe_open(path / file, framework="pt", device=device) as opened:
-        found = {}
-        for key in _listed(file, opened.keys(), manifest):
-            part = opened.get_slice(key)
-            divided = shards and (name == "optimizer" or key in shards.own) and part.get_shape()
-            rows = shards.rows(part.get_shape()[0]) if shards and divided else slice(None)
-            found[key] = part[rows] if divided else opened.get_tensor(key)
-        return found
-
-
-def _read_own_statistics(
-    path: Path, manifest: Mapping[str, Any], backbone: nn.Module, runtime: Runtime
-) -> None:
-    """As many ranks as wrote it go on with their own; any other number with the backbone's mean."""
-    ranks, live = runtime.ranks, statistics(backbone)
-    if ranks.size == 1 or ranks.size != manifest["world_size"] or not live:
-        return
-    found = read_tensors(path, statistics_of(ranks.rank), manifest, str(runtime.device))
-    _complete(live, found)
-    for name, value in live.items():
-        value.copy_(found[name])
-
-
-def _read_average(path: Path, manifest: Mapping[str, Any], model: Model, runtime: Runtime) -> None:
-    """The average goes on; where the run that wrote this kept none, it begins at these weights."""
-    if model.average is None:
-        return
-    device, ranks = str(runtime.device), runtime.ranks
-    if "average.safetensors" not in manifest["files"]:
-        model.average.begin()
-        return
-    found = read_tensors(path, "average", manifest, device, model.shards)
-    own = {AVERAGE + name for name in model.average.statistics()}
-    if ranks.size > 1 and ranks.size == manifest["world_size"] and own:
-        kept = read_tensors(path, statistics_of(ranks.rank), manifest, device)
-        _complete(dict.fromkeys(own), kept)
-        found |= {name.removeprefix(AVERAGE): kept[name] for name in own}
-    model.average.load(_complete(model.average.tensors, found))
-
-
-def read_centers(
+def _fill(
     path: Path,
     manifest: Mapping[str, Any],
-    head: PartialFC,
-    name: str = "",
+    model: Model,
+    runtime: Runtime,
     *,
-    with_states: bool = True,
-    begins: bool = False,
+    begins: bool,
+    compare: bool,
 ) -> None:
-    """Fill this rank's centers and row states from the files that hold its rows.
-
-    Nothing is read twice, and in memory there is one piece of a file beside what is filled.
-
-    Args:
-        path: Of the checkpoint.
-        manifest: Of it.
-        head: Whose centers and states are filled.
-        name: Of the head, if it is one of several.
-        with_states: Without them, the centers alone are filled, and rounded to their format.
-        begins: As of :func:`load`.
-
-    Raises:
-        CheckpointError: If rows or states are missing, or have another format.
-    """
-    head.optimizer.settle()
-    filled = {"centers": head.centers.data, **(head.optimizer.states() if with_states else {})}
-    if with_states and not begins:  # a stage begins with a search
-        filled |= head.lists()
-    head.loaded()
-    done, owned = 0, head.owned_rows
-    for first, part_file in _centers_in(manifest, name).items():
-        with safe_open(path / part_file, framework="pt", device="cpu") as file:
-            listed = _listed(part_file, file.keys(), manifest)
-            if begins and AT_STEP not in listed:
-                filled.pop(AT_STEP, None)
-            _complete(dict.fromkeys(filled), listed)
-            slices = {tensor: file.get_slice(tensor) for tensor in filled}
-            rows = slices["centers"].get_shape()[0]
-            low, high = max(first, owned.start), min(first + rows, owned.stop)
-            for tensor, part in slices.items():
-                into = filled[tensor]
-                for start, stop in _pieces(low, high, part, rows):
-                    piece = part[start - first : stop - first]
-                    if piece.dtype != into.dtype and with_states:
-                        raise CheckpointError(
-                            f"{part_file}: {tensor} is {piece.dtype}, and the settings want "
-                            f"{into.dtype}"
-                        )
-                    into[start - owned.start : stop - owned.start] = piece.to(into.device)
-            done += max(0, high - low)
-    if done != len(owned):
-        raise CheckpointError(f"it has {done} of the {len(owned)} rows of this rank")
-
-
-def _centers_in(manifest: Mapping[str, Any], name: str) -> dict[int, str]:
-    """The files of a head's centers by their first row."""
-    begin, found = centers_of(name), {}
-    for file in sorted(manifest["files"]):
-        digits = file.removeprefix(begin).removesuffix(".safetensors")
-        if file.startswith(begin) and digits.isdecimal():
-            found[int(digits)] = file
-    return found
-
-
-def _refuse_rows_behind(
-    path: Path, manifest: Mapping[str, Any], head: PartialFC, name: str
-) -> None:
-    """Rows that moved unsampled must be up to date where from now on they do not.
-
-    The last checkpoint of a stage has them so. That of a run which had ended, and to which a stage
-    is added, may not.
-    """
-    if AT_STEP in head.optimizer.states():
-        return
-    for file in _centers_in(manifest, name).values():
-        if AT_STEP in manifest["files"][file]["tensors"]:
-            with safe_open(path / file, framework="pt", device="cpu") as opened:
-                at_step = opened.get_tensor(AT_STEP)
-            if at_step.min() != at_step.max():
-                raise CheckpointError(
-                    "its class centers that were not sampled are not up to date, which the last "
-                    "checkpoint of a stage has. Make the stage before one step longer"
+    """Fill the model, with no collective; what is wrong is said with the checkpoint's name."""
+    device = str(runtime.device)
+    try:
+        found = read_tensors(path, "backbone", manifest, device, model.shards, compare=compare)
+        if model.own is not None and found.keys() != model.own:
+            raise CheckpointError(f"it has other tensors than {', '.join(sorted(model.own))}")
+        model.load(found)
+        read_statistics(path, manifest, model, runtime, compare=compare)
+        states = read_tensors(path, "optimizer", manifest, device, model.shards, compare=compare)
+        if manifest["format"] == BY_NUMBER:
+            states = with_names(states, model.parameters())
+        restore_states(model.optimizer, model.parameters(), states)
+        for name, head in model.heads.items():
+            read_centers(path, manifest, head, name, begins=begins, compare=compare)
+            if begins:
+                refuse_rows_behind(path, manifest, head, name, compare=compare)
+            head.optimizer.param_groups[0]["steps"] = manifest["step"]
+            if shared := head.shared_state():
+                has_it = f"{head_of(name)}{ENDING}" in manifest["files"] or not begins
+                found = (
+                    read_tensors(path, head_of(name), manifest, device, compare=compare)
+                    if has_it
+                    else {}
                 )
+                head.load_shared_state({**shared, **found} if begins else complete(shared, found))
+        if model.scaler.is_enabled():
+            model.scaler.load_state_dict(manifest["scaler"])
+    except DamagedError:
+        raise
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
-def _pieces(low: int, high: int, part: Any, rows: int) -> list[tuple[int, int]]:
-    """Cut rows [low, high) into pieces of a bounded size; no dtype is wider than 8 bytes."""
-    width = 1
-    for size in part.get_shape()[1:]:
-        width *= size
-    step = max(1, _PIECE_BYTES // (8 * width))
-    return [(start, min(start + step, high)) for start in range(low, high, step)]
-
-
-def _problem_of(path: Path, runtime: Runtime) -> str:
+def _problem_of(path: Path, runtime: Runtime, *, content: bool) -> str:
     """What the first rank that finds anything wrong says; each verifies a share of the files."""
     ranks, problem, refusal = runtime.ranks, None, ""
     try:
-        problem = verify(path, part=ranks.rank, of=ranks.size)
+        problem = verify(path, part=ranks.rank, of=ranks.size, content=content)
     except OtherFormatError as error:
         refusal = str(error)
     if refusal := words_of_any(refusal, ranks):  # it is whole: not to be set aside
@@ -379,15 +286,3 @@ def _say_what_differs(
         f"schedule; {differs}.",
         flush=True,
     )
-
-
-def _listed(file: str, found: Collection[str], manifest: Mapping[str, Any]) -> list[str]:
-    """The tensors of a file, which are those that the manifest lists."""
-    listed = manifest["files"][file]["tensors"]
-    return sorted(_complete(dict.fromkeys(listed), dict.fromkeys(found)))
-
-
-def _complete(expected: Mapping[str, Any], found: Any) -> Any:
-    if missing := sorted(expected.keys() - set(found)):
-        raise CheckpointError(f"it lacks the tensor {', '.join(missing)}")
-    return found

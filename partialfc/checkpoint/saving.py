@@ -6,15 +6,15 @@ collective of the training waits for a disk.
 """
 
 import os
+import secrets
 import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from json import dumps
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,17 +23,17 @@ import torch
 from torch import Tensor
 
 from partialfc.checkpoint import folder as checkpoint_folder
-from partialfc.checkpoint.content import about, content_of
+from partialfc.checkpoint.content import about, content_of, parts_of_model
 from partialfc.checkpoint.disk import Disk
-from partialfc.checkpoint.folder import free_bytes, path_of
+from partialfc.checkpoint.folder import free_bytes, path_of, write_note
+from partialfc.checkpoint.parts import ENDING, is_part
+from partialfc.checkpoint.pieces import Note
 from partialfc.checkpoint.tensor_file import size_of, write_tensors
+from partialfc.distributed.agreement import from_leader
 from partialfc.errors import CheckpointError
 from partialfc.model.build import Model
 from partialfc.model.fsdp import Shards
 from partialfc.runtime.process import Runtime
-
-_SLOWEST_RANK = 7200.0
-"""Seconds: how much later than the first the last rank may have written its part."""
 
 Staged = dict[str, dict[str, Tensor]]
 
@@ -82,7 +82,8 @@ class Saver:
         self._retain = partial(
             checkpoint_folder.retain, keep=keep, keep_every_steps=keep_every_steps, disk=self._disk
         )
-        self._ranks, self._links = runtime.ranks, runtime.links(_SLOWEST_RANK)
+        self._ranks, self._links = runtime.ranks, runtime.links()
+        self._mark = from_leader(secrets.randbits(62), runtime.ranks)
         self._copies: dict[str, Tensor] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._pending: Future[Saved] | None = None
@@ -122,7 +123,11 @@ class Saver:
         files = self._files(model)
         copied = self._has_room(files)
         staged = self._copies_of(files) if copied else _contiguous(files)
-        manifest = about(step, model, self._ranks, self._facts, self._settings)
+        manifest = {
+            **about(step, model, self._ranks, self._facts, self._settings),
+            "mark": f"{self._mark:016x}.{step}",
+            "parts": parts_of_model(model, self._ranks),
+        }
         self._pending = self._pool.submit(self._write, step, staged, manifest, began)
         if not copied:
             self.wait()
@@ -157,7 +162,7 @@ class Saver:
         if self._runtime.leads:
             files = {**files, **backbone, **found.heads}
         return {
-            f"{file}.safetensors": {name: tensor.detach() for name, tensor in tensors.items()}
+            f"{file}{ENDING}": {name: tensor.detach() for name, tensor in tensors.items()}
             for file, tensors in files.items()
         }
 
@@ -169,7 +174,7 @@ class Saver:
             for name, own in tensors.items():
                 whole = shards.whole(name, own)
                 if whole is not own and self._runtime.leads:
-                    found[file][name] = self._copy(f"{file}.safetensors/{name}", whole)
+                    found[file][name] = self._copy(f"{file}{ENDING}/{name}", whole)
                 elif whole is own:
                     found[file][name] = own
         if self._runtime.device.type == "cuda":
@@ -216,11 +221,17 @@ class Saver:
         yield_to_training()
         final = path_of(self._folder, step)
         temporary = final.with_name(f".{final.name}.partial")
-        lead = self._runtime.leads
+        lead, notes = self._runtime.leads, {}
+
+        def write() -> None:
+            notes.update(self._write_files(temporary, staged, manifest["mark"]))
+
+        def commit() -> None:
+            checkpoint_folder.commit(temporary, final, manifest, notes, self._disk)
+
         try:
             self._together(final, partial(self._begin, final, temporary) if lead else None)
-            self._together(final, partial(self._write_files, temporary, staged))
-            commit = partial(checkpoint_folder.commit, temporary, final, manifest, self._disk)
+            self._together(final, write)
             self._together(final, commit if lead else None)
         except CheckpointError:
             if lead:
@@ -241,18 +252,23 @@ class Saver:
             self._disk.remove(temporary)
         self._disk.make_folder(temporary)
 
-    def _write_files(self, folder: Path, staged: Staged) -> None:
+    def _write_files(self, folder: Path, staged: Staged, mark: str) -> dict[str, Note]:
+        """Write this rank's files; return the notes of those that are no part."""
+        notes = {}
         try:
             for name, tensors in staged.items():
-                note = dumps(asdict(write_tensors(folder / name, tensors, self._disk)))
-                path = (folder / name).with_suffix(".json")
-                checkpoint_folder.write_text(path, note, self._disk)
+                path = folder / name
+                if is_part(name):
+                    write_note(path, write_tensors(path, tensors, self._disk), mark, self._disk)
+                else:
+                    notes[name] = write_tensors(path, tensors, self._disk)
         except OSError as error:
             needed = sum(size_of(tensors) for tensors in staged.values())
             raise OSError(
                 f"{error}; {needed:,} bytes needed by rank {self._ranks.rank}, "
                 f"{free_bytes(folder):,} free"
             ) from error
+        return notes
 
     def _together(self, final: Path, action: Callable[[], None] | None) -> None:
         """Do this rank's part, if it has one; raise on all ranks if any rank's part failed."""

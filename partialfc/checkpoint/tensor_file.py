@@ -1,22 +1,23 @@
-"""Safetensors files, written piece by piece from tensors in memory, with their checksum.
+"""Safetensors files, written piece by piece from tensors in memory, with the checksums of pieces.
 
 The library writes through no file object, and a checkpoint needs one: to hash what it writes in
-the same pass, without a second copy in memory. Reading is the library's.
+the same pass, without a second copy in memory. They are read by
+:mod:`partialfc.checkpoint.tensor_reader`, or by the library.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from partialfc.checkpoint.disk import Bytes, Disk
+from partialfc.checkpoint.pieces import THREADS, Note, PieceSums
 
-_PIECE = 16 << 20
-_NAMES = {
+_WRITTEN_AT_ONCE = 16 << 20
+DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -31,36 +32,22 @@ _NAMES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Written:
-    """What was written.
-
-    Attributes:
-        bytes: Of the file.
-        sha256: Of its content.
-        tensors: Names in it.
-    """
-
-    bytes: int
-    sha256: str
-    tensors: list[str]
-
-
 def size_of(tensors: Mapping[str, Tensor]) -> int:
     """Bytes of the tensors themselves."""
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], disk: Disk) -> Written:
-    """Write a safetensors file and sync it. The tensors are contiguous, on any device."""
-    digest, size = hashlib.sha256(), 0
-    with path.open("xb") as file:
-        for piece in _pieces(tensors):
-            digest.update(piece)
-            disk.write(file, piece)
-            size += len(piece)
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], disk: Disk) -> Note:
+    """Write a safetensors file and sync it. The tensors are contiguous, on any device, and stay as
+    they are meanwhile: threads compute checksums beside this one, which writes."""
+    with ThreadPoolExecutor(THREADS, thread_name_prefix="sums") as pool, path.open("xb") as file:
+        sums = PieceSums(pool)
+        for data in _whole(tensors):
+            sums.update(data)
+            disk.write(file, data)
+        note = sums.note(tensors)
     disk.sync(path)
-    return Written(size, digest.hexdigest(), sorted(tensors))
+    return note
 
 
 def layout_of(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, tuple[int, int]]]:
@@ -74,7 +61,7 @@ def layout_of(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, tuple[int
         start, stop = stop, stop + tensor.nbytes
         places[name] = start, stop
         header[name] = {
-            "dtype": _NAMES[tensor.dtype],
+            "dtype": DTYPES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [start, stop],
         }
@@ -83,7 +70,7 @@ def layout_of(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, tuple[int
     return len(text).to_bytes(8, "little") + text, places
 
 
-def _pieces(tensors: Mapping[str, Tensor]) -> Iterator[Bytes]:
+def _whole(tensors: Mapping[str, Tensor]) -> Iterator[Bytes]:
     """The file: its beginning and the tensors."""
     beginning, places = layout_of(tensors)
     yield beginning
@@ -93,5 +80,5 @@ def _pieces(tensors: Mapping[str, Tensor]) -> Iterator[Bytes]:
         if not tensor.numel():
             continue
         data = tensor.reshape(-1).view(torch.uint8)
-        for start in range(0, len(data), _PIECE):
-            yield data[start : start + _PIECE].cpu().numpy().data
+        for start in range(0, len(data), _WRITTEN_AT_ONCE):
+            yield data[start : start + _WRITTEN_AT_ONCE].cpu().numpy().data

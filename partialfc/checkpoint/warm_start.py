@@ -20,7 +20,7 @@ from torch import Tensor
 from partialfc.backbones.lora import is_adapter
 from partialfc.checkpoint import loading as checkpoint
 from partialfc.checkpoint.disk import Disk
-from partialfc.checkpoint.folder import FORMAT, commit, read_manifest, write_text
+from partialfc.checkpoint.folder import commit, read_manifest, write_text
 from partialfc.checkpoint.recognition import difference
 from partialfc.checkpoint.tensor_file import write_tensors
 from partialfc.checkpoint.trained_backbone import is_start, open_backbone
@@ -149,17 +149,16 @@ def write_start(
         "backbone": {name: value.detach().cpu().contiguous() for name, value in backbone.items()},
         "centers_0000000000": {"centers": centers_RD.contiguous()},
     }
-    for name, tensors in whole.items():
-        written = write_tensors(temporary / f"{name}.safetensors", tensors, disk)
-        note = {"bytes": written.bytes, "sha256": written.sha256, "tensors": written.tensors}
-        write_text(temporary / f"{name}.json", json.dumps(note), disk)
+    notes = {
+        f"{name}.safetensors": write_tensors(temporary / f"{name}.safetensors", tensors, disk)
+        for name, tensors in whole.items()
+    }
     digest = None
     if names is not None and any(name is not None for name in names):
         text = json.dumps(names, indent=0)
         write_text(temporary / NAMES, text, disk)
         digest = hashlib.sha256(text.encode()).hexdigest()
     manifest = {
-        "format": FORMAT,
         "names": digest,
         "step": 0,
         "world_size": 1,
@@ -173,7 +172,7 @@ def write_start(
         "settings": "",
         "versions": {"torch": torch.__version__},
     }
-    commit(temporary, path, manifest, disk)
+    commit(temporary, path, manifest, notes, disk)
 
 
 def _fill(path: Path, model: Model, state: Mapping[str, Tensor], config: Config) -> None:

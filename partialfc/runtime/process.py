@@ -40,21 +40,24 @@ class Runtime:
         ranks: This rank among all.
         device: The one device of this rank.
         watchdog: Of the ranks, if one watches.
+        patience: Seconds that a rank may hold up the others at most: the watchdog's.
     """
 
     ranks: Ranks
     device: torch.device
     watchdog: Watchdog | None = None
+    patience: float = 7200.0
 
-    def links(self, seconds: float = 7200.0) -> Links:
+    def links(self, seconds: float | None = None) -> Links:
         """Link this rank with a few others, for what one thread asks them beside the training.
 
         Collective: see :class:`Links`.
 
         Args:
-            seconds: How much later than this rank another may come to an agreement.
+            seconds: How much later than this rank another may come to an agreement; by default as
+                long as the watchdog lets it.
         """
-        return Links(self.ranks, own_address(), seconds)
+        return Links(self.ranks, own_address(), self.patience if seconds is None else seconds)
 
     @property
     def leads(self) -> bool:
@@ -92,7 +95,7 @@ def running(config: Config) -> Iterator[Runtime]:
         ranks = Ranks.of()
         torch.set_num_threads(threads_of(config.run.threads, ranks, place))
         watchdog = _watchdog(config, ranks)
-        yield Runtime(ranks, device, watchdog)
+        yield Runtime(ranks, device, watchdog, longest_patience(config.run.hang_seconds))
     except Preempted:  # all ranks leave together, and wait to be queued again
         raise
     except BaseException as error:

@@ -60,7 +60,7 @@ def open_run(folder: Path) -> Iterator[OpenRun]:
         shards = agreed_shards(config, runtime)
         model = build(config, runtime, numberings(config, dataset), kept_shards=shards)
         facts = must_match(config, dataset) | {STAGE: noted.get(STAGE)}
-        checkpoint.load(newest, model, facts, runtime)
+        checkpoint.load(newest, model, facts, runtime, verified=True)
         if model.average is not None:
             model.average.install()
         restore_base(newest, model.backbone, config, state_at)

@@ -25,7 +25,7 @@ from partialfc.config import Config
 from partialfc.config.heads import each_head
 from partialfc.data.dataset import DataSet
 from partialfc.distributed.agreement import from_leader
-from partialfc.errors import CheckpointError
+from partialfc.errors import CheckpointError, DamagedError
 from partialfc.evaluation.sets import Evaluation
 from partialfc.margins import guidance
 from partialfc.model.adapted import adapted_words
@@ -105,31 +105,49 @@ class Opened:
         Raises:
             CheckpointError: If there are checkpoints and none is valid, or it is of another run.
         """
-        copied = peers is not None and peers.step >= peers.on_disk
-        found = None if copied else self._on_disk()
+        damaged: dict[Path, str] = {}
+        while True:
+            found, step, copies = self._newest(peers, damaged)
+            if (stage := stage_at(stages, step)) is not self.stage or damaged:
+                self._close()
+                self._open(stage)
+            try:
+                base = self._filled(found, step, writer_of(stages, step), copies)
+            except DamagedError as error:
+                if found is None or found == self.stage.config.run.resume_from:
+                    raise
+                damaged[found] = str(error).removeprefix(f"{found}: ")
+                if self.runtime.leads:
+                    print(f"{found}: not a valid checkpoint: {damaged[found]}", flush=True)
+                continue  # the model is half filled: it is made anew
+            if peers is not None:
+                peers.begin(self.model, step, from_copies=copies is not None)
+            return step, base
+
+    def _newest(
+        self, peers: Peers | None, damaged: Mapping[Path, str]
+    ) -> tuple[Path | None, int, Peers | None]:
+        """A checkpoint, looked at as it is read; its step; copies in its place."""
+        run, runtime = self.stage.config.run, self.runtime
+        if peers is not None and peers.step >= peers.on_disk:
+            return None, peers.step, peers
+        found = checkpoint.newest(
+            run.folder / "checkpoints", runtime, content=False, damaged=damaged
+        )
+        if found is None and run.resume_from is not None:
+            found = checkpoint.named(run.resume_from, runtime, content=False)
         step = 0 if found is None else int(read_manifest(found)["step"])
         if peers is not None and peers.step > step:  # also where newer files are damaged
-            copied, step = True, peers.step
-        if (stage := stage_at(stages, step)) is not self.stage:
-            self._close()
-            self._open(stage)
-        if peers is not None and copied:
-            with peers.fetched(self.model) as path:
-                base = self._go_on(path, step, writer_of(stages, step))
-        elif found is None:
-            base = self._begin()
-        else:
-            base = self._go_on(found, step, writer_of(stages, step))
-        if peers is not None:
-            peers.begin(self.model, step, from_copies=copied)
-        return step, base
+            return None, peers.step, peers
+        return found, step, None
 
-    def _on_disk(self) -> Path | None:
-        run = self.stage.config.run
-        found = checkpoint.newest(run.folder / "checkpoints", self.runtime)
-        if found is None and run.resume_from is not None:
-            found = checkpoint.named(run.resume_from, self.runtime)
-        return found
+    def _filled(
+        self, found: Path | None, step: int, writer: Stage, copies: Peers | None
+    ) -> dict[str, object]:
+        if copies is not None:
+            with copies.fetched(self.model) as path:
+                return self._go_on(path, step, writer, verified=True)
+        return self._begin() if found is None else self._go_on(found, step, writer)
 
     def _begin(self) -> dict[str, object]:
         config, dataset = self.stage.config, self.stage.data.dataset
@@ -138,7 +156,9 @@ class Opened:
         begin_centers(config, self.runtime, self.model, dataset, self.evaluation)
         return base
 
-    def _go_on(self, found: Path, step: int, writer: Stage) -> dict[str, object]:
+    def _go_on(
+        self, found: Path, step: int, writer: Stage, *, verified: bool = False
+    ) -> dict[str, object]:
         config, model, begins = self.stage.config, self.model, writer is not self.stage
         facts = self.facts
         if begins:
@@ -149,7 +169,7 @@ class Opened:
             for name, before in each_head(writer.config).items()
             if before.head.margin.name != each_head(config)[name].head.margin.name
         }
-        checkpoint.load(found, model, facts, self.runtime, begins=begins)
+        checkpoint.load(found, model, facts, self.runtime, begins=begins, verified=verified)
         for name, states in new.items():
             for key, state in model.heads[name].margin_state().items():
                 state.copy_(states[key])

@@ -8,7 +8,7 @@ import torch
 
 from partialfc.checkpoint.folder import MANIFEST
 from partialfc.checkpoint.peers.hosts import Line, keepers
-from partialfc.checkpoint.peers.memory import ABOUT, COMMON, Memory, name_of, sha256_of
+from partialfc.checkpoint.peers.memory import ABOUT, COMMON, Memory, name_of, note_of
 from partialfc.checkpoint.peers.recovery import find
 from partialfc.distributed.ranks import Ranks
 
@@ -36,8 +36,7 @@ def fill(memory, origin, *, step=6, start=START, generation=0, says=None, world=
         ABOUT: about,
     }
     whole = slot.mapped[file]
-    note = {"bytes": len(whole), "sha256": sha256_of(whole), "tensors": sorted(rows)}
-    slot.commit(manifest, {file: note})
+    slot.commit(manifest, {file: note_of(whole, rows)})
     return slot.path / file
 
 

@@ -9,7 +9,8 @@ from safetensors.numpy import load_file
 
 from partialfc import PartialFC
 from partialfc.checkpoint import loading as checkpoint
-from partialfc.checkpoint.folder import centers_of, read_manifest
+from partialfc.checkpoint.folder import read_manifest
+from partialfc.checkpoint.parts import centers_of
 from partialfc.config import Config, ConfigError
 from partialfc.config.heads import each_head, holders_of_heads, rows_of_heads
 from partialfc.distributed.ranks import Ranks

@@ -1,12 +1,14 @@
 """A run in stages goes on from any moment as if it had never stopped."""
 
+import hashlib
 import json
+import shutil
 from contextlib import nullcontext
 
 import pytest
 
 import partialfc.training.run as training
-from partialfc.checkpoint.folder import read_manifest, steps
+from partialfc.checkpoint.folder import path_of, read_manifest, steps
 from partialfc.checkpoint.trained_backbone import open_backbone
 from partialfc.config import ConfigError, load, to_toml
 from partialfc.data.dataset import open_dataset
@@ -92,10 +94,12 @@ def straight(packs, overrides, tmp_path_factory):
 
 def digests(folder):
     """Of all that each checkpoint holds, by its step."""
-    found = {path.name: read_manifest(path)["files"] for path in steps(folder / "checkpoints")}
     return {
-        name: {file: about["sha256"] for file, about in files.items()}
-        for name, files in found.items()
+        path.name: {
+            file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in path.glob("*.safetensors")
+        }
+        for path in steps(folder / "checkpoints")
     }
 
 
@@ -105,6 +109,27 @@ def test_a_death_at_any_moment_of_any_stage_changes_no_bit(packs, overrides, str
     assert sorted(losses(tmp_path)) == list(range(1, LAST + 1))
     assert losses(tmp_path) == losses(straight[0])
     assert digests(tmp_path) == digests(straight[0])
+
+
+def test_damage_that_loading_finds_costs_the_steps_since_a_checkpoint_before(
+    packs, overrides, straight, tmp_path, capsys
+):
+    """R6: they are compared as files are read, when the model of another stage is half filled."""
+    folder = tmp_path / "run"
+    shutil.copytree(straight[0], folder)
+    (folder / "summary.json").unlink()
+    for step in (13, 14, 16):
+        (file,) = path_of(folder / "checkpoints", step).glob("centers_*.safetensors")
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    trained(packs, folder, overrides)
+    said = capsys.readouterr().out
+    for step in (13, 14, 16):
+        assert f"step_{step:08d}: not a valid checkpoint: centers_0000000000.safe" in said
+    assert "going on from" in said
+    assert len([*(folder / "checkpoints").glob(".step_*.invalid")]) == 3
+    assert digests(folder) == digests(straight[0])
 
 
 @pytest.mark.slow

@@ -5,19 +5,18 @@ the rank that keeps them, and takes the part that this rank keeps. Of two genera
 written over, and only once all ranks have said that the newer is whole.
 """
 
-import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from partialfc.checkpoint.content import Content, Files, about, content_of
-from partialfc.checkpoint.peers.memory import ABOUT, COMMON, Memory, Slot, name_of, sha256_of
+from partialfc.checkpoint.peers.memory import ABOUT, COMMON, Memory, Slot, name_of, note_of
 from partialfc.checkpoint.peers.streams import (
     Pieces,
     exchange,
@@ -26,15 +25,15 @@ from partialfc.checkpoint.peers.streams import (
     sent,
     sent_text,
 )
+from partialfc.checkpoint.pieces import THREADS, Note, PieceSums
 from partialfc.checkpoint.saving import yield_to_training
-from partialfc.checkpoint.tensor_file import Written
 from partialfc.distributed.agreement import words_of_any
 from partialfc.distributed.ranks import Ranks
 from partialfc.model.build import Model
 from partialfc.runtime.process import Runtime
 
-Notes = dict[str, dict[str, Any]]
-"""What each file of a part is like: bytes, checksum, names of tensors."""
+Notes = dict[str, Note]
+"""What each file of a part is like."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,22 +183,21 @@ class Copier:
                 problem = str(error)
         if problem := words_of_any(problem, ranks):
             return problem
-        digests = {name: hashlib.sha256() for name in own}
         kept = slots["kept"].mapped if "kept" in slots else {}
-        bytes_sent = self._exchange(
-            (piece for name in sorted(own) for piece in _hashed(own[name], digests[name])),
-            (piece for name in sorted(kept) for piece in received_as(kept[name])),
-        )
-        tensors = slots["own"].tensors
-        notes = {
-            name: _note(whole, digests[name].hexdigest(), tensors[name])
-            for name, whole in own.items()
-        }
+        with ThreadPoolExecutor(THREADS, thread_name_prefix="sums") as pool:
+            sums = {name: PieceSums(pool) for name in own}
+            bytes_sent = self._exchange(
+                (piece for name in sorted(own) for piece in _hashed(own[name], sums[name])),
+                (piece for name in sorted(kept) for piece in received_as(kept[name])),
+            )
+            notes = {name: sums[name].note(slots["own"].tensors[name]) for name in own}
         theirs: Notes = {}
-        self._exchange(
-            sent_text(json.dumps(notes)),
-            received_text(lambda text: theirs.update(json.loads(text))),
-        )
+
+        def take(text: str) -> None:
+            theirs.update((name, Note.of(said)) for name, said in json.loads(text).items())
+
+        told = json.dumps({name: note.as_json() for name, note in notes.items()})
+        self._exchange(sent_text(told), received_text(take))
         try:
             self._commit("own", ranks.rank, manifest, notes)
             if ring.kept is not None:
@@ -233,21 +231,14 @@ def _named(files: Files) -> dict[str, dict[str, Tensor]]:
     }
 
 
-def _hashed(whole: Tensor, digest: Any) -> Iterator[Tensor]:
+def _hashed(whole: Tensor, sums: PieceSums) -> Iterator[Tensor]:
     """What :func:`sent` yields, hashed on the way: bytes are looked at once."""
     pieces = sent(whole)
     yield next(pieces)
     for piece in pieces:
-        digest.update(piece.numpy().data)
+        sums.update(piece.numpy().data)
         yield piece
 
 
-def _note(whole: Tensor, digest: str, tensors: list[str]) -> dict[str, Any]:
-    return asdict(Written(len(whole), digest, tensors))
-
-
 def _notes(slot: Slot) -> Notes:
-    return {
-        name: _note(whole, sha256_of(whole), slot.tensors[name])
-        for name, whole in slot.mapped.items()
-    }
+    return {name: note_of(whole, slot.tensors[name]) for name, whole in slot.mapped.items()}

@@ -2,17 +2,17 @@
 
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from partialfc.checkpoint import folder as checkpoint_folder
-from partialfc.checkpoint.peers.memory import COMMON, Memory, Slot, sha256_of, whole_file
+from partialfc.checkpoint.folder import read_manifest
+from partialfc.checkpoint.parts import ENDING, centers_of, statistics_of
+from partialfc.checkpoint.peers.memory import COMMON, Memory, Slot, note_of, whole_file
 from partialfc.checkpoint.peers.recovery import Found, Offer, gathered
 from partialfc.checkpoint.peers.streams import (
     Pieces,
@@ -22,14 +22,13 @@ from partialfc.checkpoint.peers.streams import (
     sent,
     sent_rows,
 )
-from partialfc.checkpoint.tensor_file import Written
+from partialfc.checkpoint.pieces import Note
 from partialfc.distributed.agreement import words_of_any
 from partialfc.distributed.ranks import Ranks, moved
 from partialfc.errors import CheckpointError
 from partialfc.head import PartialFC
 from partialfc.model.heads import Heads
 
-_ENDING = ".safetensors"
 _STATISTICS = -1
 """In the place of a head's number: the file of a rank's BatchNorm statistics."""
 
@@ -128,13 +127,13 @@ class Fetching:
         }
         chained = {rank: chain.from_iterable(pieces) for rank, pieces in receives.items()}
         exchange(sends, chained, self._ranks, tell=moved)
-        notes = {file: _note_of(slot.folder / file, whole) for file, whole in slot.mapped.items()}
+        notes = {file: _note(slot.folder / file, whole) for file, whole in slot.mapped.items()}
         for want in here:
             path = self._paths[want.offer.number]
-            about = checkpoint_folder.read_manifest(path)["files"]
+            about = read_manifest(path)["files"]
             for file in [*about] if want.offer.origin == COMMON else [self._file(want, here=True)]:
                 slot.link(path / file)
-                notes[file] = about[file]
+                notes[file] = Note.of(about[file])
         slot.commit(self._manifest, notes)
         return sum(map(len, slot.mapped.values()))
 
@@ -160,8 +159,8 @@ class Fetching:
 
     def _rows_in(self, path: Path) -> Iterator[tuple[int, int, int]]:
         """Number of the head, first row and the one behind the last of each file of a part."""
-        for file, about in checkpoint_folder.read_manifest(path)["files"].items():
-            begin, _, digits = file.removesuffix(_ENDING).rpartition("_")
+        for file, about in read_manifest(path)["files"].items():
+            begin, _, digits = file.removesuffix(ENDING).rpartition("_")
             if begin == "statistics":
                 yield _STATISTICS, 0, about["bytes"]
                 continue
@@ -218,9 +217,9 @@ class Fetching:
     def _file(self, want: Want, *, here: bool = False) -> str:
         """The file of a part here, or what rows from elsewhere are put into."""
         if want.head == _STATISTICS:
-            return checkpoint_folder.statistics_of(want.offer.origin) + _ENDING
+            return statistics_of(want.offer.origin) + ENDING
         first = want.first if here else want.low
-        return checkpoint_folder.centers_of(self._names[want.head], first) + _ENDING
+        return centers_of(self._names[want.head], first) + ENDING
 
     def _like(self, want: Want) -> dict[str, Tensor]:
         return _likes(self._heads[want.head], want.high - want.low)
@@ -265,7 +264,6 @@ def _said(tensor: Tensor | None) -> str:
     return "not there" if tensor is None else f"{tensor.dtype} [rows, {[*tensor.shape[1:]]}]"
 
 
-def _note_of(path: Path, whole: Tensor) -> dict[str, Any]:
+def _note(path: Path, whole: Tensor) -> Note:
     with safe_open(path, framework="pt", device="cpu") as opened:
-        names = sorted(opened.keys())
-    return asdict(Written(len(whole), sha256_of(whole), names))
+        return note_of(whole, opened.keys())

@@ -11,13 +11,12 @@ it gets its name when its manifest is in it. Only the time that bytes take to a 
 for. Files are reserved before they are mapped, and mapped once.
 """
 
-import hashlib
-import json
 import os
 import re
 import shutil
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from partialfc.checkpoint import folder as checkpoint_folder
 from partialfc.checkpoint.disk import Disk
+from partialfc.checkpoint.pieces import THREADS, Note, PieceSums
 from partialfc.checkpoint.tensor_file import layout_of
 from partialfc.errors import CheckpointError
 from partialfc.writing import opened
@@ -38,7 +38,6 @@ ABOUT = "peers"
 
 _PART = re.compile(r"\d{6,}_(?:(common)|of_(\d{6,}))_[01]")
 _RUN = re.compile(r"[0-9a-f]{32}")
-_PIECE = 16 << 20
 
 
 class InMemory(Disk):
@@ -99,7 +98,7 @@ class Memory:
     def parts(self, start: str) -> list[Part]:
         """Return what a start left, by name; what is torn, foreign or not as it says is left out.
 
-        The content of files is not looked at: see :func:`checkpoint_folder.verify`.
+        The content of files is not looked at: see :func:`partialfc.checkpoint.verifying.verify`.
         """
         found = []
         for path in sorted((self.root / start).glob("*_[01]")):
@@ -215,13 +214,9 @@ class Slot:
             (self.path / checkpoint_folder.MANIFEST).unlink(missing_ok=True)
             self.path.rename(self.folder)
 
-    def commit(self, manifest: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
+    def commit(self, manifest: Mapping[str, Any], notes: Mapping[str, Note]) -> None:
         """Make it a part, of which ``notes`` say what each file is like."""
-        disk = InMemory()
-        for name, note in notes.items():
-            path = (self.folder / name).with_suffix(".json")
-            checkpoint_folder.write_text(path, json.dumps(note), disk)
-        checkpoint_folder.commit(self.folder, self.path, manifest, disk)
+        checkpoint_folder.commit(self.folder, self.path, manifest, notes, InMemory())
 
     def link(self, file: Path) -> None:
         """Let a file be here under its name, too, without a copy."""
@@ -234,12 +229,17 @@ def whole_file(path: Path) -> Tensor:
     return torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
 
 
-def sha256_of(whole: Tensor) -> str:
-    """Return the checksum of the bytes [n]."""
-    digest = hashlib.sha256()
-    for start in range(0, len(whole), _PIECE):
-        digest.update(whole[start : start + _PIECE].numpy().data)
-    return digest.hexdigest()
+def note_of(whole: Tensor, tensors: Iterable[str]) -> Note:
+    """Return what a file of bytes [n] is like.
+
+    Args:
+        whole: The bytes.
+        tensors: Names of those in it.
+    """
+    with ThreadPoolExecutor(THREADS) as pool:
+        sums = PieceSums(pool)
+        sums.update(whole.numpy().data)
+        return sums.note(tensors)
 
 
 def is_token(word: object) -> bool:

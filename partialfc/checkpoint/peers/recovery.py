@@ -16,6 +16,7 @@ import torch
 from partialfc.checkpoint import folder as checkpoint_folder
 from partialfc.checkpoint.peers.hosts import Line
 from partialfc.checkpoint.peers.memory import COMMON, Memory, Part
+from partialfc.checkpoint.verifying import verify
 from partialfc.distributed.agreement import largest, words_of_any
 from partialfc.distributed.ranks import Ranks, gather_rows
 
@@ -146,7 +147,7 @@ def _told(path: Path | None, is_mine: bool, ranks: Ranks) -> dict[str, Any]:
 
 
 def _is_sound(part: Part) -> bool:
-    problem = checkpoint_folder.verify(part.path)
+    problem = verify(part.path)
     if problem:
         print(f"{part.path}: not a copy: {problem}", flush=True)
     return problem is None
