@@ -2,7 +2,8 @@
 # cores. All set themselves up.
 PYTHON ?= python3
 BIN := .venv/bin
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# Whatever the shell says, modules are compiled once: the suite starts hundreds of processes.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 WORKERS ?= 3
 BESIDE := --numprocesses=$(WORKERS) --dist=loadgroup
 QUICK := tests/test_layering.py tests/test_keyed.py tests/config tests/definitions tests/margins \
@@ -11,7 +12,7 @@ QUICK := tests/test_layering.py tests/test_keyed.py tests/config tests/definitio
 GPU_TESTS := tests/gpu tests/head/test_kernels.py tests/head/test_fused_kernels.py -k "cuda or gpu"
 SIMULATED := PYTHONPATH=$(CURDIR)/tests/simulated_gpu/site $(PYTEST) $(BESIDE) -m "not cluster"
 
-.PHONY: demo faces quick test test-all test-scale test-gpu test-simulated-gpu test-cluster monitor omniglot taught lint clean
+.PHONY: demo faces quick test test-all coverage test-scale test-gpu test-simulated-gpu test-cluster monitor omniglot taught lint clean
 
 demo: .venv/installed
 	$(BIN)/python tools/demo.py
@@ -35,13 +36,16 @@ test-simulated-gpu: .venv/installed
 	$(SIMULATED) tests/gpu tests/simulated_gpu
 
 # The rest: what is slow, and as root on Debian what needs Slurm, Prometheus, a browser and network
-# namespaces. Coverage is that of the slow tests and the quick ones.
+# namespaces.
 test-all: .venv/installed
 	bash tests/cluster/install.sh
-	$(PYTEST) $(BESIDE) -m "slow and not cluster" --cov=partialfc --cov-report=
+	$(PYTEST) $(BESIDE) -m "slow and not cluster"
 	$(MAKE) test-simulated-gpu
-	$(PYTEST) tests/cluster -m cluster --cov=partialfc --cov-append --cov-report=
-	$(PYTEST) $(BESIDE) $(QUICK) --cov=partialfc --cov-append --cov-report=
+	$(PYTEST) tests/cluster -m cluster
+
+# What the tests that need no cluster run of the package, but for what they start as processes.
+coverage: .venv/installed
+	$(PYTEST) $(BESIDE) -m "not cluster" --cov=partialfc --cov-report=
 	@echo "coverage of partialfc: $$($(BIN)/coverage report --format=total) %"
 
 # Thousands of ranks, simulated here: what grows with their number is counted. Part of test-all.

@@ -133,6 +133,7 @@ def test_the_command_is_on_the_path_and_lists_the_others(python, tmp_path):
     assert "head.sample_rate" in call(command, "train", "--help", cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_every_command_starts_and_the_readme_is_right_without_the_checkout(python, tmp_path):
     """In one process, since torch takes seconds to import."""
     readme = (ROOT / "README.md").read_text()

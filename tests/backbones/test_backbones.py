@@ -270,7 +270,7 @@ def test_recomputed_activations_allow_a_second_backward() -> None:
     ("family", "checkpoint_activations"),
     [
         pytest.param("iresnet", False, marks=pytest.mark.slow),
-        ("iresnet", True),
+        pytest.param("iresnet", True, marks=pytest.mark.slow),
         ("vit", True),
         ("convnet", True),
     ],

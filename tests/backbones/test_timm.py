@@ -277,6 +277,7 @@ def test_weights_of_another_network_or_not_all_are_refused(
 # torchvision
 
 
+@pytest.mark.slow
 def test_a_torchvision_of_another_build_stops_nobody(tmp_path: Path) -> None:
     """It raises RuntimeError, half imported, and stays as it is for whoever asks for it."""
     files = {

@@ -109,7 +109,9 @@ def assert_same(expected, found):
         assert all(map(np.array_equal, shared, before[0][1]))
 
 
-@pytest.mark.parametrize("head", COPIED)
+@pytest.mark.parametrize(
+    "head", [COPIED[0], *(pytest.param(head, marks=pytest.mark.slow) for head in COPIED[1:])]
+)
 def test_what_hosts_lose_comes_from_the_others_on_fewer_as_many_and_more_ranks(head, tmp_path):
     """R21: every byte of rows, states and what is shared, and the steps after."""
     expected = copies(tmp_path, head)
@@ -125,6 +127,7 @@ def test_what_hosts_lose_comes_from_the_others_on_fewer_as_many_and_more_ranks(h
     assert go_on(tmp_path, head, [0, 5]) == [None, None]
 
 
+@pytest.mark.slow
 def test_each_rank_gets_its_own_statistics_where_there_are_as_many(tmp_path):
     expected = copies(tmp_path, "BatchNorm")
     lose(tmp_path, 2)

@@ -204,6 +204,7 @@ def test_a_converted_checkpoint_verifies_as_their_model_does(packs, our_settings
     assert numbers[0] == numbers[1] == numbers[2]
 
 
+@pytest.mark.slow
 def test_training_goes_on_at_its_step_on_two_ranks_and_comes_back_as_model_pt(
     packs, their_config, tmp_path
 ):

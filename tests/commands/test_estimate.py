@@ -202,15 +202,10 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @needs_proc
 @pytest.mark.parametrize(
-    "names",
-    [
-        pytest.param(("triplet",), marks=pytest.mark.slow),
-        pytest.param(("contrastive",), marks=pytest.mark.slow),
-        ("uniformity",),
-        pytest.param(("triplet", "contrastive"), marks=pytest.mark.slow),
-    ],
+    "names", [("triplet",), ("contrastive",), ("uniformity",), ("triplet", "contrastive")]
 )
 def test_memory_of_losses_over_pairs_is_within_15_percent(names, tmp_path):
     """2,048 embeddings of 512 on one rank. With the C library's own threshold, what it does not
@@ -321,6 +316,7 @@ def bytes_of_head(record) -> int:
     return sum(part["bytes"][0] for part in record["memory"]["head"])
 
 
+@pytest.mark.slow
 def test_a_teacher_has_weights_a_forward_pass_and_time(tmp_path):
     """Its forward comes before the student's, so it counts where it is more than a validation's."""
     teacher = build_backbone("iresnet18", embedding_dim=64, image_size=112)

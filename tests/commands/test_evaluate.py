@@ -108,7 +108,7 @@ SETS = (
 def test_ranks_and_batch_do_not_change_a_digit(model, ijb, megaface, tmp_path):
     """Byte for byte the same JSON: images meet the same others in a block, whoever runs it."""
     results = {}
-    for ranks, batch in ((None, 256), (None, 1), (3, 40)):
+    for ranks, batch in ((None, 256), (3, 1)):
         out = tmp_path / f"{ranks}_{batch}"
         words = [model, *SETS, ijb, megaface, "--image-size", SIZE, "--out", out, "--far=0.1,0.01"]
         done = run(*words, "--batch", batch, ranks=ranks)

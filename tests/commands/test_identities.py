@@ -34,6 +34,7 @@ def begin(packs, out, *overrides):
     return tensors(out, 1)
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_a_backbone_alone_or_with_centers(packs, trained, tmp_path):
     before = tensors(trained, 6)
     alone = begin(packs, tmp_path / "alone", f"run.start_from={trained}")

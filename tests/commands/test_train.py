@@ -22,7 +22,7 @@ from tools.bench._faults.runs import descendants
 pytestmark = pytest.mark.distributed
 
 
-@pytest.mark.parametrize("ranks", [None, 2, 3, 4])
+@pytest.mark.parametrize("ranks", [None, 3])
 def test_a_run_leaves_all_that_it_promises(packs, tmp_path, ranks):
     done = run(packs, tmp_path, "run.steps=5", "verification.every_steps=3", ranks=ranks)
     assert done.returncode == 0, done.stderr
@@ -43,8 +43,9 @@ def test_a_run_leaves_all_that_it_promises(packs, tmp_path, ranks):
     assert "ROC of heldout_pairs" in page
     assert "at step 0</span>" in page, "the curve of the untrained network"
     assert "commit" in page
-    again = python("launch/train.py", tmp_path / "config.toml", "run.steps=5")
-    assert again.returncode == 0, again.stderr
+    if ranks is None:
+        again = python("launch/train.py", tmp_path / "config.toml", "run.steps=5")
+        assert again.returncode == 0, again.stderr
 
 
 @pytest.mark.parametrize(
@@ -139,11 +140,11 @@ def test_fewer_bits_train_to_the_same_loss(short_training, overrides):
 @pytest.mark.slow
 @pytest.mark.xdist_group("short training")
 def test_offloaded_rows_of_fewer_bits_learn_the_same(short_training):
-    """Centers and momentum in host memory: the digits of those on the device, at a rate of 0.1.
+    """Centers and momentum in host memory: the digits of those on the device, over 60 steps.
 
     With the test above: offloaded, 16-bit and plain runs recognise unseen characters as well.
     """
-    bits = ("head.center_format=fp16", "head.optimizer.momentum_format=int8")
+    bits = ("head.center_format=fp16", "head.optimizer.momentum_format=int8", "run.steps=60")
     (resident, loss), (offloaded, found) = (
         short_training(*bits, *there)
         for there in ((), ("head.centers_in=host", "head.states_in=host"))
@@ -195,6 +196,7 @@ def test_kill_9_and_the_same_command_continue_bit_for_bit(packs, tmp_path, loade
         assert np.array_equal(value, found[name]), name
 
 
+@pytest.mark.slow
 def test_rows_in_host_memory_train_to_the_same_bits(packs, tmp_path):
     """And a checkpoint goes on with them on the device: where they lie decides nothing."""
     common = ("run.steps=12", "checkpoint.every_steps=6", "head.sample_rate=0.3", *UNVERIFIED)
@@ -249,6 +251,7 @@ def test_another_run_in_the_same_folder_is_refused_by_name(packs, tmp_path):
     assert "run.folder" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_left_as_it_is_and_a_longer_one_goes_on(packs, tmp_path):
     assert run(packs, tmp_path, "run.steps=3").returncode == 0
     before = (tmp_path / "summary.json").read_bytes()
@@ -267,6 +270,7 @@ def test_a_finished_run_is_left_as_it_is_and_a_longer_one_goes_on(packs, tmp_pat
     assert curves["untrained"] == untrained != {"far": curves["far"], "tar": curves["tar"]}
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_with_two_lines(packs, tmp_path):
     process = subprocess.Popen(
         command(packs, tmp_path, "run.steps=100000", "checkpoint.every_steps=5"),

@@ -15,7 +15,7 @@ DEMO = ROOT / "configs" / "demo.toml"
     ("text", "message"),
     [
         ("a = " + "[" * 20_000 + "]" * 20_000, "in more than 16 others"),
-        (".".join(["a"] * 20_000) + " = 1", "in more than 16 others"),
+        (".".join(["a"] * 5_000) + " = 1", "in more than 16 others"),
         ("run.seed = " + "9" * 5_000, "4300 digits"),
         ("run.folder = '" + "x" * (1 << 24) + "'", "more than 16,777,216 bytes"),
     ],

@@ -287,6 +287,7 @@ def test_what_the_kernels_do_not_know_is_refused(margin, settings, why, monkeypa
 # --- compiled for Hopper, without a GPU --------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_they_compile_for_hopper_into_what_a_multiprocessor_has():
     """No spills, 227 KiB of shared memory, and all warps share each product of tensor cores."""
     script = """

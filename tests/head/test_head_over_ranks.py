@@ -218,13 +218,13 @@ def train_on_rank(rank, world_size, rule=None, settings=None):
 @pytest.mark.parametrize(
     ("rule", "settings"),
     [
-        (RowSGD(lr=0.5), {}),
+        pytest.param(RowSGD(lr=0.5), {}, marks=pytest.mark.slow),
         (
             RowSGD(lr=0.5, momentum_format="int8", unsampled="stay"),
             {"center_format": "fp16", "keep_mib": 0},
         ),
         (RowSGD(lr=0.5, unsampled="move"), {"center_format": "bf16"}),
-        (RowAdagrad(lr=0.1), {}),
+        pytest.param(RowAdagrad(lr=0.1), {}, marks=pytest.mark.slow),
     ],
     ids=["fp32", "fp16 centers, int8 momentum, stay", "bf16 centers, move", "adagrad"],
 )

@@ -592,8 +592,11 @@ def stored_name(name):
     return {"center": "centers_CD", "momentum": "momentum_CD"}[name]
 
 
-@pytest.mark.parametrize("sampled", [True, False], ids=["rows", "all"])
-@pytest.mark.parametrize("dim", [5, 50, 512])
+@pytest.mark.parametrize(
+    ("dim", "sampled"),
+    [(5, True), (50, False), (512, True)],
+    ids=["5-rows", "50-all", "512-rows"],
+)
 @pytest.mark.parametrize("momentum", MOMENTA)
 @pytest.mark.parametrize("centers", CENTERS)
 def test_what_a_row_has_missed_is_written_byte_by_byte_as_torch_does(
@@ -720,6 +723,7 @@ def test_several_positives_on_kernels_train_as_on_torch(launch, margin):
 # --- compiled for Hopper, without a GPU --------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_unit_rows_compile_for_hopper_without_spills_and_round_to_nearest(tmp_path):
     """The interpreter runs what the compiler refuses, and truncates where a GPU must not."""
     out = tmp_path / "kernels.json"
@@ -734,6 +738,7 @@ def test_unit_rows_compile_for_hopper_without_spills_and_round_to_nearest(tmp_pa
         assert row["bf16_rounding"] == (["rn"] if row["unit"] == "bf16" else []), row
 
 
+@pytest.mark.slow
 def test_a_new_learning_rate_key_step_or_tile_compiles_nothing_and_rows_have_no_fma():
     script = """
 import sys

@@ -43,7 +43,7 @@ def losses_on_rank(rank, world_size, inputs):
 def test_every_margin_sharded_and_sampled(world_size):
     inputs, truth = {}, {}
     for name, margin in EVERY_MARGIN.items():
-        for rate in RATES:
+        for rate in RATES if world_size == 2 else RATES[:1]:
             head = whole_head(margin, rate)
             embeddings, labels = problem(head)
             case = f"{name}, rate {rate}"

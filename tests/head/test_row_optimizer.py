@@ -203,7 +203,7 @@ def slowly(step):
     return 0.02 * (1 + math.cos(step / 20)) + 0.001
 
 
-@pytest.mark.parametrize("unsampled", ["stay", "move"])
+@pytest.mark.parametrize("unsampled", [pytest.param("stay", marks=pytest.mark.slow), "move"])
 @pytest.mark.parametrize("momentum", [pytest.param(0.0, marks=pytest.mark.slow), 0.9])
 def test_three_hundred_steps_on_sampled_rows_equal_dense_fp64(unsampled, momentum):
     """With "move" the truth is torch.optim.SGD on all rows at every step, as in arcface_torch."""
@@ -300,7 +300,7 @@ def test_a_state_of_rows_that_stay_is_none_of_rows_that_move(saved):
         other.optimizer.load_state_dict(state)
 
 
-@pytest.mark.parametrize("unsampled", ["stay", "move"])
+@pytest.mark.parametrize("unsampled", [pytest.param("stay", marks=pytest.mark.slow), "move"])
 @pytest.mark.parametrize(
     ("center_format", "momentum_format", "tolerance"),
     [

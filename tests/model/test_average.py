@@ -143,6 +143,7 @@ def test_the_estimate_has_its_bytes():
         assert parts["distance to the average"].bytes == (0, 0, expected, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_killed_run_goes_on_with_its_average_on_another_number_of_ranks(packs, tmp_path):
     """Every checkpoint has the step of a plain loop over the weights of all of them."""

@@ -201,6 +201,7 @@ def moved_on_rank(rank, world_size, folder):
     return runs, (first, again), (last, back_again)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_checkpoint_of_ddp_goes_on_under_fsdp2_and_back(tmp_path):
     """Byte-equal weights, statistics, states and averages, on this and on another number."""

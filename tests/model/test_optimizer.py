@@ -309,6 +309,7 @@ def tensors(folder, step, file):
     return load_file(folder / "checkpoints" / f"step_{step:08d}" / f"{file}.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_stopped_run_goes_on_with_its_groups_on_another_number_of_ranks(packs, tmp_path):
     """Bit for bit on as many ranks; what is frozen stays, and must be the same to go on."""

@@ -139,7 +139,7 @@ def test_scrapes_while_the_training_writes(tmp_path):
     writer = threading.Thread(target=write)
     writer.start()
     try:
-        for _ in range(20):
+        for _ in range(10):
             read(exporter.port)
     finally:
         done.set()

@@ -290,7 +290,8 @@ import partialfc.commands.train as train
 right = train.use_large_pages
 def told(config):
     right(config)
-    print("torch" in sys.modules, os.environ["THP_MEM_ALLOC_ENABLE"])
+    print("torch" in sys.modules, os.environ["THP_MEM_ALLOC_ENABLE"], flush=True)
+    os._exit(0)
 train.use_large_pages = told
 train.main(sys.argv[1:])
 """

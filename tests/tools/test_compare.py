@@ -17,17 +17,17 @@ pytestmark = pytest.mark.distributed
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
-    """Overrides for forty identities and six steps."""
+    """Overrides for forty identities and three steps."""
     folder = tmp_path_factory.mktemp("packs")
     archive = FIXTURES / "omniglot" / "omniglot_background.npz"
-    size = ["--characters", "16", "--held-out", "6", "--pairs", "200", "--size", "32"]
+    size = ["--characters", "16", "--held-out", "6", "--pairs", "100", "--size", "32"]
     assert omniglot.main([str(archive), str(folder), *size]) == 0
     return [
         f"data.train={folder / 'train.rec'}",
         f"verification.pairs=['{folder / 'heldout_pairs.bin'}']",
         f"verification.identification=['{folder / 'heldout.rec'}']",
         "run.epochs=",
-        "run.steps=6",
+        "run.steps=3",
         "schedule.warmup_steps=2",
         "data.global_batch=48",
         "backbone.name=convnet_s",
