@@ -241,7 +241,7 @@ def _of_a_head(config: "Config", key: str) -> Iterator[str]:
         check_fit(
             Precision(compute=head_compute(config, "cpu"), center_format=settings.center_format),
             memory_of(config),
-            Kernels(fused=settings.fused, overlap=settings.overlap),
+            Kernels(fused=settings.fused, overlap=bool(settings.overlap)),
             sample_rate=settings.sample_rate,
             unit_centers=unit_centers,
             margin=margin,
@@ -316,6 +316,18 @@ def plan_of(config: "Config", machine: Machine | None, positives: int = 1) -> Pl
         fp8=config.head.center_format == "fp8",
         copies=config.head.ranks_per_copy is not None,
     )
+
+
+def why_no_overlap(config: "Config", device: str) -> str | None:
+    """Return why a head's centers are updated behind the backbone's backward on a type of device;
+    ``None`` where they are updated beside it."""
+    if config.head.overlap is not None:
+        return None if config.head.overlap else "overlap = false"
+    if device != "cuda":
+        return "there is no GPU"
+    if config.precision.compute == "fp16":
+        return "fp16 knows after the backward only whether a step counts"
+    return None
 
 
 def head_compute(config: "Config", device: str) -> Compute:

@@ -115,10 +115,11 @@ class Head(Section):
     """Do each pass of the head in one kernel: on Hopper, in bf16, with SGD and a softmax over unit
     centers, one an identity. Changes the result by rounding alone."""
 
-    overlap: bool = False
-    """On a GPU, update the centers while the backbone's backward runs. Then a gradient of the
-    backbone that is not finite stops the run after the centers have moved in memory; nothing of
-    that step is saved."""
+    overlap: bool | None = None
+    """On a GPU, update the centers while the backbone's backward runs. Left out: wherever it
+    changes no result, which is everywhere but with fp16. A gradient of the backbone, or a loss
+    beside the softmax, that is not finite then stops the run after the centers have moved in
+    memory; nothing of that step is saved."""
 
     nearest: Nearest = Field(default_factory=Nearest)
     several: Several = Field(default_factory=Several)

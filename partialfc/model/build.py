@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from partialfc.backbones import build_backbone
 from partialfc.backbones.timm_network import with_sync_batch_norm
 from partialfc.config import Config, ConfigError
-from partialfc.config.conflicts import head_compute, memory_of
+from partialfc.config.conflicts import head_compute, memory_of, why_no_overlap
 from partialfc.config.heads import each_head, holders_of_heads, section_of_head
 from partialfc.config.losses import OwnLoss
 from partialfc.definitions.phrases import to_value
@@ -346,7 +346,10 @@ def _head(
                 center_format=settings.center_format,
             ),
             memory=memory_of(config),
-            kernels=Kernels(fused=settings.fused, overlap=settings.overlap),
+            kernels=Kernels(
+                fused=settings.fused,
+                overlap=why_no_overlap(config, runtime.device.type) is None,
+            ),
             positives=positives,
             center_weight=config.losses.center.weight,
             inter_class_weight=config.losses.inter_class.weight,

@@ -110,17 +110,17 @@ def train_step(
         found_inf=model.shards.near(skipped) if model.shards else skipped,
     )
     loss_scale = scaler.scale(torch.ones_like(loss))
-    for name, route in heads.routes(config).items():
-        if not route.config.head.overlap:  # the verdict is known after the backbone's backward only
-            _tell(heads[name].optimizer, grad_scale=loss_scale, found_inf=skipped)
-    optimizer.step()
     for head in heads.values():
-        head.optimizer.step()
+        if not head.optimizer.overlaps:  # the verdict is known after the backbone's backward only
+            _tell(head.optimizer, grad_scale=loss_scale, found_inf=skipped)
+    optimizer.step()
     scaler.update()
     optimizer.zero_grad()
     before.restore_where(skipped > 0)  # they saw the bad batch already
     if model.average is not None:
         model.average.update(step, skipped)
+    for head in heads.values():  # last: whatever follows on the device waits for the centers
+        head.optimizer.step()
     return Step(loss, norm, skipped, loss_scale, terms)
 
 

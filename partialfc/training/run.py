@@ -17,7 +17,7 @@ from partialfc.checkpoint.folder import path_of
 from partialfc.checkpoint.peers.run import Peers, peers_of
 from partialfc.checkpoint.saving import Saver
 from partialfc.config import Config, ConfigError, to_toml
-from partialfc.config.conflicts import head_compute
+from partialfc.config.conflicts import head_compute, why_no_overlap
 from partialfc.config.heads import each_head
 from partialfc.data.loaders.stream import Batches
 from partialfc.data.names import NAMES, Names, names_file, names_of
@@ -195,11 +195,20 @@ def _announce(config: Config, runtime: Runtime) -> None:
     print(
         f"{ranks} rank{'s' * (ranks > 1)} on {device.type}{name}, {threads} thread"
         f"{'s' * (threads > 1)} each; backbone {config.precision.compute}, head "
-        f"{', '.join(dict.fromkeys(of_heads))}",
+        f"{', '.join(dict.fromkeys(of_heads))}{_where_centers_are_updated(config, device.type)}",
         flush=True,
     )
     if sentence := elastic_warning(config, own_place()):
         print(f"warning: {sentence}", flush=True)
+
+
+def _where_centers_are_updated(config: Config, device: str) -> str:
+    """On a GPU, whether beside the backbone's backward, and why not."""
+    if device != "cuda":
+        return ""
+    reasons = (why_no_overlap(one, device) for one in each_head(config).values())
+    places = ("beside" if why is None else f"behind ({why})" for why in reasons)
+    return f"; centers updated {', '.join(dict.fromkeys(places))} the backbone's backward"
 
 
 def _refuse_crash_loop(

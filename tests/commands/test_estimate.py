@@ -357,6 +357,19 @@ def test_a_search_of_neighbours_is_counted(tmp_path):
     assert lists["origin"] == "1,000,000 x 16 x 14 B, 0.21 GiB in host memory"
 
 
+def test_pass_2_beside_the_backward_has_memory_of_its_own(tmp_path):
+    """No other stream uses it, at no time: what is added is what pass 2 has beyond the backward."""
+    request = [ROOT / "configs/ms1mv3_r50.toml", "--identities", "1000000", "--gpu", "h200"]
+    request += ["backbone.name=convnet_s", "head.keep_mib=0"]
+    beside, behind = (
+        _named(estimated(tmp_path, *request, *more)["memory"]["head"], "tile")["bytes"]
+        for more in ([], ["head.overlap=false"])
+    )
+    more = behind[2] - behind[1]
+    assert more > 100 << 20
+    assert beside == [behind[0] + more, behind[1] + more, behind[2], behind[3] + more]
+
+
 def _named(parts, name):
     return next(part for part in parts if part["name"] == name)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from partialfc.config import Config, ConfigError, load
+from partialfc.config.conflicts import why_no_overlap
 from partialfc.config.schema import settings_of
 
 KEYS = {key for key, _ in settings_of(Config)}
@@ -198,6 +199,26 @@ def test_it_is_refused_with_key_value_rule_and_remedy(key: str, tmp_path: Path) 
 @pytest.mark.parametrize(("overrides", "message"), ALSO)
 def test_and_so_is_this(overrides: list[str], message: str, tmp_path: Path) -> None:
     assert re.match(message, refusal(overrides, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "device", "why"),
+    [
+        ([], "cuda", None),
+        (["precision.compute=bf16", "head.states_in=host", "head.sample_rate=0.1"], "cuda", None),
+        (["head.overlap=true"], "cuda", None),
+        (["precision.compute=fp16"], "cuda", "fp16 knows after the backward only"),
+        (["head.overlap=false"], "cuda", "overlap = false"),
+        ([], "cpu", "there is no GPU"),
+    ],
+)
+def test_centers_are_updated_beside_the_backward_where_it_changes_no_bit(
+    overrides: list[str], device: str, why: str | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('[data]\ntrain = "train.rec"\n')
+    found = why_no_overlap(load(path, overrides), device)
+    assert found is None if why is None else found is not None and why in found
 
 
 def test_conflicts_across_sections_are_in_one_message(tmp_path: Path) -> None:

@@ -3,13 +3,8 @@
 The orders are found in the source, so a new one needs a program here that fails without it.
 """
 
-import ast
-import importlib
-import inspect
-from dataclasses import dataclass
 from itertools import count, pairwise
 from threading import Semaphore
-from types import CodeType
 
 import pytest
 import torch
@@ -17,10 +12,13 @@ import torch
 from partialfc import RowSGD
 from partialfc.checkpoint.saving import Saver
 from partialfc.distributed.ranks import Ranks
+from partialfc.head import steps
 from partialfc.head.rows.staging import Staging
 from partialfc.model.build import assemble
+from partialfc.pinned import to_host
 from partialfc.runtime.process import Runtime
 from tests.simulated_gpu import library
+from tests.simulated_gpu.orders import orders_in
 from tests.support.models import Flat, settings
 from tests.support.places import ROOT
 from tests.support.staging import HOST, batches, head_of
@@ -32,7 +30,6 @@ pytestmark = pytest.mark.skipif(
 if library.loaded:
     from tests.simulated_gpu.watch import Watch
 
-ORDERS = {"wait_event", "wait_stream", "record_stream", "synchronize"}
 MEASURES = {
     "partialfc/training/preflight.py",
     "partialfc/training/preflight_network.py",
@@ -47,72 +44,21 @@ NEEDS_RANKS = {
 """Several devices are not simulated."""
 
 
-NOT_SHOWN = {("partialfc/head/steps.py", "record_stream")}
-"""For identities on the device that the caller gives back at once: no program here fails yet."""
-
-
-@dataclass(frozen=True)
-class Order:
-    """A statement that puts two streams, or a stream and the host, in order."""
-
-    file: str
-    function: str
-    line: int
-    what: str
-
-    def __str__(self):
-        return f"{self.file.removeprefix('partialfc/')} {self.function} {self.what}"
-
-    def code_without(self):
-        """The function's code, where the statement does nothing."""
-        tree = ast.parse((ROOT / self.file).read_text())
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Expr) and node.lineno == self.line:
-                node.value = ast.Constant(None)
-        ast.fix_missing_locations(tree)
-        return _code_of(compile(tree, str(ROOT / self.file), "exec"), self.function)
-
-    @property
-    def of(self):
-        """The function itself, without its decorators."""
-        found = importlib.import_module(self.file.removesuffix(".py").replace("/", "."))
-        for part in self.function.split("."):
-            found = getattr(found, part)
-        return inspect.unwrap(found)
-
-
-def _code_of(code, function):
-    for one in code.co_consts:
-        if isinstance(one, CodeType):
-            if one.co_qualname == function:
-                return one
-            if found := _code_of(one, function):
-                return found
-    return None
-
-
-def _orders_in(node, file, inside=()):
-    for child in ast.iter_child_nodes(node):
-        named = isinstance(child, ast.ClassDef | ast.FunctionDef)
-        call = child.value if isinstance(child, ast.Expr) else None
-        if isinstance(call, ast.Call) and getattr(call.func, "attr", "") in ORDERS:
-            yield Order(file, ".".join(inside), child.lineno, call.func.attr)
-        yield from _orders_in(child, file, (*inside, child.name) if named else inside)
-
-
 FOUND = [
     order
     for path in sorted((ROOT / "partialfc").rglob("*.py"))
     if (file := str(path.relative_to(ROOT))) not in MEASURES
-    for order in _orders_in(ast.parse(path.read_text()), file)
-    if (file, order.function) not in NEEDS_RANKS and (file, order.what) not in NOT_SHOWN
+    for order in orders_in(file)
+    if (file, order.function) not in NEEDS_RANKS
 ]
 
 
 RULE = RowSGD(unsampled="stay"), "fp32"
 
 
-def trained(options, *, ahead=False, drawn=False, verdict=False, forwarded=None):
+def trained(
+    options, *, ahead=False, drawn=False, verdict=False, forwarded=None, given_back=None
+):
     """Some steps that read nothing on the host, which would put all of them in order."""
     head = head_of(*RULE, options, device="cuda")
     given = [(embeddings.cuda(), labels.cuda()) for embeddings, labels in batches(5)]
@@ -122,6 +68,8 @@ def trained(options, *, ahead=False, drawn=False, verdict=False, forwarded=None)
         if drawn:
             head.sample_step(following + 0, ahead=True)  # of the device, and given back at once
             torch.zeros_like(following)
+            if given_back:
+                given_back.release()
         loss = head(embeddings.clone().requires_grad_(), labels)
         if forwarded and step:
             forwarded.release()
@@ -155,6 +103,24 @@ def fixed_ahead(folder):
     trained(None, drawn=True)
 
 
+def fixed_late(folder):
+    """The thread has waited for no copy when the memory of the identities is given out again."""
+    given_back = Semaphore(0)
+
+    def late(value):
+        arrived = to_host(value)
+
+        def wait():
+            assert given_back.acquire(timeout=60)
+            return arrived()
+
+        return wait
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps, "to_host", late)
+        trained(None, drawn=True, given_back=given_back)
+
+
 def beside(folder):
     trained({"overlap": True})
 
@@ -180,7 +146,7 @@ PROGRAMS = {
     "partialfc/head/rows/staging.py": (staged, staged_late),
     "partialfc/head/rows/optimizer.py": (beside, judged),
     "partialfc/checkpoint/saving.py": (saved,),
-    "partialfc/head/steps.py": (fixed_ahead,),
+    "partialfc/head/steps.py": (fixed_ahead, fixed_late),
     "partialfc/pinned.py": (fixed_ahead,),
 }
 
@@ -215,5 +181,6 @@ def test_the_orders_of_staging_overlap_and_saver_are_found():
         ("staging.py", "synchronize"),
         ("optimizer.py", "wait_event"),
         ("optimizer.py", "wait_stream"),
+        ("steps.py", "record_stream"),
         ("saving.py", "synchronize"),
     }

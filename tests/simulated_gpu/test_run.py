@@ -62,13 +62,17 @@ def stopped_in(number):
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_run_that_stops_and_goes_on_is_that_of_the_cpu(name, packs, tmp_path, monkeypatch):
+def test_a_run_that_stops_and_goes_on_is_that_of_the_cpu(
+    name, packs, tmp_path, monkeypatch, capsys
+):
     """A resume is equal to the last bit. The CPU goes another way, with sums in another order: the
     first losses are close, until training has made more of what differs.
     """
     more = SETTINGS[name]
     with Watch() as watch:
         run(packs, tmp_path / "straight", "cuda", *more)
+        said = capsys.readouterr().out.splitlines()[0]
+        assert said.endswith("head fp32; centers updated beside the backbone's backward")
         with monkeypatch.context() as patch:
             patch.setattr(training, "train_step", stopped_in(5))
             with pytest.raises(Stopped):

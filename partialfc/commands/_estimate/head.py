@@ -266,6 +266,9 @@ def head_parts(
     first += 2 * (shard.positives - 1) * whole  # centers of all pairs, and what comes of them
     weighted = 1 if shard.fused else 2
     second = between + weighted * parts * unit + (2 * whole if operand < 4 else 0)
+    # Beside the backward, what pass 2 makes is of its stream, whose memory no other stream uses.
+    overlaps = device == "cuda" and conflicts.why_no_overlap(config, device) is None
+    of_stream = second - between if overlaps else 0
 
     # Buffers that stay: unit centers, gradient, scratch, stored rows and states. Pass 2 copies the
     # rows and states that are not updated where they lie; a GPU does it with all of them.
@@ -283,6 +286,7 @@ def head_parts(
         buffers += fused.splits_of(batch) * batch * sums * 4
         logits = copies = again = 0
         said = f"{shard.fused:,} rows of the fused kernels: unit centers, gradient; sums of splits"
+    beside = copies + again if overlaps else 0
     limited = ", as far as head.keep_mib allows" if shard.kept < shard.exponentials else ""
     sampler, rows = (_sampler_bytes(), 8 * n) if settings.sample_rate < 1 else (0, 0)
     state_bytes, elsewhere = sum(states.values()), device == "cuda" or settings.host_folder
@@ -319,13 +323,18 @@ def head_parts(
         ),
         MemoryItem(
             "batch buffers",
-            (first, between, second, 0),
+            (first + of_stream, between + of_stream, second, of_stream),
             f"[{batch:,}, {dim}]: embeddings, gradient, positives' centers",
         ),
         MemoryItem(
             "tile",
-            (buffers + logits, buffers, buffers + copies + again, buffers),
-            said,
+            (
+                buffers + logits + beside,
+                buffers + beside,
+                buffers + copies + again,
+                buffers + beside,
+            ),
+            said + ("; pass 2 on a stream of its own" if beside else ""),
         ),
         MemoryItem(
             "sampled rows",

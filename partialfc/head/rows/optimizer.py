@@ -11,6 +11,7 @@ loss on centers pulls.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cache
 from typing import Any, NoReturn
 
 import torch
@@ -56,7 +57,8 @@ class RowOptimizer(torch.optim.Optimizer):
         device: Where they are needed; ``None`` for where the centers are.
         plan: Which code computes pass 2.
         overlap: On a GPU, :meth:`step` runs beside what the current stream does since the head's
-            backward. ``found_inf`` or a loss scale makes it wait for that stream all the same.
+            backward. ``found_inf``, a loss scale, and whatever has used the rows or the buffers
+            since then make it wait for that stream all the same.
         every_row: Whether every step visits all rows, so that none ever misses one.
         across: The ranks that hold the same rows, one of each copy of the centers, whose gradients
             are averaged; ``None`` for one copy.
@@ -89,8 +91,8 @@ class RowOptimizer(torch.optim.Optimizer):
         self.workspace = Workspace()
         self._stream: Any = None
         if overlap:
-            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        self._ready: torch.cuda.Event | None = None
+            self._stream = _side_stream(self._device)
+        self._ready: torch.cuda.Event | None = None  # the last use of rows and buffers has ended
         misses = getattr(rule, "unsampled", "stay") == "move" and not every_row
         self._moves = Moves(self._device) if misses else None
         self._loss_scale = LossScale(self._device)
@@ -118,6 +120,11 @@ class RowOptimizer(torch.optim.Optimizer):
         """Take over what :meth:`shared_state` returned, from any device."""
         if self._moves is not None:
             self._moves.load(state[_MOVES])
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a step may run beside the backward of what made the embeddings."""
+        return self._stream is not None
 
     @property
     def kept_bytes(self) -> int:
@@ -164,6 +171,7 @@ class RowOptimizer(torch.optim.Optimizer):
         They are all centers of the rank, or a compact copy of the sampled ones on the device.
         ``host_n`` is ``row_n`` on the host, which staging waits for otherwise.
         """
+        self._ready = None
         rows = self._row_set(row_n)
         if row_n is None or not rows.compact:
             return self.centers.detach(), rows
@@ -180,6 +188,7 @@ class RowOptimizer(torch.optim.Optimizer):
 
     def settle(self) -> None:
         """Wait until centers and states are where they lie between steps, all of them."""
+        self._ready = None
         if self._staging is not None:
             self._staging.settle()
 
@@ -203,6 +212,7 @@ class RowOptimizer(torch.optim.Optimizer):
             rows: int64 [n] rows; ``None`` for all.
             host_n: The same on the host, as in :meth:`open`.
         """
+        self._ready = None
         moves = self._moves
         if moves is None or not moves.steps:
             return
@@ -380,6 +390,12 @@ class RowOptimizer(torch.optim.Optimizer):
         if grad_scale is not None:
             factor = 1 / grad_scale if factor is None else factor / grad_scale
         return kept if factor is None else [one.times(factor) for one in kept]
+
+
+@cache
+def _side_stream(device: torch.device) -> Any:
+    """One for all heads, so that they use its memory one after the other."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _union(kept: list[Kept]) -> Tensor | None:
