@@ -79,6 +79,7 @@ class Batch:
         center_weight: Of the center loss; 0 for none.
         inter_class_weight: Of the inter-class loss; 0 for none.
         compute: Precision of the matrix products.
+        reduce_dtype: In which the embeddings' gradients are summed over ranks.
         path: Which code computes them.
         ranks: Those that share the centers: of a copy of them.
         shares: b of each of these.
@@ -105,6 +106,7 @@ class Batch:
     center_weight: float
     inter_class_weight: float
     compute: Compute
+    reduce_dtype: torch.dtype
     path: Path
     ranks: Ranks
     shares: Shares

@@ -257,8 +257,8 @@ def _kept(
 def _gradient(
     batch: Batch, own: _Own, slope_P: Tensor, negatives: FirstPass, push: Push, terms: Terms
 ) -> Tensor:
-    """The gradient of this rank's embeddings [b, D], times the number of ranks: one
-    reduce-scatter. The pull of pass 1 is used up."""
+    """The gradient of this rank's embeddings [b, D], times the number of ranks: one reduce-scatter
+    of [B, D] in ``reduce_dtype``. The pull of pass 1 is used up."""
     pull_BD, ranks, queries = negatives.pull_BD, batch.ranks, batch.queries
     assert pull_BD is not None
     pull_BD.mul_(push.negative_B.unsqueeze(1))
@@ -271,7 +271,9 @@ def _gradient(
         if term.by_query_BD is not None:
             pull_BD.add_(term.by_query_BD, alpha=weight)
     unit_bD = queries.unit_bD
-    pull_bD = sum_to_owner(pull_BD, ranks, batch.shares)[:, : unit_bD.shape[1]]
+    if ranks.size > 1:  # a rank alone has nothing to send, and rounds nothing
+        pull_BD = pull_BD.to(batch.reduce_dtype)
+    pull_bD = sum_to_owner(pull_BD, ranks, batch.shares)[:, : unit_bD.shape[1]].float()
     if batch.margin.unit_embeddings:
         along_b1 = (pull_bD * unit_bD).sum(1, keepdim=True)
         pull_bD = (pull_bD - unit_bD * along_b1) * queries.reciprocal_b1

@@ -12,6 +12,7 @@ from typing import Literal, get_args
 
 Compute = Literal["fp32", "tf32", "bf16"]
 CenterFormat = Literal["fp32", "bf16", "fp16", "fp8"]
+ReduceFormat = Literal["fp32", "bf16"]
 Where = Literal["device", "host"]
 SeveralLoss = Literal["mean", "any", "soft"]
 Without = Literal["push", "leave_out"]
@@ -28,9 +29,12 @@ class Precision:
     Attributes:
         compute: Of the matrix products. ``"bf16"`` gathers embeddings in bf16 too; ``"tf32"`` is
             for GPUs, with fp32 operands in memory. The positive's cosine, the softmax and all sums
-            are fp32 in every case.
+            of a rank are fp32 in every case.
         center_format: Of the stored centers; ``"fp16"`` and ``"fp8"`` have a scale a row in the
             optimizer's state. See :mod:`partialfc.head.rows.formats`.
+        reduce_format: Of the embeddings' gradients on the way to the rank of each, where they are
+            summed over ranks. ``"bf16"`` halves these bytes and rounds each rank's part, and the
+            sum at each of W - 1 hops, by 2**-9 at most.
 
     Raises:
         ValueError: If a value is none of these.
@@ -38,14 +42,17 @@ class Precision:
 
     compute: Compute = "fp32"
     center_format: CenterFormat = "fp32"
+    reduce_format: ReduceFormat = "fp32"
 
     def __post_init__(self) -> None:
-        if self.compute not in get_args(Compute):
-            names = ", ".join(get_args(Compute))
-            raise ValueError(f"compute must be one of {names}, got {self.compute!r}.")
-        if self.center_format not in get_args(CenterFormat):
-            names = ", ".join(get_args(CenterFormat))
-            raise ValueError(f"center_format must be one of {names}, got {self.center_format!r}.")
+        for name, kind in (
+            ("compute", Compute),
+            ("center_format", CenterFormat),
+            ("reduce_format", ReduceFormat),
+        ):
+            if getattr(self, name) not in get_args(kind):
+                names = ", ".join(get_args(kind))
+                raise ValueError(f"{name} must be one of {names}, got {getattr(self, name)!r}.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -154,6 +154,7 @@ class PartialFC(Shard):
             self.register_buffer(f"margin_{name}", torch.tensor(value, device=self.device))
         rule = optimizer or RowSGD()
         self.compute, self.center_format = precision.compute, precision.center_format
+        self.reduce_dtype = DTYPES[precision.reduce_format]
         self.plan = self._decide(rule, weighted=negatives != "uniform", fused=kernels.fused)
         self.sampler = KeyedSampler(
             self.sharding,
@@ -263,8 +264,9 @@ class PartialFC(Shard):
     ) -> Tensor:
         """Return the mean loss over the global batch, fp32, the same on all ranks.
 
-        Collective: one all-gather, one all-reduce of [2B], and one reduce-scatter where gradients
-        are wanted; backward has none. One all-gather more where the batch is larger than the last
+        Collective: one all-gather of [b + 1, D] operands, one all-reduce of [2B], and one
+        reduce-scatter of [B, D] in ``reduce_format`` where gradients are wanted; backward has
+        none. One all-gather more where the batch is larger than the last
         one, and one of [D] in the very first pass. One all-reduce of [B] more for logits above 64,
         and one for a margin that needs the positives first; a margin that follows the norm and
         label smoothing make the all-reduce of [2B] longer by [B] and [2B]. The losses beside the
@@ -362,6 +364,7 @@ class PartialFC(Shard):
             center_weight=self.center_weight,
             inter_class_weight=self.inter_class_weight,
             compute=self.compute,
+            reduce_dtype=self.reduce_dtype,
             path=self.plan.path,
             ranks=self.copies.within,
             shares=of_ranks,

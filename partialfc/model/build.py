@@ -344,6 +344,7 @@ def _head(
             precision=Precision(
                 compute=head_compute(config, runtime.device.type),
                 center_format=settings.center_format,
+                reduce_format=settings.reduce_format,
             ),
             memory=memory_of(config),
             kernels=Kernels(

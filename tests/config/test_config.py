@@ -213,8 +213,8 @@ def keys_of(names, prefix: str) -> Iterator[str]:
             [],
             "head.embedding_dim = 256: unknown setting. Did you mean backbone.embedding_dim? "
             "[head] takes start, sample_rate, negatives, canonical_shards, ranks_per_copy, "
-            "compute, center_format, keep_mib, centers_in, states_in, host_folder, fused, overlap, "
-            "[head.nearest], [head.several], [head.margin], [head.optimizer].",
+            "compute, center_format, reduce_format, keep_mib, centers_in, states_in, host_folder, "
+            "fused, overlap, [head.nearest], [head.several], [head.margin], [head.optimizer].",
         ),
         (  # what no sample asks for
             MINIMAL + "[head]\nsample_rate = 0.1\nnegatives = 'weighted'\nnearest.neighbours = 8\n",

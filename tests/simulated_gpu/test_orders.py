@@ -56,9 +56,7 @@ FOUND = [
 RULE = RowSGD(unsampled="stay"), "fp32"
 
 
-def trained(
-    options, *, ahead=False, drawn=False, verdict=False, forwarded=None, given_back=None
-):
+def trained(options, *, ahead=False, drawn=False, verdict=False, forwarded=None, given_back=None):
     """Some steps that read nothing on the host, which would put all of them in order."""
     head = head_of(*RULE, options, device="cuda")
     given = [(embeddings.cuda(), labels.cuda()) for embeddings, labels in batches(5)]
@@ -144,7 +142,7 @@ def saved(folder):
 
 PROGRAMS = {
     "partialfc/head/rows/staging.py": (staged, staged_late),
-    "partialfc/head/rows/optimizer.py": (beside, judged),
+    "partialfc/head/rows/side_stream.py": (beside, judged),
     "partialfc/checkpoint/saving.py": (saved,),
     "partialfc/head/steps.py": (fixed_ahead, fixed_late),
     "partialfc/pinned.py": (fixed_ahead,),
@@ -179,8 +177,8 @@ def test_the_orders_of_staging_overlap_and_saver_are_found():
         ("staging.py", "wait_event"),
         ("staging.py", "record_stream"),
         ("staging.py", "synchronize"),
-        ("optimizer.py", "wait_event"),
-        ("optimizer.py", "wait_stream"),
+        ("side_stream.py", "wait_event"),
+        ("side_stream.py", "wait_stream"),
         ("steps.py", "record_stream"),
         ("saving.py", "synchronize"),
     }

@@ -15,7 +15,7 @@ from partialfc.checkpoint.peers.memory import Memory
 from partialfc.checkpoint.saving import Saver
 from partialfc.config.heads import rows_of_heads
 from partialfc.distributed.ranks import Ranks
-from partialfc.head.rows.optimizer import RowOptimizer
+from partialfc.head.rows.side_stream import SideStream
 from partialfc.model.build import build
 from partialfc.model.heads import Numbering
 from partialfc.model.step import train_step
@@ -161,11 +161,7 @@ def test_it_changes_no_bit_and_all_is_in_order(name, tmp_path):
         assert torch.equal(bits(beside[key]), bits(value)), key
 
 
-WAITS = [
-    order
-    for order in orders_in("partialfc/head/rows/optimizer.py")
-    if order.function == "RowOptimizer._on_side_stream"
-]
+WAITS = [*orders_in("partialfc/head/rows/side_stream.py")]
 
 
 @pytest.mark.slow
@@ -222,5 +218,5 @@ def test_what_uses_the_rows_between_backward_and_step_is_waited_for(between, mon
         return watch.races
 
     assert races() == set()
-    monkeypatch.setattr(RowOptimizer, "_ready", _Once(), raising=False)
+    monkeypatch.setattr(SideStream, "_ready", _Once(), raising=False)
     assert races()

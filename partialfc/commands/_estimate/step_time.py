@@ -195,7 +195,7 @@ def _moved(head: OfHead, cluster: Cluster) -> dict[str, int]:
     return {
         "all-gather": batch * (dim * operand + 8 * most),
         "all-reduce of sums": 2 * (1 + most) * batch * 4 // config.optimizer.accumulation,
-        "reduce-scatter": batch * dim * 4,
+        "reduce-scatter": batch * dim * DTYPES[config.head.reduce_format].itemsize,
     }
 
 

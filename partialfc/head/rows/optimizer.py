@@ -8,10 +8,8 @@ Shape suffixes: B = rows of the gathered batch, D = embedding, n = sampled rows,
 loss on centers pulls.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from functools import cache
 from typing import Any, NoReturn
 
 import torch
@@ -27,6 +25,7 @@ from partialfc.head.rows.catch_up import Moves
 from partialfc.head.rows.formats import FIRST_SCALE
 from partialfc.head.rows.loss_scale import LossScale
 from partialfc.head.rows.rules import RowRule, States
+from partialfc.head.rows.side_stream import SideStream
 from partialfc.head.rows.staging import Staging, host_tensor, row_tensor
 from partialfc.head.rows.stored import AT_STEP, CENTERS, SCALE, Stored
 from partialfc.head.rows.update import RowStep, update_
@@ -89,10 +88,7 @@ class RowOptimizer(torch.optim.Optimizer):
         self._kept: list[Kept] = []
         self._skip: list[Tensor] = []
         self.workspace = Workspace()
-        self._stream: Any = None
-        if overlap:
-            self._stream = _side_stream(self._device)
-        self._ready: torch.cuda.Event | None = None  # the last use of rows and buffers has ended
+        self._side = SideStream(self._device if overlap else None)
         misses = getattr(rule, "unsampled", "stay") == "move" and not every_row
         self._moves = Moves(self._device) if misses else None
         self._loss_scale = LossScale(self._device)
@@ -124,7 +120,7 @@ class RowOptimizer(torch.optim.Optimizer):
     @property
     def overlaps(self) -> bool:
         """Whether a step may run beside the backward of what made the embeddings."""
-        return self._stream is not None
+        return self._side.exists
 
     @property
     def kept_bytes(self) -> int:
@@ -149,8 +145,7 @@ class RowOptimizer(torch.optim.Optimizer):
             weight = weight / self._across.size
         self._kept.append(kept.times(weight))
         self._skip.append(~finite)
-        if self._stream is not None:
-            self._ready = torch.cuda.current_stream(self._stream.device).record_event()
+        self._side.mark()
 
     def __getstate__(self) -> NoReturn:
         raise TypeError(
@@ -171,7 +166,7 @@ class RowOptimizer(torch.optim.Optimizer):
         They are all centers of the rank, or a compact copy of the sampled ones on the device.
         ``host_n`` is ``row_n`` on the host, which staging waits for otherwise.
         """
-        self._ready = None
+        self._side.unmark()
         rows = self._row_set(row_n)
         if row_n is None or not rows.compact:
             return self.centers.detach(), rows
@@ -188,7 +183,7 @@ class RowOptimizer(torch.optim.Optimizer):
 
     def settle(self) -> None:
         """Wait until centers and states are where they lie between steps, all of them."""
-        self._ready = None
+        self._side.unmark()
         if self._staging is not None:
             self._staging.settle()
 
@@ -212,7 +207,7 @@ class RowOptimizer(torch.optim.Optimizer):
             rows: int64 [n] rows; ``None`` for all.
             host_n: The same on the host, as in :meth:`open`.
         """
-        self._ready = None
+        self._side.unmark()
         moves = self._moves
         if moves is None or not moves.steps:
             return
@@ -251,7 +246,7 @@ class RowOptimizer(torch.optim.Optimizer):
         kept, skips = self._kept, self._skip
         self._kept, self._skip = [], []
         if kept:
-            with self._on_side_stream():
+            with self._side.beside(waits=self._has_verdict):
                 self._update(group, kept, skips)
             self.workspace.take_back(tensor for one in kept for tensor in one.spend())
         self._loss_scale.reset()
@@ -306,27 +301,11 @@ class RowOptimizer(torch.optim.Optimizer):
         (group,) = state["param_groups"]
         return {**state, "param_groups": [{**group, "params": [0], **self.shared_state()}]}
 
-    @contextmanager
-    def _on_side_stream(self) -> Iterator[None]:
-        """Run on the side stream, from the end of the head's backward on, if there is one.
-
-        The current stream waits for it before it does anything else, so nobody sees a center that
-        is being updated; what the current stream was given before runs at the same time.
-        """
-        side = self._stream
-        if side is None:
-            yield
-            return
-        current = torch.cuda.current_stream(side.device)
-        verdict = [getattr(self, name, None) for name in ("found_inf", "grad_scale")]
-        verdict.append(self._loss_scale.factor)
-        if any(tensor is not None for tensor in verdict) or self._ready is None:
-            side.wait_stream(current)
-        else:
-            side.wait_event(self._ready)
-        with torch.cuda.stream(side):
-            yield
-        current.wait_stream(side)
+    @property
+    def _has_verdict(self) -> bool:
+        """Whether it is said behind the backbone's backward whether, or by what, a step counts."""
+        told = (getattr(self, name, None) for name in ("found_inf", "grad_scale"))
+        return any(tensor is not None for tensor in (*told, self._loss_scale.factor))
 
     def _update(self, group: dict[str, Any], kept: list[Kept], skips: list[Tensor]) -> None:
         stored = self._working(_union(kept))
@@ -390,12 +369,6 @@ class RowOptimizer(torch.optim.Optimizer):
         if grad_scale is not None:
             factor = 1 / grad_scale if factor is None else factor / grad_scale
         return kept if factor is None else [one.times(factor) for one in kept]
-
-
-@cache
-def _side_stream(device: torch.device) -> Any:
-    """One for all heads, so that they use its memory one after the other."""
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _union(kept: list[Kept]) -> Tensor | None:
