@@ -327,6 +327,8 @@ def why_no_overlap(config: "Config", device: str) -> str | None:
         return "there is no GPU"
     if config.precision.compute == "fp16":
         return "fp16 knows after the backward only whether a step counts"
+    if config.head.ranks_per_copy is not None:
+        return "gradients of centers go between copies"
     return None
 
 

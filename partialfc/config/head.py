@@ -122,7 +122,7 @@ class Head(Section):
 
     overlap: bool | None = None
     """On a GPU, update the centers while the backbone's backward runs. Left out: wherever it
-    changes no result, which is everywhere but with fp16. A gradient of the backbone, or a loss
+    changes no result, which is everywhere but with fp16 and with ranks_per_copy. A gradient of the backbone, or a loss
     beside the softmax, that is not finite then stops the run after the centers have moved in
     memory; nothing of that step is saved."""
 

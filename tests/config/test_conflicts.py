@@ -208,6 +208,7 @@ def test_and_so_is_this(overrides: list[str], message: str, tmp_path: Path) -> N
         (["precision.compute=bf16", "head.states_in=host", "head.sample_rate=0.1"], "cuda", None),
         (["head.overlap=true"], "cuda", None),
         (["precision.compute=fp16"], "cuda", "fp16 knows after the backward only"),
+        (["head.ranks_per_copy=4"], "cuda", "gradients of centers go between copies"),
         (["head.overlap=false"], "cuda", "overlap = false"),
         ([], "cpu", "there is no GPU"),
     ],
