@@ -122,9 +122,9 @@ class Head(Section):
 
     overlap: bool | None = None
     """On a GPU, update the centers while the backbone's backward runs. Left out: wherever it
-    changes no result, which is everywhere but with fp16 and with ranks_per_copy. A gradient of the backbone, or a loss
-    beside the softmax, that is not finite then stops the run after the centers have moved in
-    memory; nothing of that step is saved."""
+    changes no result, which is everywhere but with fp16 and with ranks_per_copy. A gradient of the
+    backbone, or a loss beside the softmax, that is not finite then stops the run after the centers
+    have moved in memory; nothing of that step is saved."""
 
     nearest: Nearest = Field(default_factory=Nearest)
     several: Several = Field(default_factory=Several)
