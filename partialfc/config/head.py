@@ -82,7 +82,7 @@ class Head(Section):
     With more ranks there are several copies of the centers, each trained on the images of its own
     ranks, and gradients of centers are summed over copies in every step: the result is that of one
     copy to rounding. Embeddings then travel among these ranks alone, and gradients of all sampled
-    centers between them: it pays for small samples on thousands of ranks, which
+    centers between copies: it pays for small samples on a thousand ranks and more, which
     ``partialfc estimate`` compares. Left out, or not fewer than there are: all ranks hold them. It
     may change when a run goes on."""
 
