@@ -1,6 +1,6 @@
-"""What sampling costs in accuracy: sample rates by kinds of negatives by seeds, of one settings file.
+"""What sampling costs in accuracy: sample rates by kinds of negatives by seeds, one settings file.
 
-    python tools/sampling.py configs/omniglot.toml --rates 1,0.1,0.03 --seeds 1,2,3 --json OUT.json \
+    python tools/sampling.py configs/omniglot.toml --rates 1,0.1 --seeds 1,2,3 --json OUT.json \
         data.global_batch=64 run.epochs=2
     python tools/sampling.py --table OUT.json
 
@@ -212,9 +212,7 @@ def _accuracy(model: Model, data: Data, runtime: Runtime) -> Row:
     images, identities = data.probes
     of_probes = embeddings(images)
     gallery, probes = first_of_each(identities)
-    ranked = rank_k(
-        of_probes[gallery], identities[gallery], of_probes[probes], identities[probes]
-    )
+    ranked = rank_k(of_probes[gallery], identities[gallery], of_probes[probes], identities[probes])
     verified = verify(embeddings(data.pairs[0]), data.pairs[1])
     return {
         "rank_1": ranked.rate[1],

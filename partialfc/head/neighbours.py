@@ -1,12 +1,13 @@
 """The nearest centers of every center: an exact search over the shards of all ranks, in tiles.
 
 Directions are rounded to whole numbers of eight bits, so small that fp32 adds up their products
-without an error, from bf16 operands too. So a score depends on no tile, number of ranks, library or
-device, and the lists are the same wherever they are made. Of equal scores the smaller number wins.
-What is found is exact for these directions, whose cosines are those of the centers to 0.001.
+without an error, from bf16 operands too, as int32 does. So a score depends on no tile, number of
+ranks, library or device, and the lists are the same wherever they are made. Of equal scores the
+smaller number wins. What is found is exact for these directions, whose cosines are those of the
+centers to 0.001.
 
-The centers of all ranks pass by in blocks, each gathered once. Beside the lists there is one tile
-of scores, never one of all rows by all rows.
+The centers of all ranks pass by in blocks, each gathered once, a few at a time. Beside the lists
+there is one tile of scores, never one of all rows by all rows.
 
 Shape suffixes: C = rows of this rank, D = embedding, G = groups of columns, H = columns found, J =
 sets of identities, k = length of a list, M = groups found, q = rows of a tile that look, t = rows
@@ -16,6 +17,7 @@ of a tile that are looked at, T = those of one rank.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -25,8 +27,11 @@ from partialfc.distributed.ranks import Ranks, gather_rows, moved
 NOBODY = -1
 """In a list, in the place of a row: there are no more."""
 
-TILE_ROWS = {"cpu": 2048, "cuda": 8192}
+TILE_ROWS = {"cpu": 1024, "cuda": 8192}
 """Rows of a tile in both directions, by the type of the device; no result depends on it."""
+
+BLOCKS_AT_ONCE = 8
+"""Blocks that are looked at by a tile's rows while their directions are at hand."""
 
 _GROUP = 32
 """Columns whose largest score is looked at before they are."""
@@ -37,6 +42,8 @@ _NO_KEY = -(1 << 63)
 _LOW = 0xFFFFFFFF
 _MOST_EXACT = 1 << 24
 """fp32 has all whole numbers up to here."""
+_HAS_VNNI = torch.cpu._is_vnni_supported()
+"""Whether the CPU adds up products of int8 in int32. Older ones saturate at 16 bits on the way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +69,9 @@ class Rows:
     share_JJ: Tensor | None = None
 
 
-def nearest_rows(rows: Rows, most: int, ranks: Ranks, device: torch.device) -> Tensor:
+def nearest_rows(
+    rows: Rows, most: int, ranks: Ranks, device: torch.device, *, first: int | None = None
+) -> Tensor:
     """Return the nearest rows of other identities of each row of this rank, int32 [C, k], on a CPU.
 
     Numbers of the whole head, the nearest first, :data:`NOBODY` where there are no more.
@@ -73,21 +82,22 @@ def nearest_rows(rows: Rows, most: int, ranks: Ranks, device: torch.device) -> T
         most: k, >= 1.
         ranks: Those that share the rows.
         device: Where it is computed.
+        first: How many rows of this rank look, the first ones; ``None`` for all.
     """
-    size, own = TILE_ROWS[device.type], rows.of_rank[ranks.rank]
+    size, own = TILE_ROWS[device.type], rows.of_rank[ranks.rank][:first]
     best_Ck = torch.full((len(own), most), _NO_KEY, dtype=torch.int64, device=device)
-    for parts, key_tD in _blocks(rows, size, ranks, device):
-        length_t = key_tD.float().square_().sum(1)
-        reciprocal_t = torch.where(length_t > 0, 1 / length_t.sqrt(), 0.0)
-        operand_tD = key_tD.to(_operand(device))
-        number_t = torch.cat([torch.arange(part.start, part.stop) for part in parts]).to(device)
+    blocks = _blocks(rows, size, ranks, device)
+    while some := list(islice(blocks, BLOCKS_AT_ONCE)):
         for start in range(0, len(own), size):
-            moved()
             looking = own[start : start + size]
-            query_qD = directions(rows.centers_CD[start : start + size, : rows.dim].to(device))
-            score_qt = _products(query_qD.to(operand_tD.dtype), operand_tD).mul_(reciprocal_t)
-            _leave_out_(score_qt, looking, parts, rows)
-            _merge_(best_Ck[start : start + size], score_qt, number_t)
+            row_qD = rows.centers_CD[start : start + len(looking), : rows.dim]
+            query_qD = directions(row_qD.to(device))
+            query_qD = query_qD.to(_operand(device, rows.dim))
+            for block in some:
+                moved()
+                score_qt = _products(query_qD, block.key_tD, block.reciprocal_t)
+                _leave_out_(score_qt, looking, block.parts, rows)
+                _merge_(best_Ck[start : start + size], score_qt, block.number_t)
     list_Ck = torch.empty(best_Ck.shape, dtype=torch.int32)
     for start in range(0, len(own), size):
         key_qk = best_Ck[start : start + size]
@@ -112,11 +122,25 @@ def directions(row_TD: Tensor) -> Tensor:
     return torch.where(has_T1, whole_TD, 0.0).to(torch.int8)
 
 
-def _blocks(
-    rows: Rows, size: int, ranks: Ranks, device: torch.device
-) -> Iterator[tuple[list[range], Tensor]]:
-    """Yield directions of ``size`` rows or more, a part from each rank, and the numbers of the
-    parts; a number behind the last row of its rank has no row."""
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Rows that are looked at: a part from each rank.
+
+    Attributes:
+        parts: Their numbers; one behind the last row of its rank has no row.
+        number_t: The same, int64 on the device.
+        key_tD: Directions, as products take them.
+        reciprocal_t: fp32, 1 by their lengths.
+    """
+
+    parts: list[range]
+    number_t: Tensor
+    key_tD: Tensor
+    reciprocal_t: Tensor
+
+
+def _blocks(rows: Rows, size: int, ranks: Ranks, device: torch.device) -> Iterator[_Block]:
+    """Yield all rows of all ranks in blocks of ``size`` or more."""
     part = -(-size // (ranks.size * _GROUP)) * _GROUP
     longest = max(map(len, rows.of_rank))
     for start in range(0, longest, part):
@@ -124,18 +148,31 @@ def _blocks(
         block_TD = own_TD.new_zeros(part, rows.dim)
         block_TD[: len(own_TD)] = own_TD
         parts = [range(one.start + start, one.start + start + part) for one in rows.of_rank]
-        yield parts, gather_rows(block_TD, ranks)
+        key_tD = gather_rows(block_TD, ranks)
+        length_t = key_tD.float().square_().sum(1)
+        yield _Block(
+            parts=parts,
+            number_t=torch.cat([torch.arange(one.start, one.stop) for one in parts]).to(device),
+            key_tD=key_tD.to(_operand(device, rows.dim)),
+            reciprocal_t=torch.where(length_t > 0, 1 / length_t.sqrt(), 0.0),
+        )
 
 
-def _operand(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+def _operand(device: torch.device, dim: int) -> torch.dtype:
+    """The fastest format that products of int8 are exact in."""
+    if device.type == "cuda":
+        return torch.bfloat16
+    # torch 2.13's product of int8 on a CPU reads beyond its operands where rows have one element.
+    return torch.int8 if _HAS_VNNI and dim > 1 else torch.float32
 
 
-def _products(query_qD: Tensor, key_tD: Tensor) -> Tensor:
-    """Whole numbers up to 2**24, without an error."""
+def _products(query_qD: Tensor, key_tD: Tensor, reciprocal_t: Tensor) -> Tensor:
+    """fp32 products of whole numbers, up to 2**24 and without an error, by the keys' lengths."""
+    if query_qD.dtype == torch.int8:
+        return torch._int_mm(query_qD, key_tD.T).float().mul_(reciprocal_t)
     if query_qD.is_cuda:
-        return torch.mm(query_qD, key_tD.T, out_dtype=torch.float32)
-    return query_qD @ key_tD.T
+        return torch.mm(query_qD, key_tD.T, out_dtype=torch.float32).mul_(reciprocal_t)
+    return (query_qD @ key_tD.T).mul_(reciprocal_t)
 
 
 def _leave_out_(score_qt: Tensor, looking: range, parts: list[range], rows: Rows) -> None:
@@ -164,7 +201,8 @@ def _merge_(best_qk: Tensor, score_qt: Tensor, number_t: Tensor) -> None:
     """Put the columns of a tile that belong there into the lists of the best so far.
 
     Few columns of a tile do once the lists are filled, so groups are looked at by their largest
-    score first. The k-th largest of these bounds the k-th largest score from below.
+    score first. While a list is not filled, the k-th largest of these bounds the k-th largest score
+    from below.
 
     Args:
         best_qk: int64 keys in descending order; changed in place.
@@ -175,7 +213,7 @@ def _merge_(best_qk: Tensor, score_qt: Tensor, number_t: Tensor) -> None:
     group_qGt = score_qt.view(len(score_qt), -1, _GROUP)
     largest_qG = group_qGt.amax(2)
     bound_q = _score_of(best_qk[:, -1])
-    if largest_qG.shape[1] >= most:
+    if largest_qG.shape[1] >= most and bool((bound_q == -torch.inf).any()):  # host sync
         bound_q = bound_q.maximum(largest_qG.topk(most, sorted=False).values.amin(1))
     bound_q = bound_q.clamp(min=_LOWEST)  # -inf is what is left out
     query_M, group_M = (largest_qG >= bound_q.unsqueeze(1)).nonzero(as_tuple=True)  # host sync

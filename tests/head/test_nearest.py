@@ -63,12 +63,29 @@ def brute_force(centers, most, per_identity=1, share=None):
     ("rows", "dim", "most", "per"), [(700, 32, 16, 1), (93, 8, 5, 3), (10, 4, 16, 1)]
 )
 def test_the_search_is_exact_with_any_tile(rows, dim, most, per, tile, monkeypatch):
-    """Equal scores too, whose smaller number is nearer, and more tiles than places in a list."""
+    """Equal scores too, whose smaller number is nearer, more tiles than places in a list, and more
+    blocks than are looked at at once."""
     monkeypatch.setitem(neighbours.TILE_ROWS, "cpu", tile)
     centers = centers_of(rows, dim)
     searched = Rows(centers_CD=centers, dim=dim, of_rank=[range(rows)], per_identity=per)
     found = nearest_rows(searched, most, Ranks(), CPU)
     assert np.array_equal(found.numpy(), brute_force(centers, most, per))
+
+
+@pytest.mark.parametrize("vnni", [False, True])
+@pytest.mark.parametrize("dim", [1, 3, 130, 512, 4096])
+def test_the_largest_products_have_no_error_either(dim, vnni, monkeypatch):
+    """Rows whose products add up to the most there is; int8 that saturated at 16 bits would not."""
+    if vnni and not torch.cpu._is_vnni_supported():
+        pytest.skip("this CPU has no products of int8 that add up in int32")
+    monkeypatch.setattr(neighbours, "_HAS_VNNI", vnni)
+    rows = torch.ones(70, dim)
+    rows[1], rows[2, ::2] = -1, -1
+    whole = directions(torch.cat([rows[:3], centers_of(67, dim)]))
+    operand = whole.to(neighbours._operand(CPU, dim))
+    found = neighbours._products(operand, operand, torch.ones(70))
+    assert found.dtype == torch.float32
+    assert torch.equal(found.long(), whole.long() @ whole.long().T)
 
 
 def test_rows_that_are_all_alike_are_neighbours_by_their_number(monkeypatch):

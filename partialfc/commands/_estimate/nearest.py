@@ -2,7 +2,7 @@
 
 from partialfc.commands._estimate.backbone import Device, MemoryItem
 from partialfc.config import Config
-from partialfc.head.neighbours import TILE_ROWS
+from partialfc.head.neighbours import BLOCKS_AT_ONCE, TILE_ROWS
 
 LIST_BYTES, ENTRY_BYTES, KEY_BYTES = 4, 10, 8
 """Of a neighbour: in the lists, as whose neighbour it is, and while it is searched."""
@@ -28,7 +28,9 @@ def nearest_parts(config: Config, rows: int, dim: int, device: Device) -> list[M
         return []
     most, tile = config.head.nearest.neighbours, TILE_ROWS[device]
     kept = rows * most * (LIST_BYTES + ENTRY_BYTES)
-    tiles = tile * min(tile, rows) * (4 + 1) + 2 * tile * dim * (4 + 4 + 1)
+    scores = 4 + 4 * (device == "cpu") + 1  # products of int8 are int32 first
+    tiles = tile * min(tile, rows) * scores
+    tiles += 2 * tile * dim * (4 + 4 + 1) + BLOCKS_AT_ONCE * tile * dim * 2
     search = rows * most * KEY_BYTES + tiles
     where = "in host memory" if device == "cuda" else "in memory"
     return [

@@ -311,7 +311,7 @@ def _in_turns(
     """Return what was found of these heads, and the seconds of the bare products; collective."""
     turns = Turns(names, lambda name: build(name, case, device), device)
     searches = {
-        name: over_ranks(timed(device, turn.head.find_neighbours)[0], "MAX", device)
+        name: _search(turn.head, device)
         for name, turn in turns.heads.items()
         if getattr(turn.head, "nearest", None) is not None
     }
@@ -340,7 +340,7 @@ def _in_turns(
         rows = sampled_rows(turns.heads[name].head, identities_B)
         found[name]["sampled_rows"] = int(over_ranks(rows, "SUM", device))
         if name in searches:
-            found[name]["search_seconds"] = searches[name]
+            found[name] |= searches[name]
         if device.type == "cuda":
             found[name]["three_products_seconds"] = percentiles(products)["median"]
     del turns
@@ -348,6 +348,16 @@ def _in_turns(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return found, products
+
+
+def _search(head: Any, device: torch.device) -> Result:
+    """Search the neighbours of all centers: seconds, and those of the process on its cores."""
+    started = time.process_time()
+    seconds, _ = timed(device, head.find_neighbours)
+    return {
+        "search_seconds": over_ranks(seconds, "MAX", device),
+        "search_cpu_seconds": over_ranks(time.process_time() - started, "MAX", device),
+    }
 
 
 def memory_of(case: Case, device: torch.device) -> Result:
