@@ -126,7 +126,7 @@ def decoded(config: Config) -> Data:
         images=np.pad(images, ((0, 0), (border, border), (border, border), (0, 0)), mode="edge"),
         identities=pack.identities(np.arange(len(pack))),
         count=pack.num_identities,
-        probes=(_pixels([probes.jpeg(i) for i in every], size), probes.identities(every)),
+        probes=(_pixels([probes.jpeg(int(i)) for i in every], size), probes.identities(every)),
         pairs=(_pixels(pairs.images, size), pairs.same),
     )
 
@@ -148,7 +148,7 @@ def measured(config: Config, data: Data) -> Row:
         started, losses = time.process_time(), []
         batch = config.data.global_batch
         an_epoch = len(data.images) // batch
-        steps = config.run.steps or round(config.run.epochs * an_epoch)
+        steps = config.run.steps or round((config.run.epochs or 1) * an_epoch)
         for step in range(steps):
             which = _images_of(config, step, an_epoch, len(data.images))
             rate = learning_rate(
@@ -214,10 +214,11 @@ def _accuracy(model: Model, data: Data, runtime: Runtime) -> Row:
     gallery, probes = first_of_each(identities)
     ranked = rank_k(of_probes[gallery], identities[gallery], of_probes[probes], identities[probes])
     verified = verify(embeddings(data.pairs[0]), data.pairs[1])
+    accepted = verified.tar_at_far[1e-3]
     return {
         "rank_1": ranked.rate[1],
         "verification": verified.accuracy,
-        "tar_at_far_1e-3": verified.tar_at_far[1e-3],
+        "tar_at_far_1e-3": accepted if accepted == accepted else None,  # too few pairs
     }
 
 
@@ -240,7 +241,7 @@ def shown(rows: list[Row]) -> str:
                 "all" if rate == 1 else negatives,
                 str(len(found)),
                 _spread([row["rank_1"] for row in found]),
-                _spread(apart, of_mean=True) if rate < 1 and apart else "",
+                _spread([*apart], of_mean=True) if rate < 1 else "",
                 _spread([row["verification"] for row in found]),
                 _spread([row["tar_at_far_1e-3"] for row in found]),
                 f"{statistics.median(row['cpu_seconds_of_a_step'] for row in found) * 1e3:.1f}",
@@ -251,7 +252,10 @@ def shown(rows: list[Row]) -> str:
     return table(title, (*names, "CPU ms a step"), lines, left=("negatives",))
 
 
-def _spread(values: list[float], *, of_mean: bool = False) -> str:
+def _spread(found: list[float | None], *, of_mean: bool = False) -> str:
+    values = [value for value in found if value is not None]
+    if not values:
+        return "–"
     mean = f"{statistics.mean(values) * 100:{'+' if of_mean else ''}.2f}"
     if len(values) < 2:
         return mean
