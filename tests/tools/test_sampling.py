@@ -40,7 +40,7 @@ def study(out, words, *, rates, seeds="1"):
 
 @pytest.mark.slow
 def test_a_study_trains_what_its_record_lacks_and_repeats_itself(words, tmp_path, monkeypatch):
-    """At a rate of 1 one kind is trained. A second call keeps the rows, and another has the same."""
+    """At a rate of 1 one kind is trained. A second call keeps the rows; another has the same."""
     monkeypatch.chdir(ROOT)
     first = study(tmp_path / "a.json", words, rates="1")
     rows = study(tmp_path / "a.json", words, rates="1,0.3")
