@@ -8,6 +8,8 @@ differ tell what one more row takes, and that, times all rows, is the whole sear
 of the rows that are looked at are made once, however many look. Seconds are those of the process on
 its cores, so a machine that others use changes them little. Memory is what the process grows by
 beyond the centers.
+
+Shape suffixes: C = class centers, D = embedding.
 """
 
 import argparse
