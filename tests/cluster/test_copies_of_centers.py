@@ -1,5 +1,7 @@
 """Two copies of the class centers over two hosts each, against one copy over all four."""
 
+import os
+import signal
 import subprocess
 
 import numpy as np
@@ -7,7 +9,8 @@ import pytest
 
 from tests.cluster.conftest import need
 from tests.cluster.hosts import Hosts, address
-from tests.cluster.training import ENVIRONMENT, arguments, final_tensors, losses
+from tests.cluster.slurm import wait_for
+from tests.cluster.training import ENVIRONMENT, arguments, final_tensors, last_step, losses
 from tests.support.places import ROOT
 from tests.support.runs import TORCHRUN
 
@@ -80,8 +83,11 @@ def joined(folder):
 
 @pytest.mark.slow
 def test_two_copies_over_two_hosts_each_train_as_one_over_four(hosts, packs, tmp_path):
-    """To rounding, at a rate of 0.5; two starts on four hosts take a minute on two cores."""
-    one, two = tmp_path / "one", tmp_path / "two"
+    """To rounding, at a rate of 0.5; then hosts that are killed go on to the bit.
+
+    Four starts on four hosts: a minute and more on two cores.
+    """
+    one, two, again = (tmp_path / name for name in ("one", "two", "again"))
     assert ended(start(hosts, tmp_path, settings(packs, one), "one")) == [0] * 4
     copies = "head.ranks_per_copy=2"
     assert ended(start(hosts, tmp_path, settings(packs, two, copies), "two")) == [0] * 4
@@ -93,3 +99,22 @@ def test_two_copies_over_two_hosts_each_train_as_one_over_four(hosts, packs, tmp
     expected, found = joined(one), joined(two)
     difference = np.linalg.norm(found["centers:centers"] - expected["centers:centers"])
     assert difference <= 1e-2 * np.linalg.norm(expected["centers:centers"])
+
+    running = start(hosts, tmp_path, settings(packs, again, copies), "again")
+    wait_for(lambda: (again / "checkpoints" / "step_00000004").exists(), 200)
+    wait_for(lambda: last_step(again) >= 5, 100)
+    for one_host in running:  # and what it started: as if the power failed
+        os.killpg(one_host.pid, signal.SIGKILL)
+    ended(running)
+    for i in range(hosts.count):
+        left = subprocess.run(
+            ["ip", "netns", "pids", f"pfc{i}"], capture_output=True, text=True, check=True
+        ).stdout
+        for process in left.split():
+            os.kill(int(process), signal.SIGKILL)
+    assert ended(start(hosts, tmp_path, settings(packs, again, copies), "again")) == [0] * 4
+    assert losses(again) == losses(two)
+    expected, found = joined(two), joined(again)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert np.array_equal(value, found[name]), name
