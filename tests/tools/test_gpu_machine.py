@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -128,6 +129,42 @@ def test_a_stage_that_hangs_ends_at_its_limit_and_the_next_begins(tmp_path, monk
         time.sleep(0.01)
     assert not _runs(status)
     assert "not measured: one.json: row 2" in capsys.readouterr().out
+
+
+CUT = """
+import sys
+from pathlib import Path
+from tools.bench import gpu
+from tools.bench._gpu.stages import Stage
+
+out = Path(sys.argv[1])
+hangs = "import os, sys, time; open(sys.argv[2], 'w').write('{\\"not_measured\\": [\\"row 2\\"]}');"
+hangs += "open(sys.argv[2] + '.pid', 'w').write(str(os.getpid())); time.sleep(600)"
+command = ["-c", hangs, "--json", str(out / "one.json")]
+every = [Stage(name=name, shows="", seconds=300.0, commands=(command,)) for name in ("one", "two")]
+gpu.stages = lambda *_, **__: every
+sys.exit(gpu.main([str(out)]))
+"""
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT], ids=str)
+def test_what_was_measured_is_told_where_the_command_is_cut_off(sign, tmp_path):
+    """A lent machine ends when it likes. Nothing goes on without the command, or is begun."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", CUT, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    marker = tmp_path / "one.json.pid"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (marker.exists() and marker.read_text()):
+        time.sleep(0.05)
+    process.send_signal(sign)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    (stage,) = json.loads((tmp_path / "gpu.json").read_text())["stages"]
+    assert (stage["state"], stage["not_measured"]) == ("cut off", ["one.json: row 2"])
+    assert "in the order of their worth, at most: one 300 s, two 300 s" in said
+    assert "one: cut off" in said
+    assert not _runs(Path(f"/proc/{int(marker.read_text())}/status"))
 
 
 def _runs(status):

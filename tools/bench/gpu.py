@@ -8,7 +8,7 @@
 Needs torch, numpy and pytest; no settings, no git. Each stage has a limit (_gpu/stages.py): near
 its end the stage begins nothing more, and at it the stage is stopped, so a late one starves no
 other. Records are written row by row. OUT/gpu.json and the last lines say what was and was not
-measured.
+measured, also where SIGINT, SIGTERM or SIGHUP cut it off.
 """
 
 import argparse
@@ -46,6 +46,8 @@ WANTED = {
 _SOONER, _STOPPING = 12.0, 6.0
 """Seconds before its limit in which a stage begins no row, and in which it is asked to stop."""
 
+_CUT_OFF = "cut off"
+
 Found = dict[str, Any]
 
 
@@ -69,10 +71,18 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     out.mkdir(parents=True, exist_ok=True)
     _say_packages()
+    limits = [
+        f"{one.name} {f'{one.seconds:.0f} s' if one.seconds else 'the rest'}" for one in chosen
+    ]
+    print(f"in the order of their worth, at most: {', '.join(limits)}", flush=True)
+    for sign in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(sign, signal.default_int_handler)
     report: list[Found] = []
     for stage in chosen:
         report.append(run(stage, out, begun + TOTAL * (PATIENCE if options.small else 1)))
         _write(out / "gpu.json", {"stages": report})  # after each
+        if report[-1]["state"] == _CUT_OFF:
+            break
         if stage.name == "imports" and report[-1]["state"] != "ended well":
             sys.stderr.write("gpu.sh: what every stage imports cannot be imported; see above\n")
             return 2
@@ -95,7 +105,11 @@ def run(stage: Stage, out: Path, deadline: float) -> Found:
             missing.append(f"{_tool(words)}: no time was left")
             state = "out of time"
             continue
-        code = _run(_filled(words, stage, out, left), left)
+        try:
+            code = _run(_filled(words, stage, out, left), left)
+        except KeyboardInterrupt:
+            state = _CUT_OFF
+            break
         codes.append(code)
         if code is None:
             state = "out of time"
