@@ -117,8 +117,8 @@ class Head(Section):
     the memory holds: a folder on a fast local disk. Left out, it is in memory."""
 
     fused: bool = False
-    """Do each pass of the head in one kernel: on Hopper, in bf16, with SGD and a softmax over unit
-    centers, one an identity. Changes the result by rounding alone."""
+    """Do each pass of the head in one kernel: from Ampere on, in bf16, with SGD and a softmax over
+    unit centers, one an identity. Changes the result by rounding alone."""
 
     overlap: bool | None = None
     """On a GPU, update the centers while the backbone's backward runs. Left out: wherever it

@@ -108,7 +108,8 @@ class Kernels:
 
     Attributes:
         fused: Do each pass in one kernel, whose logits and gradients stay on the chip; the result
-            is the same to rounding. On Hopper, in bf16, with SGD and a softmax over unit centers.
+            is the same to rounding. In bf16, from Ampere on, with SGD and a softmax over unit
+            centers.
         overlap: On a GPU, update the centers beside the backbone's backward, to the same bits.
             Between backward and ``optimizer.step()`` nobody may read or change the tensor
             ``head.centers``; what the head itself does with it there is waited for, and so is a

@@ -10,12 +10,13 @@ Nothing here needs torch, so a login node can ask.
 from dataclasses import dataclass
 from typing import Literal
 
+from partialfc.head.tiles.cards import card_for
 from partialfc.head.tiles.limits import LARGEST_DIM
 
 Path = Literal["torch", "triton", "fused"]
 
 _HOPPER = (9, 0)
-"""Compute capability whose shared memory the fused kernels are made for."""
+"""Compute capability of a GPU that is not known yet."""
 _FP8 = (8, 9)
 """Compute capability from which Triton reads and writes e4m3; torch does on any device."""
 
@@ -101,8 +102,8 @@ def decide(
     path: Path = "triton" if has_kernels else "torch"
     if not known.has_kernels:
         reason = f"they need a GPU and Triton, and the head is on {known.device}"
-    elif known.capability is not None and known.capability < _HOPPER:
-        reason = f"they need Hopper's shared memory, which {known.name} lacks"
+    elif known.capability is not None and card_for(known.capability, known.name) is None:
+        reason = f"they need tensor cores for bf16, which {known.name} lacks"
     elif known.capability is not None and compute != "bf16":
         reason = f'they multiply in bf16, and compute is "{compute}"'
     elif not unit_centers or centers_per_identity > 1 or binary:

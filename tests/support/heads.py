@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 
@@ -32,6 +32,7 @@ def small_tiles(*, kernels: bool, rows: int = 64, programs: int = 4) -> Iterator
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(machine, "FORCED", kernels)
         patch.setattr(fused, "_TILE_ROWS", rows)
-        patch.setattr(fused, "_PROGRAMS", programs)
+        card = replace(machine.card_of(None), multiprocessors=programs)
+        patch.setattr(machine, "ASSUMED", card)
         patch.setattr(passes, "_TILE_ROWS", rows)
         yield

@@ -1,6 +1,6 @@
-"""Compile every variant of the Triton kernels for Hopper or Blackwell, without a GPU or a driver.
+"""Compile every variant of the Triton kernels for a card, without a GPU or a driver.
 
-``python tools/bench/compile_kernels.py [--capability 100] [--only KERNEL] [--json OUT]`` prints
+``python tools/bench/compile_kernels.py [--capability 100] [--only KERNELS] [--json OUT]`` prints
 registers, spills and shared memory of each variant, and what its compiler took. It calls the launch
 wrappers themselves with tensors on the CPU and stops every launch behind the compiler, so it
 compiles what a launch on a GPU compiles. Exit code 1 if a variant spills registers.
@@ -18,7 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from partialfc.head import machine
 from partialfc.head.row_set import RowSet
 from partialfc.head.rows import fused_kernels as fused_update_kernels
 from partialfc.head.rows import kernels as row_kernels
@@ -45,6 +46,7 @@ from partialfc.head.rows.stored import (
 )
 from partialfc.head.tiles import fused, fused_kernels
 from partialfc.head.tiles import triton_steps as kernels
+from partialfc.head.tiles.cards import card_for
 from partialfc.head.tiles.parts import Kept, Logits, MicroBatch
 from partialfc.head.tiles.positives import Positives
 from partialfc.margins import Bend
@@ -53,7 +55,7 @@ Row = dict[str, Any]
 Variant = tuple[str, dict[str, str], Callable[[], object]]
 """Kernel, what sets the variant apart, and a call of its launch wrapper."""
 
-CAPABILITY = {90: "H100 and H200", 100: "B200"}
+CAPABILITY = {80: "A100", 90: "H100 and H200", 100: "B200"}
 KERNELS = ("unit_rows", "exponentials", "sgd_", "catch_up_", "pull_", "update_")
 DTYPES = {
     "fp32": torch.float32,
@@ -67,29 +69,24 @@ DIMS = (128, 250, 512, 4096)
 EIGHT_BITS = ("fp8", "int8")
 """Centers and momentum, compiled in a few."""
 
-_SM_REGISTERS, _SM_WARPS, _SM_BLOCKS, _SM_SHARED = 65536, 64, 32, 228 * 1024
+_SM_REGISTERS, _SM_WARPS, _SM_BLOCKS, SM_SHARED = 65536, 64, 32, 228 * 1024
 
 
 def main() -> int:
     """Compile, print a table and write the record; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", choices=KERNELS)
+    parser.add_argument("--only", default=",".join(KERNELS), help="of them, with commas")
     parser.add_argument("--capability", type=int, default=90, choices=CAPABILITY)
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the table to OUT")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache  # nothing from an earlier run
-        rows = compile_all(arguments.only, arguments.capability)
+        rows = compile_all(arguments.only.split(","), arguments.capability)
     if arguments.json:
         record = {
             "command": "python tools/bench/compile_kernels.py " + " ".join(sys.argv[1:]),
             "target": f"sm_{arguments.capability}",
-            "versions": {
-                "triton": triton.__version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-                "ptxas": _nvidia("ptxas", "--version").split("release ")[-1].split(",")[0],
-            },
+            "versions": versions(),
             "kernels": rows,
         }
         arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -98,20 +95,20 @@ def main() -> int:
     return bool(spilling)
 
 
-def compile_all(only: str | None, capability: int) -> list[Row]:
-    """Compile all variants, or those of one kernel, and print a line for each."""
+def compile_all(only: Sequence[str], capability: int) -> list[Row]:
+    """Compile all variants of some kernels, and print a line for each."""
     compiled = compile_only(capability)
     rows = []
     print(
         f"{'kernel':13} {'registers':>9} {'spills B':>8} {'shared B':>8} {'warps/SM':>8}  variant"
     )
     for name, variant, call in variants():
-        if only and name != only:
-            continue
+        if name not in only or (capability < 89 and "fp8" in variant.values()):
+            continue  # which Triton does not read before Ada
         before = os.times()
         call()
         spent = sum(os.times()[:4]) - sum(before[:4])  # the assembler is a child
-        row = {"kernel": name, **variant, **_resources(compiled.pop()), "compile_seconds": spent}
+        row = {"kernel": name, **variant, **resources(compiled.pop()), "compile_seconds": spent}
         rows.append(row)
         print(
             f"{name:13} {row['registers']:9} {row['spill_bytes']:8} {row['shared_bytes']:8} "
@@ -133,6 +130,7 @@ def compile_only(capability: int = 90) -> list[Any]:
 
     JITFunction.run = stop_behind_compiler
     driver.set_active(_NoDriver(capability))
+    machine.ASSUMED = card_for(divmod(capability, 10))
     return compiled
 
 
@@ -236,7 +234,7 @@ def _catch_up(centers: str, momentum: str, rows: str, dim: int) -> Variant:
 
 def _pull(dim: int, bend: str, maximum: str, kept: str) -> Variant:
     def call() -> object:
-        splits = fused.splits_of(64)
+        splits = fused.splits_of(64, machine.card_of(None))
         fused_kernels.pull_(
             torch.empty(64, dim, dtype=torch.bfloat16),
             torch.empty(64, dim, dtype=torch.bfloat16),
@@ -336,7 +334,17 @@ def _bend(bend: str) -> Bend | None:
     return Bend(torch.zeros(64), torch.zeros(3)) if bend == "y" else None
 
 
-def _resources(kernel: Any) -> Row:
+def versions() -> dict[str, str]:
+    """Of what compiles."""
+    return {
+        "triton": triton.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "ptxas": _nvidia("ptxas", "--version").split("release ")[-1].split(",")[0],
+    }
+
+
+def resources(kernel: Any) -> Row:
     """What cubin and PTX say of themselves, and how many warps an SM holds."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -349,7 +357,7 @@ def _resources(kernel: Any) -> Row:
     shared = max(shared, int(kernel.metadata.shared))
     per_warp = -(-registers * 32 // 256) * 256  # registers are handed out by 256
     blocks = min(_SM_BLOCKS, _SM_WARPS // warps, _SM_REGISTERS // (per_warp * warps))
-    blocks = min(blocks, _SM_SHARED // (shared + 1024))  # the system keeps 1 KiB a block
+    blocks = min(blocks, SM_SHARED // (shared + 1024))  # the system keeps 1 KiB a block
     ptx, gpu = kernel.asm["ptx"], kernel.asm["ttgir"]
     return {
         "registers": registers,

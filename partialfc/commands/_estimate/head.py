@@ -28,6 +28,7 @@ from partialfc.config.heads import (
 )
 from partialfc.data.label_file import shape_of
 from partialfc.errors import in_words
+from partialfc.head.machine import card_of
 from partialfc.head.plan import Machine, Plan
 from partialfc.head.rows.formats import DTYPES
 from partialfc.head.rows.optimizer import RowOptimizer
@@ -283,7 +284,7 @@ def head_parts(
         # maxima. Pass 2: the gradient, and with micro-batches that of the earlier ones.
         sums = 1 + dim + _needs_maximum(margin)
         buffers = shard.fused * dim * (operand + 4 * min(parts, 2))
-        buffers += fused.splits_of(batch) * batch * sums * 4
+        buffers += fused.splits_of(batch, card_of(None)) * batch * sums * 4
         logits = copies = again = 0
         said = f"{shard.fused:,} rows of the fused kernels: unit centers, gradient; sums of splits"
     beside = copies + again if overlaps else 0

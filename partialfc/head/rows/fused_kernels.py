@@ -15,9 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from partialfc.head.machine import card_of
 from partialfc.head.rows.kernels import noise, store
 from partialfc.head.rows.stored import CENTERS, MOMENTUM, SgdStep, Stored
-from partialfc.head.tiles.fused_kernels import STAGES, WARPS, bent, streamed, width
+from partialfc.head.tiles.cards import Kernel
+from partialfc.head.tiles.fused_kernels import bent, width
 from partialfc.head.tiles.limits import STATIONARY
 from partialfc.head.tiles.parts import MicroBatch
 from partialfc.head.tiles.positives import Positives
@@ -83,6 +85,8 @@ def update_(
         assert tensor is None or tensor.is_contiguous()
     if tile.stop == tile.start:
         return
+    kernel: Kernel = "update" if exp_TB is None else "update_kept"
+    shape = card_of(centers_CD.device).shape(kernel, dim)
     _update[(triton.cdiv(tile.stop - tile.start, STATIONARY),)](
         centers_CD,
         stored.scale(CENTERS),
@@ -119,13 +123,13 @@ def update_(
         batch,
         dim,
         STATIONARY,
-        streamed(dim),
+        shape.streamed,
         width(dim),
         _UPDATED,
         stored.rows.compact,
         tile.last,
-        num_warps=WARPS,
-        num_stages=STAGES,
+        num_warps=shape.warps,
+        num_stages=shape.stages,
         enable_fp_fusion=False,
     )
 

@@ -13,6 +13,8 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
+from partialfc.head.machine import card_of
+from partialfc.head.tiles.cards import Card
 from partialfc.head.tiles.limits import STATIONARY
 from partialfc.head.tiles.parts import FirstPass, KeptTile, Logits
 from partialfc.head.tiles.workspace import Workspace
@@ -20,11 +22,8 @@ from partialfc.head.tiles.workspace import Workspace
 _NO_LOGIT = -1e30
 """Row maximum of a tile without negatives, as the kernel writes it."""
 
-_PROGRAMS = 132
-"""Multiprocessors of an H100 or H200: pass 1 splits the classes until about as many have work."""
-
-_TILE_ROWS = _PROGRAMS * 4 * STATIONARY
-"""Four blocks of classes for each multiprocessor; keys of 33 MiB at D = 512."""
+_TILE_ROWS = 132 * 4 * STATIONARY
+"""Four blocks of classes for each multiprocessor of an H200; keys of 33 MiB at D = 512."""
 
 _LARGEST_INDEX = 2**31
 """Places in [T, B] that the kernels count in 32 bits."""
@@ -48,7 +47,7 @@ def first_pass(
     """
     kernels = import_module("partialfc.head.tiles.fused_kernels")
     (batch, dim), device = query_BD.shape, query_BD.device
-    splits = splits_of(batch)
+    splits = splits_of(batch, card_of(device))
 
     def partial(name: str, *more: int) -> Tensor:
         return workspace(name, (splits, batch, *more), torch.float32, device)
@@ -96,9 +95,9 @@ def first_pass(
     return FirstPass(sum_B, None, maximum_B, pull_BD, key_sum_D, total, kept)
 
 
-def splits_of(batch: int) -> int:
+def splits_of(batch: int, card: Card) -> int:
     """Return S, into how many ranges pass 1 cuts the classes of a tile."""
-    return max(1, _PROGRAMS // -(-batch // STATIONARY))
+    return max(1, card.multiprocessors // -(-batch // STATIONARY))
 
 
 def tiles(batch: int, total: int) -> Iterator[tuple[int, int]]:

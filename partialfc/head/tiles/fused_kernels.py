@@ -3,8 +3,8 @@
 It has the shape of attention whose keys are its values: a program keeps a block of queries and the
 sum of what pulls them, and streams the classes. It gives what
 :func:`partialfc.head.tiles.passes.first_pass` gives; :mod:`partialfc.head.rows.fused_kernels` has
-pass 2. Neither uses atomics and no block depends on the device, so the same inputs give the same
-bits.
+pass 2. Neither uses atomics and a block depends on the card alone, so the same inputs give the
+same bits on it.
 
 Shape suffixes: B = rows of the gathered batch, D = embedding, S = splits of a tile, T = rows of a
 tile.
@@ -14,14 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from partialfc.head.machine import card_of
 from partialfc.head.tiles.limits import LARGEST_DIM, STATIONARY
 from partialfc.margins.base import Bend
-
-STREAMED = 64
-"""Rows that a program reads at once."""
-
-WARPS, STAGES = 8, 2
-"""Of a program; its tiles and the next ones fit in 227 KiB of shared memory so."""
 
 
 def pull_(
@@ -58,6 +53,7 @@ def pull_(
     assert exp_TB is None or maximum_SB is None
     if not len(key_TD) or not batch:
         return
+    shape = card_of(query_BD.device).shape("pull" if bend is None else "pull_bent", dim)
     _pull[(triton.cdiv(batch, STATIONARY) * splits,)](
         query_BD,
         key_TD,
@@ -74,10 +70,10 @@ def pull_(
         splits,
         dim,
         STATIONARY,
-        streamed(dim, busy=bend is not None),
+        shape.streamed,
         width(dim),
-        num_warps=WARPS,
-        num_stages=STAGES,
+        num_warps=shape.warps,
+        num_stages=shape.stages,
     )
 
 
@@ -85,11 +81,6 @@ def width(dim: int) -> int:
     """Columns of a block that holds rows of ``dim`` elements."""
     assert 1 <= dim <= LARGEST_DIM, f"the fused kernels hold rows of 1 to {LARGEST_DIM}, not {dim}"
     return max(16, 1 << (dim - 1).bit_length())
-
-
-def streamed(dim: int, *, busy: bool = False) -> int:
-    """Return the rows that a program reads at once; fewer where it has more to remember."""
-    return STREAMED // 2 if dim > 256 and (busy or dim < LARGEST_DIM) else STREAMED
 
 
 @triton.jit(do_not_specialize=["T"])
