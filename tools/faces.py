@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -135,8 +136,8 @@ def photos_of(lfw: Path) -> Path:
 
 def _formats() -> list[str]:
     """bf16 where the CPU multiplies in it: twice the images a second. Others would imitate it."""
-    can = getattr(torch.cpu, "get_capabilities", dict)()
-    return ["precision.compute=bf16"] * any(can.get(f"{unit}_bf16") for unit in ("avx512", "amx"))
+    can: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return ["precision.compute=bf16"] if can.get("avx512_bf16") or can.get("amx_bf16") else []
 
 
 def _partialfc(*words: object) -> None:

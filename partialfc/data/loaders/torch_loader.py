@@ -81,7 +81,7 @@ def normalise(pixels: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
 
 def _part(pixels: NDArray[np.uint8], box_4: NDArray[np.float32]) -> NDArray[np.uint8]:
     """The pixels from top and left to bottom and right, in shares of the image's sides."""
-    sides = np.float32([*pixels.shape[:2]] * 2)
+    sides = np.array([*pixels.shape[:2]] * 2, np.float32)
     top, left, bottom, right = np.rint(box_4 * sides).astype(int).tolist()
     return pixels[top:bottom, left:right]
 
