@@ -121,18 +121,22 @@ def test_a_short_training_recognises_unseen_characters(short_training):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "overrides",
+    ("overrides", "tolerance"),
     [
-        ("head.center_format=fp16", "head.optimizer.momentum_format=int8"),
-        ("head.compute=bf16", "head.center_format=bf16", "head.optimizer.momentum_format=bf16"),
+        (("head.center_format=fp16", "head.optimizer.momentum_format=int8"), 0.03),
+        (
+            ("head.compute=bf16", "head.center_format=bf16", "head.optimizer.momentum_format=bf16"),
+            0.03,
+        ),
+        (("head.center_format=fp8", "head.optimizer.momentum_format=int8"), 0.08),
     ],
-    ids=" ".join,
+    ids=["fp16 int8", "bf16 bf16", "fp8 int8"],
 )
 @pytest.mark.xdist_group("short training")
-def test_fewer_bits_train_to_the_same_loss(short_training, overrides):
-    """Within 3 % of the loss and 0.02 of the accuracy of fp32."""
+def test_fewer_bits_train_to_the_same_loss(short_training, overrides, tolerance):
+    """Within 3 % of the loss of fp32, centers of fp8 within 8 %; within 0.02 of its accuracy."""
     (plain, expected), (summary, loss) = short_training(), short_training(*overrides)
-    assert loss == pytest.approx(expected, rel=0.03)
+    assert loss == pytest.approx(expected, rel=tolerance)
     difference = summary["verification"]["accuracy"] - plain["verification"]["accuracy"]
     assert abs(difference) <= 0.02
 

@@ -20,6 +20,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from partialfc.head.tiles.workspace import Workspace
+
 Format = Literal["fp32", "bf16", "fp16", "fp8", "int8"]
 """Name of a format. Centers are never ``int8``, momentum is never ``fp16`` or ``fp8``."""
 
@@ -53,13 +55,18 @@ _LARGEST: dict[Format, int] = {"fp16": 13, "fp8": 7}
 """Exponent of a row's largest element as it is stored."""
 
 
-def decode(stored_TD: Tensor, scale_T1: Tensor | None) -> Tensor:
-    """Return fp32 rows: exactly what is stored. fp32 is returned as it is, not copied."""
-    row_TD = stored_TD.float()
-    return row_TD if scale_T1 is None else row_TD * scale_T1
+def decode(stored_TD: Tensor, scale_T1: Tensor | None, out_TD: Tensor | None = None) -> Tensor:
+    """Return fp32 rows: exactly what is stored. fp32 is returned as it is, not copied; the others
+    are written to ``out_TD`` if there is one."""
+    if stored_TD.dtype == torch.float32:
+        return stored_TD
+    row_TD = stored_TD.float() if out_TD is None else out_TD.copy_(stored_TD)
+    return row_TD if scale_T1 is None else row_TD.mul_(scale_T1)
 
 
-def encode(row_TD: Tensor, into: Format, noise_TD: Tensor) -> tuple[Tensor, Tensor | None]:
+def encode(
+    row_TD: Tensor, into: Format, noise_TD: Tensor, workspace: Workspace | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Return what is stored of fp32 rows, and the scale [T, 1] where the format has one.
 
     Rounding is stochastic: up with the probability of the remainder, so that the expected value is
@@ -70,19 +77,30 @@ def encode(row_TD: Tensor, into: Format, noise_TD: Tensor) -> tuple[Tensor, Tens
         row_TD: fp32, finite; of a row that is not, fp8 keeps NaN.
         into: Any format but ``"fp32"``.
         noise_TD: From :func:`noise`.
+        workspace: Buffers, that of the result among them; ``None`` for fresh memory.
     """
+    workspace = workspace or Workspace()
+    size, device = (*row_TD.shape,), row_TD.device
+    scale_T1: Tensor | None = None
     if into == "bf16":
-        return _truncate(row_TD, noise_TD, 16).bfloat16(), None
-    largest_T1 = row_TD.abs().amax(1, keepdim=True)
-    if into in _LARGEST:
-        exponent_T1 = (largest_T1.view(torch.int32) >> 23).clamp(min=SMALLEST_EXPONENT)
-        scale_T1 = ((exponent_T1 - _LARGEST[into]) << 23).view(torch.float32)
-        if into == "fp16":
-            return _truncate(row_TD / scale_T1, noise_TD, 13).half(), scale_T1
-        return _to_fp8(row_TD / scale_T1, noise_TD), scale_T1
-    inverse_T1 = torch.where(largest_T1 > 0, 127 / largest_T1, 0.0)
-    step_TD = (row_TD * inverse_T1).add_((noise_TD + 0.5) * 2.0**-16).floor_()
-    return step_TD.clamp_(-127, 127).to(torch.int8), largest_T1 / 127
+        value_TD = _truncate(row_TD, noise_TD, 16, workspace)
+    else:
+        scratch_TD = workspace("scratch", size, torch.float32, device)
+        largest_T1 = torch.abs(row_TD, out=scratch_TD).amax(1, keepdim=True)
+        if into in _LARGEST:
+            exponent_T1 = (largest_T1.view(torch.int32) >> 23).clamp(min=SMALLEST_EXPONENT)
+            scale_T1 = ((exponent_T1 - _LARGEST[into]) << 23).view(torch.float32)
+            scaled_TD = torch.div(row_TD, scale_T1, out=scratch_TD)
+            if into == "fp16":
+                value_TD = _truncate(scaled_TD, noise_TD, 13, workspace)
+            else:
+                value_TD = _eighths(scaled_TD, noise_TD, workspace)
+        else:
+            inverse_T1 = torch.where(largest_T1 > 0, 127 / largest_T1, 0.0)
+            step_TD = torch.mul(row_TD, inverse_T1, out=scratch_TD)
+            step_TD.add_(_fraction(noise_TD, workspace)).floor_()
+            value_TD, scale_T1 = step_TD.clamp_(-127, 127), largest_T1 / 127
+    return workspace("stored", size, DTYPES[into], device).copy_(value_TD), scale_T1
 
 
 def nearest(row_TD: Tensor, into: Format) -> tuple[Tensor, Tensor | None]:
@@ -90,37 +108,59 @@ def nearest(row_TD: Tensor, into: Format) -> tuple[Tensor, Tensor | None]:
     return encode(row_TD, into, torch.full_like(row_TD, 1 << 15, dtype=torch.int32))
 
 
-def noise(key: int, number_T: Tensor, dim: int) -> Tensor:
+def noise(key: int, number_T: Tensor, dim: int, workspace: Workspace | None = None) -> Tensor:
     """Return 16 random bits for every element of some rows, int32 [T, dim] in [0, 65536).
 
     Args:
         key: From :func:`partialfc.keyed.key`.
         number_T: int64 numbers of the rows in the whole head.
         dim: D.
+        workspace: Buffers, that of the result among them; ``None`` for fresh memory.
     """
-    lanes = -(-dim // 4)  # one hash of 64 bits serves four columns
-    lane = torch.arange(lanes, device=number_T.device)
-    bits = (number_T.unsqueeze(1) * lanes + lane).add_(key)
-    for multiplier in MIX:
-        bits.bitwise_xor_((bits >> 33) & 0x7FFFFFFF).mul_(multiplier)
-    bits.bitwise_xor_((bits >> 33) & 0x7FFFFFFF)
-    return bits.view(torch.int16)[:, :dim].int().bitwise_and_(0xFFFF)
+    workspace = workspace or Workspace()
+    rows, lanes, device = len(number_T), -(-dim // 4), number_T.device  # 64 bits for four columns
+    bits, high = (
+        workspace(name, (rows, lanes), torch.int64, device) for name in ("hashed", "shifted")
+    )
+    first_T1 = number_T.unsqueeze(1) * lanes + key
+    torch.add(first_T1, torch.arange(lanes, device=device), out=bits)
+    for multiplier in (*MIX, None):
+        torch.bitwise_right_shift(bits, 33, out=high)
+        bits.bitwise_xor_(high.bitwise_and_(0x7FFFFFFF))
+        if multiplier is not None:
+            bits.mul_(multiplier)
+    noise_TD = workspace("noise", (rows, dim), torch.int32, device)
+    return noise_TD.copy_(bits.view(torch.int16)[:, :dim]).bitwise_and_(0xFFFF)
 
 
-def _to_fp8(row_TD: Tensor, noise_TD: Tensor) -> Tensor:
+def _fraction(noise_TD: Tensor, workspace: Workspace) -> Tensor:
+    """Random bits as fp32 numbers between 0 and 1."""
+    size, device = (*noise_TD.shape,), noise_TD.device
+    fraction_TD = workspace("fraction", size, torch.float32, device)
+    return torch.add(noise_TD, 0.5, out=fraction_TD).mul_(2.0**-16)
+
+
+def _eighths(row_TD: Tensor, noise_TD: Tensor, workspace: Workspace) -> Tensor:
     """Round elements below 2**8 in eighths of the power of two below, and those below 2**-6, which
-    are subnormal, in eighths of that. An infinity over its power, one too, is NaN."""
-    word_TD = row_TD.contiguous().view(torch.int32) & 0x7F800000
-    power_TD = word_TD.clamp_(min=FP8_FLOOR).view(torch.float32)
-    eighth_TD = (row_TD / power_TD).mul_(8).add_((noise_TD + 0.5) * 2.0**-16).floor_()
-    return eighth_TD.mul_(power_TD * 0.125).to(torch.float8_e4m3fn)
+    are subnormal, in eighths of that; in place. An infinity over its power, one too, is NaN."""
+    word_TD = workspace("word", (*row_TD.shape,), torch.int32, row_TD.device)
+    torch.bitwise_and(row_TD.view(torch.int32), 0x7F800000, out=word_TD).clamp_(min=FP8_FLOOR)
+    power_TD = word_TD.view(torch.float32)
+    eighth_TD = row_TD.div_(power_TD).mul_(8).add_(_fraction(noise_TD, workspace)).floor_()
+    return eighth_TD.mul_(power_TD.mul_(0.125))
 
 
-def _truncate(row_TD: Tensor, noise_TD: Tensor, bits: int) -> Tensor:
+def _truncate(row_TD: Tensor, noise_TD: Tensor, bits: int, workspace: Workspace) -> Tensor:
     """Drop the lowest mantissa bits of fp32 after adding as many random ones: carries round up.
 
     A NaN stays one: a carry could make it a zero.
     """
     mask = (1 << bits) - 1
-    word_TD = row_TD.contiguous().view(torch.int32) + (noise_TD & mask)
-    return torch.where(row_TD.isnan(), row_TD, word_TD.bitwise_and_(~mask).view(torch.float32))
+    word_TD = workspace("word", (*row_TD.shape,), torch.int32, row_TD.device)
+    torch.bitwise_and(noise_TD, mask, out=word_TD)
+    word_TD.add_(row_TD.contiguous().view(torch.int32)).bitwise_and_(~mask)
+    short_TD = word_TD.view(torch.float32)
+    # Where there is a NaN the sum is one, and on a CPU it is sooner known than a choice is made.
+    if row_TD.is_cuda or row_TD.sum().isnan():
+        short_TD = torch.where(row_TD.isnan(), row_TD, short_TD)
+    return short_TD

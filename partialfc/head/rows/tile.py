@@ -14,6 +14,9 @@ from partialfc.head.tiles.torch_steps import put_rows_, take_rows
 from partialfc.head.tiles.workspace import Workspace
 from partialfc.keyed import key
 
+_ENCODED_BYTES = 1 << 20
+"""Size of fp32 rows that a CPU rounds at once: with what is computed they stay in its cache."""
+
 
 class Tile:
     """Some rows and their states in fp32: views of what is stored where that is possible."""
@@ -37,16 +40,26 @@ class Tile:
     def write(self, step_key: int, *, skip: Tensor | None) -> None:
         """Store rows and states; nothing where ``skip`` is true, a scalar or [T, 1], which a GPU
         decides by itself."""
-        number_T = self._rows.numbers(self._start, self._stop, self.row_TD.device)
         for name, value in {CENTERS: self.row_TD, **self.states}.items():
             stored = self._stored[name]
-            scale = None
-            if FORMATS[stored.dtype] != "fp32":
-                bits = noise(key(step_key, name), number_T, value.shape[1])
-                value, scale = encode(value, FORMATS[stored.dtype], bits)
-            self._put(stored, value, skip)
-            if scale is not None:
-                self._put(self._stored[name + SCALE], scale, skip)
+            if FORMATS[stored.dtype] == "fp32":
+                self._put(stored, value, self._start, self._stop, skip)
+            else:
+                self._encode(name, value, key(step_key, name), skip)
+
+    def _encode(self, name: str, value_TD: Tensor, name_key: int, skip: Tensor | None) -> None:
+        """Store fp32 rows in fewer bits."""
+        stored, workspace = self._stored[name], self._workspace
+        dim, device = value_TD.shape[1], value_TD.device
+        size = len(value_TD) if value_TD.is_cuda else max(1, _ENCODED_BYTES // (4 * dim))
+        for start in range(self._start, self._stop, max(1, size)):
+            stop = min(start + size, self._stop)
+            bits = noise(name_key, self._rows.numbers(start, stop, device), dim, workspace)
+            row_TD = value_TD[start - self._start : stop - self._start]
+            short_TD, scale_T1 = encode(row_TD, FORMATS[stored.dtype], bits, workspace)
+            self._put(stored, short_TD, start, stop, skip)
+            if scale_T1 is not None:
+                self._put(self._stored[name + SCALE], scale_T1, start, stop, skip)
 
     def _names(self) -> Iterator[str]:
         """All but the scales, which belong to another state, and the counter of missed steps."""
@@ -60,16 +73,21 @@ class Tile:
         scale = self._stored.get(name + SCALE)
         if scale is not None:
             scale = take_rows(scale, self._rows.place_n, self._start, self._stop)
-        value_TD = decode(stored_TD, scale)
+        out_TD = None
+        if stored.dtype != torch.float32:
+            out_TD = self._workspace(name, size, torch.float32, stored.device)
+        value_TD = decode(stored_TD, scale, out_TD)
         # A GPU may have to keep the old value, so it works on a copy.
         is_view = self._rows.place_n is None and value_TD.data_ptr() == stored_TD.data_ptr()
         return value_TD.clone() if is_view and value_TD.is_cuda else value_TD
 
-    def _put(self, stored: Tensor, value: Tensor, skip: Tensor | None) -> None:
+    def _put(
+        self, stored: Tensor, value: Tensor, start: int, stop: int, skip: Tensor | None
+    ) -> None:
+        """Store rows ``start:stop`` of those meant."""
         if skip is not None:
-            old = take_rows(stored, self._rows.place_n, self._start, self._stop)
-            value = torch.where(skip, old, value)
+            value = torch.where(skip, take_rows(stored, self._rows.place_n, start, stop), value)
         if self._rows.place_n is not None:
-            put_rows_(stored, self._rows.place_n[self._start : self._stop], value)
-        elif value.data_ptr() != stored[self._start : self._stop].data_ptr():
-            stored[self._start : self._stop] = value
+            put_rows_(stored, self._rows.place_n[start:stop], value)
+        elif value.data_ptr() != stored[start:stop].data_ptr():
+            stored[start:stop] = value
