@@ -472,6 +472,7 @@ def test_no_override_breaks_the_reader(key: str, value: str) -> None:
 
 
 @given(st.binary(max_size=60) | st.text(max_size=60).map(str.encode))
+@hypothesis_settings(deadline=None)
 def test_no_file_breaks_the_reader(content: bytes) -> None:
     Path("any.toml").write_bytes(content)
     with pytest.raises(ConfigError, match=r"any\.toml"):  # data.train at the least
