@@ -291,7 +291,7 @@ def main(arguments: list[str]) -> int:
         f"a rank with {identities:,} identities; the most that fit are "
         f"{min(one.most_identities for one in every):,}."
     )
-    print(compared(of_copies := layouts(most.config, of_heads, cluster)), end="")
+    print(compared(of_layouts := layouts(most.config, of_heads, cluster)), end="")
     if (copies := peers_cost(config, of_heads, cluster.nodes)) is not None:
         print(copies.words(config.checkpoint.peers_every_steps))
     if options.json:
@@ -304,7 +304,7 @@ def main(arguments: list[str]) -> int:
             "fits": fits,
             "assumptions": assumptions(cluster),
             **({"peers": asdict(copies)} if copies else {}),
-            **({"copies": [asdict(one) for one in of_copies]} if of_copies else {}),
+            **({"layouts": [asdict(one) for one in of_layouts]} if of_layouts else {}),
         }
         if config.stages:
             record["stages"] = {name: one.numbers() for name, one in zip(names, every, strict=True)}

@@ -8,7 +8,13 @@ from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from partialfc.config.arrays import conflicts_of_arrays
-from partialfc.config.heads import conflicts_of_heads, each_head, labelled_of, section_of_head
+from partialfc.config.heads import (
+    conflicts_of_heads,
+    copies_of,
+    each_head,
+    labelled_of,
+    section_of_head,
+)
 from partialfc.config.optimizers import Schedule
 from partialfc.config.schema import nearest_multiples
 from partialfc.definitions.backbones import TIMM, refused_size
@@ -231,8 +237,11 @@ def _of_a_head(config: "Config", key: str) -> Iterator[str]:
             f"scale counts is known after the backbone's backward only. Use bf16, or remove "
             f"{key}.overlap."
         )
-    if settings.ranks_per_copy is not None:
-        yield from _of_copies(config, key)
+    if settings.ranks_per_copy is not None and getattr(settings, "ranks", None) is not None:
+        yield (
+            f"{key}.ranks_per_copy = {settings.ranks_per_copy} with {key}.ranks = "
+            f"{getattr(settings, 'ranks', None)}: a head on some of the ranks has one. Remove one."
+        )
     unit_centers = settings.margin.definition.unit_centers
     margin = f'{key}.margin.name = "{settings.margin.name}"'
     on_cpu = config.run.device == "cpu"
@@ -267,13 +276,19 @@ def idle_negatives(head: "Head", key: str) -> Iterator[str]:
         )
 
 
-def _of_copies(config: "Config", key: str) -> Iterator[str]:
-    """What does not go with several copies of the class centers; ``key`` is the head's section."""
+def conflicts_of_copies(config: "Config", world_size: int) -> Iterator[str]:
+    """Yield a line for each setting that does not go with several copies of the class centers."""
+    for name, one in each_head(config).items():
+        if copies_of(one, world_size) > 1:
+            yield from _of_copies(one, section_of_head(name), world_size)
+
+
+def _of_copies(config: "Config", key: str, world_size: int) -> Iterator[str]:
     copies = f"{key}.ranks_per_copy = {config.head.ranks_per_copy}"
-    if (ranks := getattr(config.head, "ranks", None)) is not None:
-        yield (
-            f"{copies} with {key}.ranks = {ranks}: a head on some of the ranks has one. Remove one."
-        )
+    try:
+        plan_of(config, None, world_size=world_size).refuse(fused=config.head.fused)
+    except ValueError as error:
+        yield f"{key}.{error}"
     if config.head.overlap:
         yield (
             f"{copies} with {key}.overlap = true: gradients of centers would go between copies "
@@ -298,8 +313,11 @@ def may_share(config: "Config") -> bool:
     return len(own) > 1 and any(sets[name].same_people == "unknown" for name in own if name in sets)
 
 
-def plan_of(config: "Config", machine: Machine | None, positives: int = 1) -> Plan:
-    """Return which code computes the head; ``machine`` is ``None`` if it is not known yet."""
+def plan_of(
+    config: "Config", machine: Machine | None, positives: int = 1, *, world_size: int = 1
+) -> Plan:
+    """Return which code computes the head on so many ranks; ``machine`` is ``None`` if it is not
+    known yet."""
     margin = config.head.margin.made(config.head.margin.definition)
     return decide(
         machine,
@@ -314,20 +332,20 @@ def plan_of(config: "Config", machine: Machine | None, positives: int = 1) -> Pl
         sets=may_share(config),
         positives=positives,
         fp8=config.head.center_format == "fp8",
-        copies=config.head.ranks_per_copy is not None,
+        copies=copies_of(config, world_size) > 1,
     )
 
 
-def why_no_overlap(config: "Config", device: str) -> str | None:
-    """Return why a head's centers are updated behind the backbone's backward on a type of device;
-    ``None`` where they are updated beside it."""
+def why_no_overlap(config: "Config", device: str, world_size: int) -> str | None:
+    """Return why a head's centers are updated behind the backbone's backward on a type of device
+    and so many ranks; ``None`` where they are updated beside it."""
     if config.head.overlap is not None:
         return None if config.head.overlap else "overlap = false"
     if device != "cuda":
         return "there is no GPU"
     if config.precision.compute == "fp16":
         return "fp16 knows after the backward only whether a step counts"
-    if config.head.ranks_per_copy is not None:
+    if copies_of(config, world_size) > 1:
         return "gradients of centers go between copies"
     return None
 

@@ -188,6 +188,12 @@ def holders_of_heads(config: "Config", world_size: int) -> dict[str, range | Non
     return holders
 
 
+def copies_of(config: "Config", world_size: int) -> int:
+    """Return how many copies of its class centers a head has."""
+    per_copy = config.head.ranks_per_copy or world_size
+    return world_size // min(per_copy, world_size)
+
+
 def ranks_of_centers(config: "Config", world_size: int) -> dict[str, int]:
     """Return over how many ranks the class centers of each head are cut."""
     ranks = {}

@@ -17,7 +17,7 @@ from pydantic import Field, ModelWrapValidatorHandler, create_model, model_valid
 
 from partialfc.config import schema as settings
 from partialfc.config.backbone import Backbone
-from partialfc.config.conflicts import conflicts
+from partialfc.config.conflicts import conflicts, conflicts_of_copies
 from partialfc.config.data import Data
 from partialfc.config.file import load_settings
 from partialfc.config.head import STARTS, Head
@@ -221,6 +221,7 @@ class Config(Section):
                 f"{accumulation}), or losses that compare pairs of one identity lose some."
             )
         problems += few_shards(self, world_size)
+        problems += conflicts_of_copies(self, world_size)
         return problems or [*few_images(self, world_size), *bad_copies(self, world_size)]
 
 

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from partialfc.distributed.ranks import Ranks
 from partialfc.distributed.shares import Shares
+from partialfc.head.across_copies import AcrossCopies
 from partialfc.head.options import Compute
 from partialfc.head.plan import Path
 from partialfc.head.row_set import RowSet
 from partialfc.head.several import Labels
 from partialfc.head.tiles.set_mask import SetMask
 from partialfc.head.tiles.workspace import Workspace
-from partialfc.head.whole import Whole
 from partialfc.margins import Margin, State
 from partialfc.numerics import operand_dtype, unit
 
@@ -83,7 +83,7 @@ class Batch:
         path: Which code computes them.
         ranks: Those that share the centers: of a copy of them.
         shares: b of each of these.
-        whole: The batch among those of all copies of the centers.
+        across_copies: The batch among those of all copies of the centers.
         want_gradient: Whether backward may follow.
         want_pull: Whether it wants the gradient of the embeddings.
         keep_bytes: Most memory of the exponentials kept for pass 2.
@@ -110,7 +110,7 @@ class Batch:
     path: Path
     ranks: Ranks
     shares: Shares
-    whole: Whole
+    across_copies: AcrossCopies
     want_gradient: bool
     want_pull: bool
     keep_bytes: int

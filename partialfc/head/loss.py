@@ -89,7 +89,7 @@ def margin_loss(batch: Batch) -> Outcome:
         positive = margin.positive(state, own.rows)
     else:
         positive = Positive(margin.logit(state, own.rows), own.rows.dot_B)
-    positive = batch.whole.own(positive)
+    positive = batch.across_copies.own(positive)
     logits = _logits(batch, own, state)
     negatives = _first_pass(batch, own, logits)
     sums = sums_of(batch, negatives, positive, own.dot_P, own.local_P)
@@ -99,7 +99,7 @@ def margin_loss(batch: Batch) -> Outcome:
     terms = _center_terms(batch, own, logits)
     for weight, term in terms.values():
         loss = loss + weight * term.loss
-    loss, *each = batch.whole.mean([loss, *(term.loss for _, term in terms.values())])
+    loss, *each = batch.across_copies.mean([loss, *(term.loss for _, term in terms.values())])
     found = dict(zip(terms, each, strict=True))
     if not batch.want_gradient:
         return Outcome(loss, found)
@@ -111,7 +111,7 @@ def margin_loss(batch: Batch) -> Outcome:
         loss,
         found,
         loss.isfinite(),
-        batch.whole.learn(margin, state, learned_B, sums.logit_KB, means),
+        batch.across_copies.learn(margin, state, learned_B, sums.logit_KB, means),
         _kept(batch, own, positive, slope_P, logits, negatives, sums, push, terms),
         _gradient(batch, own, slope_P, negatives, push, terms) if batch.want_pull else None,
     )
@@ -153,7 +153,7 @@ def _own(batch: Batch) -> _Own:
     if margin.needs_positives:
         dot_P = sum_over_ranks(dot_P, batch.ranks)
     norm_P = None if norm_B is None else norm_B.repeat(most)
-    rows = batch.whole.of(Rows(dot_P, norm_P, length_P, batch.step, batch.draw_key))
+    rows = batch.across_copies.of(Rows(dot_P, norm_P, length_P, batch.step, batch.draw_key))
     count = len(rows.dot_B) // most
     norm_A = None if rows.norm_B is None else rows.norm_B[:count]
     first = replace(rows, dot_B=rows.dot_B[:count], norm_B=norm_A)
@@ -169,7 +169,7 @@ def _logits(batch: Batch, own: _Own, state: State) -> Logits:
         largest=margin.largest_logit,
         compute=batch.compute,
         per_identity=margin.centers_per_identity,
-        bend=None if bend is None else batch.whole.own(bend),
+        bend=None if bend is None else batch.across_copies.own(bend),
         offset=margin.offset(state),
         mask=batch.mask,
         log_weight_n=batch.log_weight_n,

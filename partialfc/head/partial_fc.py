@@ -16,6 +16,7 @@ from torch._compile import _disable_dynamo
 
 from partialfc.distributed.copies import Copies
 from partialfc.distributed.shares import Shares
+from partialfc.head.across_copies import AcrossCopies
 from partialfc.head.batch import Batch, Queries
 from partialfc.head.centers import fill_initial_, new_centers
 from partialfc.head.checks import (
@@ -40,7 +41,6 @@ from partialfc.head.set_masks import SetMasks
 from partialfc.head.shard import Shard
 from partialfc.head.sharding import Sharding, default_canonical_shards
 from partialfc.head.steps import StepSamples
-from partialfc.head.whole import Whole
 from partialfc.keyed import key
 from partialfc.margins import Margin
 
@@ -333,7 +333,7 @@ class PartialFC(Shard):
     ) -> Batch:
         """Gather the global batch, refuse what is no identity of it, and sample its centers."""
         margin, optimizer = self.margin, self.optimizer
-        self.refuse_copies()
+        self.refuse_broadcast()
         self.find_neighbours()
         state = {name: value.clone() for name, value in self.margin_state().items()}
         queries = Queries.of(embeddings, margin, state, self.compute)
@@ -368,7 +368,7 @@ class PartialFC(Shard):
             path=self.plan.path,
             ranks=self.copies.within,
             shares=of_ranks,
-            whole=Whole(self.copies.across, len(gathered.query_BD)),
+            across_copies=AcrossCopies(self.copies.across, len(gathered.query_BD)),
             want_gradient=want_gradient,
             want_pull=want_gradient and embeddings.requires_grad,
             keep_bytes=self.keep_bytes - optimizer.kept_bytes if want_gradient else 0,

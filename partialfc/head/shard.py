@@ -124,11 +124,11 @@ class Shard(nn.Module):
         """Whether a step's sample is unknown before it: its lists are not made yet."""
         return self.nearest is not None and self.nearest.due(step)
 
-    def refuse_copies(self) -> None:
-        """Refuse centers that are those of another rank, once; as :func:`refuse_copies`."""
+    def refuse_broadcast(self) -> None:
+        """Refuse centers that are those of another rank, once; as :func:`refuse_broadcast`."""
         if not self._compared:
             fewest = self.sharding.fewest * self.centers_per_identity
-            refuse_copies(self.centers, fewest, self.device, self.copies.within)
+            refuse_broadcast(self.centers, fewest, self.device, self.copies)
             self._compared = True
 
     def margin_state(self) -> dict[str, Tensor]:
@@ -203,30 +203,32 @@ class Shard(nn.Module):
                 del self._buffers[name]
 
 
-def refuse_copies(centers_CD: Tensor, rows: int, device: torch.device, ranks: Ranks) -> None:
-    """Refuse centers of a rank that are those of the rank before.
+def refuse_broadcast(centers_CD: Tensor, rows: int, device: torch.device, copies: Copies) -> None:
+    """Refuse centers of a rank that are those of the rank before in its copy.
 
-    Collective: one all-gather of [D]; all ranks refuse together. An element of each of some rows is
-    compared; elements that are all the same tell nothing.
+    Collective: one all-gather of [D] over the ranks of all copies, which refuse together: no copy
+    goes on alone. An element of each of some rows is compared; elements that are all the same tell
+    nothing.
 
     Args:
         centers_CD: Of this rank.
         rows: How many rows every rank has that has any.
         device: Of the collective.
-        ranks: Those that share the head.
+        copies: The ranks that share the head, and which of them hold the centers together.
 
     Raises:
         ValueError: If there are; on a GPU, a device-side assertion fails instead.
     """
-    if ranks.size == 1:
+    if copies.within.size == 1:
         return
     column_D = torch.arange(centers_CD.shape[1], device=centers_CD.device)
     mark_D = torch.zeros(len(column_D), device=device)
     if len(centers_CD):
         row_DD = take_rows(centers_CD, column_D % rows, 0, len(column_D))
         mark_D = row_DD.float().diagonal().contiguous().to(device)
-    mark_WD = gather_rows(mark_D.unsqueeze(0), ranks)
+    mark_WD = gather_rows(mark_D.unsqueeze(0), copies.every)
     tells_W = (mark_WD != mark_WD[:, :1]).any(1)
+    tells_W &= torch.arange(len(mark_WD), device=device) % copies.within.size > 0
     copied_W = tells_W[1:] & (mark_WD[1:] == mark_WD[:-1]).all(1)
     if copied_W.device.type != "cpu":
         torch._assert_async(~copied_W.any(), "the centers of two ranks are the same")

@@ -349,7 +349,7 @@ def _head(
             memory=memory_of(config),
             kernels=Kernels(
                 fused=settings.fused,
-                overlap=why_no_overlap(config, runtime.device.type) is None,
+                overlap=why_no_overlap(config, runtime.device.type, runtime.ranks.size) is None,
             ),
             positives=positives,
             center_weight=config.losses.center.weight,

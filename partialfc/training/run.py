@@ -195,18 +195,19 @@ def _announce(config: Config, runtime: Runtime) -> None:
     print(
         f"{ranks} rank{'s' * (ranks > 1)} on {device.type}{name}, {threads} thread"
         f"{'s' * (threads > 1)} each; backbone {config.precision.compute}, head "
-        f"{', '.join(dict.fromkeys(of_heads))}{_where_centers_are_updated(config, device.type)}",
+        f"{', '.join(dict.fromkeys(of_heads))}{_where_centers_are_updated(config, runtime)}",
         flush=True,
     )
     if sentence := elastic_warning(config, own_place()):
         print(f"warning: {sentence}", flush=True)
 
 
-def _where_centers_are_updated(config: Config, device: str) -> str:
+def _where_centers_are_updated(config: Config, runtime: Runtime) -> str:
     """On a GPU, whether beside the backbone's backward, and why not."""
+    device, ranks = runtime.device.type, runtime.ranks.size
     if device != "cuda":
         return ""
-    reasons = (why_no_overlap(one, device) for one in each_head(config).values())
+    reasons = (why_no_overlap(one, device, ranks) for one in each_head(config).values())
     places = ("beside" if why is None else f"behind ({why})" for why in reasons)
     return f"; centers updated {', '.join(dict.fromkeys(places))} the backbone's backward"
 

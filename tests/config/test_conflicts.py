@@ -26,12 +26,6 @@ CONFLICTS = {
         "with rows in host memory every step would bring all of them to the device",
         "Keep them on the device, or sample fewer.",
     ),
-    "head.ranks_per_copy": (
-        ["head.ranks_per_copy=8", "head.overlap=true"],
-        "8 with head.overlap = true",
-        "gradients of centers would go between copies",
-        "Remove one.",
-    ),
     "head.host_folder": (
         ["head.host_folder=/rows"],
         '"/rows"',
@@ -167,11 +161,6 @@ ALSO = [
         'backbone.shard = "fsdp2" with che',
     ),
     (["head.overlap=true", "precision.compute=fp16"], "head.overlap = true with precision.comp"),
-    (["head.fused=true", "head.ranks_per_copy=8"], "head.fused = true: .*copies of them add up"),
-    (
-        ["head.ranks_per_copy=8", "checkpoint.peers_every_steps=9"],
-        "head.ranks_per_copy = 8 with che",
-    ),
 ]
 
 
@@ -202,23 +191,47 @@ def test_and_so_is_this(overrides: list[str], message: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("head.fused=true", "head.fused = true: .*copies of them add up"),
+        ("head.overlap=true", "head.ranks_per_copy = 8 with head.overlap = true: gradients of cen"),
+        ("checkpoint.peers_every_steps=9", "head.ranks_per_copy = 8 with checkpoint.peers_every"),
+    ],
+)
+def test_what_does_not_go_with_several_copies_of_centers_goes_with_one(
+    setting: str, message: str, tmp_path: Path
+) -> None:
+    """8 ranks a copy are one copy on 8 ranks, or 4, and two on 16."""
+    path = tmp_path / "run.toml"
+    path.write_text('[data]\ntrain = "train.rec"\nglobal_batch = 96\n')
+    config = load(path, ["head.ranks_per_copy=8", setting])
+    for ranks in (1, 4, 8):
+        config.check(ranks)
+    with pytest.raises(ConfigError) as error:
+        config.check(16)
+    assert re.match(message, str(error.value))
+
+
+@pytest.mark.parametrize("ranks", [4, 8])
+@pytest.mark.parametrize(
     ("overrides", "device", "why"),
     [
         ([], "cuda", None),
         (["precision.compute=bf16", "head.states_in=host", "head.sample_rate=0.1"], "cuda", None),
         (["head.overlap=true"], "cuda", None),
         (["precision.compute=fp16"], "cuda", "fp16 knows after the backward only"),
-        (["head.ranks_per_copy=4"], "cuda", "gradients of centers go between copies"),
+        (["head.ranks_per_copy=8"], "cuda", None),
+        (["head.ranks_per_copy=2"], "cuda", "gradients of centers go between copies"),
         (["head.overlap=false"], "cuda", "overlap = false"),
         ([], "cpu", "there is no GPU"),
     ],
 )
 def test_centers_are_updated_beside_the_backward_where_it_changes_no_bit(
-    overrides: list[str], device: str, why: str | None, tmp_path: Path
+    overrides: list[str], device: str, why: str | None, ranks: int, tmp_path: Path
 ) -> None:
     path = tmp_path / "run.toml"
     path.write_text('[data]\ntrain = "train.rec"\n')
-    found = why_no_overlap(load(path, overrides), device)
+    found = why_no_overlap(load(path, overrides), device, ranks)
     assert found is None if why is None else found is not None and why in found
 
 

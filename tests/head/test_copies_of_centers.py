@@ -214,18 +214,20 @@ def test_collectives_of_copies_are_as_many_and_as_large_as_the_docstrings_say(mo
     sums, loss = ("allreduce_", 2 * 8 * 4), ("allreduce_", 4)
     scatter = ("_reduce_scatter_base_", 8 * 8 * 4)
     assert forward == [gather, others, products, sums, loss, scatter]
-    assert len(update) == -(-tiles // 1)
+    assert update[0] == ("allreduce_", 4), "whether the step counts"
+    assert len(update) == 1 - (-tiles // 1)
     assert {kind for kind, _ in update} == {"allreduce_"}
     learned = run_on_ranks(4, count_on_rank, EVERY_MARGIN["adacos"], 128)[0][0]
     assert len(learned) == len(forward) + 1
 
 
 def verdict_on_rank(rank, world_size):
-    """One rank alone is told that the step does not count."""
+    """One rank alone is told anything, that the step does not count."""
     head = PartialFC(50, 8, EVERY_MARGIN["arcface"], ranks_per_copy=2)
     before = head.centers.detach().clone()
     head(torch.randn(4, 8, requires_grad=True), torch.arange(4)).backward()
-    head.optimizer.found_inf = torch.tensor(float(rank == 3))
+    if rank == 3:
+        head.optimizer.found_inf = torch.tensor(1.0)
     head.optimizer.step()
     return torch.equal(head.centers, before)
 
@@ -269,6 +271,24 @@ def test_what_copies_cannot_be_is_refused_by_every_rank():
         assert "they have 8 to 10" in said[5]
         assert "identities must be in [0, 50)" in said[6]
         assert len(said) == 7
+
+
+def broadcast_on_rank(rank, world_size):
+    """The ranks of the second copy were given the same rows."""
+    head = PartialFC(50, 8, EVERY_MARGIN["arcface"], ranks_per_copy=2)
+    if rank > 1:
+        torch.nn.init.normal_(head.centers, generator=torch.Generator().manual_seed(7))
+    try:
+        head(torch.randn(4, 8), torch.arange(4))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_rows_that_were_broadcast_in_one_copy_are_refused_by_all():
+    """Or the others would wait for it in their next collective, until the timeout."""
+    for said in run_on_ranks(4, broadcast_on_rank):
+        assert said.startswith("centers: those of rank 3 are a copy of those of rank 2"), said
 
 
 def one_on_rank(rank, world_size):

@@ -92,7 +92,7 @@ def main(settings, rank, ranks, steps):
     """Begin a run and take some steps; return counts of the start and of the last step."""
     links.ThreadPoolExecutor = AtOnce
     links.Links._meet, build.DistributedDataParallel = meet, Replica
-    shard.refuse_copies = lambda *words: None  # all others are copies here
+    shard.refuse_broadcast = lambda *words: None  # all others are copies here
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     config = load(Path(settings))
     seen, opened, at = Collectives(), [], []

@@ -51,8 +51,9 @@ def layouts(config: Config, identities: Mapping[str, int], cluster: Cluster) -> 
         whole = ranks % cluster.gpus_per_node == 0 or cluster.gpus_per_node % ranks == 0
         if cluster.ranks % ranks or not whole or batch % (cluster.ranks // ranks):
             continue
-        several = {"fused": False, "overlap": False} if ranks < cluster.ranks else {}
-        head = config.head.model_copy(update={"ranks_per_copy": ranks, **several})
+        several = {"ranks_per_copy": ranks, "fused": False, "overlap": False}
+        one_copy = {"ranks_per_copy": None}
+        head = config.head.model_copy(update=several if ranks < cluster.ranks else one_copy)
         one = config.model_copy(update={"head": head})
         (of_head,) = heads_of(one, identities, cluster.ranks, cluster.device)
         times = [*products_and_rows(of_head, cluster), *moved_by(of_head, cluster)]

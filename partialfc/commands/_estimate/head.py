@@ -20,6 +20,7 @@ from partialfc.commands._estimate.start import start_parts
 from partialfc.config import Config, ConfigError, conflicts
 from partialfc.config.conflicts import head_compute, memory_of
 from partialfc.config.heads import (
+    copies_of,
     each_head,
     holders_of_heads,
     labelled_of,
@@ -116,12 +117,6 @@ def heads_of(
     return found
 
 
-def copies_of(config: Config, world_size: int) -> int:
-    """Return how many copies of its class centers a head has."""
-    per_copy = config.head.ranks_per_copy or world_size
-    return world_size // min(per_copy, world_size)
-
-
 def positives_of(config: Config, head: str) -> int:
     """Return the most identities of an image of a head.
 
@@ -194,7 +189,7 @@ def shard_of(
         query_BD = torch.empty(micro_batch, dim_of(config, margin), device=device)
         rows_n = torch.empty(sampled, dtype=torch.int64)
         _, tile = next(passes.tiles(query_BD, query_BD, rows_n, per_identity), (0, 0))
-    fused_tile, path = 0, _plan(config, device, positives).path
+    fused_tile, path = 0, _plan(config, device, positives, most).path
     if path == "fused":
         _, fused_tile = next(fused.tiles(micro_batch, sampled), (0, 0))
     budget_bytes = memory_of(config).keep_bytes(device)
@@ -208,13 +203,13 @@ def shard_of(
     return ShardSizes(rows, sampled, tile, fused_tile, per_identity, kept, exponentials, positives)
 
 
-def _plan(config: Config, device: Device, positives: int) -> Plan:
+def _plan(config: Config, device: Device, positives: int, world_size: int) -> Plan:
     """Return which code computes the head, on a GPU of the kind that the fused kernels need.
 
     Raises:
         ConfigError: If the fused kernels are asked for and cannot do it.
     """
-    plan = conflicts.plan_of(config, _machine(device), positives)
+    plan = conflicts.plan_of(config, _machine(device), positives, world_size=world_size)
     try:
         plan.refuse(fused=config.head.fused)
     except ValueError as error:
@@ -268,7 +263,7 @@ def head_parts(
     weighted = 1 if shard.fused else 2
     second = between + weighted * parts * unit + (2 * whole if operand < 4 else 0)
     # Beside the backward, what pass 2 makes is of its stream, whose memory no other stream uses.
-    overlaps = device == "cuda" and conflicts.why_no_overlap(config, device) is None
+    overlaps = device == "cuda" and conflicts.why_no_overlap(config, device, world_size) is None
     of_stream = second - between if overlaps else 0
 
     # Buffers that stay: unit centers, gradient, scratch, stored rows and states. Pass 2 copies the

@@ -177,7 +177,7 @@ def _across_copies(head: OfHead, cluster: Cluster) -> tuple[str, float, str]:
     size, tiles = shard.sampled * head.config.backbone.embedding_dim * 4, 1
     if shard.sampled:
         tiles = -(-shard.sampled // max(1, shard.tile))
-    hops = (2 * tiles + 4 * parts) * (copies - 1)
+    hops = (2 * tiles + 4 * parts + 2) * (copies - 1)
     return (
         f"{head.group}: rows' gradients over {copies} copies",
         2 * size * (copies - 1) / copies / rate + hops * hop,

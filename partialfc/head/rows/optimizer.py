@@ -233,7 +233,8 @@ class RowOptimizer(torch.optim.Optimizer):
         """Update the sampled rows by the micro-batches since the last step.
 
         No collective; with several copies of the centers, among ranks that hold the same rows, one
-        all-reduce of [T, D] fp32 for each tile, and one of a number for ``found_inf``.
+        all-reduce of [T, D] fp32 for each tile, and one of a number before: a ``found_inf`` that
+        one of them alone is given holds for all.
 
         Nothing changes where a loss was not finite or ``found_inf`` is set; a GPU decides that
         without a host synchronisation.
@@ -314,8 +315,8 @@ class RowOptimizer(torch.optim.Optimizer):
         on_gpu = stored.centers.is_cuda
         if found_inf is not None:
             bad = bad | (torch.as_tensor(found_inf, device=stored.centers.device) != 0)
-            if self._across.size > 1:  # or some would wait for tiles
-                bad = max_over_ranks(bad.int(), self._across) > 0
+        if self._across.size > 1:  # or some would wait for tiles of those that skip the step
+            bad = max_over_ranks(bad.int(), self._across) > 0
         if not on_gpu and bad:
             return
         step_key = key(self._seed, "rounding", self.steps)

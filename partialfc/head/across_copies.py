@@ -24,7 +24,7 @@ T = TypeVar("T", Positive, Bend)
 
 
 @dataclass(frozen=True, slots=True)
-class Whole:
+class AcrossCopies:
     """A batch among those of all copies.
 
     Attributes:
