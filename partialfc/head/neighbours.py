@@ -11,7 +11,7 @@ there is one tile of scores, never one of all rows by all rows.
 
 Shape suffixes: C = rows of this rank, D = embedding, G = groups of columns, H = columns found, J =
 sets of identities, k = length of a list, M = groups found, q = rows of a tile that look, t = rows
-of a tile that are looked at, T = those of one rank.
+of a tile that are looked at, T = those of one rank, W = ranks.
 """
 
 import math
@@ -30,11 +30,11 @@ NOBODY = -1
 TILE_ROWS = {"cpu": 1024, "cuda": 8192}
 """Rows of a tile in both directions, by the type of the device; no result depends on it."""
 
-BLOCKS_AT_ONCE = 8
-"""Blocks that are looked at by a tile's rows while their directions are at hand."""
-
+_BLOCKS_AT_ONCE = 8
+"""Blocks that are looked at by a tile's rows while their directions are at hand, unless many ranks
+make them larger."""
 _GROUP = 32
-"""Columns whose largest score is looked at before they are."""
+"""Columns whose largest score is looked at before they are, and the fewest of a rank in a block."""
 _SMALLEST = 1e-30
 """A row whose elements are all smaller has no direction: it is at 90 degrees to every other."""
 _LOWEST = torch.finfo(torch.float32).min
@@ -84,10 +84,11 @@ def nearest_rows(
         device: Where it is computed.
         first: How many rows of this rank look, the first ones; ``None`` for all.
     """
-    size, own = TILE_ROWS[device.type], rows.of_rank[ranks.rank][:first]
+    own, cut = rows.of_rank[ranks.rank][:first], Cut.of(device.type, ranks.size)
+    size = cut.looking
     best_Ck = torch.full((len(own), most), _NO_KEY, dtype=torch.int64, device=device)
-    blocks = _blocks(rows, size, ranks, device)
-    while some := list(islice(blocks, BLOCKS_AT_ONCE)):
+    blocks = _blocks(rows, cut.part, ranks, device)
+    while some := list(islice(blocks, cut.at_once)):
         for start in range(0, len(own), size):
             looking = own[start : start + size]
             row_qD = rows.centers_CD[start : start + len(looking), : rows.dim]
@@ -96,7 +97,7 @@ def nearest_rows(
             for block in some:
                 moved()
                 score_qt = _products(query_qD, block.key_tD, block.reciprocal_t)
-                _leave_out_(score_qt, looking, block.parts, rows)
+                _leave_out_(score_qt, looking, block, rows)
                 _merge_(best_Ck[start : start + size], score_qt, block.number_t)
     list_Ck = torch.empty(best_Ck.shape, dtype=torch.int32)
     for start in range(0, len(own), size):
@@ -123,36 +124,71 @@ def directions(row_TD: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Cut:
+    """Rows of a search that are at hand at a time; no result depends on it.
+
+    Attributes:
+        part: Of each rank in a block.
+        block: Of all ranks in a block: a tile's, or more on many ranks, since ``part`` is a group
+            at least.
+        at_once: Blocks: as many rows as :data:`_BLOCKS_AT_ONCE` tiles have, or one block.
+        looking: Rows of a tile that look: fewer where blocks are larger, so that a tile has as many
+            scores.
+    """
+
+    part: int
+    block: int
+    at_once: int
+    looking: int
+
+    @classmethod
+    def of(cls, device: str, ranks: int) -> "Cut":
+        """Return the cut on a type of device and so many ranks."""
+        size = TILE_ROWS[device]
+        part = -(-size // (ranks * _GROUP)) * _GROUP
+        block = part * ranks
+        at_once = max(1, _BLOCKS_AT_ONCE * size // block)
+        return cls(part, block, at_once, max(_GROUP, size * size // block))
+
+
+@dataclass(frozen=True, slots=True)
 class _Block:
     """Rows that are looked at: a part from each rank.
 
     Attributes:
-        parts: Their numbers; one behind the last row of its rank has no row.
-        number_t: The same, int64 on the device.
+        own: Numbers of this rank's part.
+        place: Where its part is among them.
+        number_t: int64 numbers on the device.
+        absent_t: bool, numbers behind the last row of their rank; ``None`` where there are none.
         key_tD: Directions, as products take them.
         reciprocal_t: fp32, 1 by their lengths.
     """
 
-    parts: list[range]
+    own: range
+    place: slice
     number_t: Tensor
+    absent_t: Tensor | None
     key_tD: Tensor
     reciprocal_t: Tensor
 
 
-def _blocks(rows: Rows, size: int, ranks: Ranks, device: torch.device) -> Iterator[_Block]:
-    """Yield all rows of all ranks in blocks of ``size`` or more."""
-    part = -(-size // (ranks.size * _GROUP)) * _GROUP
-    longest = max(map(len, rows.of_rank))
+def _blocks(rows: Rows, part: int, ranks: Ranks, device: torch.device) -> Iterator[_Block]:
+    """Yield all rows of all ranks in blocks of ``part`` of each."""
+    longest, first = max(map(len, rows.of_rank)), rows.of_rank[ranks.rank].start
     for start in range(0, longest, part):
         own_TD = directions(rows.centers_CD[start : start + part, : rows.dim].to(device))
         block_TD = own_TD.new_zeros(part, rows.dim)
         block_TD[: len(own_TD)] = own_TD
-        parts = [range(one.start + start, one.start + start + part) for one in rows.of_rank]
+        number_WT = torch.tensor([one.start for one in rows.of_rank]).unsqueeze(1)
+        number_WT = number_WT + torch.arange(start, start + part)
+        absent_WT = number_WT >= torch.tensor([one.stop for one in rows.of_rank]).unsqueeze(1)
         key_tD = gather_rows(block_TD, ranks)
         length_t = key_tD.float().square_().sum(1)
         yield _Block(
-            parts=parts,
-            number_t=torch.cat([torch.arange(one.start, one.stop) for one in parts]).to(device),
+            own=range(first + start, first + start + part),
+            place=slice(ranks.rank * part, (ranks.rank + 1) * part),
+            number_t=number_WT.flatten().to(device),
+            absent_t=absent_WT.flatten().to(device) if absent_WT.any() else None,
             key_tD=key_tD.to(_operand(device, rows.dim)),
             reciprocal_t=torch.where(length_t > 0, 1 / length_t.sqrt(), 0.0),
         )
@@ -175,26 +211,24 @@ def _products(query_qD: Tensor, key_tD: Tensor, reciprocal_t: Tensor) -> Tensor:
     return (query_qD @ key_tD.T).mul_(reciprocal_t)
 
 
-def _leave_out_(score_qt: Tensor, looking: range, parts: list[range], rows: Rows) -> None:
+def _leave_out_(score_qt: Tensor, looking: range, block: _Block, rows: Rows) -> None:
     """Set to -inf what is no neighbour: numbers without a row, the own identity, sets that may have
     the same people."""
     per, device = rows.per_identity, score_qt.device
-    for number, (part, owned) in enumerate(zip(parts, rows.of_rank, strict=True)):
-        score_qT = score_qt[:, number * len(part) : (number + 1) * len(part)]
-        if part.stop > owned.stop:
-            score_qT[:, max(0, owned.stop - part.start) :] = -torch.inf
-        if part.start < looking.stop + per and looking.start < part.stop + per:
-            who_q = torch.arange(looking.start, looking.stop, device=device) // per
-            who_T = torch.arange(part.start, part.stop, device=device) // per
-            score_qT.masked_fill_(who_q.unsqueeze(1) == who_T, -torch.inf)
-        if rows.first_of_set is not None and rows.share_JJ is not None:
-            first = rows.first_of_set.to(device)
-            set_q, set_T = (
-                torch.bucketize(torch.arange(one.start, one.stop, device=device), first, right=True)
-                for one in (looking, part)
-            )
-            share_qJ = rows.share_JJ.to(device)[set_q - 1]
-            score_qT.masked_fill_(share_qJ[:, set_T - 1], -torch.inf)
+    looking_q = torch.arange(looking.start, looking.stop, device=device)
+    if block.absent_t is not None:
+        score_qt.masked_fill_(block.absent_t, -torch.inf)
+    if block.own.start < looking.stop + per and looking.start < block.own.stop + per:
+        who_T = block.number_t[block.place] // per  # no identity has rows on two ranks
+        is_own_qT = (looking_q // per).unsqueeze(1) == who_T
+        score_qt[:, block.place].masked_fill_(is_own_qT, -torch.inf)
+    if rows.first_of_set is not None and rows.share_JJ is not None:
+        first = rows.first_of_set.to(device)
+        set_q, set_t = (
+            torch.bucketize(one, first, right=True) - 1 for one in (looking_q, block.number_t)
+        )
+        share_qJ = rows.share_JJ.to(device)[set_q]
+        score_qt.masked_fill_(share_qJ[:, set_t], -torch.inf)
 
 
 def _merge_(best_qk: Tensor, score_qt: Tensor, number_t: Tensor) -> None:

@@ -67,6 +67,7 @@ class PartialFC(Shard):
             ``None``: a row is told from all other identities.
         negatives: What a sampled one counts for: itself (``"uniform"``), or all that it was drawn
             among (``"weighted"``, and ``"nearest"`` or a ``Nearest``: near centers for certain).
+            Without effect at a ``sample_rate`` of 1, where every center counts for itself.
         seed: Initial centers, negatives and rounding are functions of it and of global ids.
         center_weight: Of the mean of 1 - cos(theta) to the own center, added to the loss; >= 0.
         inter_class_weight: Of the mean cosine of the batch's centers and the nearest other sampled
@@ -265,14 +266,14 @@ class PartialFC(Shard):
         """Return the mean loss over the global batch, fp32, the same on all ranks.
 
         Collective: one all-gather of [b + 1, D] operands, one all-reduce of [2B], and one
-        reduce-scatter of [B, D] in ``reduce_format`` where gradients are wanted; backward has
-        none. One all-gather more where the batch is larger than the last
-        one, and one of [D] in the very first pass. One all-reduce of [B] more for logits above 64,
-        and one for a margin that needs the positives first; a margin that follows the norm and
-        label smoothing make the all-reduce of [2B] longer by [B] and [2B]. The losses beside the
-        softmax have their own; see :mod:`partialfc.head.center_losses`. With K identities a row,
-        [2B] is [B + K * B], and [B] of the norm [K * B]. Several copies of the centers add two
-        all-gathers and one all-reduce, and one all-gather for a margin that learns.
+        reduce-scatter of [B, D] in ``reduce_format`` where gradients are wanted; backward has none.
+        One all-gather more where the batch is larger than the last one, and one of [D] in the very
+        first pass. One all-reduce of [B] more for logits above 64, and one for a margin that needs
+        the positives first; a margin that follows the norm and label smoothing make the all-reduce
+        of [2B] longer by [B] and [2B]. The losses beside the softmax have their own; see
+        :mod:`partialfc.head.center_losses`. With K identities a row, [2B] is [B + K * B], and [B]
+        of the norm [K * B]. Several copies of the centers add two all-gathers and one all-reduce,
+        and one all-gather for a margin that learns.
 
         ``embeddings.grad`` is the world size times the exact gradient, so that the mean over
         ranks that DistributedDataParallel takes is exact.
@@ -297,14 +298,8 @@ class PartialFC(Shard):
                 :meth:`sample_step`; if b is not equal, or not its share; if centers are copies of
                 another rank's; if nobody calls ``optimizer.step()``.
         """
-        refuse_batch(
-            embeddings,
-            identities,
-            weights,
-            self.several,
-            dim=self.embedding_dim,
-            device=self.device,
-        )
+        dim, device = self.embedding_dim, self.device
+        refuse_batch(embeddings, identities, weights, self.several, dim=dim, device=device)
         # The anchor makes backward reach the centers where the embeddings want no gradient.
         anchor = torch.zeros((), requires_grad=torch.is_grad_enabled())
         if anchor.requires_grad:

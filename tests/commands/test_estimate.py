@@ -355,6 +355,11 @@ def test_a_search_of_neighbours_is_counted(tmp_path):
     lists = _named(found[1]["memory"]["head"], "lists of neighbours")
     assert lists["bytes"][0] == 0
     assert lists["origin"] == "1,000,000 x 16 x 14 B, 0.21 GiB in host memory"
+    many = ["--nodes", 512, "--gpus-per-node", 8, "data.global_batch=262144"]
+    request = [*request[:1], *many, *request[3:]]
+    of_many = estimated(tmp_path, *request, "--identities", 100_000_000)
+    search = _named(of_many["memory"]["head"], "search of neighbours")
+    assert "a tile of 512 x 131,072 scores" in search["origin"], "32 rows of every rank"
 
 
 def test_pass_2_beside_the_backward_has_memory_of_its_own(tmp_path):

@@ -88,6 +88,19 @@ def test_the_largest_products_have_no_error_either(dim, vnni, monkeypatch):
     assert torch.equal(found.long(), whole.long() @ whole.long().T)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_search_over_many_ranks_has_no_more_rows_and_scores_at_hand(device):
+    """A block has some rows of every rank: eight of 4,096 ranks' had a GiB, and a tile four."""
+    tile = neighbours.TILE_ROWS[device]
+    for ranks in (1, 3, 8, 256, 1000, 4096):
+        cut = neighbours.Cut.of(device, ranks)
+        assert cut.block == cut.part * ranks >= tile
+        most = max(8 * tile, 32 * ranks)
+        assert cut.at_once * cut.block <= most
+        assert cut.looking * cut.block <= max(tile * tile, 32 * cut.block)
+    assert neighbours.Cut.of(device, 1) == neighbours.Cut(tile, tile, 8, tile)
+
+
 def test_rows_that_are_all_alike_are_neighbours_by_their_number(monkeypatch):
     """Every column of every tile is among the best of it: none may be lost."""
     monkeypatch.setitem(neighbours.TILE_ROWS, "cpu", 64)

@@ -252,7 +252,8 @@ def head_parts(
     parts, n, tile = config.optimizer.accumulation, shard.sampled, shard.tile
     batch = config.data.global_batch // parts
     whole, unit = batch * dim * 4, batch * dim * operand  # fp32 and operands [B, D]
-    own = whole // (world_size // copies_of(config, world_size))
+    holding = world_size // copies_of(config, world_size)
+    own = whole // holding
 
     # Between the passes: the operands of every micro-batch and the gradient of its embeddings. In
     # pass 1 also the gathered bytes, the pull, the positives' centers and two results on the way;
@@ -337,7 +338,7 @@ def head_parts(
             (n * sampler, rows, rows, 0),
             f"{sampler} B a row in the sampler (measured), 8 afterwards" if rows else "all rows",
         ),
-        *nearest_parts(config, shard.rows, dim, device),
+        *nearest_parts(config, shard.rows, dim, device, holding),
         *start_parts(config, shard.rows // shard.per_identity, device),
     ]
 

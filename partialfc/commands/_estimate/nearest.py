@@ -2,7 +2,7 @@
 
 from partialfc.commands._estimate.backbone import Device, MemoryItem
 from partialfc.config import Config
-from partialfc.head.neighbours import BLOCKS_AT_ONCE, TILE_ROWS
+from partialfc.head.neighbours import Cut
 
 LIST_BYTES, ENTRY_BYTES, KEY_BYTES = 4, 10, 8
 """Of a neighbour: in the lists, as whose neighbour it is, and while it is searched."""
@@ -15,7 +15,9 @@ def searches(config: Config) -> bool:
     return config.head.negatives == "nearest" and config.head.sample_rate < 1
 
 
-def nearest_parts(config: Config, rows: int, dim: int, device: Device) -> list[MemoryItem]:
+def nearest_parts(
+    config: Config, rows: int, dim: int, device: Device, ranks: int
+) -> list[MemoryItem]:
     """Return the lists, which are in host memory: a process's own on a CPU alone; and a search.
 
     Args:
@@ -23,14 +25,16 @@ def nearest_parts(config: Config, rows: int, dim: int, device: Device) -> list[M
         rows: Of the largest rank.
         dim: Elements of a row.
         device: Of the run.
+        ranks: Those that hold the class centers together.
     """
     if not searches(config):
         return []
-    most, tile = config.head.nearest.neighbours, TILE_ROWS[device]
+    most, cut = config.head.nearest.neighbours, Cut.of(device, ranks)
+    looking = min(cut.looking, rows)
     kept = rows * most * (LIST_BYTES + ENTRY_BYTES)
     scores = 4 + 4 * (device == "cpu") + 1  # products of int8 are int32 first
-    tiles = tile * min(tile, rows) * scores
-    tiles += 2 * tile * dim * (4 + 4 + 1) + BLOCKS_AT_ONCE * tile * dim * 2
+    tiles = cut.block * looking * scores
+    tiles += (cut.block + looking) * dim * (4 + 4 + 1) + cut.at_once * cut.block * dim * 2
     search = rows * most * KEY_BYTES + tiles
     where = "in host memory" if device == "cuda" else "in memory"
     return [
@@ -42,8 +46,8 @@ def nearest_parts(config: Config, rows: int, dim: int, device: Device) -> list[M
         MemoryItem(
             "search of neighbours",
             (search, 0, 0, 0),
-            f"{rows:,} x {most} x {KEY_BYTES} B, a tile of {tile:,} x {tile:,} scores; every "
-            f"{config.head.nearest.every_steps:,} steps",
+            f"{rows:,} x {most} x {KEY_BYTES} B, a tile of {looking:,} x {cut.block:,} scores; "
+            f"every {config.head.nearest.every_steps:,} steps",
         ),
     ]
 

@@ -36,6 +36,7 @@ from tools.bench._head.ceilings import (
     timed,
 )
 from tools.bench._head.memory import Memory, bytes_of, stored_tensors
+from tools.bench._head.search import search_seconds
 from tools.bench._head.tensor_parallel import PARALLEL, tensor_parallel
 from tools.bench._head.turns import LostError, Step, Turns, percentiles
 
@@ -311,7 +312,7 @@ def _in_turns(
     """Return what was found of these heads, and the seconds of the bare products; collective."""
     turns = Turns(names, lambda name: build(name, case, device), device)
     searches = {
-        name: _search(turn.head, device)
+        name: search_seconds(turn.head, device)
         for name, turn in turns.heads.items()
         if getattr(turn.head, "nearest", None) is not None
     }
@@ -348,16 +349,6 @@ def _in_turns(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return found, products
-
-
-def _search(head: Any, device: torch.device) -> Result:
-    """Search the neighbours of all centers: seconds, and those of the process on its cores."""
-    started = time.process_time()
-    seconds, _ = timed(device, head.find_neighbours)
-    return {
-        "search_seconds": over_ranks(seconds, "MAX", device),
-        "search_cpu_seconds": over_ranks(time.process_time() - started, "MAX", device),
-    }
 
 
 def memory_of(case: Case, device: torch.device) -> Result:
