@@ -8,8 +8,10 @@ All of it runs in this process, on one rank. The images of data.train and of the
 are decoded once and stay in memory; the model and its steps are those of ``partialfc train``. Seed
 after seed is trained in the order of the list, so what is there after any time compares like with
 like: the runs of a seed begin with the same weights and see the same images. At a rate of 1 all
-kinds of negatives are one. OUT.json is written after every run, and the same command goes on after
-the last one. Words of the form key=value go to all runs, head.nearest to those that have it.
+kinds of negatives are one, trained as uniform. OUT.json is written after every run, and the same
+command goes on after the last one. Words of the form key=value go to all runs, head.nearest to
+those that have it. A setting that would change the result and is not followed here, such as
+data.augment, is refused.
 """
 
 import argparse
@@ -27,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from partialfc.config import Config, load
+from partialfc.config import Config, ConfigError, load
 from partialfc.data.images.formats import decode_image, resize
 from partialfc.data.packs.pack import open_pack
 from partialfc.data.sets.pairs import Image, read_pairs
@@ -47,6 +49,14 @@ Pixels = NDArray[np.uint8]
 
 _AT_ONCE = 256
 """Held-out images in one forward pass."""
+
+_NOT_FOLLOWED = (
+    *("run.start_from", "run.resume_from", "stages", "heads", "head.start", "head.several"),
+    *("data.kind", "data.skip", "data.augment", "data.last_batch", "data.images_per_identity"),
+    *("data.block", "data.sets", "data.labels", "data.label_weights"),
+    *("backbone.pretrained", "losses.teacher"),
+)
+"""Settings that change what is trained, and that only ``partialfc train`` follows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +95,16 @@ def main(arguments: list[str] | None = None) -> int:
     rows: list[Row] = record["rows"]
     done = {(row["seed"], row["rate"], row["negatives"]) for row in rows}
     data: Data | None = None
-    for seed, rate, negatives in runs(options.seeds, options.rates, options.negatives):
+    try:
+        every = {
+            run: followed(options.config, options.words, *run)
+            for run in runs(options.seeds, options.rates, options.negatives)
+        }
+    except ConfigError as error:
+        raise SystemExit(str(error)) from None
+    for (seed, rate, negatives), config in every.items():
         if (seed, rate, negatives) in done:
             continue
-        words = [word for word in options.words if negatives == "nearest" or not _is_near(word)]
-        words += [f"run.seed={seed}", f"head.sample_rate={rate}", f"head.negatives={negatives}"]
-        config = load(options.config, words)
         data = data or decoded(config)
         row = {"seed": seed, "rate": rate, "negatives": negatives, **measured(config, data)}
         rows.append(row)
@@ -101,13 +115,41 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def runs(seeds: str, rates: str, negatives: str) -> list[tuple[int, float, str]]:
-    """Return (seed, rate, kind of negatives) in the order of training."""
-    kinds = negatives.split(",")
-    return [
-        (int(seed), float(rate), kind)
-        for seed, rate, kind in product(seeds.split(","), rates.split(","), kinds)
-        if float(rate) < 1 or kind == kinds[0]
-    ]
+    """Return (seed, rate, kind of negatives) in the order of training; at a rate of 1 one kind."""
+    every = product(map(int, seeds.split(",")), map(float, rates.split(",")), negatives.split(","))
+    return list(
+        dict.fromkeys((seed, rate, kind if rate < 1 else "uniform") for seed, rate, kind in every)
+    )
+
+
+def followed(path: str, words: list[str], seed: int, rate: float, negatives: str) -> Config:
+    """Return the settings of a run.
+
+    Raises:
+        ConfigError: If they are none, or with every one that a run here would not follow.
+    """
+    words = [word for word in words if negatives == "nearest" or not _is_near(word)]
+    words += [f"run.seed={seed}", f"head.sample_rate={rate}", f"head.negatives={negatives}"]
+    config = load(path, words)
+    wrong = [key for key in _NOT_FOLLOWED if not _is_left_out(config, key)]
+    wrong += ["verification.flip = true"] * config.verification.flip
+    wrong += ["data.train of several sources"] * (len(config.data.train) > 1)
+    if wrong:
+        raise ConfigError(f"tools/sampling.py does not follow {', '.join(wrong)}. Remove them.")
+    for kind in ("pairs", "identification"):
+        if not getattr(config.verification, kind):
+            raise ConfigError(f"verification.{kind}: names no set. Name one to measure.")
+    return config
+
+
+def _is_left_out(config: Config, key: str) -> bool:
+    """Whether a setting is as it is where no file names it."""
+    *sections, name = key.split(".")
+    section: Any = config
+    for one in sections:
+        section = getattr(section, one)
+    default = type(section).model_fields[name].get_default(call_default_factory=True)
+    return bool(getattr(section, name) == default)
 
 
 def _is_near(word: str) -> bool:
@@ -155,8 +197,7 @@ def measured(config: Config, data: Data) -> Row:
                 step,
                 peak=config.optimizer.lr,
                 total_steps=steps,
-                warmup_steps=config.schedule.warmup_steps,
-                name="cosine",
+                **config.schedule.model_dump(),
             )
             images = _changed(data.images, which, step, config)
             identities = torch.from_numpy(data.identities[which])
@@ -210,10 +251,11 @@ def _accuracy(model: Model, data: Data, runtime: Runtime) -> Row:
 
     model.backbone.eval()
     images, identities = data.probes
-    of_probes = embeddings(images)
+    with model.measured():
+        of_probes, of_pairs = embeddings(images), embeddings(data.pairs[0])
     gallery, probes = first_of_each(identities)
     ranked = rank_k(of_probes[gallery], identities[gallery], of_probes[probes], identities[probes])
-    verified = verify(embeddings(data.pairs[0]), data.pairs[1])
+    verified = verify(of_pairs, data.pairs[1])
     accepted = verified.tar_at_far[1e-3]
     return {
         "rank_1": ranked.rate[1],

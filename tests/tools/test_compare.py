@@ -7,33 +7,17 @@ from pathlib import Path
 import pytest
 
 from partialfc.config import load
-from tests.support.places import FIXTURES, ROOT
-from tools import compare, omniglot
+from tests.support.places import ROOT
+from tools import compare
 
 CONFIG = "configs/omniglot.toml"
 
 pytestmark = pytest.mark.distributed
 
 
-@pytest.fixture(scope="module")
-def words(tmp_path_factory):
-    """Overrides for forty identities and three steps."""
-    folder = tmp_path_factory.mktemp("packs")
-    archive = FIXTURES / "omniglot" / "omniglot_background.npz"
-    size = ["--characters", "16", "--held-out", "6", "--pairs", "100", "--size", "32"]
-    assert omniglot.main([str(archive), str(folder), *size]) == 0
-    return [
-        f"data.train={folder / 'train.rec'}",
-        f"verification.pairs=['{folder / 'heldout_pairs.bin'}']",
-        f"verification.identification=['{folder / 'heldout.rec'}']",
-        "run.epochs=",
-        "run.steps=3",
-        "schedule.warmup_steps=2",
-        "data.global_batch=48",
-        "backbone.name=convnet_s",
-        "log.every_steps=1",
-        "run.threads=1",
-    ]
+@pytest.fixture
+def words(forty_characters):
+    return [*forty_characters, "run.steps=3", "data.global_batch=48", "log.every_steps=1"]
 
 
 @pytest.mark.slow

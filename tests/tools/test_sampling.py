@@ -1,39 +1,31 @@
 """tools/sampling.py on real handwriting: what is trained, what goes on, what its table says."""
 
 import json
+import re
 
 import pytest
 
-from tests.support.places import FIXTURES, ROOT
-from tools import omniglot, sampling
+from partialfc.config import load
+from partialfc.training.schedule import learning_rate
+from tests.support.places import ROOT
+from tools import sampling
 
 CONFIG = "configs/omniglot.toml"
 
 
-@pytest.fixture(scope="module")
-def words(tmp_path_factory):
-    """Overrides for forty identities and six steps."""
-    folder = tmp_path_factory.mktemp("packs")
-    archive = FIXTURES / "omniglot" / "omniglot_background.npz"
-    size = ["--characters", "16", "--held-out", "6", "--pairs", "200", "--size", "32"]
-    assert omniglot.main([str(archive), str(folder), *size]) == 0
+@pytest.fixture
+def words(forty_characters):
     return [
-        f"data.train={folder / 'train.rec'}",
-        f"verification.pairs=['{folder / 'heldout_pairs.bin'}']",
-        f"verification.identification=['{folder / 'heldout.rec'}']",
-        "run.epochs=",
+        *forty_characters,
         "run.steps=6",
-        "schedule.warmup_steps=2",
         "data.global_batch=16",
-        "backbone.name=convnet_s",
         "head.canonical_shards=2",
         "head.nearest.every_steps=2",
-        "run.threads=1",
     ]
 
 
-def study(out, words, *, rates, seeds="1"):
-    asked = ["--rates", rates, "--negatives", "uniform,nearest", "--seeds", seeds]
+def study(out, words, *, rates, negatives="uniform,nearest"):
+    asked = ["--rates", rates, "--negatives", negatives, "--seeds", "1"]
     assert sampling.main([CONFIG, *asked, "--json", str(out), *words]) == 0
     return json.loads(out.read_text())["rows"]
 
@@ -59,6 +51,71 @@ def test_a_study_trains_what_its_record_lacks_and_repeats_itself(words, tmp_path
     ]
     with pytest.raises(SystemExit, match="other settings"):
         study(tmp_path / "b.json", [*words, "optimizer.lr=0.3"], rates="1")
+
+
+@pytest.mark.slow
+def test_rate_1_is_trained_whatever_kinds_are_asked_for(words, tmp_path, monkeypatch):
+    """The settings refuse other negatives where every step has all centers."""
+    monkeypatch.chdir(ROOT)
+    (row,) = study(tmp_path / "a.json", words, rates="1", negatives="weighted,nearest")
+    assert (row["rate"], row["negatives"]) == (1, "uniform")
+
+
+def test_a_seed_has_one_run_at_rate_1():
+    assert sampling.runs("1,2", "1,0.1", "weighted,nearest") == [
+        (seed, *run)
+        for seed in (1, 2)
+        for run in ((1.0, "uniform"), (0.1, "weighted"), (0.1, "nearest"))
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        ["schedule={name='polynomial', power=3.0, warmup_steps=1}"],
+        ["schedule={name='wsd', decay_steps=2}"],
+    ],
+)
+def test_the_learning_rate_is_that_of_the_schedule(schedule, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    rates, step = [], sampling.train_step
+    monkeypatch.setattr(
+        sampling, "train_step", lambda *given: rates.append(given[-1]) or step(*given)
+    )
+    words = [word for word in words if not word.startswith("schedule")] + schedule
+    study(tmp_path / "a.json", words, rates="1")
+    config = load(CONFIG, [word for word in words if "nearest" not in word])
+    settings = config.schedule.model_dump()
+    assert rates == [
+        learning_rate(step, peak=config.optimizer.lr, total_steps=6, **settings)
+        for step in range(6)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("word", "named"),
+    [
+        ("data.augment.crop=0.5", "data.augment"),
+        ("data.images_per_identity=2", "data.images_per_identity"),
+        ("data.last_batch=pad", "data.last_batch"),
+        ("data.skip=bad.txt", "data.skip"),
+        ("data.block=64", "data.block"),
+        ("data.train=['a.rec', 'b.rec']", "data.train of several sources"),
+        ("head.start=pack:mean", "head.start"),
+        ("run.start_from=runs/a", "run.start_from"),
+        ("losses.teacher={from='a.onnx', weight=0.5}", "losses.teacher"),
+        ("stages=[{name='a', epochs=1}, {name='b', epochs=1}]", "stages"),
+        ("verification.flip=true", "verification.flip"),
+        ("verification.pairs=[]", "verification.pairs"),
+    ],
+)
+def test_what_a_run_does_not_follow_is_refused_by_name(word, named, tmp_path, monkeypatch):
+    """Nothing is opened before."""
+    monkeypatch.chdir(ROOT)
+    out = ["--json", str(tmp_path / "out.json")]
+    with pytest.raises(SystemExit, match=re.escape(named)):
+        sampling.main([CONFIG, *out, "--rates", "0.3", word])
 
 
 def test_the_table_tells_means_over_seeds_and_differences_of_the_same_seed():
