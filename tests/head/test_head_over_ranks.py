@@ -170,13 +170,8 @@ def test_sharded_equals_the_single_process_fp64_oracle(world_size):
     for name in ORACLE_CASES:
         embeddings, centers, labels, margin, _ = oracle_case(name, world_size)
         sampled = torch.from_numpy(np.concatenate([r[name][3] for r in results])).sort().values
-        loss, embedding_gradient, center_gradient = reference.gradients_of(
-            embeddings,
-            centers,
-            labels,
-            reference.positive_logit(margin),
-            scale=margin.scale,
-            sampled=sampled,
+        loss, embedding_gradient, center_gradient = reference.truth_of(
+            margin, embeddings, centers, labels, sampled
         )
         losses = {result[name][0] for result in results}
         assert len(losses) == 1, name

@@ -22,7 +22,12 @@ from tests.support.ranks import run_on_ranks
 
 pytestmark = pytest.mark.distributed
 
-RATES = (0.3, 1.0)
+CASES = {
+    2: (tuple(EVERY_MARGIN), (0.3, 1.0)),
+    3: (("arcface smoothed", "curricularface s 32", "magface"), (0.3, 1.0)),
+    4: (tuple(EVERY_MARGIN), (0.3,)),
+}
+"""Margins and sample rates by number of ranks."""
 
 
 def whole_head(margin, rate):
@@ -39,11 +44,13 @@ def losses_on_rank(rank, world_size, inputs):
     return found
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", CASES)
 def test_every_margin_sharded_and_sampled(world_size):
     inputs, truth = {}, {}
-    for name, margin in EVERY_MARGIN.items():
-        for rate in RATES if world_size == 2 else RATES[:1]:
+    names, rates = CASES[world_size]
+    for name in names:
+        margin = EVERY_MARGIN[name]
+        for rate in rates:
             head = whole_head(margin, rate)
             embeddings, labels = problem(head)
             case = f"{name}, rate {rate}"

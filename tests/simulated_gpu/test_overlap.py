@@ -2,8 +2,9 @@
 that of centers that are updated behind it.
 
 The simulated device does what it is given one after the other, so equal bits say that both ways do
-the same arithmetic, and no race that any other time of doing it would be the same. Each wait is
-taken out in each setting: without it, there is a race.
+the same arithmetic, and no race that any other time of doing it would be the same. Each wait but
+the first is taken out in each setting: without it, there is a race. test_orders.py takes out the
+first in one.
 """
 
 import pytest

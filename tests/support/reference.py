@@ -69,6 +69,12 @@ def gradients_of(embeddings, centers, identities, positive_logit, **settings):
     return loss.detach(), embeddings.grad, centers.grad
 
 
+def truth_of(margin, embeddings, centers, identities, sampled):
+    """Loss and both gradients of a margin of the package over the sampled rows, in fp64."""
+    logit = positive_logit(margin)
+    return gradients_of(embeddings, centers, identities, logit, scale=margin.scale, sampled=sampled)
+
+
 def plain_gradients(embeddings, centers, identities, margin, dtype):
     """Loss and gradients as an ordinary program has them: the products in ``dtype``, all stored."""
     embeddings = embeddings.clone().requires_grad_()
