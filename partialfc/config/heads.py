@@ -203,6 +203,12 @@ def ranks_of_centers(config: "Config", world_size: int) -> dict[str, int]:
     return ranks
 
 
+def ranks_of_copies(config: "Config", world_size: int) -> frozenset[int]:
+    """Return how many ranks hold a copy of the class centers, of each head that has several."""
+    given = (one.head.ranks_per_copy or world_size for one in each_head(config).values())
+    return frozenset(ranks for ranks in given if ranks < world_size)
+
+
 def bad_copies(config: "Config", world_size: int) -> Iterator[str]:
     """Yield a line for each head whose copies cannot be, or not have as many rows as each other."""
     rows, parts = rows_of_heads(config), config.optimizer.accumulation

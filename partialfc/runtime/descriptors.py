@@ -5,8 +5,10 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 
-from partialfc.config import ConfigError
+from partialfc.config import Config, ConfigError
+from partialfc.config.heads import ranks_of_copies
 from partialfc.distributed.links import rounds
 from partialfc.runtime.place import Place, of_torchrun
 
@@ -23,6 +25,35 @@ REMEDY = (
     "Raise the hard limit of what starts it: ulimit -Hn, LimitNOFILE= of a service, "
     "--ulimit nofile= of docker"
 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Groups:
+    """The process groups of a run.
+
+    Attributes:
+        nccl: Whether they are of NCCL; gloo's have a connection with each other member.
+        peers: Whether copies for peers have one of gloo, of all ranks.
+        ranks_per_copy: Ranks that hold the class centers together, of each head that has several
+            copies: those of a copy are a group, and so are those that hold the same rows.
+    """
+
+    nccl: bool
+    peers: bool = False
+    ranks_per_copy: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(cls, config: Config, place: Place, *, nccl: bool) -> "Groups":
+        """Return those of the settings of a run."""
+        peers = config.checkpoint.peers_every_steps > 0
+        return cls(nccl=nccl, peers=peers, ranks_per_copy=ranks_of_copies(config, place.size))
+
+    def of_gloo(self, size: int) -> int:
+        """Connections of gloo's groups with other ranks, of which there are ``size`` in all."""
+        others = (size - 1) * (self.peers + (not self.nccl))
+        if self.nccl:
+            return others
+        return others + sum(ranks - 1 + size // ranks - 1 for ranks in self.ranks_per_copy)
 
 
 def raise_limit(place: Place) -> int:
@@ -45,22 +76,22 @@ def raise_limit(place: Place) -> int:
     return _NO_LIMIT if soft == resource.RLIM_INFINITY else soft
 
 
-def needed(rank: int, size: int, *, nccl: bool, peers: bool = False) -> dict[str, int]:
+def needed(rank: int, size: int, groups: Groups) -> dict[str, int]:
     """Return how many a rank needs, by what for; those that are certain first.
 
     Beside NCCL it does not grow with W but with its logarithm, and on the rank that serves the
-    store if torchrun does not. Copies for peers have a group of gloo of their own.
+    store if torchrun does not.
     """
     if size == 1:
         return {"files": _OTHERS}
-    groups = peers + (not nccl)
-    connections = {"gloo's connections with each other rank": groups * (size - 1)} if groups else {}
+    gloo = groups.of_gloo(size)
+    connections = {"gloo's connections with other ranks": gloo} if gloo else {}
     serves = rank == 0 and "TORCHELASTIC_RUN_ID" not in os.environ
     return {
         **connections,
         "links with a few ranks": _LINKED * (2 * rounds(size) + 1),
         "the store": OF_STORE * (size + 1 if serves else 1),
-        **({"NCCL": _OF_NCCL} if nccl else {}),
+        **({"NCCL": _OF_NCCL} if groups.nccl else {}),
         "files": _OTHERS,
     }
 
@@ -71,13 +102,13 @@ def in_words(parts: Mapping[str, int], limit: int) -> str:
     return f"{sum(parts.values()):,} descriptors of {limit:,} allowed ({each})"
 
 
-def refuse_too_few(place: Place, *, nccl: bool, peers: bool = False) -> None:
+def refuse_too_few(place: Place, groups: Groups) -> None:
     """Raise the limit, and look whether it is enough for what is certain.
 
     Raises:
         ConfigError: If it is not.
     """
-    limit, parts = raise_limit(place), needed(place.rank, place.size, nccl=nccl, peers=peers)
+    limit, parts = raise_limit(place), needed(place.rank, place.size, groups)
     certain = sum(parts.values()) - parts["files"] - parts.get("NCCL", 0)
     if certain > limit:
         raise ConfigError(
@@ -86,14 +117,12 @@ def refuse_too_few(place: Place, *, nccl: bool, peers: bool = False) -> None:
         )
 
 
-def ran_out(
-    error: BaseException, place: Place, *, nccl: bool, peers: bool = False
-) -> ConfigError | None:
+def ran_out(error: BaseException, place: Place, groups: Groups) -> ConfigError | None:
     """Return what to tell of an error that says that no more can be opened; ``None`` of another."""
     first = next((one for one in _causes(error) if _says_so(one)), None)
     if first is None:
         return None
-    parts = in_words(needed(place.rank, place.size, nccl=nccl, peers=peers), raise_limit(place))
+    parts = in_words(needed(place.rank, place.size, groups), raise_limit(place))
     return ConfigError(
         f"too many open files ({str(first).splitlines()[0]}): a rank of {place.size:,} needs about "
         f"{parts}. {REMEDY}."

@@ -19,7 +19,7 @@ from partialfc.distributed.ranks import Ranks
 from partialfc.errors import Preempted
 from partialfc.keyed import key
 from partialfc.runtime.beats import longest_patience
-from partialfc.runtime.descriptors import ran_out, refuse_too_few
+from partialfc.runtime.descriptors import Groups, ran_out, refuse_too_few
 from partialfc.runtime.device import device_of, threads_of
 from partialfc.runtime.network import (
     own_address,
@@ -85,9 +85,8 @@ def running(config: Config) -> Iterator[Runtime]:
         torch.backends.cudnn.benchmark = True
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    nccl = device.type == "cuda"
-    peers = config.checkpoint.peers_every_steps > 0
-    refuse_too_few(place, nccl=nccl, peers=peers)
+    groups = Groups.of(config, place, nccl=device.type == "cuda")
+    refuse_too_few(place, groups)
     watchdog = None
     try:
         if place.size > 1:
@@ -99,7 +98,7 @@ def running(config: Config) -> Iterator[Runtime]:
     except Preempted:  # all ranks leave together, and wait to be queued again
         raise
     except BaseException as error:
-        told = ran_out(error, place, nccl=nccl, peers=peers) or error
+        told = ran_out(error, place, groups) or error
         explained = told if watchdog is None else watchdog.explain(told)
         if explained is error:
             raise

@@ -26,12 +26,10 @@ _SECONDS_OF_NAMES = 10.0
 
 def open_files(config: Config, runtime: Runtime) -> Iterator[Finding]:
     """Whether every rank may have as many open as it needs. Collective: one all-gather."""
-    ranks = runtime.ranks
-    nccl = runtime.device.type == "cuda"
-    limit = int(of_all([float(descriptors.raise_limit(own_place()))], runtime).min())
-    parts = descriptors.needed(
-        ranks.rank, ranks.size, nccl=nccl, peers=config.checkpoint.peers_every_steps > 0
-    )
+    ranks, place = runtime.ranks, own_place()
+    limit = int(of_all([float(descriptors.raise_limit(place))], runtime).min())
+    groups = descriptors.Groups.of(config, place, nccl=runtime.device.type == "cuda")
+    parts = descriptors.needed(ranks.rank, ranks.size, groups)
     short = sum(parts.values()) > limit
     yield Finding(
         "open files",
