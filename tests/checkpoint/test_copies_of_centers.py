@@ -86,7 +86,14 @@ def whole(results, head, part):
 
 @pytest.mark.parametrize(
     ("saved", "loaded"),
-    [((4, 2), (4, None)), ((4, None), (4, 2)), ((4, 2), (2, 1)), ((2, 1), (4, 2))],
+    [
+        ((4, 2), (4, None)),
+        ((4, None), (4, 2)),
+        ((4, 2), (2, 1)),
+        ((2, 1), (4, 2)),
+        ((4, 2), (1, None)),
+        ((1, None), (4, 2)),
+    ],
     ids=str,
 )
 def test_any_layout_goes_on_from_any_other_bit_for_bit(tmp_path, saved, loaded):

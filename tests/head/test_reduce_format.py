@@ -22,18 +22,26 @@ def problem():
     return embeddings, centers, torch.randint(0, IDENTITIES, (BATCH,), generator=generator)
 
 
-def head_of(reduce_format, rule=PLAIN, rate=1.0):
+def head_of(reduce_format, rule=PLAIN, rate=1.0, ranks_per_copy=None):
     precision = Precision(reduce_format=reduce_format)
     margin = ArcFace(scale=16, gradient="exact")
-    return PartialFC(IDENTITIES, DIM, margin, sample_rate=rate, optimizer=rule, precision=precision)
+    return PartialFC(
+        IDENTITIES,
+        DIM,
+        margin,
+        sample_rate=rate,
+        optimizer=rule,
+        precision=precision,
+        ranks_per_copy=ranks_per_copy,
+    )
 
 
-def one_step(rank, world_size):
+def one_step(rank, world_size, ranks_per_copy):
     """Of each format: collectives, loss, exact gradient of the own rows, change of the centers."""
     embeddings, centers, labels = problem()
     mine, found = slice(rank * BATCH // world_size, (rank + 1) * BATCH // world_size), []
     for reduce_format in FORMATS:
-        head = head_of(reduce_format)
+        head = head_of(reduce_format, ranks_per_copy=ranks_per_copy)
         own_centers = centers[head.owned.start : head.owned.stop]
         head.centers.data.copy_(own_centers)
         own = embeddings[mine].clone().requires_grad_()
@@ -46,11 +54,13 @@ def one_step(rank, world_size):
     return found
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_bf16_halves_the_bytes_and_rounds_the_gradient_of_the_embeddings_alone(world_size):
-    """Against fp64: 0.17 % times the root of the number of ranks, where fp32 has 2e-5. Loss and
-    centers are those of fp32, to the bit."""
-    results = run_on_ranks(world_size, one_step)
+@pytest.mark.parametrize(("world_size", "per_copy"), [(1, 1), (2, 2), (4, 4), (4, 2), (4, 1)])
+def test_bf16_halves_the_bytes_and_rounds_the_gradient_of_the_embeddings_alone(
+    world_size, per_copy
+):
+    """Against fp64: 0.17 % times the root of the number of ranks that a copy of the centers is cut
+    over, where fp32 has 2e-5. Loss and centers are those of fp32, to the bit."""
+    results = run_on_ranks(world_size, one_step, per_copy)
     embeddings, centers, labels = problem()
     margin = ArcFace(scale=16, gradient="exact")
     every = torch.arange(IDENTITIES)
@@ -61,15 +71,20 @@ def test_bf16_halves_the_bytes_and_rounds_the_gradient_of_the_embeddings_alone(w
     for (seen, *same), (seen_bf16, *same_bf16) in results:
         assert same[0] == same_bf16[0]
         assert torch.equal(same[2], same_bf16[2])
-        scattered = [("_reduce_scatter_base_", BATCH * DIM * size) for size in (4, 2)]
-        assert seen[-1:] == scattered[:1] * (world_size > 1)
-        assert seen_bf16 == seen[:-1] + scattered[1:] * (world_size > 1)
+        rows = BATCH * per_copy // world_size
+        scattered = [("_reduce_scatter_base_", rows * DIM * size) for size in (4, 2)]
+        if per_copy == 1:
+            assert "_reduce_scatter_base_" not in [kind for kind, _ in seen]
+            assert seen_bf16 == seen
+            continue
+        assert seen[-1:] == scattered[:1]
+        assert seen_bf16 == seen[:-1] + scattered[1:]
     assert reference.relative_error(plain, truth) < 2e-5
     error = reference.relative_error(rounded, truth)
-    if world_size == 1:
+    if per_copy == 1:
         assert torch.equal(plain, rounded)
     else:
-        assert 1e-3 < error < 2e-3 * world_size**0.5
+        assert 1e-3 < error < 2e-3 * per_copy**0.5
 
 
 def trained(rank, world_size):
