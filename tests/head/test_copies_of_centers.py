@@ -4,9 +4,20 @@ import numpy as np
 import pytest
 import torch
 
-from partialfc import Nearest, PartialFC, RowAdagrad, RowAdamW, RowSGD, Sets, Several
+from partialfc import (
+    ArcFace,
+    CosFace,
+    Nearest,
+    PartialFC,
+    RowAdagrad,
+    RowAdamW,
+    RowSGD,
+    Sets,
+    Several,
+)
 from partialfc.distributed.shares import Shares
-from tests.support import loss_truth
+from partialfc.head import partial_fc
+from tests.support import loss_truth, reference
 from tests.support.collectives import Collectives
 from tests.support.every_margin import EVERY_MARGIN
 from tests.support.heads import flat_head, small_tiles
@@ -83,7 +94,7 @@ CASES = {
     "all centers": {"sample_rate": 1.0},
     "adamw": {"optimizer": RowAdamW(lr=1e-2)},
     "adagrad": {"optimizer": RowAdagrad(lr=0.1)},
-    "unsampled rows move": {"optimizer": RowSGD(lr=0.3, unsampled="move")},
+    "unsampled rows stay": {"optimizer": RowSGD(lr=0.3, unsampled="stay")},
     "fp16 centers, int8 momentum": {
         "optimizer": RowSGD(lr=0.3, momentum_format="int8"),
         "center_format": "fp16",
@@ -194,6 +205,69 @@ def test_micro_batches_and_unequal_shares_of_copies(parts, shares):
     assert_same_training(one, run_on_ranks(4, train_on_rank, 2, parts, shares), 2)
 
 
+BF16_MARGINS = (ArcFace(), CosFace(scale=30), ArcFace(scale=16))
+SEEDS = range(8)
+
+
+def problem_of(seed):
+    """Embeddings of a batch, and their identities of 1000."""
+    generator = torch.Generator().manual_seed(seed)
+    embeddings = 3 * torch.randn(24, 32, generator=generator)
+    return embeddings, torch.randint(0, 1000, (24,), generator=generator)
+
+
+def bf16_step_on_rank(rank, world_size, ranks_per_copy):
+    """Of each margin and seed: loss, gradient of the own rows, first of the own centers, these,
+    and their gradient."""
+    found = []
+    for margin in BF16_MARGINS:
+        for seed in SEEDS:
+            settings = {"optimizer": PLAIN, "compute": "bf16", "ranks_per_copy": ranks_per_copy}
+            head = flat_head(1000, 32, margin, **settings)
+            embeddings, labels = (part.chunk(world_size)[rank] for part in problem_of(seed))
+            before, own = head.centers.detach().clone(), embeddings.clone().requires_grad_()
+            loss = head(own, labels)
+            loss.backward()
+            head.optimizer.step()
+            change = (before - head.centers.detach()).numpy()
+            rows = head.owned.start, before.numpy(), change
+            found.append((loss.item(), own.grad.numpy() / world_size, *rows))
+    return found
+
+
+@pytest.mark.slow
+def test_a_bf16_step_of_copies_is_as_near_to_fp64_as_one_copy_and_plain_bf16_code():
+    """Over steps, bf16 parts from itself: one copy on 2 ranks from one on 4 by 5 % of the
+    backbone in seven steps of a large rate, and copies do no more."""
+    layouts = {size: run_on_ranks(4, bf16_step_on_rank, size) for size in (None, 2)}
+    number = 0
+    for margin in BF16_MARGINS:
+        errors = {name: [] for name in (*layouts, "plain")}
+        for seed in SEEDS:
+            embeddings, labels = problem_of(seed)
+            found = {}
+            for name, results in layouts.items():
+                parts = [result[number] for result in results]
+                places = {part[2]: part[3:] for part in parts}
+                centers, change = (
+                    torch.from_numpy(np.concatenate([places[first][i] for first in sorted(places)]))
+                    for i in (0, 1)
+                )
+                gradient = torch.from_numpy(np.concatenate([part[1] for part in parts]))
+                found[name] = torch.tensor(parts[0][0]), gradient, change
+            logit = reference.positive_logit(margin)
+            given = embeddings, centers, labels
+            truth = reference.gradients_of(*given, logit, scale=margin.scale)
+            found["plain"] = reference.plain_gradients(*given, margin, torch.bfloat16)
+            for name, values in found.items():
+                errors[name].append([*map(reference.relative_error, values, truth)])
+            number += 1
+        means = {name: torch.tensor(each).mean(0) for name, each in errors.items()}
+        assert (means[2] <= 1.02 * means[None]).all(), (margin, means)
+        # A loss is one number a seed: that of 8 seeds says nothing to 2 %.
+        assert (means[2][1:] <= 1.02 * means["plain"][1:]).all(), (margin, means)
+
+
 def count_on_rank(rank, world_size, margin, tile_rows):
     with small_tiles(kernels=False, rows=tile_rows):
         head = PartialFC(400, 8, margin, sample_rate=0.5, ranks_per_copy=2)
@@ -289,6 +363,27 @@ def test_rows_that_were_broadcast_in_one_copy_are_refused_by_all():
     """Or the others would wait for it in their next collective, until the timeout."""
     for said in run_on_ranks(4, broadcast_on_rank):
         assert said.startswith("centers: those of rank 3 are a copy of those of rank 2"), said
+
+
+def refuse_of_a_gpu_on_rank(rank, world_size):
+    """What a head says where it has kernels, and a device that overlaps."""
+    fused, said = {"fused": True, "compute": "bf16"}, []
+    with small_tiles(kernels=True), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(partial_fc, "check_fit", lambda *_, **__: None)
+        for ranks_per_copy in (2, 1):
+            for settings in ({"overlap": True}, fused):
+                with pytest.raises(ValueError) as refused:
+                    flat_head(50, 16, ArcFace(), ranks_per_copy=ranks_per_copy, **settings)
+                said.append(str(refused.value))
+        return said, flat_head(50, 16, ArcFace(), ranks_per_copy=4, **fused).plan.path
+
+
+def test_a_user_of_the_library_is_refused_what_a_settings_file_is():
+    """With several copies overlap and the fused kernels, which with one copy run."""
+    for said, path in run_on_ranks(4, refuse_of_a_gpu_on_rank):
+        assert all(one.startswith("ranks_per_copy with overlap = true: ") for one in said[::2])
+        assert all("no gradient of centers, which copies" in one for one in said[1::2])
+        assert (len(said), path) == (4, "fused")
 
 
 def one_on_rank(rank, world_size):
