@@ -16,8 +16,10 @@ from partialfc.checkpoint.parts import (
     statistics_of,
 )
 from partialfc.checkpoint.tensor_reader import TensorReader, opened_tensors
+from partialfc.config.heads import section_of_head
 from partialfc.errors import CheckpointError
 from partialfc.head import PartialFC
+from partialfc.head.nearest import LISTS
 from partialfc.head.rows.stored import AT_STEP
 from partialfc.model.batch_norm import statistics
 from partialfc.model.build import Model
@@ -128,7 +130,7 @@ def read_centers(
         compare: Whether checksums are compared.
 
     Raises:
-        CheckpointError: If rows or states are missing, or have another format.
+        CheckpointError: If rows or states are missing, or have another format or shape.
     """
     head.optimizer.settle()
     filled = {"centers": head.centers.data, **(head.optimizer.states() if with_states else {})}
@@ -144,10 +146,16 @@ def read_centers(
             rows = reader.places["centers"].shape[0]
             low, high = max(first, owned.start), min(first + rows, owned.stop)
             for tensor, into in filled.items():
-                found = reader.places[tensor].dtype
-                if with_states and found != into.dtype:
+                place = reader.places[tensor]
+                if with_states and place.dtype != into.dtype:
                     raise CheckpointError(
-                        f"{file}: {tensor} is {found}, and the settings want {into.dtype}"
+                        f"{file}: {tensor} is {place.dtype}, and the settings want {into.dtype}"
+                    )
+                if place.shape[1:] != into.shape[1:]:
+                    raise CheckpointError(
+                        f"{file}: {tensor} is {[*place.shape]}, and {_setting_of(tensor, name)} of "
+                        f"this run wants {[rows, *into.shape[1:]]}. Use the settings that it "
+                        "was written with"
                     )
             if low < high:
                 own = slice(low - owned.start, high - owned.start)
@@ -155,6 +163,14 @@ def read_centers(
                 done += high - low
     if done != len(owned):
         raise CheckpointError(f"it has {done} of the {len(owned)} rows of this rank")
+
+
+def _setting_of(tensor: str, head: str) -> str:
+    """The setting that the shape of a row follows from."""
+    if tensor == "centers":
+        return "backbone.embedding_dim"
+    key = "nearest.neighbours" if tensor == LISTS else "optimizer"
+    return f"{section_of_head(head)}.{key}"
 
 
 def refuse_rows_behind(

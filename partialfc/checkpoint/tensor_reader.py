@@ -21,7 +21,7 @@ from torch import Tensor
 
 from partialfc.checkpoint.pieces import PIECE, THREADS, Note, compare_pieces, opened_as_noted
 from partialfc.checkpoint.tensor_file import DTYPES
-from partialfc.errors import DamagedError
+from partialfc.errors import CheckpointError, DamagedError
 
 _LONGEST_HEADER = 100 << 20
 _KINDS = {name: dtype for dtype, name in DTYPES.items()}
@@ -82,7 +82,8 @@ class TensorReader:
                 its first row in the file. A scalar is one row.
 
         Raises:
-            DamagedError: If a piece is not as it was written, or lacks what is wanted.
+            DamagedError: If a piece is not as it was written.
+            CheckpointError: If a tensor has other rows, or ends before.
         """
         wanted = [self._wanted(name, *target) for name, target in targets.items()]
         for start, data in self._pieces(wanted):
@@ -115,7 +116,7 @@ class TensorReader:
         stop = start + into.numel() * place.dtype.itemsize
         whole = place.start + prod(place.shape) * place.dtype.itemsize
         if first < 0 or stop > whole or tuple(into.shape[1:]) != place.shape[1:]:
-            raise DamagedError(
+            raise CheckpointError(
                 f"{self._name}: {name} is {[*place.shape]}, and {[*into.shape]} from row "
                 f"{first} on are wanted"
             )

@@ -17,6 +17,8 @@ from partialfc.checkpoint import loading as checkpoint
 from partialfc.checkpoint.disk import Disk
 from partialfc.checkpoint.parts import parts_of
 from partialfc.checkpoint.tensor_file import write_tensors
+from partialfc.errors import DamagedError
+from partialfc.head import Nearest
 from partialfc.model.step import train_step
 from tests.support.models import batch, flat_model, runtime, settings, weights
 from tools.bench._faults.crash import corruptions, crash_points
@@ -131,6 +133,32 @@ def test_a_state_of_another_shape_is_refused(tmp_path):
     )
     with pytest.raises(CheckpointError, match=r"momentum_buffer \[1, 192\] of project.weight"):
         checkpoint.load(path, flat_model(settings()), FACTS, runtime())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"dim": 8}, r"centers is \[40, 16\], and backbone.embedding_dim .* wants \[40, 8\]"),
+        (
+            {"negatives": Nearest(neighbours=2)},
+            r"neighbours is \[40, 3\], and head.nearest.neighbours .* wants \[40, 2\]",
+        ),
+    ],
+    ids=["dim", "neighbours"],
+)
+def test_rows_of_another_width_are_another_run_and_no_damage(tmp_path, change, words):
+    """A start took the checkpoint before, and renamed newer ones that were as they were written."""
+    negatives = {"negatives": Nearest(neighbours=3)}
+    path = save(tmp_path, 1, flat_model(settings(), **negatives))
+    other = flat_model(settings(), **{**negatives, **change})
+    words = f"centers_0000000000.safetensors: {words}"
+    with pytest.raises(CheckpointError, match=words) as found:
+        checkpoint.read_centers(path, checkpoint_folder.read_manifest(path), other.head)
+    assert not isinstance(found.value, DamagedError)
+    if "dim" not in change:  # the backbone is looked at before
+        with pytest.raises(CheckpointError, match=words) as found:
+            checkpoint.load(path, other, FACTS, runtime())
+        assert not isinstance(found.value, DamagedError)
 
 
 def test_only_the_newest_are_kept_and_only_checkpoints_are_touched(tmp_path):
