@@ -40,6 +40,7 @@ def load_settings(
     overrides: Sequence[str] = (),
     *,
     wider: Callable[[type[S], Mapping[str, Any]], type[S]] | None = None,
+    amend: Callable[[Mapping[str, Any]], dict[str, Any]] = dict,
 ) -> S:
     """Return the settings of a TOML file with command-line overrides on top.
 
@@ -50,11 +51,12 @@ def load_settings(
             bare word, which is a string. No value (``key=``) leaves out what the file sets, and
             ``section={...}`` replaces a whole section.
         wider: Returns the schema for what the settings name besides.
+        amend: Returns what of the file is taken.
 
     Raises:
         ConfigError: If the file cannot be read, or with every problem in it, one a line.
     """
-    settings = _read(Path(path))
+    settings = amend(_read(Path(path)))
     problems = []
     for override in overrides:
         try:

@@ -19,6 +19,7 @@ from partialfc.config import schema as settings
 from partialfc.config.backbone import Backbone
 from partialfc.config.conflicts import conflicts, conflicts_of_copies
 from partialfc.config.data import Data
+from partialfc.config.earlier import without_idle
 from partialfc.config.file import load_settings
 from partialfc.config.head import STARTS, Head
 from partialfc.config.heads import Heads, HeadsInHelp, bad_copies, few_images, few_shards
@@ -292,7 +293,8 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, own: bool = True) -
         path: TOML file.
         overrides: See :func:`partialfc.config.file.load_settings`.
         own: Whether they are the user's own settings: the plug-ins that they name are then
-            imported. Those of a checkpoint are not, and may name what is loaded already only.
+            imported. Those that a run wrote are not, and may name what is loaded already only;
+            what an earlier version wrote and this one refuses, since it did nothing, is left out.
 
     Raises:
         ConfigError: With every problem found; see :func:`partialfc.config.file.load_settings`.
@@ -304,7 +306,8 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, own: bool = True) -
         plugins.refuse_strangers(settings)
         return wider(schema, settings)
 
-    config = load_settings(Config, path, overrides, wider=with_plugins)
+    amend = dict if own else without_idle
+    config = load_settings(Config, path, overrides, wider=with_plugins, amend=amend)
     home = Path(path).absolute().parent
     chosen = any(key.split("=")[0].strip() in ("run", "run.folder") for key in overrides)
     if chosen or Path(path).name != "config.toml" or not _holds_run(home):
@@ -326,7 +329,7 @@ def _holds_run(folder: Path) -> bool:
 def written(text: str) -> Config | None:
     """Return the settings that a checkpoint keeps; ``None`` for those of another version."""
     try:
-        return Config.model_validate(tomllib.loads(text))
+        return Config.model_validate(without_idle(tomllib.loads(text)))
     except (ValueError, RecursionError):
         return None
 

@@ -39,6 +39,72 @@ def complaint(text: str, *overrides: str) -> str:
 # What loads
 
 
+ARRAYS = """
+[data]
+kind = "arrays"
+train = "a.npy"
+labels = "labels.npy"
+shape = [1, 40, 50]
+[backbone]
+name = "my:Network"
+"""
+SETS = """
+[data.sets.a]
+train = "a.rec"
+share = 0.5
+[data.sets.b]
+train = "b.rec"
+share = 0.5
+"""
+IDLE = 'negatives = "weighted"'
+STAGES = """
+[[stages]]
+name = "all"
+steps = 2
+[[stages]]
+name = "few"
+steps = 2
+head.sample_rate = 0.5
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        (f"{ARRAYS}[verification]\nflip = true\n", "verification.flip"),
+        (f"{MINIMAL}[head]\n{IDLE}\n", "head.negatives"),
+        (f'{MINIMAL}[head]\nsample_rate = 1.0\nnegatives = "nearest"\n', "head.negatives"),
+        (f'{MINIMAL}[head]\nnearest.neighbours = 8\n{IDLE[:-9]}nearest"\n', "head.negatives"),
+        (f"{SETS}[heads.a]\n{IDLE}\n[heads.b]\nsample_rate = 0.5\n{IDLE}\n", "heads.a"),
+        (f"{MINIMAL}[head]\n{IDLE}\n{STAGES.replace('0.5', '1')}", "head.negatives"),
+    ],
+)
+def test_what_an_earlier_version_wrote_is_opened_where_it_did_nothing(text: str, key: str) -> None:
+    """A run writes its defaults down, too, and none of before could be measured or exported."""
+    text = text.replace('"my:Network"', f'"{__name__}:network"')
+    Path("config.toml").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=re.escape(key)):
+        load("config.toml")
+    found = load("config.toml", own=False)
+    assert not (found.data.kind == "arrays" and found.verification.flip)
+    assert found == load("config.toml", own=False) == config.written(text)
+    for one in (found.head, *dict(found.heads).values()):
+        assert (one.negatives == "weighted") == (one.sample_rate == 0.5)
+    Path("config.toml").write_text(to_toml(found), encoding="utf-8")
+    assert load("config.toml") == found
+
+
+def test_negatives_that_a_stage_of_an_earlier_run_has_stay() -> None:
+    Path("config.toml").write_text(f"{MINIMAL}[head]\n{IDLE}\n{STAGES}", encoding="utf-8")
+    found = load("config.toml", own=False)
+    assert [one.head.negatives for one in found.in_stages()] == ["uniform", "weighted"]
+    assert found == load("config.toml")
+
+
+def network(embedding_dim: int) -> None:
+    """A backbone that is named and not made."""
+
+
 @pytest.mark.filterwarnings("error")
 def test_settings_made_in_code_have_the_options_of_their_backbone() -> None:
     """As those of a file: the section is known when the name is."""
