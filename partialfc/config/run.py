@@ -57,7 +57,8 @@ class Run(Section):
     hang_seconds: Annotated[float, Range(ge=0), Unit("seconds")] = 60.0
     """How long a rank may give no sign of life before the run names it and ends; a step may take
     ten times as long, and the first one, a verification or a save sixty times. 0 never ends a
-    run."""
+    run; ranks that agree on a checkpoint wait two hours for one another, or longer if this lets
+    them."""
 
     preflight: bool = False
     """Look at the machines before the first step, as partialfc preflight does; a few seconds."""

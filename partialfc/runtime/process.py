@@ -31,6 +31,9 @@ from partialfc.runtime.network import (
 from partialfc.runtime.place import Place, own_place
 from partialfc.runtime.watchdog import Watchdog
 
+_LEAST_FOR_LINKS = 7200.0
+"""Seconds: a slow file system may take an hour for one rank's part of a checkpoint."""
+
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
@@ -55,9 +58,10 @@ class Runtime:
 
         Args:
             seconds: How much later than this rank another may come to an agreement; by default as
-                long as the watchdog lets it.
+                long as the watchdog lets it, and two hours at least.
         """
-        return Links(self.ranks, own_address(), self.patience if seconds is None else seconds)
+        longest = max(_LEAST_FOR_LINKS, self.patience) if seconds is None else seconds
+        return Links(self.ranks, own_address(), longest)
 
     @property
     def leads(self) -> bool:

@@ -95,6 +95,17 @@ def test_a_collective_may_take_as_long_as_the_watchdog_lets_a_rank(silent, secon
     assert given["timeout"] == timedelta(seconds=seconds)
 
 
+@pytest.mark.parametrize(("silent", "seconds"), [(60, 7200), (0, 7200), (5, 7200), (600, 36600)])
+def test_ranks_that_agree_on_a_checkpoint_wait_two_hours_at_least(silent, seconds, monkeypatch):
+    """A slow file system ended a run whose watchdog is off, after half an hour."""
+    given = []
+    monkeypatch.setattr(process, "Links", lambda ranks, address, seconds: given.append(seconds))
+    with process.running(settings(run={"hang_seconds": silent, "device": "cpu"})) as here:
+        here.links()
+        here.links(30.0)
+    assert given == [seconds, 30.0]
+
+
 def test_a_name_is_asked_for_once(monkeypatch):
     """Each connection to the store asked for it again, on every rank."""
     asked = []
