@@ -60,6 +60,8 @@ _NONE = -1
 
 CONFIG_HASH = "config_hash"
 """The one fact that may differ when a run goes on."""
+NAME_ANOTHER = "Name a folder such as runs/mine/checkpoints/step_00002000, or another checkpoint."
+"""What to do where the one that somebody chose is of no use."""
 LABELS = "labels"
 """The one fact that a checkpoint of before it was known may lack."""
 
@@ -136,10 +138,7 @@ def named(path: Path, runtime: Runtime, *, content: bool = True) -> Path:
         CheckpointError: If it is none, corrupt, or of another format.
     """
     if problem := _problem_of(path, runtime, content=content):
-        raise CheckpointError(
-            f"{path}: not a valid checkpoint: {problem}. Name a folder such as "
-            "runs/mine/checkpoints/step_00002000, or another checkpoint."
-        )
+        raise CheckpointError(f"{path}: not a valid checkpoint: {problem}. {NAME_ANOTHER}")
     return path
 
 

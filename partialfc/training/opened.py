@@ -16,7 +16,7 @@ import torch
 from partialfc.checkpoint import loading as checkpoint
 from partialfc.checkpoint.base import fact_of, may_vanish, restore_base
 from partialfc.checkpoint.folder import read_manifest, steps
-from partialfc.checkpoint.peers.run import Peers
+from partialfc.checkpoint.peers.run import LINE, Peers
 from partialfc.checkpoint.pretrained import load_pretrained
 from partialfc.checkpoint.teacher import Teacher, open_teacher
 from partialfc.checkpoint.trained_backbone import state_at
@@ -115,7 +115,7 @@ class Opened:
                 base = self._filled(found, step, writer_of(stages, step), copies)
             except DamagedError as error:
                 if found is None or found == self.stage.config.run.resume_from:
-                    raise
+                    raise DamagedError(self._with_remedy(error, copies)) from error
                 damaged[found] = str(error).removeprefix(f"{found}: ")
                 if self.runtime.leads:
                     print(f"{found}: not a valid checkpoint: {damaged[found]}", flush=True)
@@ -123,6 +123,14 @@ class Opened:
             if peers is not None:
                 peers.begin(self.model, step, from_copies=copies is not None)
             return step, base
+
+    def _with_remedy(self, error: DamagedError, copies: Peers | None) -> str:
+        """What to do where there is no checkpoint before the damaged one to take."""
+        words = str(error).removesuffix(".")
+        if copies is None:
+            return f"{words}. {checkpoint.NAME_ANOTHER}"
+        line = self.stage.config.run.folder / LINE
+        return f"{words}. Remove {line} to go on from the newest checkpoint instead of copies."
 
     def _newest(
         self, peers: Peers | None, damaged: Mapping[Path, str]

@@ -14,7 +14,7 @@ from partialfc.config import ConfigError, load, to_toml
 from partialfc.data.dataset import open_dataset
 from partialfc.data.skip_list import BadRecord, write_skip_list
 from partialfc.definitions.phrases import to_value
-from partialfc.errors import CheckpointError
+from partialfc.errors import CheckpointError, DamagedError
 from partialfc.records.report import read_run, write_report
 from partialfc.runtime.process import running
 from partialfc.status.page import page
@@ -130,6 +130,22 @@ def test_damage_that_loading_finds_costs_the_steps_since_a_checkpoint_before(
     assert "going on from" in said
     assert len([*(folder / "checkpoints").glob(".step_*.invalid")]) == 3
     assert digests(folder) == digests(straight[0])
+
+
+def test_damage_of_a_checkpoint_that_somebody_named_says_what_to_do(
+    packs, overrides, straight, tmp_path
+):
+    """No other is taken in its place, and it is left as it is."""
+    named = tmp_path / "other" / "checkpoints" / "step_00000014"
+    shutil.copytree(path_of(straight[0] / "checkpoints", 14), named)
+    (file,) = named.glob("centers_*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    wanted = (*overrides, f"run.resume_from={named}")
+    with pytest.raises(DamagedError, match=r"is corrupt.*\. Name a folder such as .*another"):
+        trained(packs, tmp_path / "run", wanted)
+    assert [*named.parent.iterdir()] == [named]
 
 
 @pytest.mark.slow
