@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from partialfc.checkpoint.disk import Disk
-from partialfc.checkpoint.parts import ENDING, misshapen, parts_of
+from partialfc.checkpoint.parts import ENDING, centers_of, head_of, misshapen, parts_of
 from partialfc.checkpoint.pieces import Note
 from partialfc.errors import CheckpointError, DamagedError, OtherFormatError
 from partialfc.writing import opened, read_text
@@ -128,6 +128,9 @@ def _misshapen(manifest: Mapping[str, Any]) -> str | None:
     if not isinstance(heads, dict):
         return f"heads is {heads!r:.50}, must be an object"
     for name, about in heads.items():
+        for file in (head_of(name), centers_of(name, 0)):
+            if not _PART.fullmatch(file + ENDING):
+                return f"{name[:80]!a} is no name of a head"
         sizes = about if isinstance(about, dict) else {}
         for key in ("num_identities", "canonical_shards"):
             if type(sizes.get(key)) is not int or not 0 <= sizes[key] < 2**63:

@@ -156,6 +156,9 @@ def test_a_part_that_rank_0_does_not_see_ends_the_save(tmp_path, lost):
         {"parts": {"statistics": 0, "centers": {"": {"ranks": 2**50, "rows_per_identity": 1}}}},
         {"parts": {"statistics": 0, "centers": {"": {"ranks": 1, "rows_per_identity": True}}}},
         {"parts": {"statistics": 0, "centers": {"no": {"ranks": 1, "rows_per_identity": 1}}}},
+        {"heads": {"/../../../etc/x": {"num_identities": 1, "canonical_shards": 1}}},
+        {"heads": {"a/b": {"num_identities": 1, "canonical_shards": 1}}},
+        {"heads": {"a\n": {"num_identities": 1, "canonical_shards": 1}}},
         {"mark": 7},
         {"num_identities": 0},
     ],
@@ -248,6 +251,24 @@ def test_files_are_found_by_arithmetic_as_the_ranks_cut_them(ranks):
         for rows in cut(size):
             expected = [one.start for one in cut(ranks) if set(one) & set(rows)]
             assert [first for first, _ in files_with_rows(manifest, "", rows)] == expected
+
+
+def test_1024_parts_on_768_ranks_are_1536_opens_in_all():
+    """Each reads one or two; every rank that looked into all of them would be 786,432."""
+
+    def opens(parts, ranks):
+        sizes = {"num_identities": 1_000_003, "canonical_shards": 4096}
+        cut = {"ranks": parts, "rows_per_identity": 1}
+        manifest = {"files": {}, **sizes, "parts": {"centers": {"": cut}}}
+        sharding = Sharding(world_size=ranks, **sizes)
+        every = (sharding.owned(rank) for rank in range(ranks))
+        rows = (range(owned.start, owned.stop) for owned in every)
+        return [len(files_with_rows(manifest, "", one)) for one in rows]
+
+    assert sum(opens(1024, 768)) == sum(opens(768, 1024)) == 1536
+    assert {*opens(1024, 768)} == {2}
+    assert sorted({*opens(768, 1024)}) == [1, 2]
+    assert opens(1024, 1024) == [1] * 1024
 
 
 def old_on_rank(rank, world_size, path):
