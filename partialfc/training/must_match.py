@@ -111,7 +111,7 @@ def agreed_shards(config: Config, runtime: Runtime, peers: Peers | None = None) 
 def _negatives(config: Config) -> object:
     """What a sampled one counts for, if not itself: older checkpoints have no such fact."""
     head = config.head
-    if head.negatives == "uniform" or head.sample_rate == 1:
+    if head.negatives == "uniform":
         return None
     near = head.negatives == "nearest"
     return {"nearest": head.nearest.model_dump(mode="json")} if near else head.negatives
