@@ -102,9 +102,6 @@ def _message(path: str | Path, problems: Sequence[str]) -> str:
     return "\n".join([f"{path}: {len(problems)} problems", *(f"  {line}" for line in problems)])
 
 
-# Reading
-
-
 def _read(path: Path) -> dict[str, Any]:
     text = ""
     try:
@@ -214,9 +211,6 @@ def _complete(section: type[Section], settings: Mapping[str, Any]) -> dict[str, 
             variant = options.get(str(inner[tag]) if tag else "")
             completed[name] = _complete(variant, inner) if variant else inner
     return completed
-
-
-# Problems in words
 
 
 @dataclass(frozen=True, slots=True)

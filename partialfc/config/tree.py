@@ -293,8 +293,8 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, own: bool = True) -
         path: TOML file.
         overrides: See :func:`partialfc.config.file.load_settings`.
         own: Whether they are the user's own settings: the plug-ins that they name are then
-            imported. Those that a run wrote are not, and may name what is loaded already only;
-            what an earlier version wrote and this one refuses, since it did nothing, is left out.
+            imported. Those that a run wrote may name what is loaded already only; what did
+            nothing, and is refused now, is left out.
 
     Raises:
         ConfigError: With every problem found; see :func:`partialfc.config.file.load_settings`.
