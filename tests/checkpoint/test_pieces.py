@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from partialfc.checkpoint import CheckpointError, pieces, tensor_reader
 from partialfc.checkpoint import loading as checkpoint
+from partialfc.checkpoint import parts as parts_module
 from partialfc.checkpoint.disk import Disk
 from partialfc.checkpoint.folder import note_of, read_manifest
 from partialfc.checkpoint.parts import files_with_rows, parts_of
@@ -253,13 +254,17 @@ def test_files_are_found_by_arithmetic_as_the_ranks_cut_them(ranks):
             assert [first for first, _ in files_with_rows(manifest, "", rows)] == expected
 
 
-def test_1024_parts_on_768_ranks_are_1536_opens_in_all():
+def test_1024_parts_on_768_ranks_are_1536_opens_in_all(monkeypatch):
     """Each reads one or two; every rank that looked into all of them would be 786,432."""
+
+    firsts_of = parts_module._firsts
 
     def opens(parts, ranks):
         sizes = {"num_identities": 1_000_003, "canonical_shards": 4096}
         cut = {"ranks": parts, "rows_per_identity": 1}
         manifest = {"files": {}, **sizes, "parts": {"centers": {"": cut}}}
+        firsts = firsts_of(manifest, "")  # once, and not for each of the ranks
+        monkeypatch.setattr(parts_module, "_firsts", lambda *_: firsts)
         sharding = Sharding(world_size=ranks, **sizes)
         every = (sharding.owned(rank) for rank in range(ranks))
         rows = (range(owned.start, owned.stop) for owned in every)
