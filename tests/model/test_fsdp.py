@@ -94,15 +94,17 @@ CASES = [
 ]
 
 
-def assert_equal_runs(world_size, steps, cases):
+def assert_equal_runs(world_size, steps, cases, later=1e-6):
+    """To 1e-6 for twenty steps, and to ``later`` from there on."""
     results = run_on_ranks(world_size, both_on_rank, steps, cases)
     assert all(result == results[0] for result in results[1:]), "ranks differ"
     for case, (whole, divided) in zip(cases, results[0], strict=True):
         assert len(set(whole)) == steps, "it learns"
         losses_of, norms_of = zip(*whole, strict=True)
         divided_losses, divided_norms = zip(*divided, strict=True)
-        assert divided_losses == pytest.approx(losses_of, rel=1e-6), case
-        assert divided_norms == pytest.approx(norms_of, rel=1e-6), case
+        for values, divided_values in ((losses_of, divided_losses), (norms_of, divided_norms)):
+            assert divided_values[:20] == pytest.approx(values[:20], rel=1e-6), case
+            assert divided_values[20:] == pytest.approx(values[20:], rel=later), case
 
 
 @pytest.mark.distributed
@@ -131,8 +133,9 @@ def test_groups_frozen_parts_and_other_optimizers_go_with_it():
 @pytest.mark.parametrize(("world_size", "clip_norm"), [(2, 0.5), (4, 0.0)])
 def test_fifty_losses_are_those_of_ddp(world_size, clip_norm):
     """On 4 ranks gloo sums the gradients themselves in another order for FSDP2, and AdamW makes
-    more of a clipped one's last bit from step to step."""
-    assert_equal_runs(world_size, 50, [{"optimizer": {"clip_norm": clip_norm}}])
+    more of their last bit from step to step: how much depends on the CPU."""
+    later = 1e-6 if world_size == 2 else 5e-5
+    assert_equal_runs(world_size, 50, [{"optimizer": {"clip_norm": clip_norm}}], later)
 
 
 @pytest.mark.distributed
