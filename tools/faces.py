@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("lfw", type=Path, help="folder with LFW's lists and its photos below")
     parser.add_argument("--cfp", type=Path, help="folder with CFP's Data and Protocol")
     parser.add_argument("override", nargs="*", help="key.sub=value, on top of configs/faces.toml")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     lfw, cfp = options.lfw.resolve(), options.cfp.resolve() if options.cfp else None
     os.chdir(ROOT)
     started = time.monotonic()
