@@ -90,5 +90,5 @@ def test_the_whole_chain(tmp_path):
     done = python("-c", code, tmp_path / "packs", tmp_path, *words, cwd=ROOT, timeout=500)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "run" / "faces.json").read_text())["accuracy"]
-    assert found.keys() == {"untrained", "pixels", "whitened PCA", "partialfc, cosface"}
+    assert found.keys() == {"untrained", "pixels", "whitened PCA", "partialfc, arcface"}
     assert all(accuracy.keys() == {"dev_test", "ten_folds"} for accuracy in found.values())
