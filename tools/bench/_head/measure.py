@@ -37,7 +37,7 @@ from tools.bench._head.ceilings import (
 )
 from tools.bench._head.memory import Memory, bytes_of, stored_tensors
 from tools.bench._head.search import search_seconds
-from tools.bench._head.tensor_parallel import PARALLEL, tensor_parallel
+from tools.bench._head.tensor_parallel import PARALLEL, TensorParallel
 from tools.bench._head.turns import LostError, Step, Turns, percentiles
 
 TEXTBOOKS = ("textbook", "textbook_tf32")
@@ -154,8 +154,8 @@ def build(name: str, case: Case, device: torch.device) -> tuple[Any, Step]:
     settings: dict[str, Any] = {"sample_rate": case.rate, "device": device}
     angular = ANGULAR if case.margin == "arcface" else 0.0
     if name in PARALLEL:
-        whole = case.rate == 1 and not angular
-        parallel = tensor_parallel(name, case.classes, case.dim, SCALE, rule, device, whole=whole)
+        of = name, case.classes, case.dim, SCALE, rule, device
+        parallel = TensorParallel(*of, whole=case.rate == 1 and not angular)
         return parallel, parallel.step
     if name in BASELINES:
         if case.rate < 1 or dist.is_initialized():
@@ -340,8 +340,7 @@ def _in_turns(
     for name in turns.heads:
         rows = sampled_rows(turns.heads[name].head, identities_B)
         found[name]["sampled_rows"] = int(over_ranks(rows, "SUM", device))
-        if name in searches:
-            found[name] |= searches[name]
+        found[name] |= searches.get(name, {})
         if device.type == "cuda":
             found[name]["three_products_seconds"] = percentiles(products)["median"]
     del turns

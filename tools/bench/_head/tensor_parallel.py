@@ -24,32 +24,24 @@ PARALLEL = {"tensor_parallel": torch.float32, "tensor_parallel_bf16": torch.bflo
 """Name -> dtype of the products."""
 
 
-def tensor_parallel(
-    name: str,
-    classes: int,
-    dim: int,
-    scale: float,
-    rule: dict[str, Any],
-    device: torch.device,
-    *,
-    whole: bool,
-) -> "TensorParallel":
-    """Return the head of a name of :data:`PARALLEL`; collective.
-
-    Raises:
-        AbsentError: On one rank, or if not all centers are wanted without a margin (``whole``).
-    """
-    if not whole or not dist.is_initialized():
-        raise AbsentError("it takes all centers without a margin, on several ranks")
-    return TensorParallel(name, classes, dim, scale, rule, device)
-
-
 class TensorParallel(nn.Module):
-    """Fp32 centers of this rank, ``loss_parallel``, and torch.optim.SGD.
+    """Fp32 centers of this rank, ``loss_parallel``, and torch.optim.SGD; made by all ranks.
+
+    Args:
+        name: One of :data:`PARALLEL`.
+        classes: C.
+        dim: D.
+        scale: s, of the cosines.
+        rule: Arguments of the optimizer.
+        device: Of the centers.
+        whole: Whether all centers are wanted, without a margin.
 
     Attributes:
         centers: Rows of this rank [c, D]: those that ``torch.chunk`` gives it.
         sampled: None: all.
+
+    Raises:
+        AbsentError: If not ``whole``, or on one rank.
     """
 
     def __init__(
@@ -60,7 +52,11 @@ class TensorParallel(nn.Module):
         scale: float,
         rule: dict[str, Any],
         device: torch.device,
+        *,
+        whole: bool,
     ) -> None:
+        if not whole or not dist.is_initialized():
+            raise AbsentError("it takes all centers without a margin, on several ranks")
         super().__init__()
         self._mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         self._size, self._scale, self._dtype = (classes, dim), scale, PARALLEL[name]
