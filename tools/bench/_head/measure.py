@@ -154,8 +154,9 @@ def build(name: str, case: Case, device: torch.device) -> tuple[Any, Step]:
     settings: dict[str, Any] = {"sample_rate": case.rate, "device": device}
     angular = ANGULAR if case.margin == "arcface" else 0.0
     if name in PARALLEL:
-        of = name, case.classes, case.dim, SCALE, rule, device
-        parallel = TensorParallel(*of, whole=case.rate == 1 and not angular)
+        if case.rate < 1 or angular or not dist.is_initialized():
+            raise AbsentError("it takes all centers without a margin, on several ranks")
+        parallel = TensorParallel(name, case.classes, case.dim, SCALE, rule, device)
         return parallel, parallel.step
     if name in BASELINES:
         if case.rate < 1 or dist.is_initialized():
@@ -338,9 +339,8 @@ def _in_turns(
         passed = over_ranks(time.perf_counter() - start, "MAX", device) if start else 0.0
     found = turns.results()
     for name in turns.heads:
-        rows = sampled_rows(turns.heads[name].head, identities_B)
-        found[name]["sampled_rows"] = int(over_ranks(rows, "SUM", device))
-        found[name] |= searches.get(name, {})
+        rows = over_ranks(sampled_rows(turns.heads[name].head, identities_B), "SUM", device)
+        found[name] |= {"sampled_rows": int(rows), **searches.get(name, {})}
         if device.type == "cuda":
             found[name]["three_products_seconds"] = percentiles(products)["median"]
     del turns

@@ -18,8 +18,6 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import loss_parallel
 from torch.nn import functional as F
 
-from tools.bench._head.baselines import AbsentError
-
 PARALLEL = {"tensor_parallel": torch.float32, "tensor_parallel_bf16": torch.bfloat16}
 """Name -> dtype of the products."""
 
@@ -34,14 +32,10 @@ class TensorParallel(nn.Module):
         scale: s, of the cosines.
         rule: Arguments of the optimizer.
         device: Of the centers.
-        whole: Whether all centers are wanted, without a margin.
 
     Attributes:
         centers: Rows of this rank [c, D]: those that ``torch.chunk`` gives it.
         sampled: None: all.
-
-    Raises:
-        AbsentError: If not ``whole``, or on one rank.
     """
 
     def __init__(
@@ -52,11 +46,7 @@ class TensorParallel(nn.Module):
         scale: float,
         rule: dict[str, Any],
         device: torch.device,
-        *,
-        whole: bool,
     ) -> None:
-        if not whole or not dist.is_initialized():
-            raise AbsentError("it takes all centers without a margin, on several ranks")
         super().__init__()
         self._mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         self._size, self._scale, self._dtype = (classes, dim), scale, PARALLEL[name]
