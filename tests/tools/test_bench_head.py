@@ -58,6 +58,7 @@ def test_a_record_has_every_figure(world_size, rate, tmp_path):
     assert row["three_products_seconds"]["min"] < row["heads"]["ours"]["step_seconds"]["min"]
     for head in (row["heads"]["ours"], row["heads"]["textbook"]):
         positive(head["step_seconds"], TIMES)
+        positive(head["step_cpu_seconds"], TIMES)
         # At this size a step may fit into what the process held before.
         positive(head, HEAD - {"extra_peak_bytes", "extra_peak_bytes_all_ranks"})
         assert set(head) >= HEAD

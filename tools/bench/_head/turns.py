@@ -6,6 +6,7 @@ Shape suffixes: b = rows of this rank's batch, D = embedding.
 import errno
 import gc
 import math
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -43,6 +44,8 @@ class Turn:
     held: int
     """Bytes of the allocator that are this head's between its steps."""
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
+    """Of the process on its cores: what others do on the machine is not in it."""
     loss: float = 0.0
     extra: int = 0
     """Most bytes in a counted step beyond centers and states, where memory is exact."""
@@ -108,6 +111,8 @@ class Turns:
                 "state_bytes": int(over_ranks(states, "SUM", self.device)),
                 "last_loss": turn.loss,
             }
+            if self.device.type == "cpu":
+                found[name]["step_cpu_seconds"] = percentiles(turn.cpu_seconds)
             if self.memory.is_exact:
                 found[name] |= {
                     "extra_peak_bytes": int(over_ranks(turn.extra, "MAX", self.device)),
@@ -149,11 +154,14 @@ class Turns:
                 turn.head.sample_step(following_b, ahead=True)
             return turn.step(own_bD, identities_b)
 
+        started = time.process_time()
         seconds, loss = timed(self.device, step)
+        cpu_seconds = time.process_time() - started
         peak = memory.peak() if memory.is_exact else 0
         turn.loss, loss, own_bD.grad = float(loss), None, None
         if counted:
             turn.seconds.append(over_ranks(seconds, "MAX", self.device))
+            turn.cpu_seconds.append(over_ranks(cpu_seconds, "MAX", self.device))
         if not memory.is_exact:
             return
         if counted:
