@@ -11,6 +11,7 @@ SMALL = {
     "images_per_identity": 5,
     "verification_identities": 4,
     "pairs": 40,
+    "probes": 3,
     "seed": 3,
 }
 
@@ -60,7 +61,7 @@ def test_an_identity_is_the_same_face_in_another_shot():
 def test_packs_do_not_depend_on_the_workers_and_hold_other_identities(tmp_path):
     for workers in (1, 2):
         write_demo_packs(tmp_path / str(workers), workers=workers, **SMALL)
-    for name in ("train.rec", "train.idx", "verification.bin"):
+    for name in ("train.rec", "train.idx", "heldout.rec", "heldout.idx", "verification.bin"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
     pack = open_pack(tmp_path / "1" / "train.rec")
     assert (len(pack), pack.num_identities) == (30, 6)
@@ -68,6 +69,10 @@ def test_packs_do_not_depend_on_the_workers_and_hold_other_identities(tmp_path):
     pixels = decode(pack.jpeg_view(7))
     truth = render(np.array([1]), np.array([2]), seed=3)[0]
     assert np.abs(pixels.astype(int) - truth).mean() < 8
+    others = open_pack(tmp_path / "1" / "heldout.rec")
+    assert others.identities(np.arange(len(others))).tolist() == np.repeat(np.arange(4), 3).tolist()
+    truth = render(np.array([6 + 2]), np.array([1]), seed=3)[0]
+    assert np.abs(decode(others.jpeg_view(7)).astype(int) - truth).mean() < 8
     pairs = read_pairs(tmp_path / "1" / "verification.bin")
     assert len(pairs.images) == 80
     identities, _, same = draw_pairs(6, 4, 40, seed=3)

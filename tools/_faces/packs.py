@@ -51,8 +51,9 @@ def write_demo_packs(
     pairs: int,
     seed: int,
     workers: int,
+    probes: int = 0,
 ) -> None:
-    """Write ``train.rec`` and, of other identities, ``verification.bin``.
+    """Write ``train.rec`` and, of other identities, ``verification.bin`` and ``heldout.rec``.
 
     Nothing is done where the folder holds the same already. The bytes do not depend on
     ``workers``.
@@ -65,6 +66,7 @@ def write_demo_packs(
         pairs: Half of one identity, half of two; a multiple of 20.
         seed: Of everything.
         workers: Processes that render.
+        probes: Images of every verification identity in ``heldout.rec``; 0 for no such file.
 
     Raises:
         ValueError: If ``pairs`` or ``verification_identities`` is out of range.
@@ -79,6 +81,7 @@ def write_demo_packs(
         "images_per_identity": images_per_identity,
         "verification_identities": verification_identities,
         "pairs": pairs,
+        "probes": probes,
         "seed": seed,
         "faces": key(0, repr((FACE, SHOT))),  # other ranges are other faces
     }
@@ -87,16 +90,17 @@ def write_demo_packs(
         return
     folder.mkdir(parents=True, exist_ok=True)
     note.unlink(missing_ok=True)
-    trained = np.repeat(np.arange(identities), images_per_identity)
-    shots = np.tile(np.arange(images_per_identity), identities)
-    held_out, held_out_shots, same = draw_pairs(
-        identities, verification_identities, pairs, seed=seed
-    )
+    held_out, shots, same = draw_pairs(identities, verification_identities, pairs, seed=seed)
+    packs = {"train.rec": (0, identities, images_per_identity)}
+    if probes:
+        packs["heldout.rec"] = (identities, verification_identities, probes)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        jpegs = _jpegs(pool, trained, shots, seed, f"{identities} identities to train on")
-        samples = zip(trained.tolist(), jpegs, strict=True)
-        write_insightface_pack(folder / "train.rec", samples, identities)
-        jpegs = _jpegs(pool, held_out, held_out_shots, seed, f"{pairs} pairs of other identities")
+        for name, (first, count, images) in packs.items():
+            shown = np.repeat(np.arange(count), images)
+            each = np.tile(np.arange(images), count)
+            jpegs = _jpegs(pool, first + shown, each, seed, f"{count} identities for {name}")
+            write_insightface_pack(folder / name, zip(shown.tolist(), jpegs, strict=True), count)
+        jpegs = _jpegs(pool, held_out, shots, seed, f"{pairs} pairs of other identities")
         write_pairs(folder / "verification.bin", list(jpegs), same)
     note.write_text(json.dumps(settings) + "\n", encoding="utf-8")
 
