@@ -140,6 +140,7 @@ def compared(whole: Tensor, tried: list[Tensor]) -> dict[str, float]:
 def errors(
     whole: Whole,
     identity_B: Tensor,
+    near: NearestCenters,
     rates: list[float],
     samples: int,
     shards: int | None,
@@ -150,13 +151,13 @@ def errors(
     Args:
         whole: The batch.
         identity_B: Its identities.
+        near: Of :func:`searched`.
         rates: Sample rates below 1.
         samples: K.
         shards: Canonical shards; ``None`` for the default.
         to_weights: Takes the embeddings' gradient to that of the weights, fp64 [P].
     """
     true_BD = whole.gradient(Sample(None, identity_B))
-    near = searched(whole.unit_CD)
     for kind, rate in product(KINDS, rates):
         sampler = KeyedSampler(
             cut(len(whole.unit_CD), shards, None if kind == "uniform" else rate),
@@ -174,12 +175,12 @@ def errors(
         yield row
 
 
-def searched(unit_CD: Tensor) -> NearestCenters:
+def searched(center_CD: Tensor) -> NearestCenters:
     """Return the neighbours of these very centers."""
     near = NearestCenters(
-        Nearest(), cut(len(unit_CD)), Ranks(), dim=unit_CD.shape[1], device=unit_CD.device
+        Nearest(), cut(len(center_CD)), Ranks(), dim=center_CD.shape[1], device=center_CD.device
     )
-    centers = nn.Parameter(unit_CD.float(), requires_grad=False)
+    centers = nn.Parameter(center_CD.clone(), requires_grad=False)
     near.refresh(RowOptimizer(centers, RowSGD(), every_row=True))
     return near
 
@@ -222,10 +223,11 @@ def without_model(identities: int, rates: list[float], samples: int) -> Iterator
     side_BD = torch.randn(BATCH, DIM, generator=draw).double()
     side_BD -= (side_BD * own_BD).sum(1, keepdim=True) * own_BD
     side_BD = torch.nn.functional.normalize(side_BD)
+    near = searched(center_CD)
     for cosine in COSINES:
         row_BD = cosine * own_BD + math.sqrt(1 - cosine**2) * side_BD
         whole = Whole.of(row_BD, center_CD, identity_B, ArcFace())
-        rows = [*errors(whole, identity_B, rates, samples, None)]
+        rows = [*errors(whole, identity_B, near, rates, samples, None)]
         yield {"cosine": cosine, **_of_batch(whole, identity_B), "rows": rows}
 
 
@@ -288,7 +290,8 @@ def _state(
     square = float(to_weights(whole.gradient(Sample(None, identity_B))).square().sum())
     noise = sum(float((one - mean_P).square().sum()) for one in others) / (len(others) - 1) / square
     shards = config.head.canonical_shards
-    rows = [*errors(whole, identity_B, rates, samples, shards, to_weights)]
+    near = searched(head.centers.detach())
+    rows = [*errors(whole, identity_B, near, rates, samples, shards, to_weights)]
     for row in rows:
         row["of_the_noise"] = row["weights"]["variance"] / noise
     return {**_of_batch(whole, identity_B), "variance_of_batches": noise, "rows": rows}
