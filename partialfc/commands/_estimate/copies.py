@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from partialfc.commands._estimate.backbone import GIB
 from partialfc.commands._estimate.cluster import Cluster
 from partialfc.commands._estimate.head import head_parts, heads_of
-from partialfc.commands._estimate.step_time import moved_by, products_and_rows
+from partialfc.commands._estimate.step_time import moved_by, products_and_rows, sent_by
 from partialfc.config import Config
 
 
@@ -22,12 +22,16 @@ class Layout:
         copies: How often they are held.
         seconds: What the head takes of a step.
         bytes: Of centers and row states of a rank.
+        sent: Bytes that a rank sends in a step for the collectives of the head.
+        moving: What these take of ``seconds``.
     """
 
     ranks_per_copy: int
     copies: int
     seconds: float
     bytes: int
+    sent: int
+    moving: float
 
     @property
     def words(self) -> str:
@@ -56,22 +60,28 @@ def layouts(config: Config, identities: Mapping[str, int], cluster: Cluster) -> 
         head = config.head.model_copy(update=several if ranks < cluster.ranks else one_copy)
         one = config.model_copy(update={"head": head})
         (of_head,) = heads_of(one, identities, cluster.ranks, cluster.device)
-        times = [*products_and_rows(of_head, cluster), *moved_by(of_head, cluster)]
+        computed, moved = (
+            sum(time for _, time, _ in part(of_head, cluster))
+            for part in (products_and_rows, moved_by)
+        )
         centers, states, *_ = head_parts(
             of_head.config, of_head.shard, cluster.ranks, cluster.device
         )
-        seconds = sum(time for _, time, _ in times)
-        size = centers.bytes[0] + states.bytes[0]
-        found.append(Layout(ranks, of_head.copies, seconds, size))
+        size, sent = centers.bytes[0] + states.bytes[0], sent_by(of_head, cluster)
+        found.append(Layout(ranks, of_head.copies, computed + moved, size, sent, moved))
     return found
+
+
+def fastest(found: list[Layout]) -> Layout:
+    """Return the fastest of those that have several copies."""
+    return min(found[1:], key=lambda layout: layout.seconds)
 
 
 def compared(found: list[Layout]) -> str:
     """Return in a sentence which is the fastest; "" where there is nothing to compare."""
     if len(found) < 2:
         return ""
-    one, *several = found
-    best = min(several, key=lambda layout: layout.seconds)
+    one, best = found[0], fastest(found)
     said = f"One copy of the class centers {one.words}"
     said += f"; {best.copies:,} copies (head.ranks_per_copy) {best.words}"
     if best.seconds < one.seconds:

@@ -174,7 +174,7 @@ def _across_copies(head: OfHead, cluster: Cluster) -> tuple[str, float, str]:
     moves twice what is summed. Beside them identities, products with own centers and the loss."""
     copies, shard, parts = head.copies, head.shard, head.config.optimizer.accumulation
     rate, hop = cluster.ring_across(cluster.ranks // copies)
-    size, tiles = shard.sampled * head.config.backbone.embedding_dim * 4, 1
+    size, tiles = _summed(head), 1
     if shard.sampled:
         tiles = -(-shard.sampled // max(1, shard.tile))
     hops = (2 * tiles + 4 * parts + 2) * (copies - 1)
@@ -184,6 +184,18 @@ def _across_copies(head: OfHead, cluster: Cluster) -> tuple[str, float, str]:
         f"2 x {size / MIB:,.1f} MiB of {shard.sampled:,} rows at {rate / GIGA:.3g} GB/s, "
         f"{hops:,} hops",
     )
+
+
+def sent_by(head: OfHead, cluster: Cluster) -> int:
+    """Return the bytes that a rank sends in a step for the collectives of a head, all in rings."""
+    copies, ranks = head.copies, cluster.ranks // head.copies
+    sent = sum(_moved(head, cluster).values()) * (ranks - 1) // ranks
+    return sent + 2 * _summed(head) * (copies - 1) // copies
+
+
+def _summed(head: OfHead) -> int:
+    """Bytes of the gradients of a rank's rows, which copies of the centers sum."""
+    return head.shard.sampled * head.config.backbone.embedding_dim * 4
 
 
 def _moved(head: OfHead, cluster: Cluster) -> dict[str, int]:
