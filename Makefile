@@ -12,7 +12,7 @@ QUICK := tests/test_layering.py tests/test_keyed.py tests/config tests/definitio
 GPU_TESTS := tests/gpu tests/head/test_kernels.py tests/head/test_fused_kernels.py -k "cuda or gpu"
 SIMULATED := PYTHONPATH=$(CURDIR)/tests/simulated_gpu/site $(PYTEST) $(BESIDE) -m "not cluster"
 
-.PHONY: demo faces quick test test-all coverage test-scale test-gpu test-simulated-gpu test-cluster monitor omniglot taught lint clean
+.PHONY: demo faces quick test test-all coverage test-scale test-gpu test-simulated-gpu test-interpreted test-cluster monitor omniglot taught lint clean
 
 demo: .venv/installed
 	$(BIN)/python tools/demo.py
@@ -30,17 +30,20 @@ quick: lint
 test: lint
 	$(PYTEST) $(BESIDE) $(TESTS)
 
-# What needs a CUDA device, on one made of host memory, without Triton's kernels; TRITON_INTERPRET=1 has
-# them in their interpreter, which takes a minute a test.
+# What needs a CUDA device, on one made of host memory, without Triton's kernels.
 test-simulated-gpu: .venv/installed
 	$(SIMULATED) tests/gpu tests/simulated_gpu
+
+# The same with Triton's kernels in their interpreter, on few rows: four minutes of one core.
+test-interpreted: .venv/installed
+	TRITON_INTERPRET=1 $(SIMULATED) tests/gpu
 
 # The rest: what is slow, and as root on Debian what needs Slurm, Prometheus, a browser and network
 # namespaces.
 test-all: .venv/installed
 	bash tests/cluster/install.sh
 	$(PYTEST) $(BESIDE) -m "slow and not cluster"
-	$(MAKE) test-simulated-gpu
+	$(MAKE) test-simulated-gpu test-interpreted
 	$(PYTEST) tests/cluster -m cluster
 
 # What the tests that need no cluster run of the package, but for what they start as processes.

@@ -14,6 +14,7 @@ from torch import nn
 from partialfc.__main__ import main
 from partialfc.backbones import build_backbone
 from partialfc.commands import estimate
+from partialfc.commands._estimate import head as of_head
 from partialfc.commands._estimate.backbone import count
 from partialfc.config import ConfigError, load
 from partialfc.config.heads import each_head
@@ -115,6 +116,26 @@ def test_an_unknown_gpu_is_refused_by_name(capsys):
     message = capsys.readouterr().err
     assert "h300" in message
     assert all(name in message for name in (*estimate.GPUS, "cpu"))
+
+
+def test_fused_kernels_cut_a_tile_for_the_multiprocessors_of_their_card():
+    """An A100 has fewer than an H200, so fewer sums of splits; a V100 cannot run them."""
+    size = ["data.global_batch=1024", "head.margin.scale=64", "head.fused=true"]
+    config = load(str(ROOT / "configs" / "ms1mv3_r50.toml"), size)
+    shard = of_head.shard_of(config, 10_000, 1, "cuda")
+    card = {name: gpu.card for name, gpu in estimate.GPUS.items()}
+    h200, h100, a100 = (
+        next(part.bytes[0] for part in parts if part.name == "tile")
+        for parts in (
+            of_head.head_parts(config, shard, 1, "cuda", card[name])
+            for name in ("h200", "h100", "a100")
+        )
+    )
+    assert h100 == h200
+    splits = [multiprocessors // (1024 // 64) for multiprocessors in (132, 108)]
+    assert h200 - a100 == (splits[0] - splits[1]) * 1024 * (1 + 512) * 4
+    with pytest.raises(ConfigError, match="tensor cores for bf16"):
+        of_head.head_parts(config, shard, 1, "cuda", card["v100-32g"])
 
 
 def test_without_a_pack_the_error_names_both_ways_out(capsys):

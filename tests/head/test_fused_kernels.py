@@ -166,7 +166,7 @@ def test_the_estimate_counts_what_the_passes_ask_for(launch, scale, parts, monke
     head = config.head.model_copy(update={"compute": compute})  # the interpreter has no bf16
     config = config.model_copy(update={"head": head})
     shard = estimate.shard_of(config, 130, 1, "cuda")
-    of_head = estimate.head_parts(config, shard, 1, "cuda")
+    of_head = estimate.head_parts(config, shard, 1, "cuda", card)
     (tile,) = (part for part in of_head if part.name == "tile")
     kept, buffers = launch.run(_asked_for, launch.device, scale, parts)
     assert tile.bytes == (buffers,) * 4

@@ -62,11 +62,12 @@ def loss_of(
         return each.sum(1).mean()
     target = own.to(logits.dtype)
     target = (1 - margin.label_smoothing) * target + margin.label_smoothing / len(sampled)
-    if log_weight is None:
-        loss = -(target * logits.log_softmax(1)).sum(1)
-    else:
-        weighted = logits + log_weight.double()
-        loss = weighted.logsumexp(1) - (target * logits).sum(1)
+    weight = torch.zeros_like(target) if log_weight is None else log_weight.double()
+    weighted = logits + weight
+    # 1 + a sum of 1e-17 would be 1, and so would the gradient by the positive.
+    others = weighted.masked_fill(own, -torch.inf).logsumexp(1)
+    loss = F.softplus(others - (own * weighted).sum(1))
+    loss = loss + ((own.to(target) - target) * logits + own * weight).sum(1)
     if name == "MagFace":
         bounded = norm.clamp(margin.smallest_norm, margin.largest_norm)
         loss = loss + margin.norm_weight * (bounded / margin.largest_norm**2 + 1 / bounded)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from partialfc import ArcFace, RowSGD
 from partialfc.keyed import key, normal
+from tests.support.gpu import INTERPRETED
 from tests.support.heads import flat_head
 from tests.support.reference import relative_error
 
@@ -13,7 +14,7 @@ PLAIN = RowSGD(lr=1.0, momentum=0.0, weight_decay=0.0)
 """The change of the centers is minus their gradient."""
 
 
-IDENTITIES, DIM, BATCH = 300, 32, 24
+IDENTITIES, DIM, BATCH = 50 if INTERPRETED else 300, 32, 24
 
 
 def head_of(margin, **settings):
