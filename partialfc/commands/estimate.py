@@ -74,14 +74,12 @@ def memory_of(
     teacher: TeacherCost | None = None,
 ) -> dict[str, list[MemoryItem]]:
     """Return the parts of a rank's memory by group."""
+    ranks, device, card = cluster.ranks, cluster.device, cluster.gpu.card
     parts = {
-        **{
-            head.group: head_parts(head.config, head.shard, cluster.ranks, cluster.device)
-            for head in heads
-        },
+        **{one.group: head_parts(one.config, one.shard, ranks, device, card) for one in heads},
         "losses": loss_parts(config, losses),
-        "backbone": backbone_parts(config, counted, cluster.ranks, cluster.device),
-        "data": data_parts(config, cluster.ranks, cluster.device),
+        "backbone": backbone_parts(config, counted, ranks, device),
+        "data": data_parts(config, ranks, device),
     }
     copies = peers_cost(config, {one.name: one.identities for one in heads}, cluster.nodes)
     if copies is not None and cluster.device == "cpu":  # a rank's memory is the host's

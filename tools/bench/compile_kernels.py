@@ -55,7 +55,7 @@ Row = dict[str, Any]
 Variant = tuple[str, dict[str, str], Callable[[], object]]
 """Kernel, what sets the variant apart, and a call of its launch wrapper."""
 
-CAPABILITY = {80: "A100", 90: "H100 and H200", 100: "B200"}
+CAPABILITY = {80: "A100", 90: "H100 and H200", 100: "B200", 103: "B300"}
 KERNELS = ("unit_rows", "exponentials", "sgd_", "catch_up_", "pull_", "update_")
 DTYPES = {
     "fp32": torch.float32,

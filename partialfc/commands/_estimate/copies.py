@@ -65,7 +65,7 @@ def layouts(config: Config, identities: Mapping[str, int], cluster: Cluster) -> 
             for part in (products_and_rows, moved_by)
         )
         centers, states, *_ = head_parts(
-            of_head.config, of_head.shard, cluster.ranks, cluster.device
+            of_head.config, of_head.shard, cluster.ranks, cluster.device, cluster.gpu.card
         )
         size, sent = centers.bytes[0] + states.bytes[0], sent_by(of_head, cluster)
         found.append(Layout(ranks, of_head.copies, computed + moved, size, sent, moved))

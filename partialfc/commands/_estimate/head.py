@@ -29,13 +29,13 @@ from partialfc.config.heads import (
 )
 from partialfc.data.label_file import shape_of
 from partialfc.errors import in_words
-from partialfc.head.machine import card_of
 from partialfc.head.plan import Machine, Plan
 from partialfc.head.rows.formats import DTYPES
 from partialfc.head.rows.optimizer import RowOptimizer
 from partialfc.head.sampling import KeyedSampler
 from partialfc.head.sharding import GROWTH, Sharding, default_canonical_shards
 from partialfc.head.tiles import fused, passes
+from partialfc.head.tiles.cards import Card
 from partialfc.head.tiles.parts import Logits
 from partialfc.margins import Margin
 from partialfc.model.build import embedding_losses, margin_of, row_rule_of
@@ -232,9 +232,18 @@ def dim_of(config: Config, margin: Margin) -> int:
 
 
 def head_parts(
-    config: Config, shard: ShardSizes, world_size: int, device: Device
+    config: Config,
+    shard: ShardSizes,
+    world_size: int,
+    device: Device,
+    card: Card | None = None,
 ) -> list[MemoryItem]:
-    """Return the memory of the class centers and of the head's two passes over them."""
+    """Return the memory of the class centers and of the head's two passes over them.
+
+    Raises:
+        ConfigError: If the fused kernels are asked for and ``card``, whose tiles they would have,
+            is ``None``.
+    """
     settings, margin = config.head, margin_of(config)
     dim = dim_of(config, margin)
     centers = torch.empty(shard.rows, dim, dtype=DTYPES[settings.center_format], device="meta")
@@ -278,9 +287,14 @@ def head_parts(
     if shard.fused:
         # Pass 1: unit centers, and of each split of a tile the sums, the pull and, if need be, the
         # maxima. Pass 2: the gradient, and with micro-batches that of the earlier ones.
+        if card is None:
+            raise ConfigError(
+                "head.fused = true: the fused kernels cannot: they need tensor cores for bf16, "
+                "which this GPU lacks. Remove it."
+            )
         sums = 1 + dim + _needs_maximum(margin)
         buffers = shard.fused * dim * (operand + 4 * min(parts, 2))
-        buffers += fused.splits_of(batch, card_of(None)) * batch * sums * 4
+        buffers += fused.splits_of(batch, card) * batch * sums * 4
         logits = copies = again = 0
         said = f"{shard.fused:,} rows of the fused kernels: unit centers, gradient; sums of splits"
     beside = copies + again if overlaps else 0

@@ -123,7 +123,8 @@ def products_and_rows(head: OfHead, cluster: Cluster) -> list[tuple[str, float, 
     products = 4 - shard.kept / max(1, shard.exponentials)
     head_flops = products * 2 * batch * shard.sampled * dim
     head_rate = getattr(gpu, compute) * PRODUCTS * HEAD_SHARE
-    (_, states, *_) = head_parts(config, shard, cluster.ranks, cluster.device)
+    ranks, card = cluster.ranks, cluster.gpu.card
+    (_, states, *_) = head_parts(config, shard, ranks, cluster.device, card)
     center_bytes = DTYPES[config.head.center_format].itemsize * dim
     state_bytes = states.bytes[0] / max(1, shard.rows)
     moves = getattr(config.head.optimizer, "unsampled", "stay") == "move"

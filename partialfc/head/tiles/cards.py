@@ -82,10 +82,12 @@ CARDS = (
     Card("H100 PCIe", (9, 0), 114, 227 * _KIB, _HOPPER),
     Card("H100", (9, 0), 132, 227 * _KIB, _HOPPER),
     Card("B200", (10, 0), 148, 227 * _KIB, _BLACKWELL),
+    Card("B300", (10, 3), 148, 227 * _KIB, _BLACKWELL),
     Card("A100", (8, 0), 108, 163 * _KIB, _AMPERE),
 )
 """The first whose name is in that of the device."""
 OTHERS = (
+    Card("sm_103", (10, 3), 148, 227 * _KIB, _BLACKWELL),
     Card("sm_100", (10, 0), 148, 227 * _KIB, _BLACKWELL),
     Card("sm_90", (9, 0), 132, 227 * _KIB, _HOPPER),
     Card("sm_80", (8, 0), 108, 163 * _KIB, _AMPERE),

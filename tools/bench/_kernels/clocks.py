@@ -32,6 +32,7 @@ RATES = {
     80: Rates(1024, 0.6 * 5120 / 108),
     90: Rates(2048, 0.6 * 5120 / 132),
     100: Rates(4096, 0.6 * 5120 / 148),
+    103: Rates(4096, 0.6 * 5120 / 148),
 }
 _SHARED_BYTES, _EXPONENTIALS, _LANES = 128, 16, 128
 """Of shared memory, special functions and fp32 operations a clock, on all of them."""
@@ -48,7 +49,7 @@ def clocks(kernel: str, shape: Shape, width: int, capability: int, programs: int
         kernel: As in :data:`partialfc.head.tiles.cards.Kernel`.
         shape: Of its tiles.
         width: Columns of a block: D, rounded up to a power of two.
-        capability: 80, 90 or 100.
+        capability: 80, 90, 100 or 103.
         programs: That a multiprocessor holds at once.
     """
     rates, kept, streamed = RATES[capability], STATIONARY, shape.streamed
