@@ -5,7 +5,8 @@ The process group is torch's fake one, and opens of files are counted.
 
     python -m tests.support.many_ranks_files FOLDER save:STEP:RANKS load:STEP:RANKS[:EVERY] ...
 
-prints a line of JSON for each word: opens of each rank by kind of file. With EVERY it is some ranks.
+prints a line of JSON for each word: opens of each rank by kind of file. With EVERY it is some
+ranks.
 """
 
 import json
@@ -147,7 +148,8 @@ def main(folder, *words):
     sys.addaudithook(note)
     for word in words:
         what, *numbers = word.split(":")
-        print(json.dumps({"save": save, "load": load}[what](folder, *map(int, numbers))), flush=True)
+        found = {"save": save, "load": load}[what](folder, *map(int, numbers))
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":
