@@ -12,7 +12,8 @@ from torch import Tensor
 
 from partialfc.distributed.ranks import Ranks, max_over_ranks, sum_over_ranks
 from partialfc.head.centers import own_centers
-from partialfc.head.sampling import NOT_LOCAL, Sample
+from partialfc.head.row_set import RowSet
+from partialfc.head.sampling import NOT_LOCAL
 from partialfc.head.tiles.parts import Logits, Pull
 from partialfc.head.tiles.passes import unit_keys
 from partialfc.head.tiles.products import scaled_products
@@ -68,7 +69,8 @@ def inter_class_loss(
     own_BD: Tensor,
     target_B: Tensor,
     centers_CD: Tensor,
-    sample: Sample,
+    rows: RowSet,
+    first_B: Tensor,
     logits: Logits,
     workspace: Workspace,
     ranks: Ranks,
@@ -83,7 +85,8 @@ def inter_class_loss(
         own_BD: fp32 unit key of each row's own identity, 0 where another rank has it.
         target_B: Place of that key among the sampled, or ``NOT_LOCAL``.
         centers_CD: This rank's class centers.
-        sample: Sampled rows, and the place of the first row of each own identity.
+        rows: Sampled ones.
+        first_B: Place in the sample of the first row of each own identity, or ``NOT_LOCAL``.
         logits: Precision of the products, K, and which sets of identities a row leaves out.
         workspace: Buffers of the tiles.
         ranks: Those that share the centers.
@@ -93,10 +96,10 @@ def inter_class_loss(
     largest_B = torch.full_like(own_BD[:, 0], -torch.inf)
     place_B = torch.full_like(target_B, NOT_LOCAL)
     with precision(logits.compute, own_BD.device):
-        for start, key_TD in unit_keys(query_BD, centers_CD, sample.rows, logits, workspace):
+        for start, key_TD in unit_keys(query_BD, centers_CD, rows, logits, workspace):
             cosine_TB = scaled_products(key_TD, query_BD, 1.0)
             for number in range(logits.per_identity):
-                row_B = sample.target_B + number - start
+                row_B = first_B + number - start
                 row_B = torch.where(target_B == NOT_LOCAL, NOT_LOCAL, row_B)
                 leave_out_(cosine_TB, row_B.unsqueeze(0))
             if logits.mask is not None:
@@ -109,7 +112,7 @@ def inter_class_loss(
     exists_B = every_B > -torch.inf
     mine_B = exists_B & (largest_B == every_B)
     place_B = torch.where(mine_B, place_B, NOT_LOCAL)
-    nearest_BD, _ = own_centers(centers_CD, Sample(sample.rows, place_B), own_BD, 1)
+    nearest_BD, _ = own_centers(centers_CD, rows, place_B, own_BD, 1)
     # Ranks that tie share the derivative.
     counted_BD = torch.cat([unit(nearest_BD)[0], mine_B.float().unsqueeze(1)], dim=1)
     counted_BD = sum_over_ranks(counted_BD, ranks)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from partialfc.head.options import Memory
+from partialfc.head.row_set import RowSet
 from partialfc.head.rows.formats import FIRST_SCALE, FORMATS, decode, nearest
 from partialfc.head.rows.rules import States
 from partialfc.head.rows.staging import host_tensor, row_tensor
@@ -132,25 +133,35 @@ def expand(sample: Sample, per_identity: int) -> Sample:
 
 
 def own_centers(
-    centers_CD: Tensor, sample: Sample, query_BD: Tensor, per_identity: int
+    centers_CD: Tensor, rows: RowSet, target_P: Tensor, query_BD: Tensor, per_identity: int
 ) -> tuple[Tensor, Tensor]:
     """Return the center [P, D] of each own identity and its place in the sample [P].
 
     Of several centers it is the nearest to the query. fp32, of any length; zero and ``NOT_LOCAL``
-    where another rank has it. P = K * B targets are the first ones of all rows, then the second.
+    where another rank has it.
+
+    Args:
+        centers_CD: Class centers at hand.
+        rows: Sampled ones.
+        target_P: Place in the sample of the first row of each own identity, or ``NOT_LOCAL``; the
+            first identities of all K * B, then the second.
+        query_BD: Gathered queries.
+        per_identity: Centers of an identity.
     """
-    target_P = sample.target_B
-    if not len(centers_CD) or (sample.rows is not None and not len(sample.rows)):
+    if not rows.count(centers_CD):
         size = len(target_P), centers_CD.shape[1]
         return centers_CD.new_zeros(size, dtype=torch.float32), target_P
     local_P = target_P != NOT_LOCAL
     every_N = torch.arange(per_identity, device=query_BD.device)
     place_PN = target_P.clamp(min=0).unsqueeze(1) + every_N
-    row_PN = place_PN if sample.rows is None else sample.rows[place_PN]
-    own_ND = take_rows(centers_CD, row_PN.flatten(), 0, row_PN.numel()).float()
+    place_N = place_PN.flatten()
+    if rows.newest is not None:
+        own_ND = rows.newest(place_N)
+    else:
+        own_ND = take_rows(centers_CD, rows.some(place_N).place_n, 0, len(place_N)).float()
     if per_identity == 1:
         return torch.where(local_P.unsqueeze(1), own_ND, 0.0), target_P
-    own_PND = own_ND.view(*row_PN.shape, -1)
+    own_PND = own_ND.view(*place_PN.shape, -1)
     query_BD1 = query_BD.float().unsqueeze(2)
     nearest = [
         (unit_BND @ query_BD1).squeeze(2).argmax(1)

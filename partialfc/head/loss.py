@@ -21,7 +21,7 @@ from partialfc.head.batch import Batch
 from partialfc.head.center_losses import CenterTerm, center_loss, inter_class_loss
 from partialfc.head.centers import own_centers
 from partialfc.head.push import Push, Sums, push_of, sums_of
-from partialfc.head.sampling import NOT_LOCAL, Sample
+from partialfc.head.sampling import NOT_LOCAL
 from partialfc.head.tiles import fused, passes
 from partialfc.head.tiles.parts import FirstPass, Kept, Logits
 from partialfc.margins import Positive, Rows, State
@@ -142,8 +142,9 @@ class _Own:
 def _own(batch: Batch) -> _Own:
     """Multiply each query and its own keys, in fp32."""
     margin, query_BD, norm_B, most = batch.margin, batch.query_BD, batch.norm_B, batch.labels.most
-    sample = Sample(batch.rows.place_n, batch.target_P)
-    key_PD, target_P = own_centers(batch.centers_CD, sample, query_BD, margin.centers_per_identity)
+    key_PD, target_P = own_centers(
+        batch.centers_CD, batch.rows, batch.target_P, query_BD, margin.centers_per_identity
+    )
     length_P = None
     if margin.unit_centers:
         key_PD, _ = unit(key_PD)
@@ -182,7 +183,7 @@ def _first_pass(batch: Batch, own: _Own, logits: Logits) -> FirstPass:
     return first_pass(
         batch.query_BD,
         batch.centers_CD,
-        batch.rows.place_n,
+        batch.rows,
         own.target_P,
         logits,
         want_pull=batch.want_pull,
@@ -207,7 +208,8 @@ def _center_terms(batch: Batch, own: _Own, logits: Logits) -> Terms:
             own.key_PD,
             own.target_P,
             batch.centers_CD,
-            Sample(batch.rows.place_n, batch.target_P),
+            batch.rows,
+            batch.target_P,
             logits,
             batch.workspace,
             batch.ranks,

@@ -340,7 +340,6 @@ class PartialFC(Shard):
             queries.query_bD, identities, weights, norms_b, shares, fraction
         )
         sample = self.sample(gathered.identities_P, gathered.every_P)
-        optimizer.catch_up(sample.rows, sample.host_n)
         centers_CD, rows = optimizer.open(sample.rows, sample.host_n)
         return Batch(
             queries=queries,

@@ -1,12 +1,18 @@
 """Which rows of the centers are in use, and where they lie.
 
-Shape suffixes: C = rows of a shard, n = rows of the set, M = some of them, T = rows of a tile.
+Shape suffixes: C = rows of a shard, D = embedding, n = rows of the set, M = some of them, T = rows
+of a tile.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+Newest = Callable[[Tensor], Tensor]
+"""Returns the class centers at int64 places [T] of a set as they are at the present step, fp32
+[T, D] in a buffer that the next call changes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +26,14 @@ class RowSet:
         row_n: int64 [n] rows of the shard, distinct; ``None`` for all in order.
         place_n: int64 [n] their places in the tensors; ``None``: the tensors hold them in order.
         first_row: Number in the whole head of the shard's first row: rounding is keyed by numbers.
+        newest: Reads class centers that are stored as they were at steps before; ``None``: they are
+            stored as they are.
     """
 
     row_n: Tensor | None
     place_n: Tensor | None
     first_row: int = 0
+    newest: Newest | None = None
 
     @classmethod
     def of(cls, row_n: Tensor | None, *, first_row: int = 0, compact: bool = False) -> "RowSet":
@@ -41,7 +50,7 @@ class RowSet:
         return len(tensor if self.place_n is None else self.place_n)
 
     def some(self, which_M: Tensor) -> "RowSet":
-        """Return the rows at some places of the set, int64, in the same tensors."""
+        """Return the rows at some places of the set, int64, as the same tensors store them."""
         return RowSet(
             which_M if self.row_n is None else self.row_n[which_M],
             which_M if self.place_n is None else self.place_n[which_M],

@@ -17,7 +17,7 @@ from partialfc.config import Config
 from partialfc.config.conflicts import head_compute
 from partialfc.distributed.ranks import Ranks
 from partialfc.head.center_losses import CenterTerm, center_loss, inter_class_loss
-from partialfc.head.sampling import Sample
+from partialfc.head.row_set import RowSet
 from partialfc.head.tiles.parts import Logits
 from partialfc.head.tiles.workspace import Workspace
 from partialfc.losses.over_ranks import sums_of
@@ -107,10 +107,9 @@ def _of_centers(head: OfHead, device: Device) -> list[LossCost]:
         )
 
         def inter_class(_: Tensor, own_BD: Tensor, centers_TD: Tensor) -> CenterTerm:
-            sample = Sample(None, _targets(batch))
-            return inter_class_loss(
-                own_BD, sample.target_B, centers_TD, sample, logits, Workspace(), Ranks()
-            )
+            targets = _targets(batch)
+            everything = RowSet.of(None), targets, logits, Workspace(), Ranks()
+            return inter_class_loss(own_BD, targets, centers_TD, *everything)
 
         tile = (max(1, shard.tile), row), operand_dtype(compute)
         peak, flops, made = _count(inter_class, [*vectors, tile])

@@ -6,8 +6,9 @@ With a zero gradient, a step of SGD takes (w, v) of every element to A·(w, v) w
 
 so the steps that a row has missed are one product of 2×2 matrices, the same for all rows that were
 last brought up to date at the same step. :class:`Moves` holds these products; a row holds the step
-it is at. A row that a step samples is brought up to it before pass 1, so every forward sees the
-rows that dense SGD has, to rounding.
+it is at. Every forward sees the rows that dense SGD has, to rounding. On a CPU both passes multiply
+what they read of a row that a step samples, and its update writes it; a GPU, which has a kernel for
+it, writes what a row has missed before pass 1, and the update writes it once more.
 
 Shape suffixes: t = steps so far, C = rows of the tensors at hand, n = rows to bring up to date, D =
 embedding, T = rows of a tile, 22 = two rows and columns of a matrix.
@@ -23,12 +24,8 @@ from torch import Tensor
 
 from partialfc.head.plan import Path
 from partialfc.head.rows.stored import AT_STEP, MOMENTUM, RoundingKeys, Stored
-from partialfc.head.rows.tile import Tile
+from partialfc.head.rows.tile import Tile, pieces
 from partialfc.head.tiles.workspace import Workspace
-
-_TILE_BYTES = 1 << 20
-"""Size of a tile of fp32 rows; with their states and what is computed it stays in a CPU's last
-cache."""
 
 _BLOCK = 1024
 """Steps whose products every step multiplies. A constant: products are rounded by it."""
@@ -167,13 +164,9 @@ def catch_up_(
         if len(behind) < len(at_n):
             at_n = at_n[behind]
             stored = replace(stored, rows=stored.rows.some(behind))
-    at_n = at_n.long()
-    size = max(1, _TILE_BYTES // (4 * stored.centers.shape[1]))
-    for start in range(0, len(at_n), size):
-        stop = min(start + size, len(at_n))
+    for start, stop in pieces(0, len(at_n), stored.centers):
         tile = Tile(stored, start, stop, workspace)
-        product_T22 = moves.since(at_n[start:stop]).float()
-        _move_(product_T22, tile.row_TD, tile.states.get(MOMENTUM), workspace)
+        move_(moves, tile, workspace)
         newest_T1 = (at_n[start:stop] == moves.steps).unsqueeze(1)
         tile.write(step_key, skip=newest_T1 if on_gpu else None)
     mark_newest_(moves, stored)
@@ -187,17 +180,32 @@ def mark_newest_(moves: Moves, stored: Stored) -> None:
         stored.states[AT_STEP].index_fill_(0, stored.rows.place_n, moves.steps)
 
 
-def _move_(
-    product_T22: Tensor, row_TD: Tensor, velocity_TD: Tensor | None, workspace: Workspace
-) -> None:
-    """Multiply fp32 rows and velocities, or rows without any, in buffers that pass 2 has too."""
+def newest(moves: Moves, stored: Stored, workspace: Workspace, place_T: Tensor) -> Tensor:
+    """Return the rows at some places as they are at the newest step; nothing is written.
+
+    They are fp32 [T, D], in a buffer that the next tile has too.
+    """
+    rows = stored.rows.some(place_T)
+    tile = Tile(replace(stored, rows=rows), 0, len(place_T), workspace)
+    product_T22 = moves.since(tile.at_T).float()
+    row_TD, velocity_TD = tile.row_TD, tile.states.get(MOMENTUM)
+    if velocity_TD is None:
+        return row_TD.mul_(product_T22[:, 0, :1])
+    to_row_TD = velocity_TD.mul_(product_T22[:, 0, 1:])
+    return torch.addcmul(to_row_TD, row_TD, product_T22[:, 0, :1], out=row_TD)
+
+
+def move_(moves: Moves, tile: Tile, workspace: Workspace) -> None:
+    """Bring fp32 rows and velocities up to the newest step; the gradient's buffer stays."""
+    row_TD, velocity_TD = tile.row_TD, tile.states.get(MOMENTUM)
+    product_T22 = moves.since(tile.at_T).float()
     by_row_T2, by_velocity_T2 = product_T22[:, :, :1], product_T22[:, :, 1:]
     if velocity_TD is None:
         row_TD.mul_(by_row_T2[:, 0])
         return
     size = (*row_TD.shape,)
     to_velocity_TD, to_row_TD = (
-        workspace(name, size, torch.float32, row_TD.device) for name in ("key", "gradient")
+        workspace(name, size, torch.float32, row_TD.device) for name in ("key", "to row")
     )
     torch.mul(row_TD, by_row_T2[:, 1], out=to_velocity_TD)
     torch.mul(velocity_TD, by_velocity_T2[:, 0], out=to_row_TD)

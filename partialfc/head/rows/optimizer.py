@@ -9,7 +9,8 @@ loss on centers pulls.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -163,14 +164,17 @@ class RowOptimizer(torch.optim.Optimizer):
     def open(self, row_n: Tensor | None, host_n: Tensor | None = None) -> tuple[Tensor, RowSet]:
         """Return the centers to read in this step, and where the sampled rows lie in them.
 
-        They are all centers of the rank, or a compact copy of the sampled ones on the device.
+        They are all centers of the rank, or a compact copy of the sampled ones on the device. What
+        these have missed where unsampled rows move is written first, or read with them.
         ``host_n`` is ``row_n`` on the host, which staging waits for otherwise.
         """
         self._side.unmark()
-        rows = self._row_set(row_n)
-        if row_n is None or not rows.compact:
-            return self.centers.detach(), rows
-        return self._stage().open(self.steps, row_n, host_n)[CENTERS], rows
+        if not self._reads_newest:
+            self.catch_up(row_n, host_n)
+            if not self._memory.uses_host:  # before the first step there are no states
+                return self.centers.detach(), RowSet.of(row_n, first_row=self._first_row)
+        stored = self._working(row_n, host_n)
+        return stored.centers, stored.rows
 
     def prefetch(self, rows: Callable[[], Tensor | None]) -> None:
         """Begin to bring the rows of the step after the present one; a no-op without staging.
@@ -200,8 +204,7 @@ class RowOptimizer(torch.optim.Optimizer):
     def catch_up(self, rows: Tensor | None, host_n: Tensor | None = None) -> None:
         """Bring rows up to the present step where unsampled rows move; a no-op otherwise.
 
-        The head does it before pass 1 for the rows of its sample. After ``catch_up`` of all rows,
-        the centers are those of dense SGD.
+        After ``catch_up`` of all rows, the centers are those of dense SGD.
 
         Args:
             rows: int64 [n] rows; ``None`` for all.
@@ -320,7 +323,8 @@ class RowOptimizer(torch.optim.Optimizer):
         if not on_gpu and bad:
             return
         step_key = key(self._seed, "rounding", self.steps)
-        step = RowStep(self.rule, group, step_key, bad if on_gpu else None, self._across)
+        moves = self._moves if self._reads_newest else None
+        step = RowStep(self.rule, group, step_key, bad if on_gpu else None, self._across, moves)
         update_(stored, self._unscaled(kept), step, self._plan, self.workspace)
         if self._moves is not None:
             self._moves.extend(group, step.skip)
@@ -353,15 +357,25 @@ class RowOptimizer(torch.optim.Optimizer):
 
     def _working(self, row_n: Tensor | None, host_n: Tensor | None = None) -> Stored:
         """Centers and states to update: all of the rank, or compact ones of the rows."""
-        rows = self._row_set(row_n)
-        if row_n is None or not rows.compact:
-            return Stored(self.centers.detach(), self.states(), rows)
-        tensors = dict(self._stage().open(self.steps, row_n, host_n))
-        return Stored(tensors.pop(CENTERS), tensors, rows)
-
-    def _row_set(self, row_n: Tensor | None) -> RowSet:
         compact = row_n is not None and self._memory.uses_host
-        return RowSet.of(row_n, first_row=self._first_row, compact=compact)
+        rows = RowSet.of(row_n, first_row=self._first_row, compact=compact)
+        if row_n is not None and compact:
+            tensors = dict(self._stage().open(self.steps, row_n, host_n))
+            stored = Stored(tensors.pop(CENTERS), tensors, rows)
+        else:
+            stored = Stored(self.centers.detach(), self.states(), rows)
+        if self._moves is None or not self._reads_newest:
+            return stored
+        newest = partial(unsampled.newest, self._moves, stored, self.workspace)
+        return replace(stored, rows=replace(rows, newest=newest))
+
+    @property
+    def _reads_newest(self) -> bool:
+        """Whether the passes bring rows up to the present step on their way, which costs a CPU less
+        than to write them twice; a GPU has a kernel, and knows too late that a step changes
+        nothing."""
+        missed = self._moves is not None and self._moves.steps > 0
+        return missed and self._device.type == "cpu" and self._plan.path == "torch"
 
     def _unscaled(self, kept: list[Kept]) -> list[Kept]:
         """Return the micro-batches of the loss as it was before GradScaler multiplied it."""

@@ -14,9 +14,10 @@ from torch import Tensor
 from partialfc.distributed.ranks import Ranks, sum_over_ranks
 from partialfc.head.plan import Plan
 from partialfc.head.rows import fused
+from partialfc.head.rows.catch_up import Moves, move_
 from partialfc.head.rows.rules import RowRule
 from partialfc.head.rows.stored import RoundingKeys, SgdStep, Stored
-from partialfc.head.rows.tile import Tile
+from partialfc.head.rows.tile import Tile, pieces
 from partialfc.head.tiles.parts import Kept
 from partialfc.head.tiles.passes import positives, second_pass
 from partialfc.head.tiles.torch_steps import project_
@@ -33,6 +34,7 @@ class RowStep:
         step_key: Of the stochastic rounding.
         skip: Scalar bool on a GPU: if true, nothing is written. ``None``: false.
         across: The ranks that hold the same rows, whose gradients are added up.
+        moves: What rows have missed, if nobody has brought them up to the step: not for kernels.
     """
 
     rule: RowRule
@@ -40,6 +42,7 @@ class RowStep:
     step_key: int
     skip: Tensor | None
     across: Ranks
+    moves: Moves | None
 
     @property
     def sgd(self) -> SgdStep:
@@ -79,13 +82,17 @@ def update_(
             sgd_(stored, start, stop, gradient_TD, own, first_N, sgd)
         return
     for start, stop, gradient_TD, factor_T1 in tiles:
-        tile = Tile(stored, start, stop, workspace)
         own.add_(gradient_TD, start, factor_T1)
         gradient_TD = sum_over_ranks(gradient_TD, step.across)
-        if kept[0].logits.unit:
-            # Pass 2 is done with the keys of this tile.
-            size, device = (*gradient_TD.shape,), gradient_TD.device
-            scratch_TD = workspace("key", size, torch.float32, device)
-            project_(gradient_TD, tile.row_TD, scratch_TD, factor_T1)
-        step.rule.update_(step.settings, tile.row_TD, gradient_TD, tile.states)
-        tile.write(step.step_key, skip=step.skip)
+        for low, high in pieces(start, stop, stored.centers):
+            tile, part = Tile(stored, low, high, workspace), slice(low - start, high - start)
+            if step.moves is not None:
+                move_(step.moves, tile, workspace)
+            if kept[0].logits.unit:
+                # Pass 2 is done with the keys of this tile.
+                size, device = (*tile.row_TD.shape,), gradient_TD.device
+                scratch_TD = workspace("key", size, torch.float32, device)
+                factor = None if factor_T1 is None else factor_T1[part]
+                project_(gradient_TD[part], tile.row_TD, scratch_TD, factor)
+            step.rule.update_(step.settings, tile.row_TD, gradient_TD[part], tile.states)
+            tile.write(step.step_key, skip=step.skip)

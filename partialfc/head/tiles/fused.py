@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from partialfc.head.machine import card_of
+from partialfc.head.row_set import RowSet
 from partialfc.head.tiles.cards import Card
 from partialfc.head.tiles.limits import STATIONARY
 from partialfc.head.tiles.parts import FirstPass, KeptTile, Logits
@@ -32,7 +33,7 @@ _LARGEST_INDEX = 2**31
 def first_pass(
     query_BD: Tensor,
     centers_CD: Tensor,
-    rows: Tensor | None,
+    rows: RowSet,
     target_P: Tensor,
     logits: Logits,
     *,
@@ -57,9 +58,9 @@ def first_pass(
     key_sum_D = torch.zeros(dim, device=device) if want_key_sum else None
     maximum_B = torch.full_like(sum_B, _NO_LOGIT) if logits.needs_maximum else None
     kept: list[KeptTile] = []
-    total = len(centers_CD) if rows is None else len(rows)
+    total = rows.count(centers_CD)
     for start, stop in tiles(batch, total):
-        key_TD = keys(centers_CD, rows, start, stop, query_BD.dtype, workspace)
+        key_TD = keys(centers_CD, rows.place_n, start, stop, query_BD.dtype, workspace)
         if key_sum_D is not None:
             key_sum_D.add_(key_TD.sum(0, dtype=torch.float32))
         exp_TB = None

@@ -55,7 +55,7 @@ _TILE_ROWS = 128
 def first_pass(
     query_BD: Tensor,
     centers_CD: Tensor,
-    rows: Tensor | None,
+    rows: RowSet,
     target_P: Tensor,
     logits: Logits,
     *,
@@ -69,8 +69,7 @@ def first_pass(
     Args:
         query_BD: Gathered queries in the operand dtype of ``logits.compute``.
         centers_CD: This rank's class centers, any float dtype and length.
-        rows: int64 [n] sampled rows of ``centers_CD``, or ``None`` for all; the rows of an
-            identity follow one another.
+        rows: Sampled ones of ``centers_CD``; the rows of an identity follow one another.
         target_P: Place of each positive, whose identity is left out of the sums, or ``NOT_LOCAL``.
         logits: What the products become.
         want_pull: Whether the gradient of the embeddings will be asked for.
@@ -86,7 +85,7 @@ def first_pass(
     sigmoid_B = None if logits.offset is None else torch.zeros_like(sum_B)
     exponentials: list[KeptTile] = []
     with precision(logits.compute, query_BD.device):
-        for start, stop in tiles(query_BD, centers_CD, rows, logits.per_identity):
+        for start, stop in tiles(query_BD, centers_CD, rows.place_n, logits.per_identity):
             dtype = query_BD.dtype
             key_TD, factor_T1 = _keys(centers_CD, rows, start, stop, dtype, logits, workspace)
             if key_sum_D is not None:
@@ -115,8 +114,8 @@ def first_pass(
                 add_product_(pull_BD, exp_TB.T, key_TD)
             if keep_bytes >= 0:
                 exponentials.append(KeptTile(exp_TB, maximum_B, factor_T1))
-    total = len(centers_CD) if rows is None else len(rows)
-    return FirstPass(sum_B, sigmoid_B, maximum_B, pull_BD, key_sum_D, total, exponentials)
+    count = rows.count(centers_CD)
+    return FirstPass(sum_B, sigmoid_B, maximum_B, pull_BD, key_sum_D, count, exponentials)
 
 
 def second_pass(
@@ -134,11 +133,11 @@ def second_pass(
         kept: The micro-batches; their gradients are added.
         workspace: Buffers of the tiles.
     """
-    place_n, device, dim = rows.place_n, centers_CD.device, centers_CD.shape[1]
+    device, dim = centers_CD.device, centers_CD.shape[1]
     parts = [_Weighted.of(one, rows.row_n, like=kept[0].query_BD) for one in kept]
     per_identity = kept[0].logits.per_identity
     for number, (start, stop) in enumerate(
-        tiles(kept[0].query_BD, centers_CD, place_n, per_identity)
+        tiles(kept[0].query_BD, centers_CD, rows.place_n, per_identity)
     ):
         gradient_TD = workspace("gradient", (stop - start, dim), torch.float32, device)
         key_TD: Tensor | None = None
@@ -157,7 +156,7 @@ def second_pass(
                     if key_TD is None:
                         dtype = query_BD.dtype
                         key_TD, factor_T1 = _keys(
-                            centers_CD, place_n, start, stop, dtype, logits, workspace
+                            centers_CD, rows, start, stop, dtype, logits, workspace
                         )
                     column_KB = by_row(one.target_P, len(query_BD)) - start
                     products = key_TD, factor_T1, query_BD, start
@@ -208,7 +207,7 @@ def positives(row_n: Tensor | None, kept: Sequence[Kept]) -> Positives:
 def unit_keys(
     query_BD: Tensor,
     centers_CD: Tensor,
-    rows: Tensor | None,
+    rows: RowSet,
     logits: Logits,
     workspace: Workspace,
 ) -> Iterator[tuple[int, Tensor]]:
@@ -216,7 +215,7 @@ def unit_keys(
 
     The keys are in the dtype of the queries, valid until the next tile is asked for.
     """
-    for start, stop in tiles(query_BD, centers_CD, rows, logits.per_identity):
+    for start, stop in tiles(query_BD, centers_CD, rows.place_n, logits.per_identity):
         yield (
             start,
             _unit_keys(centers_CD, rows, start, stop, query_BD.dtype, logits.path, workspace),
@@ -261,7 +260,7 @@ class _Weighted:
 
 def _keys(
     centers_CD: Tensor,
-    rows: Tensor | None,
+    rows: RowSet,
     start: int,
     stop: int,
     dtype: torch.dtype,
@@ -275,16 +274,21 @@ def _keys(
     as_stored = centers_CD.dtype == dtype
     if logits.unit and (logits.path != "torch" or not as_stored or dtype == torch.bfloat16):
         return _unit_keys(centers_CD, rows, start, stop, dtype, logits.path, workspace), None
-    buffer_TD = None
-    if rows is not None and as_stored:
-        buffer_TD = workspace("key", (stop - start, centers_CD.shape[1]), dtype, centers_CD.device)
-    key_TD = torch_steps.take_rows(centers_CD, rows, start, stop, out=buffer_TD).to(dtype)
+    if rows.newest is not None:
+        key_TD = rows.newest(torch.arange(start, stop)).to(dtype)
+    else:
+        buffer_TD = None
+        if rows.place_n is not None and as_stored:
+            size = stop - start, centers_CD.shape[1]
+            buffer_TD = workspace("key", size, dtype, centers_CD.device)
+        key_TD = torch_steps.take_rows(centers_CD, rows.place_n, start, stop, out=buffer_TD)
+        key_TD = key_TD.to(dtype)
     return key_TD, reciprocal_norms(key_TD) if logits.unit else None
 
 
 def _unit_keys(
     centers_CD: Tensor,
-    rows: Tensor | None,
+    rows: RowSet,
     start: int,
     stop: int,
     dtype: torch.dtype,
@@ -292,8 +296,11 @@ def _unit_keys(
     workspace: Workspace,
 ) -> Tensor:
     key_TD = workspace("key", (stop - start, centers_CD.shape[1]), dtype, centers_CD.device)
-    steps_of(path).unit_rows(centers_CD, rows, start, stop, key_TD)
-    return key_TD
+    if rows.newest is None:
+        steps_of(path).unit_rows(centers_CD, rows.place_n, start, stop, key_TD)
+        return key_TD
+    row_TD = rows.newest(torch.arange(start, stop))
+    return torch.mul(row_TD, reciprocal_norms(row_TD), out=key_TD)
 
 
 def _logits(
