@@ -163,7 +163,7 @@ def load(
 
     Args:
         path: Of the checkpoint.
-        model: Filled.
+        model: Filled; one without heads with the backbone alone.
         facts: What the checkpoint must say.
         runtime: This rank.
         begins: Whether a stage begins with it, whose head may keep more than that of the stage
@@ -251,7 +251,8 @@ def _problem_of(path: Path, runtime: Runtime, *, content: bool) -> str:
 def _same_run(
     path: Path, manifest: Mapping[str, Any], heads: Heads, facts: Mapping[str, Any]
 ) -> None:
-    expected = {"heads": None, STAGE: None, **sizes_of(heads), **facts}
+    sizes = {"heads": None, **sizes_of(heads)} if heads else {}
+    expected = {STAGE: None, **sizes, **facts}
     saved = {**manifest, **manifest["facts"]}
     differ = [
         f"{name} = {json.dumps(saved.get(name))}, this run has {json.dumps(value)}"

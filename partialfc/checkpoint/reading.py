@@ -3,9 +3,9 @@
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from partialfc.checkpoint.folder import note_of
 from partialfc.checkpoint.parts import (
@@ -20,11 +20,34 @@ from partialfc.config.heads import section_of_head
 from partialfc.errors import CheckpointError
 from partialfc.head import PartialFC
 from partialfc.head.nearest import LISTS
+from partialfc.head.rows.optimizer import RowOptimizer
 from partialfc.head.rows.stored import AT_STEP
 from partialfc.model.batch_norm import statistics
 from partialfc.model.build import Model
 from partialfc.model.fsdp import Shards
 from partialfc.runtime.process import Runtime
+
+
+class HasRows(Protocol):
+    """What rows are read into: a :class:`~partialfc.head.PartialFC`, or a part of one."""
+
+    @property
+    def owned_rows(self) -> range:
+        """Which of those of all identities."""
+
+    @property
+    def centers(self) -> nn.Parameter:
+        """[rows, D]."""
+
+    @property
+    def optimizer(self) -> RowOptimizer:
+        """It has their states."""
+
+    def lists(self) -> dict[str, Tensor]:
+        """What else a checkpoint has for each row."""
+
+    def loaded(self) -> None:
+        """Called before they are filled."""
 
 
 @contextmanager
@@ -109,7 +132,7 @@ def read_statistics(
 def read_centers(
     path: Path,
     manifest: Mapping[str, Any],
-    head: PartialFC,
+    head: HasRows,
     name: str = "",
     *,
     with_states: bool = True,

@@ -6,9 +6,11 @@ the same pass, without a second copy in memory. They are read by
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,12 +34,32 @@ DTYPES = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class MadeRows:
+    """Rows that are made while they are written, so that they are never in memory together.
+
+    Attributes:
+        shape: Of all of them.
+        pieces: fp32 [n, D], one after the other; what is given is not changed afterwards.
+    """
+
+    shape: tuple[int, int]
+    pieces: Iterable[Tensor]
+    dtype: ClassVar[torch.dtype] = torch.float32
+    itemsize: ClassVar[int] = 4
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of them."""
+        return 4 * self.shape[0] * self.shape[1]
+
+
 def size_of(tensors: Mapping[str, Tensor]) -> int:
     """Bytes of the tensors themselves."""
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], disk: Disk) -> Note:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor | MadeRows], disk: Disk) -> Note:
     """Write a safetensors file and sync it. The tensors are contiguous, on any device, and stay as
     they are meanwhile: threads compute checksums beside this one, which writes."""
     with ThreadPoolExecutor(THREADS, thread_name_prefix="sums") as pool, path.open("xb") as file:
@@ -50,7 +72,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], disk: Disk) -> Note
     return note
 
 
-def layout_of(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, tuple[int, int]]]:
+def layout_of(tensors: Mapping[str, Tensor | MadeRows]) -> tuple[bytes, dict[str, tuple[int, int]]]:
     """Return the beginning of a file, and where behind it each tensor starts and stops, in order.
 
     There is no hole between them. Wide elements come first, so that all are aligned.
@@ -70,15 +92,20 @@ def layout_of(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, tuple[int
     return len(text).to_bytes(8, "little") + text, places
 
 
-def _whole(tensors: Mapping[str, Tensor]) -> Iterator[Bytes]:
+def _whole(tensors: Mapping[str, Tensor | MadeRows]) -> Iterator[Bytes]:
     """The file: its beginning and the tensors."""
     beginning, places = layout_of(tensors)
     yield beginning
     for name in places:
-        tensor = tensors[name]
-        assert tensor.is_contiguous()
-        if not tensor.numel():
-            continue
-        data = tensor.reshape(-1).view(torch.uint8)
-        for start in range(0, len(data), _WRITTEN_AT_ONCE):
-            yield data[start : start + _WRITTEN_AT_ONCE].cpu().numpy().data
+        whole = tensors[name]
+        written = 0
+        for tensor in whole.pieces if isinstance(whole, MadeRows) else (whole,):
+            assert tensor.is_contiguous()
+            assert tensor.dtype == whole.dtype
+            written += tensor.nbytes
+            if not tensor.numel():
+                continue
+            data = tensor.reshape(-1).view(torch.uint8)
+            for start in range(0, len(data), _WRITTEN_AT_ONCE):
+                yield data[start : start + _WRITTEN_AT_ONCE].cpu().numpy().data
+        assert written == whole.nbytes

@@ -19,11 +19,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from partialfc.checkpoint.pieces import PIECE, THREADS, Note, compare_pieces, opened_as_noted
+from partialfc.checkpoint.pieces import THREADS, Note, compare_pieces, opened_as_noted
 from partialfc.checkpoint.tensor_file import DTYPES
 from partialfc.errors import CheckpointError, DamagedError
 
 _LONGEST_HEADER = 100 << 20
+_READ_AT_ONCE = 8 << 20
+"""Where no checksums are compared: who wants some rows reads little around them."""
 _KINDS = {name: dtype for dtype, name in DTYPES.items()}
 
 
@@ -127,7 +129,7 @@ class TensorReader:
 
         Where checksums are compared the first is always one, since it says where tensors lie.
         """
-        size = self._note.piece if self._compare else PIECE
+        size = self._note.piece if self._compare else _READ_AT_ONCE
         numbers = {0} if self._compare else set()
         for one in wanted:
             if one.start < one.stop:

@@ -22,7 +22,7 @@ from partialfc.checkpoint import loading as checkpoint
 from partialfc.checkpoint.disk import Disk
 from partialfc.checkpoint.folder import commit, read_manifest, write_text
 from partialfc.checkpoint.recognition import difference
-from partialfc.checkpoint.tensor_file import write_tensors
+from partialfc.checkpoint.tensor_file import MadeRows, write_tensors
 from partialfc.checkpoint.trained_backbone import is_start, open_backbone
 from partialfc.config import Config, ConfigError
 from partialfc.data.dataset import DataSet
@@ -127,7 +127,7 @@ def _named(path: Path, manifest: Mapping[str, Any]) -> Names:
 def write_start(
     path: Path,
     backbone: Mapping[str, Tensor],
-    centers_RD: Tensor,
+    centers_RD: Tensor | MadeRows,
     about: Mapping[str, Any],
     names: Names | None = None,
 ) -> None:
@@ -136,7 +136,8 @@ def write_start(
     Args:
         path: A folder that does not exist.
         backbone: Its tensors by name.
-        centers_RD: Rows of all identities of the new run, fp32; R may be several for each.
+        centers_RD: Rows of all identities of the new run, fp32, or what makes them; R may be
+            several for each. What goes wrong there leaves nothing behind.
         about: ``num_identities`` and ``centers_per_identity``.
         names: Of the identities of the new run, if they are known.
     """
@@ -145,14 +146,20 @@ def write_start(
     if os.path.lexists(temporary):
         disk.remove(temporary)
     disk.make_folder(temporary)
-    whole = {
+    if isinstance(centers_RD, Tensor):
+        centers_RD = centers_RD.contiguous()
+    whole: dict[str, dict[str, Tensor | MadeRows]] = {
         "backbone": {name: value.detach().cpu().contiguous() for name, value in backbone.items()},
-        "centers_0000000000": {"centers": centers_RD.contiguous()},
+        "centers_0000000000": {"centers": centers_RD},
     }
-    notes = {
-        f"{name}.safetensors": write_tensors(temporary / f"{name}.safetensors", tensors, disk)
-        for name, tensors in whole.items()
-    }
+    try:
+        notes = {
+            f"{name}.safetensors": write_tensors(temporary / f"{name}.safetensors", tensors, disk)
+            for name, tensors in whole.items()
+        }
+    except BaseException:
+        disk.remove(temporary)
+        raise
     digest = None
     if names is not None and any(name is not None for name in names):
         text = json.dumps(names, indent=0)

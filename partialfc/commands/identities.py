@@ -14,13 +14,12 @@ and the identity; with --mean-of they are the mean embedding of their images in 
 numbers. Momentum begins anew.
 """
 
-# Shape suffixes: N = images, C = old identities, A = added ones, K = centers of an identity,
-# D = embedding.
+# Shape suffixes: N = images, C = identities of a pack, A = added ones, D = embedding.
 
 import csv
-import os
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,15 +29,17 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
+from partialfc.checkpoint.folder import free_bytes
+from partialfc.checkpoint.stored_rows import StoredRows
+from partialfc.checkpoint.tensor_file import MadeRows
 from partialfc.checkpoint.warm_start import write_start
 from partialfc.commands._command import add_plugin_option, command_parser
+from partialfc.commands._identities.rows import OldRows, new_rows
 from partialfc.config import ConfigError
 from partialfc.data.dataset import DataSet
 from partialfc.data.names import Names, names_of, read_names
 from partialfc.data.packs.pack import Pack, open_pack
 from partialfc.errors import DataError
-from partialfc.head import PartialFC
-from partialfc.head.centers import fill_initial_, stored_centers
 from partialfc.training.open_run import OpenRun, open_run
 from partialfc.words import size
 
@@ -67,8 +68,9 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if options.out.exists():
         raise ConfigError(f"{options.out}: it exists already; name another folder.")
-    with open_run(options.run) as run:
-        old = run.model.head.sharding.num_identities
+    with open_run(options.run, heads=False) as run:
+        stored = StoredRows(run.place, run.config)
+        old = stored.num_identities
         names, new_names = _names(run.dataset, old, options.names)
         if options.map:
             olds, news = read_map(options.map, old)
@@ -83,25 +85,27 @@ def main(arguments: list[str]) -> int:
                 f"--identities {count}: the largest new number is {news.max()}, so at least "
                 f"{news.max() + 1}."
             )
-        refuse_more_than_fit(count, run.model.head)
+        refuse_more_than_fit(options.out, count, stored)
         pack = open_pack(options.mean_of) if options.mean_of else None
         if pack is not None and pack.num_identities != count:
             raise ConfigError(
                 f"{options.mean_of}: it has {pack.num_identities:,} identities, and the new "
                 f"run {count:,}. Give its number with --identities, or another map."
             )
-        rows, added = new_rows(run, olds, news, count, pack)
-        head = run.model.head
+        mean = None if pack is None else partial(mean_embeddings, run, pack)
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        old_rows = OldRows(stored, options.out.parent)
         write_start(
             options.out,
             run.model.backbone.state_dict(),
-            rows,
-            {
-                "num_identities": count,
-                "centers_per_identity": head.centers_per_identity,
-            },
+            MadeRows(
+                (count * stored.per_identity, stored.width),
+                new_rows(old_rows, stored, olds, news, count, mean),
+            ),
+            {"num_identities": count, "centers_per_identity": stored.per_identity},
             new_names or moved_names(names, olds, news, count),
         )
+    added = count - len(np.unique(news))
     merged = len(news) - len(np.unique(news))
     print(
         f"{options.out}: {count:,} identities, {added:,} of them added; of {old:,} trained ones "
@@ -161,18 +165,17 @@ def moved_names(
     return moved
 
 
-def refuse_more_than_fit(count: int, head: PartialFC) -> None:
-    """Refuse identities whose rows this machine cannot hold while they are made.
+def refuse_more_than_fit(out: Path, count: int, stored: StoredRows) -> None:
+    """Refuse identities whose rows, and those of the old ones beside them, the disk cannot hold.
 
     Raises:
         ConfigError: The message says what they take.
     """
-    needed = 3 * 4 * count * head.centers_per_identity * head.embedding_dim  # fp32, and two sums
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > there:
+    needed = 4 * (count + stored.num_identities) * stored.per_identity * stored.width
+    if needed > (free := free_bytes(out.absolute().parent)):
         raise ConfigError(
-            f"{count:,} identities of the new run take {size(needed)} while they are made, and "
-            f"this machine has {size(there)}. Is a new number too large?"
+            f"{out}: {count:,} identities of the new run take {size(needed)} with the old ones "
+            f"beside them, and {size(free)} are free there. Is a new number too large?"
         )
 
 
@@ -205,39 +208,8 @@ def read_map(path: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
     return np.array(list(pairs)), np.array(list(pairs.values()))
 
 
-def new_rows(
-    run: OpenRun, olds: np.ndarray, news: np.ndarray, count: int, pack: Pack | None
-) -> tuple[Tensor, int]:
-    """Return the rows of all new identities, and how many of them are added.
-
-    A merged row has the mean direction and the mean length of those that it is made of.
-    """
-    head = run.model.head
-    per_identity = head.centers_per_identity
-    stored = stored_centers(head.centers, head.optimizer.states())
-    old_CKD = stored.view(-1, per_identity, stored.shape[1])[torch.from_numpy(olds)]
-    at = torch.from_numpy(news)
-    shape = (count, *old_CKD.shape[1:])
-    direction = torch.zeros(shape).index_add_(0, at, F.normalize(old_CKD, dim=2))
-    length = torch.zeros(*shape[:2], 1).index_add_(0, at, old_CKD.norm(dim=2, keepdim=True))
-    times = torch.bincount(at, minlength=count)
-    once = times == 1
-    rows = F.normalize(direction, dim=2) * length / times.clamp(min=1).view(-1, 1, 1)
-    rows[at[once[at]]] = old_CKD[once[at]]  # those that only move are not rounded
-    added = torch.nonzero(times == 0).flatten()
-    if len(added):
-        fresh = torch.empty(count * per_identity, shape[2])
-        fill_initial_(fresh, range(len(fresh)), seed=head.seed, device=fresh.device)
-        rows[added] = fresh.view(shape)[added]
-        if pack is not None:
-            mean_AD = mean_embeddings(run, pack, added)
-            typical = old_CKD.norm(dim=2).mean()
-            rows[added, :, : mean_AD.shape[1]] = (F.normalize(mean_AD) * typical).unsqueeze(1)
-    return rows.flatten(0, 1), len(added)
-
-
 def mean_embeddings(run: OpenRun, pack: Pack, identities: Tensor) -> Tensor:
-    """Return the mean unit embedding [A, D] of the images of some identities of a pack.
+    """Return the mean unit embedding [A, D] of the images of some identities [A] of a pack.
 
     Raises:
         DataError: If one of them has no image there.

@@ -14,7 +14,8 @@ from partialfc.config import Config, ConfigError, load
 from partialfc.config.tree import STAGE
 from partialfc.data.dataset import DataSet
 from partialfc.evaluation.sets import Evaluation
-from partialfc.model.build import Model, build
+from partialfc.model.build import Model, assemble, build, new_backbone
+from partialfc.model.heads import Heads
 from partialfc.runtime.process import running
 from partialfc.training.images import numberings, open_images
 from partialfc.training.must_match import agreed_shards, must_match
@@ -27,19 +28,25 @@ class OpenRun:
     Attributes:
         config: Its settings; with stages those of the stage that wrote the checkpoint.
         dataset: Its training images.
-        model: Of its newest valid checkpoint.
+        place: Of its newest valid checkpoint.
+        model: As that has it.
         evaluation: Of its held-out sets.
     """
 
     config: Config
     dataset: DataSet
+    place: Path
     model: Model
     evaluation: Evaluation
 
 
 @contextmanager
-def open_run(folder: Path) -> Iterator[OpenRun]:
+def open_run(folder: Path, *, heads: bool = True) -> Iterator[OpenRun]:
     """Open the run in a folder; nothing in it is changed, so it may still be running. Collective.
+
+    Args:
+        folder: Of the run.
+        heads: Without them the model has none, and no class center is in memory.
 
     Raises:
         ConfigError: If the folder holds no run, its pack cannot be opened, or there is no
@@ -57,8 +64,11 @@ def open_run(folder: Path) -> Iterator[OpenRun]:
             raise ConfigError(f"{folder}: {error}") from error
         if newest is None:
             raise ConfigError(f"{folder}: it has no checkpoint.")
-        shards = agreed_shards(config, runtime)
-        model = build(config, runtime, numberings(config, dataset), kept_shards=shards)
+        if heads:
+            shards = agreed_shards(config, runtime)
+            model = build(config, runtime, numberings(config, dataset), kept_shards=shards)
+        else:
+            model = assemble(config, runtime, new_backbone(config), Heads({}))
         facts = must_match(config, dataset) | {STAGE: noted.get(STAGE)}
         checkpoint.load(newest, model, facts, runtime, verified=True)
         if model.average is not None:
@@ -67,4 +77,4 @@ def open_run(folder: Path) -> Iterator[OpenRun]:
         merge(model.backbone)
         for head in model.heads.values():
             head.optimizer.catch_up(None)  # rows that move unsampled
-        yield OpenRun(config, dataset, model, Evaluation(config, runtime))
+        yield OpenRun(config, dataset, newest, model, Evaluation(config, runtime))

@@ -34,7 +34,7 @@ OLD_FACTS = {"seed": 2048, "pack": "abc"}
 def small(monkeypatch):
     """Pieces of 512 bytes, in what is written from now on."""
     monkeypatch.setattr(pieces, "PIECE", 512)
-    monkeypatch.setattr(tensor_reader, "PIECE", 512)
+    monkeypatch.setattr(tensor_reader, "_READ_AT_ONCE", 512)
 
 
 def flip(file, at):

@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from partialfc.__main__ import main
 from partialfc.checkpoint import loading as checkpoint
+from partialfc.checkpoint import stored_rows
 from partialfc.commands import identities
 from partialfc.head.centers import fill_initial_
 from tests.support.runs import UNVERIFIED, run
@@ -88,6 +91,71 @@ def test_identities_are_removed_merged_renumbered_and_added(trained, tmp_path):
     fresh = torch.empty(count, before.shape[1])
     fill_initial_(fresh, range(count), seed=2048, device=fresh.device)
     assert torch.equal(after[len(before) - 2 :], fresh[len(before) - 2 :])
+
+
+class Lengths(TorchDispatchMode):
+    """The most rows of a width that any tensor has which is made meanwhile."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.width, self.most = width, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for one in tree_leaves(made):
+            if isinstance(one, torch.Tensor) and one.shape[-1:] == (self.width,):
+                self.most = max(self.most, one.numel() // self.width)
+        return made
+
+
+@pytest.mark.parametrize("identities_of_a_piece", [3, 7])
+def test_pieces_of_any_size_give_the_same_bytes(
+    packs, trained, tmp_path, monkeypatch, identities_of_a_piece
+):
+    """All rows were in memory five times. Here old ones come from anywhere, some are merged, and
+    the last pieces have none."""
+    count = len(centers_of(trained))
+    order = np.random.default_rng(3).permutation(count)
+    lines = [f"{old},{order[old] if old % 5 else order[old - old % 10]}\n" for old in range(count)]
+    (tmp_path / "map.csv").write_text("".join(lines[:-4]))
+    words = [str(trained), "--map", str(tmp_path / "map.csv"), "--identities"]
+    ways = {
+        "mean": [*words, str(count), "--mean-of", str(packs / "train.rec")],
+        "fresh": [*words, str(count + 20)],
+    }
+    for name, way in ways.items():
+        assert identities.main([*way, str(tmp_path / name)]) == 0
+    width = centers_of(trained).shape[1]
+    monkeypatch.setattr(stored_rows, "_PIECE_BYTES", 4 * width * identities_of_a_piece)
+    for name, way in ways.items():
+        whole, pieces = tmp_path / name, tmp_path / f"{name} in pieces"
+        assert identities.main([*way, str(pieces)]) == 0
+        files = sorted(path.name for path in whole.iterdir())
+        assert files == sorted(path.name for path in pieces.iterdir())
+        for file in files:
+            assert (whole / file).read_bytes() == (pieces / file).read_bytes(), file
+
+    with identities.open_run(trained, heads=False) as opened, Lengths(width) as lengths:
+        stored = stored_rows.StoredRows(opened.place, opened.config)
+        old, every = identities.OldRows(stored, tmp_path), np.arange(count)
+        rows = identities.new_rows(old, stored, every, every, count, None)
+        assert sum(len(piece) for piece in rows) == count
+    assert 0 < lengths.most <= max(8, identities_of_a_piece)
+    assert torch.equal(old[every].flatten(0, 1), centers_of(trained))
+
+
+def test_what_fails_while_rows_are_made_leaves_nothing(packs, trained, tmp_path, capsys):
+    """An added identity has no image, which is known when others are written."""
+    count = len(centers_of(trained))
+    lines = [f"{old},{old}\n" for old in range(count - 1)]
+    (tmp_path / "map.csv").write_text("".join(lines))
+    words = [str(trained), str(tmp_path / "x"), "--map", str(tmp_path / "map.csv")]
+    words += ["--mean-of", str(packs / "train.rec"), "--identities", str(count)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(identities, "mean_embeddings", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            identities.main(words)
+    assert [path.name for path in tmp_path.iterdir()] == ["map.csv"]
 
 
 def test_added_identities_begin_with_the_mean_of_their_images(packs, trained, tmp_path):
