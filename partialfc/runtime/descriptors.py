@@ -18,6 +18,8 @@ _OF_NCCL = 512
 """Of its proxies, rings and trees; an allowance, as it depends on the network."""
 _LINKED = 2
 """Threads that ask other ranks beside the training: for flags, and for checkpoints."""
+_OF_PEERS = 4
+"""Streams of copies for peers while a run trains, and what listens for them at first."""
 OF_STORE = 2
 """Connections of a rank to the store: the process group's and the watchdog's."""
 _NO_LIMIT = 1 << 30
@@ -33,7 +35,7 @@ class Groups:
 
     Attributes:
         nccl: Whether they are of NCCL; gloo's have a connection with each other member.
-        peers: Whether copies for peers have one of gloo, of all ranks.
+        peers: Whether copies for peers are made, by links and streams of their own.
         ranks_per_copy: Ranks that hold the class centers together, of each head that has several
             copies: those of a copy are a group, and so are those that hold the same rows.
     """
@@ -50,10 +52,9 @@ class Groups:
 
     def of_gloo(self, size: int) -> int:
         """Connections of gloo's groups with other ranks, of which there are ``size`` in all."""
-        others = (size - 1) * (self.peers + (not self.nccl))
         if self.nccl:
-            return others
-        return others + sum(ranks - 1 + size // ranks - 1 for ranks in self.ranks_per_copy)
+            return 0
+        return size - 1 + sum(ranks - 1 + size // ranks - 1 for ranks in self.ranks_per_copy)
 
 
 def raise_limit(place: Place) -> int:
@@ -89,7 +90,8 @@ def needed(rank: int, size: int, groups: Groups) -> dict[str, int]:
     serves = rank == 0 and "TORCHELASTIC_RUN_ID" not in os.environ
     return {
         **connections,
-        "links with a few ranks": _LINKED * (2 * rounds(size) + 1),
+        "links with a few ranks": (_LINKED + groups.peers) * (2 * rounds(size) + 1),
+        **({"copies for peers": _OF_PEERS} if groups.peers else {}),
         "the store": OF_STORE * (size + 1 if serves else 1),
         **({"NCCL": _OF_NCCL} if groups.nccl else {}),
         "files": _OTHERS,

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,6 +16,7 @@ from partialfc.config import Config, ConfigError
 from partialfc.distributed.agreement import from_leader
 from partialfc.distributed.links import Links
 from partialfc.distributed.ranks import Ranks
+from partialfc.distributed.streams import Streams
 from partialfc.errors import Preempted
 from partialfc.keyed import key
 from partialfc.runtime.beats import longest_patience
@@ -62,6 +63,17 @@ class Runtime:
         """
         longest = max(_LEAST_FOR_LINKS, self.patience) if seconds is None else seconds
         return Links(self.ranks, own_address(), longest)
+
+    def streams(self, to: Collection[int], from_: Collection[int]) -> Streams:
+        """Connect this rank with some that it sends bytes to, and with some that send it bytes.
+
+        Collective: see :class:`Streams`.
+
+        Args:
+            to: Each names this rank in its ``from_``.
+            from_: Each names this rank in its ``to``.
+        """
+        return Streams(self.ranks, to, from_, own_address(), max(_LEAST_FOR_LINKS, self.patience))
 
     @property
     def leads(self) -> bool:

@@ -17,9 +17,12 @@ from partialfc.checkpoint.folder import MANIFEST
 from partialfc.checkpoint.peers.memory import Memory, Slot
 from partialfc.checkpoint.peers.run import LINE, Peers
 from partialfc.config import ConfigError
+from partialfc.distributed.links import rounds
 from partialfc.errors import CheckpointError
 from partialfc.model.batch_norm import statistics
 from partialfc.model.step import train_step
+from partialfc.runtime.descriptors import Groups, needed
+from tests.runtime.test_descriptors import sockets
 from tests.support.models import batch, flat_model, normed_model, runtime, settings, share
 from tests.support.ranks import run_on_ranks
 from tests.training.test_train_over_ranks import HEADS, global_state, joined
@@ -107,6 +110,31 @@ def assert_same(expected, found):
     for _, shared, steps in after:
         assert steps == before[0][2]
         assert all(map(np.array_equal, shared, before[0][1]))
+
+
+def sockets_on_rank(rank, world_size, folder):
+    """Those that copies have, while they are made and at the end."""
+    config, model = model_of(COPIED[0], folder, rank)
+    before = sockets()
+    peers = Peers(config, runtime())
+    peers.begin(model, 0, from_copies=False)
+    opened = sockets() - before
+    peers.copy(1, model, FACTS, "", None)
+    peers._copier.wait()
+    copied = sockets() - before
+    peers.end()
+    return opened, copied, sockets() - before
+
+
+def test_copies_connect_a_rank_with_a_few_others(tmp_path):
+    """They had a gloo group: a connection with each of 4,096 ranks, and as many addresses."""
+    few = 2 * rounds(3) + 2
+    assert run_on_ranks(3, sockets_on_rank, tmp_path) == [(few, few, 0)] * 3
+    groups = {"nccl": True, "ranks_per_copy": frozenset()}
+    with_copies, without = (
+        sum(needed(1, 4096, Groups(peers=peers, **groups)).values()) for peers in (True, False)
+    )
+    assert with_copies - without == 2 * rounds(4096) + 1 + 4
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch.distributed as dist
 
-from partialfc.distributed import links as of_links
+from partialfc.distributed import connections
 from partialfc.distributed.links import Links, any_rank, rounds
 from partialfc.distributed.ranks import Ranks
 from tests.support.ranks import run_on_ranks
@@ -19,9 +19,9 @@ class Together:
 
     def __init__(self, size, monkeypatch):
         self.size, self.rows, self.barrier = size, {}, threading.Barrier(size, timeout=60)
-        monkeypatch.setattr(of_links, "_of_all", self.gather)
+        monkeypatch.setattr(connections, "_of_all", self.gather)
         monkeypatch.setattr(
-            of_links, "words_of_any", lambda own, ranks: max(self.gather(own, ranks))
+            connections, "words_of_any", lambda own, ranks: max(self.gather(own, ranks))
         )
 
     def gather(self, own, ranks):
@@ -102,7 +102,7 @@ def test_who_is_no_rank_is_not_listened_to(monkeypatch):
                     stranger.sendall(words)
         return every
 
-    monkeypatch.setattr(of_links, "_of_all", stranger_first)
+    monkeypatch.setattr(connections, "_of_all", stranger_first)
 
     def learn(ranks):
         with Links(ranks, "127.0.0.1", 30.0) as links:

@@ -39,9 +39,10 @@ class Echo:
         messages["bytes"] += len(data)
         self.heard += data
 
-    def recv(self, count):
-        said, self.heard = bytes(self.heard[:count]), self.heard[count:]
-        return said
+    def recv_into(self, view):
+        said, self.heard = self.heard[: len(view)], self.heard[len(view) :]
+        view[: len(said)] = said
+        return len(said)
 
     def shutdown(self, how):
         """Nothing: no connection."""

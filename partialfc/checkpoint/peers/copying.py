@@ -18,8 +18,6 @@ from torch import Tensor
 from partialfc.checkpoint.content import Content, Files, about, content_of
 from partialfc.checkpoint.peers.memory import ABOUT, COMMON, Memory, Slot, name_of, note_of
 from partialfc.checkpoint.peers.streams import (
-    Pieces,
-    exchange,
     received_as,
     received_text,
     sent,
@@ -27,8 +25,8 @@ from partialfc.checkpoint.peers.streams import (
 )
 from partialfc.checkpoint.pieces import THREADS, Note, PieceSums
 from partialfc.checkpoint.saving import yield_to_training
-from partialfc.distributed.agreement import words_of_any
-from partialfc.distributed.ranks import Ranks
+from partialfc.distributed.links import Links
+from partialfc.distributed.streams import Pieces
 from partialfc.model.build import Model
 from partialfc.runtime.process import Runtime
 
@@ -71,18 +69,24 @@ class Copied:
 class Copier:
     """Makes the copies of one start.
 
+    Collective: streams are made.
+
     Args:
         memory: Of this host.
         start: Token of the start.
         runtime: This rank.
-        ranks: The same ranks with a process group of their own, of gloo.
+        links: For a thread of the copier, from :meth:`copy` to :meth:`wait`.
         ring: Who keeps what.
     """
 
     def __init__(
-        self, memory: Memory, start: str, runtime: Runtime, ranks: Ranks, ring: Ring
+        self, memory: Memory, start: str, runtime: Runtime, links: Links, ring: Ring
     ) -> None:
-        self._runtime, self._ranks, self._ring, self._start = runtime, ranks, ring, start
+        self._runtime, self._links, self._ring, self._start = runtime, links, ring, start
+        ranks, to, from_ = runtime.ranks, ring.keeper, ring.kept
+        self._streams = runtime.streams(
+            [] if to is None else [to], [] if from_ is None else [from_]
+        )
         self._on_gpu = runtime.device.type == "cuda"
         origins = {"own": ranks.rank}
         if ring.kept is not None:
@@ -125,7 +129,7 @@ class Copier:
         self.wait()
         began = time.monotonic()
         content = content_of(model, self._runtime.ranks)
-        manifest = about(step, model, self._ranks, facts, settings)
+        manifest = about(step, model, self._runtime.ranks, facts, settings)
         manifest[ABOUT] = {"start": self._start, "base": base}
         problem = ""
         try:
@@ -152,8 +156,9 @@ class Copier:
         self.last = done
 
     def close(self) -> None:
-        """Let go of the thread."""
+        """Let go of the thread and its connections."""
         self._pool.shutdown(wait=False)
+        self._streams.close()
 
     def _fill(self, content: Content) -> None:
         slots = self._slots[self._next]
@@ -171,7 +176,7 @@ class Copier:
     ) -> Copied | str:
         """Send, take and commit; return what any rank says went wrong."""
         yield_to_training()
-        slots, ring, ranks = self._slots[self._next], self._ring, self._ranks
+        slots, ring = self._slots[self._next], self._ring
         sizes: dict[str, int] = {}
         own = slots["own"].mapped
         told = json.dumps({name: len(whole) for name, whole in own.items()})
@@ -181,7 +186,7 @@ class Copier:
                 slots["kept"].begin({}, sizes)
             except (OSError, RuntimeError) as error:
                 problem = str(error)
-        if problem := words_of_any(problem, ranks):
+        if problem := self._links.words_of_any(problem):
             return problem
         kept = slots["kept"].mapped if "kept" in slots else {}
         with ThreadPoolExecutor(THREADS, thread_name_prefix="sums") as pool:
@@ -199,14 +204,14 @@ class Copier:
         told = json.dumps({name: note.as_json() for name, note in notes.items()})
         self._exchange(sent_text(told), received_text(take))
         try:
-            self._commit("own", ranks.rank, manifest, notes)
+            self._commit("own", self._runtime.ranks.rank, manifest, notes)
             if ring.kept is not None:
                 self._commit("kept", ring.kept, manifest, theirs)
             if "common" in slots:
                 self._commit("common", COMMON, manifest, _notes(slots["common"]))
         except OSError as error:
             problem = str(error)
-        if problem := words_of_any(problem, ranks):
+        if problem := self._links.words_of_any(problem):
             return problem
         self._next = 1 - self._next
         return Copied(manifest["step"], paused, time.monotonic() - began, bytes_sent)
@@ -221,7 +226,7 @@ class Copier:
             for piece in out:  # its checksum is made on the way
                 del piece
             return 0
-        return exchange({keeper: out}, {kept: back}, self._ranks)
+        return self._streams.exchange({keeper: out}, {kept: back})
 
 
 def _named(files: Files) -> dict[str, dict[str, Tensor]]:

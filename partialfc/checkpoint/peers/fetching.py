@@ -14,20 +14,15 @@ from partialfc.checkpoint.folder import read_manifest
 from partialfc.checkpoint.parts import ENDING, centers_of, statistics_of
 from partialfc.checkpoint.peers.memory import COMMON, Memory, Slot, note_of, whole_file
 from partialfc.checkpoint.peers.recovery import Found, Offer, gathered
-from partialfc.checkpoint.peers.streams import (
-    Pieces,
-    exchange,
-    filled_rows,
-    received_as,
-    sent,
-    sent_rows,
-)
+from partialfc.checkpoint.peers.streams import filled_rows, received_as, sent, sent_rows
 from partialfc.checkpoint.pieces import Note
 from partialfc.distributed.agreement import words_of_any
-from partialfc.distributed.ranks import Ranks, moved
+from partialfc.distributed.ranks import moved
+from partialfc.distributed.streams import Pieces
 from partialfc.errors import CheckpointError
 from partialfc.head import PartialFC
 from partialfc.model.heads import Heads
+from partialfc.runtime.process import Runtime
 
 _STATISTICS = -1
 """In the place of a head's number: the file of a rank's BatchNorm statistics."""
@@ -60,16 +55,17 @@ class Fetching:
         memory: Of this host.
         hosts: Of each rank.
         heads: Of the model that is filled.
-        ranks: Of a group of gloo.
+        runtime: This rank.
 
     Raises:
         CheckpointError: On every rank, if the rows of any part are not as the settings want.
     """
 
     def __init__(
-        self, found: Found, memory: Memory, hosts: Sequence[int], heads: Heads, ranks: Ranks
+        self, found: Found, memory: Memory, hosts: Sequence[int], heads: Heads, runtime: Runtime
     ) -> None:
-        self._found, self._hosts, self._ranks = found, hosts, ranks
+        self._found, self._hosts, self._runtime = found, hosts, runtime
+        self._ranks = ranks = runtime.ranks
         self._names, self._heads = [*heads], [*heads.values()]
         self._paths = [part.path for part in memory.parts(found.start)]
         self._offers: dict[int, list[Offer]] = {}
@@ -91,7 +87,7 @@ class Fetching:
         """Make a folder as of a checkpoint, with what this rank reads of it; return the bytes that
         came from other hosts.
 
-        Collective: an exchange. Files of this host are linked, so they take no memory.
+        Collective: streams are made. Files of this host are linked, so they take no memory.
 
         Raises:
             CheckpointError: On every rank, if one has no room.
@@ -126,7 +122,8 @@ class Fetching:
             if (wanted := [*self._wanted_of_me(rank)])
         }
         chained = {rank: chain.from_iterable(pieces) for rank, pieces in receives.items()}
-        exchange(sends, chained, self._ranks, tell=moved)
+        with self._runtime.streams(sends, chained) as streams:
+            streams.exchange(sends, chained, tell=moved)
         notes = {file: _note(slot.folder / file, whole) for file, whole in slot.mapped.items()}
         for want in here:
             path = self._paths[want.offer.number]

@@ -17,7 +17,7 @@ from partialfc.checkpoint import folder as checkpoint_folder
 from partialfc.checkpoint.peers.hosts import Line
 from partialfc.checkpoint.peers.memory import COMMON, Memory, Part
 from partialfc.checkpoint.verifying import verify
-from partialfc.distributed.agreement import largest, words_of_any
+from partialfc.distributed.agreement import collective_device, largest, words_of_any
 from partialfc.distributed.ranks import Ranks, gather_rows
 
 _NOTHING = -2
@@ -66,7 +66,7 @@ def find(memory: Memory, line: Line, hosts: Sequence[int], ranks: Ranks) -> Foun
         memory: Of this host.
         line: Which copies count.
         hosts: Of each rank.
-        ranks: Of a group of gloo.
+        ranks: This rank among all.
     """
     beside = [rank for rank, host in enumerate(hosts) if host == hosts[ranks.rank]]
     parts = [
@@ -109,7 +109,7 @@ def gathered(
     Args:
         rows: Of this rank, as many as it has; no number of them is -2.
         width: Numbers of a row.
-        ranks: Of a group of gloo.
+        ranks: This rank among all.
     """
     most = largest(len(rows), ranks)
     if not most:
@@ -117,6 +117,8 @@ def gathered(
     own = torch.full((most, width), _NOTHING, dtype=torch.int64)
     if rows:
         own[: len(rows)] = torch.tensor(rows, dtype=torch.int64)
+    if ranks.size > 1:
+        own = own.to(collective_device(ranks))
     every = gather_rows(own, ranks).tolist()
     return [(at // most, row) for at, row in enumerate(every) if row[0] != _NOTHING]
 

@@ -4,11 +4,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
-
-import torch.distributed as dist
 
 from partialfc.checkpoint.content import Files, content_of
 from partialfc.checkpoint.folder import free_bytes, step_of, steps
@@ -21,10 +18,8 @@ from partialfc.checkpoint.saving import Saved, available_bytes
 from partialfc.checkpoint.tensor_file import size_of
 from partialfc.config import Config, ConfigError
 from partialfc.distributed.agreement import from_leader, words_of_any
-from partialfc.distributed.ranks import Ranks
 from partialfc.errors import Preempted
 from partialfc.model.build import Model
-from partialfc.runtime.beats import longest_patience
 from partialfc.runtime.process import Runtime
 
 LINE = "peers.json"
@@ -60,7 +55,7 @@ def peers_of(config: Config, runtime: Runtime) -> Iterator["Peers | None"]:
 
 
 class Peers:
-    """A run's copies in the memory of its hosts, on one rank. Collective: a process group of gloo.
+    """A run's copies in the memory of its hosts, on one rank. Collective: links, and what is asked.
 
     Args:
         config: Of the run.
@@ -73,12 +68,8 @@ class Peers:
 
     def __init__(self, config: Config, runtime: Runtime) -> None:
         self._config, self._runtime = config, runtime
-        ranks, group = runtime.ranks, None
-        if ranks.size > 1:
-            members = dist.get_process_group_ranks(ranks.group or dist.group.WORLD)
-            patience = timedelta(seconds=longest_patience(config.run.hang_seconds))
-            group = dist.new_group(members, timeout=patience, backend="gloo")
-        self._ranks = Ranks(ranks.rank, ranks.size, group)
+        self._ranks = ranks = runtime.ranks
+        self._links = runtime.links()
         self._hosts = [host for _, (host,) in gathered([[host_number()]], 1, self._ranks)]
         beside = [rank for rank, host in enumerate(self._hosts) if host == self._host]
         self._leads_host = ranks.rank == beside[0]
@@ -115,7 +106,7 @@ class Peers:
         """
         assert self.found is not None
         slot = self._memory.slot(self._line.start, f".read_{self._ranks.rank:06d}")
-        fetching = Fetching(self.found, self._memory, self._hosts, model.heads, self._ranks)
+        fetching = Fetching(self.found, self._memory, self._hosts, model.heads, self._runtime)
         came = fetching.into(slot)
         if self._runtime.leads:
             print(
@@ -163,7 +154,7 @@ class Peers:
             if not step:
                 raise ConfigError(problem)
             self._give_up(problem)
-        self._copier = Copier(self._memory, self._line.start, self._runtime, self._ranks, ring)
+        self._copier = Copier(self._memory, self._line.start, self._runtime, self._links, ring)
         if keeper_of is None and self._runtime.leads:
             print(
                 "warning: checkpoint.peers_every_steps: there is one host, or one with more ranks "
@@ -199,7 +190,7 @@ class Peers:
             problem = ""
             if self._copier.last is not None:  # those of before are not needed
                 problem = self._kept_only((), self._line.start)
-            if problem := words_of_any(problem, self._ranks):
+            if problem := self._links.words_of_any(problem):
                 raise OSError(problem)
             self._copier.copy(step, model, facts, settings, self._base)
         except OSError as error:
@@ -211,14 +202,13 @@ class Peers:
             with suppress(OSError):  # a checkpoint is complete
                 self._copier.wait()
             self._copier.close()
-        words_of_any("", self._ranks)  # nobody writes any more
+        self._links.words_of_any("")  # nobody writes any more
         if self._leads_host:
             self._memory.forget()
         if self._runtime.leads:
             with suppress(OSError):
                 (self._config.run.folder / LINE).unlink(missing_ok=True)
-        if self._ranks.group is not None:
-            dist.destroy_process_group(self._ranks.group)
+        self._links.close()
 
     @property
     def _host(self) -> int:

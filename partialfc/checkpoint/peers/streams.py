@@ -1,59 +1,18 @@
-"""Bytes between ranks: several streams at once, each a piece at a time, from and into mapped files.
+"""What goes between ranks, as pieces: lengths, bytes, texts and rows, from and into mapped files.
 
 The pieces are views of the memory that they come from or go to, so nothing is held beside it.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from partialfc.distributed.ranks import Ranks
+from partialfc.distributed.streams import Pieces
 
 _PIECE = 16 << 20
 _LONGEST_TEXT = 256 << 20
-
-Pieces = Iterator[Tensor]
-"""Bytes [n] in memory of the host, none of them empty, which are sent or filled before the next."""
-
-
-def exchange(
-    sends: Mapping[int, Pieces],
-    receives: Mapping[int, Pieces],
-    ranks: Ranks,
-    *,
-    tell: Callable[[], None] = lambda: None,
-) -> int:
-    """Send pieces to ranks and fill those that come from ranks; return how many bytes went out.
-
-    Every rank takes a piece of each of its streams, waits for all of them, and takes the next. Both
-    ends of a stream have as many pieces, so no rank waits for one that waits for it. Point to
-    point, for the ranks that are named.
-
-    Args:
-        sends: By the rank that they go to.
-        receives: By the rank that they come from.
-        ranks: Of a group of gloo.
-        tell: Called after each piece.
-    """
-    sends, receives, sent = dict(sends), dict(receives), 0
-    while sends or receives:
-        held = []
-        for streams, transfer in ((sends, dist.isend), (receives, dist.irecv)):
-            for rank in sorted(streams):
-                piece = next(streams[rank], None)
-                if piece is None:
-                    del streams[rank]
-                    continue
-                sent += len(piece) * (streams is sends)
-                held.append((transfer(piece, rank, group=ranks.group), piece))
-        for work, _ in held:
-            assert work is not None
-            work.wait()
-        tell()
-    return sent
 
 
 def sent(whole: Tensor) -> Pieces:
