@@ -8,6 +8,7 @@ import torch
 from partialfc import ArcFace, RowSGD
 from partialfc.head.rows.formats import decode
 from partialfc.head.rows.optimizer import RowOptimizer
+from partialfc.head.tiles.torch_steps import put_rows_
 from partialfc.margins import Softmax, SubCenterArcFace
 from tests.support.heads import flat_head
 from tests.support.staging import batches
@@ -133,3 +134,21 @@ def test_the_passes_read_what_fp64_has_and_write_only_once(centers, momentum):
         assert torch.equal(value.view(torch.uint8), stored[name].view(torch.uint8)), name
     optimizer.step()
     assert (states["at_step"] == 5).float().mean() >= 0.25
+
+
+@pytest.mark.parametrize("dim", [16, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("first", [0, 3], ids=["aligned", "3 elements on"])
+def test_rows_move_whole_whatever_words_they_are_moved_in(dtype, dim, first):
+    """NaN of any payload too, and rows of no whole number of words or at odd addresses."""
+    size = torch.empty(0, dtype=dtype).element_size()
+    generator = torch.Generator().manual_seed(1)
+    memory = torch.randint(256, (first * size + 9 * dim * size,), generator=generator)
+    table = memory.byte()[first * size :].view(9, dim * size)
+    rows = torch.randint(256, (3, dim * size), generator=generator).byte()
+    rows[0] = 255
+    place = torch.tensor([7, 0, 4])
+    expected = table.clone()
+    expected[place] = rows
+    put_rows_(table.view(dtype), place, rows.view(dtype))
+    assert torch.equal(table, expected)

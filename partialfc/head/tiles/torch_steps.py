@@ -171,8 +171,22 @@ def take_rows(
 
 
 def put_rows_(tensor: Tensor, place_n: Tensor, rows: Tensor) -> None:
-    """Put rows at int64 places."""
-    _movable(tensor).index_copy_(0, place_n, _movable(rows))
+    """Put rows at int64 places.
+
+    A CPU moves words of 16 bytes, in torch complex ones, up to three times as fast as elements.
+    """
+    to, given = _movable(tensor), _movable(rows)
+    if _has_words(to) and _has_words(given):
+        to, given = to.view(torch.complex128), given.view(torch.complex128)
+    to.index_copy_(0, place_n, given)
+
+
+def _has_words(row_TD: Tensor) -> bool:
+    """Whether rows on a CPU are words of 16 bytes, at addresses that are multiples of it."""
+    size = row_TD.element_size()
+    addresses = row_TD.shape[-1] * size, row_TD.storage_offset() * size, row_TD.data_ptr()
+    on_cpu = row_TD.device.type == "cpu" and row_TD.is_contiguous()
+    return on_cpu and all(address % 16 == 0 for address in addresses)
 
 
 def _movable(tensor: Tensor) -> Tensor:
