@@ -437,3 +437,20 @@ def test_rows_of_several_identities_are_measured_beside_one_and_a_pass_for_each(
     assert kept == {"ours": [16], "K=1": [16], "K=4": [64], "K=4 in turn": [16] * 4}
     with pytest.raises(SystemExit, match="must be numbers >= 1"):
         bench._cases(bench._parser().parse_args(["--positives", "1,x"]), 1)
+
+
+def test_rows_that_stay_are_measured_beside_those_that_move():
+    words = ["--only=ours", "--with=stay", "--classes=500", "--batch=16", "--dim=16", "--rate=0.1"]
+    (case,) = bench._cases(bench._parser().parse_args(words), 1)
+    heads = {name: build(name, case, torch.device("cpu"))[0] for name in case.heads}
+    rules = {name: head.optimizer.rule.unsampled for name, head in heads.items()}
+    assert rules == {"ours": "move", "stay": "stay"}
+    with pytest.raises(SystemExit, match=r"must be of .*, stay"):
+        bench._cases(bench._parser().parse_args(["--with", "stays"]), 1)
+    found = {"classes": 500, "batch": 16, "dim": 16, "device": "cpu", "dtype": "fp32"}
+    figures = {"sampled_rows": 50, "centers_bytes": 1, "state_bytes": 1}
+    for name, cpu in (("ours", 3.0), ("stay", 2.0)):
+        times = {"step_seconds": {"median": 1.0}, "step_cpu_seconds": {"median": cpu}}
+        found.setdefault("heads", {})[name] = {**figures, **times}
+    row = bench.with_floors({**found, "ceilings": {"fp32": 1e9, "copy": 1e9}})
+    assert row["cpu_times_stay"] == 1.5

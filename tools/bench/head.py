@@ -4,6 +4,7 @@
     python tools/bench/head.py --margins all --json OUT.json
     python tools/bench/head.py --positives 1,8 --rate 1,0.1 --json OUT.json
     python tools/bench/head.py --negatives uniform,weighted,nearest --rate 0.1 --json OUT.json
+    python tools/bench/head.py --only ours --with stay --rate 0.1 --threads 1 --json OUT.json
     python tools/bench/head.py --device cuda --margin normalized_softmax --with all --json OUT.json
     python tools/bench/head.py --plot OUT.png --from a.json b.json
 
@@ -12,14 +13,15 @@ GEMMs" are the matrix products of such a step alone, in caches, timed in the sam
 textbook head (tests/support/reference.py) is the algorithm of arcface_torch's PartialFC_V2: all
 logits in fp32, a dense gradient, dense SGD. --with adds what others publish for the same step at
 rate 1 (_head/baselines.py, and _head/tensor_parallel.py on several ranks); what is not installed or
-has no place is skipped with its reason. --margins compares
-ours with other margins instead, each against a plain normalised softmax, and --positives rows of
-several identities: all in one pass, and one pass for each in turn; --negatives what a sampled one
-counts for, and in the record what a search of all neighbours takes, which no step has. Lists
-separated by commas give every combination. Under torchrun its ranks are used; --world N starts N
-processes here, --world gpus one for each GPU where there are several. A head that finds no memory
-fails alone and says how large a card it needs, --budget ends in time, and the record is written
-after each head: it names what was not measured.
+has no place is skipped with its reason; "stay" is ours again, whose unsampled rows stay, and the
+record has the ratio of the two by CPU time. --margins compares ours with other margins instead,
+each against a plain normalised softmax, and --positives rows of several identities: all in one
+pass, and one pass for each in turn; --negatives what a sampled one counts for, and in the record
+what a search of all neighbours takes, which no step has. Lists separated by commas give every
+combination. Under torchrun its ranks are used; --world N starts N processes here, --world gpus one
+for each GPU where there are several. A head that finds no memory fails alone and says how large a
+card it needs, --budget ends in time, and the record is written after each head: it names what was
+not measured.
 """
 
 import argparse
@@ -42,7 +44,7 @@ from partialfc.margins import MARGINS
 from partialfc.writing import write_json
 from tools.bench._head.baselines import BASELINES
 from tools.bench._head.expected import START, card_for, expected_seconds
-from tools.bench._head.measure import NO_TIME, TEXTBOOKS, Case, several_heads
+from tools.bench._head.measure import NO_TIME, STAY, TEXTBOOKS, Case, several_heads
 from tools.bench._head.processes import measured
 from tools.bench._head.tensor_parallel import PARALLEL
 from tools.bench.conditions import conditions
@@ -196,6 +198,9 @@ def with_floors(row: Row) -> Row:
         if ours and name != "ours":
             medians = head["step_seconds"]["median"], ours["step_seconds"]["median"]
             row[f"times_faster_than_{name}"] = medians[0] / medians[1]
+            if name == STAY and "step_cpu_seconds" in ours:
+                cpu = (one["step_cpu_seconds"]["median"] for one in (ours, head))
+                row["cpu_times_stay"] = next(cpu) / next(cpu)
             # At a tiny size a step fits into what the process held before: no growth, no ratio.
             extra = [one.get("extra_peak_bytes", 0) for one in (ours, head)]
             if min(extra) > 0:
@@ -287,7 +292,7 @@ def _parser() -> argparse.ArgumentParser:
         "--with",
         dest="others",
         metavar="NAMES",
-        help=f"also {', '.join((*BASELINES, *PARALLEL))}; all",
+        help=f"also {', '.join((*BASELINES, *PARALLEL))}; all; stay, of our unsampled rows",
     )
     parser.add_argument(
         "--passes", default="tiles", help="of ours: tiles, fused (kernels), or both"
@@ -323,8 +328,10 @@ def _cases(options: argparse.Namespace, world: int) -> list[Case]:
     if options.others:
         every = (*BASELINES, *PARALLEL)
         others = every if options.others == "all" else tuple(options.others.split(","))
-        if unknown := set(others) - set(every):
-            raise SystemExit(f"--with {', '.join(unknown)}: must be of {', '.join(every)}.")
+        if unknown := set(others) - {*every, STAY}:
+            raise SystemExit(
+                f"--with {', '.join(unknown)}: must be of {', '.join((*every, STAY))}."
+            )
         heads = (*heads, *others)
     if options.margins:
         names = MARGINS if options.margins == "all" else options.margins.split(",")

@@ -41,6 +41,7 @@ from tools.bench._head.tensor_parallel import PARALLEL, TensorParallel
 from tools.bench._head.turns import LostError, Step, Turns, percentiles
 
 TEXTBOOKS = ("textbook", "textbook_tf32")
+STAY = "stay"  # ours, whose unsampled rows stay
 WARM_UP = 3
 """Steps of each head before anything is measured; the first makes its optimizer's states."""
 
@@ -48,7 +49,6 @@ DISTINCT = 8
 """Batches of a case, again and again: drawing one takes longer than a step on a GPU."""
 
 NO_TIME = "no time was left"
-
 LR, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 5e-4
 SCALE, ANGULAR = 64.0, 0.5
 
@@ -80,7 +80,7 @@ class Case:
     device: str
     """cpu or cuda."""
     heads: tuple[str, ...]
-    """In the order of their turns: ``ours``, ``fused`` (the same by the fused kernels), one of
+    """In the order of their turns: ``ours``, ``fused`` (by the fused kernels), :data:`STAY`, one of
     :data:`TEXTBOOKS`, ``BASELINES`` or ``PARALLEL``, a margin, or one of :func:`several_heads`."""
     threads: int
     """Of each rank."""
@@ -178,7 +178,7 @@ def build(name: str, case: Case, device: torch.device) -> tuple[Any, Step]:
 
     usual = _USUAL_TILE.setdefault(case.device, passes.TILE_BYTES[case.device])
     passes.TILE_BYTES[case.device] = usual if case.tile_mib is None else case.tile_mib << 20
-    rule["unsampled"] = case.unsampled
+    rule["unsampled"] = STAY if name == STAY else case.unsampled
     if case.momentum != "fp32":
         rule["momentum_format"] = case.momentum
     settings["precision"] = Precision(
@@ -190,7 +190,7 @@ def build(name: str, case: Case, device: torch.device) -> tuple[Any, Step]:
         settings["positives"] = Several(most=most)
     if name in get_args(NegativesName):
         settings["negatives"] = name
-    plain = name in ("ours", "fused", *get_args(NegativesName)) or most > 0
+    plain = name in ("ours", "fused", STAY, *get_args(NegativesName)) or most > 0
     margin: Margin = MARGINS[name]() if not plain else NormalizedSoftmax(scale=SCALE)
     if plain and angular:
         margin = ArcFace(scale=SCALE, angular=angular)
