@@ -36,7 +36,7 @@ test-simulated-gpu: .venv/installed
 
 # The same with Triton's kernels in their interpreter, on few rows: four minutes of one core.
 test-interpreted: .venv/installed
-	TRITON_INTERPRET=1 $(SIMULATED) tests/gpu
+	TRITON_INTERPRET=1 $(SIMULATED) tests/gpu tests/simulated_gpu/test_launches.py
 
 # The rest: what is slow, and as root on Debian what needs Slurm, Prometheus, a browser and network
 # namespaces.

@@ -9,7 +9,7 @@ branch is scaled per channel before it is added (https://arxiv.org/abs/1709.0150
 import torch
 from torch import Tensor, nn
 
-from partialfc.backbones.parts import run_block, run_in_weight_dtype
+from partialfc.backbones.parts import BatchNorm2d, count_batch, run_block, run_in_weight_dtype
 
 DEPTHS = {
     "iresnet18": (2, 2, 2, 2),
@@ -55,13 +55,13 @@ class IResNet(nn.Module):
         self.checkpoint_activations = checkpoint_activations
         grid = image_size // 16
         self.conv1 = _conv(3, 64, 3)
-        self.bn1 = nn.BatchNorm2d(64)
+        self.bn1 = BatchNorm2d(64)
         self.prelu = nn.PReLU(64)
         self.layer1 = _layer(64, 64, depths[0], squeeze_excitation)
         self.layer2 = _layer(64, 128, depths[1], squeeze_excitation)
         self.layer3 = _layer(128, 256, depths[2], squeeze_excitation)
         self.layer4 = _layer(256, 512, depths[3], squeeze_excitation)
-        self.bn2 = nn.BatchNorm2d(512)
+        self.bn2 = BatchNorm2d(512)
         self.fc = nn.Linear(512 * grid * grid, embedding_dim)
         self.features = nn.BatchNorm1d(embedding_dim)
         # Frozen at 1: the head's cosine sees every dimension with the same variance.
@@ -72,6 +72,7 @@ class IResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return embeddings [b, D] of images [b, 3, S, S], in the dtype of the weights."""
+        count_batch(self)
         x = self.prelu(self.bn1(self.conv1(x)))
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in layer:
@@ -83,17 +84,17 @@ class IResNet(nn.Module):
 class _Block(nn.Module):
     def __init__(self, inputs: int, channels: int, stride: int, squeeze_excitation: bool) -> None:
         super().__init__()
-        self.bn1 = nn.BatchNorm2d(inputs)
+        self.bn1 = BatchNorm2d(inputs)
         self.conv1 = _conv(inputs, channels, 3)
-        self.bn2 = nn.BatchNorm2d(channels)
+        self.bn2 = BatchNorm2d(channels)
         self.prelu = nn.PReLU(channels)
         self.conv2 = _conv(channels, channels, 3, stride)
-        self.bn3 = nn.BatchNorm2d(channels)
+        self.bn3 = BatchNorm2d(channels)
         self.se = _Excitation(channels) if squeeze_excitation else nn.Identity()
         self.downsample = (
             nn.Identity()
             if stride == 1
-            else nn.Sequential(_conv(inputs, channels, 1, stride), nn.BatchNorm2d(channels))
+            else nn.Sequential(_conv(inputs, channels, 1, stride), BatchNorm2d(channels))
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from partialfc.backbones.parts import run_block, run_in_weight_dtype
+from partialfc.backbones.parts import BatchNorm2d, count_batch, run_block, run_in_weight_dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +72,7 @@ class MobileFaceNet(nn.Module):
         )
         self.conv_sep = _conv(wide, 512, 1)
         self.features = _Layers(
-            _Layers(nn.Conv2d(512, 512, grid, groups=512, bias=False), nn.BatchNorm2d(512)),
+            _Layers(nn.Conv2d(512, 512, grid, groups=512, bias=False), BatchNorm2d(512)),
             nn.Flatten(),
             nn.Linear(512, embedding_dim, bias=False),
             nn.BatchNorm1d(embedding_dim),
@@ -83,6 +83,7 @@ class MobileFaceNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return embeddings [b, D] of images [b, 3, S, S], in the dtype of the weights."""
+        count_batch(self)
         for stage in self.layers:
             for block in stage.layers if isinstance(stage, _Residuals) else [stage]:
                 x = run_block(block, x, recompute=self.checkpoint_activations)
@@ -117,7 +118,7 @@ class _Residuals(_Layers):
 def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> _Layers:
     return _Layers(
         nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False),
-        nn.BatchNorm2d(outputs),
+        BatchNorm2d(outputs),
         nn.PReLU(outputs),
     )
 
@@ -126,7 +127,7 @@ def _bottleneck_layers(inputs: int, outputs: int, hidden: int, stride: int) -> l
     return [
         _conv(inputs, hidden, 1),
         _conv(hidden, hidden, 3, stride, groups=hidden),
-        _Layers(nn.Conv2d(hidden, outputs, 1, bias=False), nn.BatchNorm2d(outputs)),
+        _Layers(nn.Conv2d(hidden, outputs, 1, bias=False), BatchNorm2d(outputs)),
     ]
 
 

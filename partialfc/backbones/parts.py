@@ -1,10 +1,11 @@
-"""What the backbones share: recomputed blocks and the precision of the end."""
+"""What the backbones share: recomputed blocks, BatchNorm and the precision of the end."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # the base of BatchNorm1d, 2d and SyncBatchNorm
 from torch.utils.checkpoint import checkpoint
@@ -29,6 +30,27 @@ def recomputed(run: Callable[..., Any], block: nn.Module, *arguments: Any, **key
         return checkpoint(run, *arguments, use_reentrant=False, **keywords)
     contexts = nullcontext(), _FrozenStatistics(block)  # of forward and of recomputation
     return checkpoint(run, *arguments, use_reentrant=False, context_fn=lambda: contexts, **keywords)
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """torch's, whose network counts its batches: see :func:`count_batch`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x`` [b, C, H, W] normalised, by its own statistics in training mode."""
+        assert self.momentum is not None
+        parameters = self.running_mean, self.running_var, self.weight, self.bias
+        return F.batch_norm(x, *parameters, self.training, self.momentum, self.eps)
+
+
+def count_batch(network: nn.Module) -> None:
+    """Count a batch in every :class:`BatchNorm2d` that is in training mode, in one launch on a GPU.
+
+    torch's own count is a launch a layer, for a number that nobody reads where a momentum is given.
+    """
+    norms = (one for one in network.modules() if isinstance(one, BatchNorm2d) and one.training)
+    counts = [count for one in norms if (count := one.num_batches_tracked) is not None]
+    if counts:
+        torch._foreach_add_(counts, 1)
 
 
 def run_in_weight_dtype(x: Tensor, *layers: nn.Module) -> Tensor:

@@ -152,13 +152,15 @@ def own_centers(
         size = len(target_P), centers_CD.shape[1]
         return centers_CD.new_zeros(size, dtype=torch.float32), target_P
     local_P = target_P != NOT_LOCAL
-    every_N = torch.arange(per_identity, device=query_BD.device)
-    place_PN = target_P.clamp(min=0).unsqueeze(1) + every_N
+    place_PN = target_P.clamp(min=0).unsqueeze(1)
+    if per_identity > 1:
+        place_PN = place_PN + torch.arange(per_identity, device=query_BD.device)
     place_N = place_PN.flatten()
     if rows.newest is not None:
         own_ND = rows.newest(place_N)
     else:
-        own_ND = take_rows(centers_CD, rows.some(place_N).place_n, 0, len(place_N)).float()
+        row_N = place_N if rows.place_n is None else rows.place_n[place_N]
+        own_ND = take_rows(centers_CD, row_N, 0, len(row_N)).float()
     if per_identity == 1:
         return torch.where(local_P.unsqueeze(1), own_ND, 0.0), target_P
     own_PND = own_ND.view(*place_PN.shape, -1)

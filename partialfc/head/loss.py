@@ -25,7 +25,7 @@ from partialfc.head.sampling import NOT_LOCAL
 from partialfc.head.tiles import fused, passes
 from partialfc.head.tiles.parts import FirstPass, Kept, Logits
 from partialfc.margins import Positive, Rows, State
-from partialfc.numerics import unit
+from partialfc.numerics import is_finite, unit
 
 Remember = Callable[[Kept, Tensor, Tensor], None]
 """Takes what pass 2 needs, the gradient of the loss that backward was given, and whether the loss
@@ -105,12 +105,14 @@ def margin_loss(batch: Batch) -> Outcome:
         return Outcome(loss, found)
 
     learned_B = sums.sum_B if sums.sigmoid_B is None else sums.sigmoid_B
-    even_P, positive_P = push.even_B.repeat(batch.labels.most), push.positive_KB.flatten()
-    slope_P = torch.where(own.local_P, positive.slope_B * positive_P + even_P, 0.0)
+    slope_P = positive.slope_B * push.positive_KB.flatten()
+    if push.even_B is not None:
+        slope_P = slope_P + push.even_B.repeat(batch.labels.most)
+    slope_P = torch.where(own.local_P, slope_P, 0.0)
     return Outcome(
         loss,
         found,
-        loss.isfinite(),
+        is_finite(loss),
         batch.across_copies.learn(margin, state, learned_B, sums.logit_KB, means),
         _kept(batch, own, positive, slope_P, logits, negatives, sums, push, terms),
         _gradient(batch, own, slope_P, negatives, push, terms) if batch.want_pull else None,
@@ -246,7 +248,7 @@ def _kept(
         negative_B=push.negative_B,
         positive_P=positive_P,
         positive_BD=positive_BD,
-        even_D=push.even_B @ query_BD.float() if batch.margin.label_smoothing else None,
+        even_D=None if push.even_B is None else push.even_B @ query_BD.float(),
         exponentials=negatives.exponentials,
         pulls=[
             replace(pull, slope_P=pull.slope_P * weight)
@@ -267,7 +269,7 @@ def _gradient(
     parts = (torch.split(part, len(pull_BD)) for part in (own.key_PD, slope_P))
     for key_BD, slope_B in zip(*parts, strict=True):
         pull_BD.addcmul_(key_BD, slope_B.unsqueeze(1))
-    if negatives.key_sum_D is not None:
+    if negatives.key_sum_D is not None and push.even_B is not None:
         pull_BD.addcmul_(push.even_B.unsqueeze(1), negatives.key_sum_D, value=-1)
     for weight, term in terms.values():
         if term.by_query_BD is not None:
@@ -282,4 +284,4 @@ def _gradient(
         pull_bD = pull_bD if queries.gain is None else pull_bD * queries.gain
     if push.norm_B is not None:
         pull_bD = pull_bD + unit_bD * push.norm_B[batch.shares.rows(ranks.rank)].unsqueeze(1)
-    return pull_bD * ranks.size
+    return pull_bD if ranks.size == 1 else pull_bD * ranks.size

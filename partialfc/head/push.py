@@ -69,9 +69,11 @@ def sums_of(
         own_B = torch.where(local_P, dot_P, 0.0).view(size).sum(0)
         parts["even"] = margin.scale * (batch.query_BD.float() @ negatives.key_sum_D - own_B)
         parts["count"] = torch.full_like(sum_B, negatives.rows / margin.centers_per_identity)
-    summed = sum_over_ranks(torch.cat(list(parts.values())), batch.ranks)
-    lengths = [len(part) for part in parts.values()]
-    total = dict(zip(parts, torch.split(summed, lengths), strict=True))
+    total = parts
+    if batch.ranks.size > 1:
+        summed = sum_over_ranks(torch.cat(list(parts.values())), batch.ranks)
+        lengths = [len(part) for part in parts.values()]
+        total = dict(zip(parts, torch.split(summed, lengths), strict=True))
     norm_P, count = total.get("norm"), total.get("count")
     return Sums(
         total["sum"],
@@ -92,14 +94,15 @@ class Push:
         loss_B: Cross-entropy, and what the margin adds.
         negative_B: Factor of exp(logit - maximum) that makes it the derivative by the product.
         positive_KB: By the positives' logits.
-        even_B: Taken off the derivative by every product: label smoothing's share.
+        even_B: Taken off the derivative by every product, label smoothing's share; ``None``
+            without it.
         norm_B: By the norm of the embedding at a fixed product, or ``None``.
     """
 
     loss_B: Tensor
     negative_B: Tensor
     positive_KB: Tensor
-    even_B: Tensor
+    even_B: Tensor | None
     norm_B: Tensor | None
 
 
@@ -117,7 +120,7 @@ def _softmax(batch: Batch, sums: Sums) -> Push:
     # p of a negative is exp(logit - maximum) / sum * wrong.
     wrong_B, positive_KB = wrong_B / means.rows, positive_KB / means.rows
     negative_B = torch.where(sum_B > 0, margin.scale * wrong_B / sum_B, 0.0)
-    even_B = torch.zeros_like(wrong_B)
+    even_B = None
     if sums.even_B is not None and sums.count is not None:
         smoothing, logit_KB = margin.label_smoothing, sums.logit_KB
         share_B = _even_share(batch.labels, smoothing, sums.count)
@@ -126,7 +129,8 @@ def _softmax(batch: Batch, sums: Sums) -> Push:
         loss_B = loss_B - means.of_positives(share_B * (sums.even_B + logit_KB))
         pull_KB = means.shared(smoothing - share_B.expand_as(logit_KB))
         positive_KB = positive_KB + pull_KB / means.rows
-        even_B = even_B + means.counted(margin.scale * share_B / means.rows)
+        every_B = torch.zeros_like(wrong_B) + margin.scale * share_B / means.rows
+        even_B = means.counted(every_B)
     norm_slope_B = None
     if sums.norm_slope_KB is not None:
         norm_slope_B = (positive_KB * sums.norm_slope_KB).sum(0)
@@ -206,6 +210,6 @@ def _binary(batch: Batch, sums: Sums, offset: Tensor) -> Push:
         means.of_positives(F.softplus(short_KB)) + sums.sum_B,
         means.counted(torch.ones_like(sums.sum_B) * (batch.margin.scale / means.rows)),
         -means.shared(short_KB.sigmoid()) / means.rows,
-        torch.zeros_like(sums.sum_B),
+        None,
         None,
     )

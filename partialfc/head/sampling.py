@@ -198,11 +198,11 @@ def refuse_unknown(identities: Tensor, num_identities: int, *, none: bool = Fals
     Raises:
         ValueError: If there is one; on a GPU, a device-side assertion fails instead.
     """
-    unknown = (identities < (NONE if none else 0)) | (identities >= num_identities)
-    if unknown.device.type != "cpu":
-        torch._assert_async(~unknown.any(), f"an identity is not in [0, {num_identities})")
-    elif unknown.any():
-        where, found = int(unknown.nonzero()[0][0]), int(identities[unknown][0])
+    known = (identities >= (NONE if none else 0)) & (identities < num_identities)
+    if known.device.type != "cpu":
+        torch._assert_async(known.all(), f"an identity is not in [0, {num_identities})")
+    elif not known.all():
+        where, found = int((~known).nonzero()[0][0]), int(identities[~known][0])
         also = ", or -1 for none" if none else ""
         raise ValueError(
             f"identities must be in [0, {num_identities}){also}, got {found} at "
@@ -221,12 +221,12 @@ def refuse_unfixed(identities_B: Tensor, fixed_P: Tensor) -> None:
         ValueError: If there is one; on a GPU, a device-side assertion fails instead.
     """
     place_B = torch.searchsorted(fixed_P, identities_B).clamp(max=len(fixed_P) - 1)
-    unfixed_B = (fixed_P[place_B] != identities_B) & (identities_B >= 0)
-    if unfixed_B.device.type != "cpu":
-        torch._assert_async(~unfixed_B.any(), "an identity was not given to sample_step")
-    elif unfixed_B.any():
+    fixed_B = (fixed_P[place_B] == identities_B) | (identities_B < 0)
+    if fixed_B.device.type != "cpu":
+        torch._assert_async(fixed_B.all(), "an identity was not given to sample_step")
+    elif not fixed_B.all():
         raise ValueError(
-            f"identity {int(identities_B[unfixed_B][0])} was not given to sample_step, which "
+            f"identity {int(identities_B[~fixed_B][0])} was not given to sample_step, which "
             "fixed the centers of this step; give it those of all micro-batches, or call it "
             "after what is only looked at."
         )

@@ -182,9 +182,9 @@ class StepSamples:
 
     def _targets(self, identities_P: Tensor, rows: Tensor | None) -> Tensor:
         """Place of the first row of each identity among the sampled, or ``NOT_LOCAL``."""
-        local_P = identities_P - self._owned.start
+        local_P = identities_P - self._owned.start if self._owned.start else identities_P
         is_local_P = (local_P >= 0) & (local_P < len(self._owned))
-        row_P = local_P * self._per_identity
+        row_P = local_P * self._per_identity if self._per_identity > 1 else local_P
         place_P = row_P if rows is None else torch.searchsorted(rows, row_P)
         return torch.where(is_local_P, place_P, NOT_LOCAL)
 

@@ -5,7 +5,6 @@ factor and one weight decay are one group, in the backbone's order; without a se
 weights apart there is one group of all.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -166,9 +165,11 @@ def clip(
     squares = torch.stack([_square_sum(group) for group in groups])
     if shards:
         squares = shards.sums(squares)
-    for group, norm in zip(groups, squares.sqrt().float(), strict=True):
-        clip_grads_with_norm_(group, clip_norm or math.inf, norm)
-    return squares.sum().sqrt().float()
+    norms = squares.sqrt().float()
+    if clip_norm:
+        for group, norm in zip(groups, norms, strict=True):
+            clip_grads_with_norm_(group, clip_norm, norm)
+    return norms[0] if len(groups) == 1 else squares.sum().sqrt().float()
 
 
 def _square_sum(parameters: Sequence[nn.Parameter]) -> Tensor:

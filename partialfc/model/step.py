@@ -15,6 +15,7 @@ from partialfc.losses import Lesson
 from partialfc.model.batch_norm import Remembered
 from partialfc.model.build import Model
 from partialfc.model.optimizer import clip, set_rate
+from partialfc.numerics import is_finite
 from partialfc.pinned import to_device
 
 
@@ -102,7 +103,7 @@ def train_step(
     scaler.unscale_(optimizer)
     settings = config.optimizer
     norm = clip(optimizer, settings.clip_norm, model.shards, each=settings.clip_groups)
-    skipped = 1.0 - (loss.isfinite() & norm.isfinite()).float()
+    skipped = 1.0 - is_finite(loss, norm).float()
     # As GradScaler tells an optimizer, but one verdict for backbone and centers, on all ranks.
     _tell(
         optimizer,

@@ -31,6 +31,9 @@ _NOT_OURS = tuple(
     str(Path(__file__).with_name(f"{name}.py")) for name in ("device", "order", "watch")
 )
 
+_NO_LAUNCH = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "set_", "resize_"})
+"""Operators that ask for memory only."""
+
 _watch: "Watch | None" = None
 raises_at_waits = False
 """``torch.cuda.set_sync_debug_mode("error")``."""
@@ -77,7 +80,8 @@ class Watch(TorchDispatchMode):
         waits: Each time that the host waited.
         races: Accesses to the same memory that nothing puts in order, and memory that is given to
             another use while a stream may still be at it, as sentences.
-        launches: Operators and kernels that ran on the device.
+        launches: Operators and kernels that ran on the device; torch may cut one of many tensors
+            into a few.
     """
 
     def __init__(self) -> None:
@@ -135,7 +139,8 @@ class Watch(TorchDispatchMode):
     def _ran(self, name: str, reads: list[Tensor], writes: list[Tensor]) -> Act:
         place = _place()
         if any(tensor.is_cuda for tensor in reads + writes):
-            act, self.launches = launch(f"{name} at {place}"), self.launches + 1
+            act = launch(f"{name} at {place}")
+            self.launches += name not in _NO_LAUNCH
         else:
             act = host().act(f"{name} at {place}")
         seen = set()

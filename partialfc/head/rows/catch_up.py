@@ -109,7 +109,10 @@ class Moves:
             ],
             dim=1,
         )
-        newest.copy_(moved if skip is None else torch.where(skip, newest, moved))
+        if skip is None:
+            newest.copy_(moved)
+        else:
+            torch.where(skip, newest, moved, out=newest)
         self.steps += 1
         self._products[self.steps] = self._identity
         if self.block > began:

@@ -313,7 +313,7 @@ class RowOptimizer(torch.optim.Optimizer):
 
     def _update(self, group: dict[str, Any], kept: list[Kept], skips: list[Tensor]) -> None:
         stored = self._working(_union(kept))
-        bad = torch.stack(skips).any()
+        bad = skips[0] if len(skips) == 1 else torch.stack(skips).any()
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         on_gpu = stored.centers.is_cuda
         if found_inf is not None:

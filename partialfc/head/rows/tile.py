@@ -96,6 +96,9 @@ class Tile:
         start, stop = self._start, self._stop
         if skip is not None:
             old = take_rows(stored, self._rows.place_n, start, stop)
+            if self._rows.place_n is None:
+                torch.where(skip, old, value, out=old)
+                return
             value = torch.where(skip, old, value)
         if self._rows.place_n is not None:
             put_rows_(stored, self._rows.place_n[start:stop], value)

@@ -39,13 +39,13 @@ class Positives:
     ) -> "Positives":
         """Return the positives of some micro-batches: of each K * B targets and slopes, first those
         of all rows, then their second ones, and B embeddings."""
-        target_P, order_P = torch.cat(list(targets)).sort(stable=True)
-        slope_P, row_P = torch.cat(list(slopes))[order_P], order_P
+        target_P, order_P = _joined(targets).sort(stable=True)
+        slope_P, row_P = _joined(slopes)[order_P], order_P
         if any(map(_several, targets, embeddings)):
             starts = accumulate((len(one) for one in embeddings), initial=0)
             rows = map(_rows, targets, embeddings, starts)
             row_P = torch.cat(list(rows))[order_P]
-        return cls(target_P, row_P, slope_P, torch.cat(list(embeddings)))
+        return cls(target_P, row_P, slope_P, _joined(embeddings))
 
     def first(self, stop: int, start: int = 0) -> Tensor:
         """Return int64 [stop - start + 1]: positives of row ``start + i`` are ``first[i]`` to
@@ -86,6 +86,10 @@ class Positives:
     @cached_property
     def _pull_PD(self) -> Tensor:
         return self.embedding_BD[self.row_P].float() * self.slope_P.unsqueeze(1)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _several(target_P: Tensor, embedding_BD: Tensor) -> bool:
