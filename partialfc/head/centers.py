@@ -11,11 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from partialfc.head.options import Memory
 from partialfc.head.row_set import RowSet
 from partialfc.head.rows.formats import FIRST_SCALE, FORMATS, decode, nearest
 from partialfc.head.rows.rules import States
-from partialfc.head.rows.staging import host_tensor, row_tensor
 from partialfc.head.rows.stored import CENTERS, SCALE
 from partialfc.head.sampling import NOT_LOCAL, Sample
 from partialfc.head.tiles.torch_steps import take_rows
@@ -26,16 +24,6 @@ _CENTER_STD = 0.01
 """Standard deviation of an element before the first step, as in arcface_torch."""
 _INITIAL_BLOCK = 1024
 """Rows drawn from one generator; a constant, so that it never depends on the sharding."""
-
-
-def new_centers(
-    size: tuple[int, int], dtype: torch.dtype, memory: Memory, device: torch.device
-) -> Tensor:
-    """Return centers of a size where they lie between steps, not yet filled."""
-    if memory.centers_in == "host":
-        pinned = device.type == "cuda"
-        return host_tensor("centers", size, dtype, memory.host_folder, pinned=pinned)
-    return row_tensor(size, dtype, device)
 
 
 def fill_initial_(centers: Tensor, rows: range, *, seed: int, device: torch.device) -> None:

@@ -18,7 +18,7 @@ from partialfc.distributed.copies import Copies
 from partialfc.distributed.shares import Shares
 from partialfc.head.across_copies import AcrossCopies
 from partialfc.head.batch import Batch, Queries
-from partialfc.head.centers import fill_initial_, new_centers
+from partialfc.head.centers import fill_initial_
 from partialfc.head.checks import (
     refuse_batch,
     refuse_center_losses,
@@ -36,6 +36,8 @@ from partialfc.head.plan import Plan, decide
 from partialfc.head.rows.formats import DTYPES
 from partialfc.head.rows.optimizer import RowOptimizer
 from partialfc.head.rows.rules import RowRule, RowSGD
+from partialfc.head.rows.staging import new_rows
+from partialfc.head.rows.stored import CENTERS
 from partialfc.head.sampling import KeyedSampler, Sample
 from partialfc.head.set_masks import SetMasks
 from partialfc.head.shard import Shard
@@ -166,7 +168,7 @@ class PartialFC(Shard):
             nearest=self._nearest_of(negatives, sample_rate),
         )
         size = len(self.owned_rows), embedding_dim + margin.bias
-        centers = new_centers(size, DTYPES[self.center_format], memory, self.device)
+        centers = new_rows(CENTERS, size, DTYPES[self.center_format], memory, self.device)
         fill_initial_(centers, self.owned_rows, seed=seed, device=self.device)
         if margin.bias:
             centers[:, -1] = 0

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from partialfc.head.tiles.parts import Kept
+
 _UNSCALE = torch._amp_foreach_non_finite_check_and_unscale_
 
 
@@ -31,6 +33,18 @@ class LossScale:
     def factor(self) -> Tensor | None:
         """fp32 scalar; ``None`` for 1."""
         return self._gradient.factor
+
+    def unscaled(self, kept: list[Kept], grad_scale: Tensor | None) -> list[Kept]:
+        """Return the micro-batches of the loss as it was before GradScaler multiplied it.
+
+        Args:
+            kept: The micro-batches.
+            grad_scale: fp32 scalar that nobody has divided by; ``None`` for 1.
+        """
+        factor = self.factor
+        if grad_scale is not None:
+            factor = 1 / grad_scale if factor is None else factor / grad_scale
+        return kept if factor is None else [one.times(factor) for one in kept]
 
     def reset(self) -> None:
         """Forget the factor."""

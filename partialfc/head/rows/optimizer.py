@@ -4,8 +4,7 @@
 keeps the micro-batches that backward has seen and turns them into updates tile by tile, so no
 gradient of the centers exists.
 
-Shape suffixes: B = rows of the gathered batch, D = embedding, n = sampled rows, P = keys that a
-loss on centers pulls.
+Shape suffixes: D = embedding, n = sampled rows, T = rows of a tile.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,10 +26,10 @@ from partialfc.head.rows.formats import FIRST_SCALE
 from partialfc.head.rows.loss_scale import LossScale
 from partialfc.head.rows.rules import RowRule, States
 from partialfc.head.rows.side_stream import SideStream
-from partialfc.head.rows.staging import Staging, host_tensor, row_tensor
+from partialfc.head.rows.staging import Staging, new_rows
 from partialfc.head.rows.stored import AT_STEP, CENTERS, SCALE, Stored
 from partialfc.head.rows.update import RowStep, update_
-from partialfc.head.tiles.parts import Kept
+from partialfc.head.tiles.parts import Kept, union
 from partialfc.head.tiles.workspace import Workspace
 from partialfc.keyed import key
 from partialfc.pinned import to_device
@@ -312,7 +311,7 @@ class RowOptimizer(torch.optim.Optimizer):
         return any(tensor is not None for tensor in (*told, self._loss_scale.factor))
 
     def _update(self, group: dict[str, Any], kept: list[Kept], skips: list[Tensor]) -> None:
-        stored = self._working(_union(kept))
+        stored = self._working(union(kept))
         bad = skips[0] if len(skips) == 1 else torch.stack(skips).any()
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         on_gpu = stored.centers.is_cuda
@@ -325,7 +324,8 @@ class RowOptimizer(torch.optim.Optimizer):
         step_key = key(self._seed, "rounding", self.steps)
         moves = self._moves if self._reads_newest else None
         step = RowStep(self.rule, group, step_key, bad if on_gpu else None, self._across, moves)
-        update_(stored, self._unscaled(kept), step, self._plan, self.workspace)
+        kept = self._loss_scale.unscaled(kept, getattr(self, "grad_scale", None))
+        update_(stored, kept, step, self._plan, self.workspace)
         if self._moves is not None:
             self._moves.extend(group, step.skip)
             unsampled.mark_newest_(self._moves, stored)
@@ -344,13 +344,10 @@ class RowOptimizer(torch.optim.Optimizer):
             wanted[CENTERS + SCALE] = torch.empty(len(centers), 1, device="meta")
         if self._moves is not None:
             wanted[AT_STEP] = torch.empty(len(centers), 1, dtype=torch.int32, device="meta")
-        memory, states = self._memory, {}
-        for name, like in wanted.items():
-            if memory.states_in == "host":
-                folder, pinned = memory.host_folder, self._device.type == "cuda"
-                states[name] = host_tensor(name, like.shape, like.dtype, folder, pinned=pinned)
-            else:
-                states[name] = row_tensor(like.shape, like.dtype, self._device)
+        where = self._memory, self._device
+        states = {
+            name: new_rows(name, one.shape, one.dtype, *where) for name, one in wanted.items()
+        }
         if CENTERS + SCALE in states:
             states[CENTERS + SCALE].fill_(FIRST_SCALE[centers.dtype])
         return states
@@ -376,21 +373,3 @@ class RowOptimizer(torch.optim.Optimizer):
         nothing."""
         missed = self._moves is not None and self._moves.steps > 0
         return missed and self._device.type == "cpu" and self._plan.path == "torch"
-
-    def _unscaled(self, kept: list[Kept]) -> list[Kept]:
-        """Return the micro-batches of the loss as it was before GradScaler multiplied it."""
-        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
-        factor = self._loss_scale.factor
-        if grad_scale is not None:
-            factor = 1 / grad_scale if factor is None else factor / grad_scale
-        return kept if factor is None else [one.times(factor) for one in kept]
-
-
-def _union(kept: list[Kept]) -> Tensor | None:
-    """Rows that any micro-batch sampled; they are one object where the step's sample was fixed."""
-    rows = kept[0].row_n
-    if rows is None or all(one.row_n is rows for one in kept):
-        return rows
-    sampled = torch.cat([one.row_n for one in kept if one.row_n is not None])
-    union: Tensor = torch.unique(sampled)  # host sync
-    return union

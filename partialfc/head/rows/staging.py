@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from partialfc.head.options import Memory
+from partialfc.head.rows.stored import CENTERS
 from partialfc.head.tiles.torch_steps import put_rows_, take_rows
 from partialfc.pinned import to_device
 
@@ -188,6 +190,20 @@ class Staging:
         if self._stream is None:
             return None
         return torch.cuda.current_stream(self._device).record_event()
+
+
+def new_rows(
+    name: str, size: Sequence[int], dtype: torch.dtype, memory: Memory, device: torch.device
+) -> Tensor:
+    """Return zeros [C, ...] where ``memory`` has centers, or what else they are the state of.
+
+    Raises:
+        ValueError: As :func:`host_tensor` does.
+    """
+    where = memory.centers_in if name == CENTERS else memory.states_in
+    if where == "host":
+        return host_tensor(name, size, dtype, memory.host_folder, pinned=device.type == "cuda")
+    return row_tensor(size, dtype, device)
 
 
 def row_tensor(size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

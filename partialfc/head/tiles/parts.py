@@ -214,6 +214,19 @@ def _among(value_n: Tensor, sampled_n: Tensor | None, row_n: Tensor | None) -> T
     return every
 
 
+def union(kept: Sequence[Kept]) -> Tensor | None:
+    """Return the rows that any micro-batch sampled, int64 [n]; ``None`` for all.
+
+    They are one object where the step's sample was fixed; a GPU is waited for where not.
+    """
+    rows = kept[0].row_n
+    if rows is None or all(one.row_n is rows for one in kept):
+        return rows
+    sampled = torch.cat([one.row_n for one in kept if one.row_n is not None])
+    every_n: Tensor = torch.unique(sampled)
+    return every_n
+
+
 def by_row(target_P: Tensor, batch: int) -> Tensor:
     """Return places of K * B positives as [K, B], where ``batch`` is B."""
     return target_P.unsqueeze(0) if len(target_P) == batch else target_P.view(-1, batch)
