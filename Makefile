@@ -34,7 +34,7 @@ test: lint
 test-simulated-gpu: .venv/installed
 	$(SIMULATED) tests/gpu tests/simulated_gpu
 
-# The same with Triton's kernels in their interpreter, on few rows: four minutes of one core.
+# The same with Triton's kernels in their interpreter, on few rows, and a step's launches: six minutes of one core.
 test-interpreted: .venv/installed
 	TRITON_INTERPRET=1 $(SIMULATED) tests/gpu tests/simulated_gpu/test_launches.py
 
