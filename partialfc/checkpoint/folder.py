@@ -55,7 +55,7 @@ KEYS = {
 }
 _LONGEST_MANIFEST = 256 << 20
 """Format 4 notes the tensors of every rank's statistics: 21 MB for 1,024 ranks."""
-_LONGEST_NOTE = 16 << 20
+LONGEST_NOTE = 16 << 20
 _PART = re.compile(
     r"(backbone|average|optimizer|head(_[A-Za-z][A-Za-z0-9_]*)?|statistics_\d{6,}"
     r"|centers_([A-Za-z][A-Za-z0-9_]*_)?\d{10,})\.safetensors"
@@ -99,7 +99,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
             text = file.read(_LONGEST_MANIFEST)
         manifest = json.loads(text)
         digest = manifest.pop("sha256")
-        sound = digest == _digest_of(manifest)
+        sound = digest == digest_of(manifest)
     except KeyError as error:
         raise CheckpointError(f"{MANIFEST} lacks {error}") from error
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
@@ -157,12 +157,32 @@ def note_of(path: Path, manifest: Mapping[str, Any], file: str) -> Note:
     """
     if file in manifest["files"]:
         return Note.of(manifest["files"][file])
-    name = file.removesuffix(ENDING) + ".json"
+    name = note_name(file)
     try:
-        text = read_text(path / name, most=_LONGEST_NOTE)
+        text = read_text(path / name, most=LONGEST_NOTE)
+    except FileNotFoundError as error:
+        raise DamagedError(f"it lacks {name}, the note of {file}") from error
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"{name}: {type(error).__name__}: {error}") from error
+    return note_in(text, manifest, file)
+
+
+def note_name(file: str) -> str:
+    """The name of the file that has the note of a part."""
+    return file.removesuffix(ENDING) + ".json"
+
+
+def note_in(text: str, manifest: Mapping[str, Any], file: str) -> Note:
+    """Return the note of a part that a text is.
+
+    Raises:
+        DamagedError: If it is corrupt, or of another checkpoint.
+    """
+    name = note_name(file)
+    try:
         said = json.loads(text)
         digest = said.pop("sha256")
-        if digest != _digest_of(said) or text != _signed(said):
+        if digest != digest_of(said) or text != _signed(said):
             raise DamagedError(f"{name} is corrupt: its checksum is not that of its content")
         if (said["file"], said["mark"]) != (file, manifest.get("mark")):
             raise DamagedError(
@@ -170,9 +190,7 @@ def note_of(path: Path, manifest: Mapping[str, Any], file: str) -> Note:
                 f"and this one is {manifest.get('mark')!a:.80}"
             )
         return Note.of(said["note"])
-    except FileNotFoundError as error:
-        raise DamagedError(f"it lacks {name}, the note of {file}") from error
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DamagedError(f"{name}: {type(error).__name__}: {error}") from error
 
 
@@ -202,6 +220,8 @@ def commit(
     manifest: Mapping[str, Any],
     notes: Mapping[str, Note],
     disk: Disk,
+    *,
+    shared: bool = True,
 ) -> None:
     """Add the manifest to a folder whose files are all written, and give it its name.
 
@@ -213,6 +233,7 @@ def commit(
         manifest: All but its files.
         notes: Of the files that are no part.
         disk: Where to write.
+        shared: Whether what all ranks wrote is here.
 
     Raises:
         OSError: If a file is not there.
@@ -222,15 +243,21 @@ def commit(
     there = {entry.name for entry in os.scandir(temporary)}
     parts = [*parts_of(whole)]
     wanted = {*files, *parts, *(part.removesuffix(ENDING) + ".json" for part in parts)}
-    if missing := sorted(wanted - there):
+    if shared and (missing := sorted(wanted - there)):
         raise FileNotFoundError(
             f"{len(missing)} of {len(wanted)} files are not where rank 0 sees them, such as "
-            f"{missing[0]}. Is {final.parent} on a file system that all hosts share?"
+            f"{missing[0]}. Is {final.parent} on a file system that all hosts share? If each has a "
+            "disk of its own, set checkpoint.shared = false."
         )
-    write_text(temporary / MANIFEST, _signed(whole, indent=1), disk)
-    disk.sync(temporary)
+    write_manifest(temporary, whole, disk)
     disk.rename(temporary, final)
     disk.sync(final.parent)
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any], disk: Disk) -> None:
+    """Write a manifest with its checksum, and sync it and the folder."""
+    write_text(folder / MANIFEST, _signed(manifest, indent=1), disk)
+    disk.sync(folder)
 
 
 def retain(folder: Path, *, keep: int, keep_every_steps: int, disk: Disk) -> None:
@@ -269,8 +296,9 @@ def count_invalid(folder: Path) -> int:
 
 def _signed(content: Mapping[str, Any], *, indent: int | None = None) -> str:
     """Return JSON with the checksum of the content in it."""
-    return json.dumps({**content, "sha256": _digest_of(content)}, indent=indent)
+    return json.dumps({**content, "sha256": digest_of(content)}, indent=indent)
 
 
-def _digest_of(manifest: Mapping[str, Any]) -> str:
+def digest_of(manifest: Mapping[str, Any]) -> str:
+    """Return the checksum of what a manifest or a note says, hexadecimal."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

@@ -91,6 +91,19 @@ def _firsts(manifest: Mapping[str, Any], name: str) -> list[int]:
     return [owned.start * cut["rows_per_identity"] for owned in each if owned]
 
 
+def writer_of(manifest: Mapping[str, Any], file: str) -> int:
+    """Return the rank that wrote a file, as a manifest says of ``first_ranks`` of small heads."""
+    if file.startswith("statistics_"):
+        return int(file.removeprefix("statistics_").removesuffix(ENDING))
+    for name in manifest.get("parts", {}).get("centers", {}):
+        begin = centers_of(name)
+        digits = file.removeprefix(begin).removesuffix(ENDING)
+        if file.startswith(begin) and digits.isdecimal():
+            first_rank = manifest.get("first_ranks", {}).get(name, 0)
+            return int(bisect_right(_firsts(manifest, name), int(digits)) - 1 + first_rank)
+    return 0
+
+
 def misshapen(manifest: Mapping[str, Any]) -> str | None:
     """Return what is not as a commit writes it of the parts of a manifest, else ``None``."""
     parts = manifest.get("parts", {})

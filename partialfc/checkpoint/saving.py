@@ -5,6 +5,7 @@ are written, straight from what is trained. The ranks agree by links of their ow
 collective of the training waits for a disk.
 """
 
+import json
 import os
 import secrets
 import shutil
@@ -26,6 +27,7 @@ from partialfc.checkpoint import folder as checkpoint_folder
 from partialfc.checkpoint.content import about, content_of, parts_of_model
 from partialfc.checkpoint.disk import Disk
 from partialfc.checkpoint.folder import free_bytes, path_of, write_note
+from partialfc.checkpoint.local_disks.disks import LocalDisks
 from partialfc.checkpoint.parts import ENDING, is_part
 from partialfc.checkpoint.pieces import Note
 from partialfc.checkpoint.tensor_file import size_of, write_tensors
@@ -34,6 +36,9 @@ from partialfc.errors import CheckpointError
 from partialfc.model.build import Model
 from partialfc.model.fsdp import Shards
 from partialfc.runtime.process import Runtime
+
+_AT_ONCE = 60_000
+"""Letters of a message between ranks."""
 
 Staged = dict[str, dict[str, Tensor]]
 
@@ -57,13 +62,15 @@ class Saver:
     """Writes a run's checkpoints; leaving it waits until the last one is complete. Collective.
 
     Args:
-        folder: The run's ``checkpoints`` folder, on a file system that all ranks share.
+        folder: The run's ``checkpoints`` folder, on a file system that all ranks share, or of each
+            host.
         facts: JSON values that :func:`partialfc.checkpoint.load` compares: seed, data, settings.
         runtime: This rank.
         keep: Newest checkpoints to keep, >= 1.
         keep_every_steps: Those of multiples of it are never deleted; 0 for none.
         settings: All settings of the run, as text for people.
         disk: Where to write.
+        disks: Of the hosts, if they share none.
     """
 
     def __init__(
@@ -76,9 +83,11 @@ class Saver:
         keep_every_steps: int = 0,
         settings: str = "",
         disk: Disk | None = None,
+        disks: LocalDisks | None = None,
     ) -> None:
         self._folder, self._facts, self._settings = folder, dict(facts), settings
-        self._runtime, self._disk = runtime, disk or Disk()
+        self._runtime, self._disk, self._disks = runtime, disk or Disk(), disks
+        self._leads = runtime.leads if disks is None else disks.leads
         self._retain = partial(
             checkpoint_folder.retain, keep=keep, keep_every_steps=keep_every_steps, disk=self._disk
         )
@@ -127,6 +136,7 @@ class Saver:
             **about(step, model, self._ranks, self._facts, self._settings),
             "mark": f"{self._mark:016x}.{step}",
             "parts": parts_of_model(model, self._ranks),
+            **(self._disks.described(model.heads) if self._disks else {}),
         }
         self._pending = self._pool.submit(self._write, step, staged, manifest, began)
         if not copied:
@@ -221,17 +231,20 @@ class Saver:
         yield_to_training()
         final = path_of(self._folder, step)
         temporary = final.with_name(f".{final.name}.partial")
-        lead, notes = self._runtime.leads, {}
+        lead, notes = self._leads, {}
+        shared = self._disks is None
 
         def write() -> None:
             notes.update(self._write_files(temporary, staged, manifest["mark"]))
 
         def commit() -> None:
-            checkpoint_folder.commit(temporary, final, manifest, notes, self._disk)
+            checkpoint_folder.commit(temporary, final, manifest, notes, self._disk, shared=shared)
 
         try:
             self._together(final, partial(self._begin, final, temporary) if lead else None)
             self._together(final, write)
+            if not shared:
+                manifest, notes = self._told(manifest, notes)
             self._together(final, commit if lead else None)
         except CheckpointError:
             if lead:
@@ -244,6 +257,21 @@ class Saver:
                 print(f"{self._folder}: an old checkpoint stays: {error}", flush=True)
         written = sum(size_of(tensors) for tensors in staged.values())
         return Saved(step, time.monotonic() - began, written)
+
+    def _told(
+        self, manifest: dict[str, Any], notes: dict[str, Note]
+    ) -> tuple[dict[str, Any], dict[str, Note]]:
+        """Rank 0's manifest and notes, for every host's disk: a few messages of 60 kB a rank."""
+        own, text = self._runtime.leads, ""
+        if own:
+            text = json.dumps([manifest, {name: note.as_json() for name, note in notes.items()}])
+        count = int(self._links.words_of_any(str(len(text)) if own else ""))
+        told = [
+            self._links.words_of_any(text[at : at + _AT_ONCE])  # others have none
+            for at in range(0, count, _AT_ONCE)
+        ]
+        manifest, said = json.loads("".join(told))
+        return manifest, {name: Note.of(note) for name, note in said.items()}
 
     def _begin(self, final: Path, temporary: Path) -> None:
         if os.path.lexists(final):

@@ -7,11 +7,17 @@ more than it would alone, and a large file is read by several.
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from partialfc.checkpoint.folder import MANIFEST, is_named, note_of, read_manifest, step_of
 from partialfc.checkpoint.parts import parts_of
 from partialfc.checkpoint.pieces import THREADS, compare_pieces
 from partialfc.errors import CheckpointError, OtherFormatError
+
+_OF_HOSTS = (
+    " (written with checkpoint.shared = false: what each host has of it belongs together in one "
+    "folder)"
+)
 
 
 def verify(path: Path, *, part: int = 0, of: int = 1, content: bool = True) -> str | None:
@@ -29,6 +35,7 @@ def verify(path: Path, *, part: int = 0, of: int = 1, content: bool = True) -> s
     Raises:
         OtherFormatError: If it is of another format; what it is like is not known then.
     """
+    manifest: dict[str, Any] = {}
     try:
         manifest = read_manifest(path)
         if is_named(path) and manifest["step"] != step_of(path):
@@ -43,7 +50,7 @@ def verify(path: Path, *, part: int = 0, of: int = 1, content: bool = True) -> s
     except OtherFormatError:
         raise
     except CheckpointError as error:
-        return str(error)
+        return f"{error}{_OF_HOSTS if 'hosts' in manifest else ''}"
 
 
 def _share(files: Sequence[str], part: int, of: int) -> Iterator[tuple[str, int, int]]:

@@ -48,6 +48,11 @@ def conflicts(config: "Config") -> Iterator[str]:
             f"schedule.warmup_steps = {config.schedule.warmup_steps}: must be fewer than run.steps "
             f"= {config.run.steps}, or the warm-up never ends."
         )
+    if config.log.upload_checkpoint and not config.checkpoint.shared:
+        yield (
+            "log.upload_checkpoint = true with checkpoint.shared = false: no host has the whole of "
+            "a checkpoint. Remove one."
+        )
     yield from _of_shards(config)
     yield from _of_the_sets(config)
     yield from conflicts_of_heads(config)

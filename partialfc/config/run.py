@@ -113,6 +113,11 @@ class Checkpoint(Section):
     """Checkpoints of multiples of this number of steps are never deleted; it is a multiple of
     ``every_steps``. 0 keeps no more than ``keep``."""
 
+    shared: bool = True
+    """Whether all hosts see one ``run.folder``. With ``false`` each has a disk of its own at this
+    path and writes there what its ranks write. At a start it gets what it lacks from the others, so
+    each file of a checkpoint must be on one of them."""
+
     peers_every_steps: EverySteps = 0
     """Steps between copies that each host keeps in its memory of the ranks of another one, so that
     a run that loses a host goes on from them and reads no checkpoint. 0 makes none."""

@@ -35,16 +35,25 @@ _NEVER = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, e
 
 
 @contextmanager
-def locked(folder: Path, runtime: Runtime) -> Iterator[None]:
+def locked(folder: Path, runtime: Runtime, *, leads: bool | None = None) -> Iterator[None]:
     """Hold a run's folder inside; rank 0 does for all. Collective: the ranks agree on it.
+
+    Args:
+        folder: Of the run.
+        runtime: This rank.
+        leads: Whether this rank holds that of its host, where each has a disk of its own.
 
     Raises:
         ConfigError: On every rank, if another start holds it, or nothing can be written there.
     """
     held, problem = -1, ""
-    if runtime.leads:
+    if runtime.leads if leads is None else leads:
         held, problem = _take(folder)
+        if problem and leads is not None:
+            problem += " With checkpoint.shared = false every host needs a disk of its own there."
     if problem := words_of_any(problem, runtime.ranks):
+        if held >= 0:
+            os.close(held)
         raise ConfigError(f"run.folder = {str(folder)!r}: {problem}")
     ended = threading.Event()
     if held >= 0:

@@ -16,6 +16,7 @@ import torch
 from partialfc.checkpoint import loading as checkpoint
 from partialfc.checkpoint.base import fact_of, may_vanish, restore_base
 from partialfc.checkpoint.folder import read_manifest, steps
+from partialfc.checkpoint.local_disks.disks import LocalDisks
 from partialfc.checkpoint.peers.run import LINE, Peers
 from partialfc.checkpoint.pretrained import load_pretrained
 from partialfc.checkpoint.teacher import Teacher, open_teacher
@@ -49,8 +50,10 @@ class Opened:
         stage: Where the run seems to go on.
         runtime: This rank.
         shards: Canonical shards of each head in the checkpoint to go on from; 0 for none.
+        disks: Of the hosts, if they share none.
 
     Attributes:
+        disks: The same.
         runtime: This rank.
         stage: The present one.
         model: What it trains.
@@ -65,8 +68,14 @@ class Opened:
     evaluation: Evaluation
     facts: dict[str, object]
 
-    def __init__(self, stage: Stage, runtime: Runtime, shards: Mapping[str, int]) -> None:
-        self.runtime, self._shards = runtime, shards
+    def __init__(
+        self,
+        stage: Stage,
+        runtime: Runtime,
+        shards: Mapping[str, int],
+        disks: LocalDisks | None = None,
+    ) -> None:
+        self.runtime, self._shards, self.disks = runtime, shards, disks
         self._open(stage)
 
     def _open(self, stage: Stage) -> None:
@@ -120,6 +129,8 @@ class Opened:
                 if self.runtime.leads:
                     print(f"{found}: not a valid checkpoint: {damaged[found]}", flush=True)
                 continue  # the model is half filled: it is made anew
+            if self.disks is not None:
+                self.disks.forget()
             if peers is not None:
                 peers.begin(self.model, step, from_copies=copies is not None)
             return step, base
@@ -139,9 +150,12 @@ class Opened:
         run, runtime = self.stage.config.run, self.runtime
         if peers is not None and peers.step >= peers.on_disk:
             return None, peers.step, peers
-        found = checkpoint.newest(
-            run.folder / "checkpoints", runtime, content=False, damaged=damaged
-        )
+        if self.disks is not None:
+            has_copies = peers is not None and peers.found is not None
+            found = self.disks.newest(damaged, has_copies=has_copies)
+        else:
+            folder = run.folder / "checkpoints"
+            found = checkpoint.newest(folder, runtime, content=False, damaged=damaged)
         if found is None and run.resume_from is not None:
             found = checkpoint.named(run.resume_from, runtime, content=False)
         step = 0 if found is None else int(read_manifest(found)["step"])
@@ -155,7 +169,12 @@ class Opened:
         if copies is not None:
             with copies.fetched(self.model) as path:
                 return self._go_on(path, step, writer, verified=True)
-        return self._begin() if found is None else self._go_on(found, step, writer)
+        if found is None:
+            return self._begin()
+        of_hosts = self.disks is not None and found != self.stage.config.run.resume_from
+        if self.disks is not None and of_hosts:
+            self.disks.bring(self.model.heads)
+        return self._go_on(found, step, writer, verified=of_hosts)
 
     def _begin(self) -> dict[str, object]:
         config, dataset = self.stage.config, self.stage.data.dataset

@@ -32,6 +32,7 @@ from partialfc.model.heads import Numbering
 from partialfc.model.optimizer import kept_numbers, muon_matrices
 from partialfc.records.console import show_table
 from partialfc.records.environment import package_version
+from partialfc.runtime.place import own_place
 from partialfc.runtime.process import Runtime, local_rank
 from partialfc.training.findings import Finding, of_all, ranks_with
 from partialfc.training.preflight_network import collectives, names, open_files
@@ -235,6 +236,9 @@ def _disk(
     of_heads = {name: one.count for name, one in identities.items()}
     needed = checkpoint_bytes(config, of_heads, runtime.ranks.size)
     free = of_all([float(shutil.disk_usage(folder).free)], runtime).min().item()
+    if not config.checkpoint.shared:  # a host has the rows of its own ranks
+        rows = needed - checkpoint_bytes(config, dict.fromkeys(of_heads, 0), runtime.ranks.size)
+        needed -= rows - rows // own_place().hosts
     kept = config.checkpoint.keep + 1
     value = (
         f"{free / 2**30:.1f} GiB free, {speed / 2**20:,.0f} MiB/s written and synced; a checkpoint "

@@ -14,6 +14,7 @@ import torch
 
 from partialfc.checkpoint import loading as checkpoint
 from partialfc.checkpoint.folder import path_of
+from partialfc.checkpoint.local_disks.disks import LocalDisks
 from partialfc.checkpoint.peers.run import Peers, peers_of
 from partialfc.checkpoint.saving import Saver
 from partialfc.config import Config, ConfigError, to_toml
@@ -21,7 +22,7 @@ from partialfc.config.conflicts import head_compute, why_no_overlap
 from partialfc.config.heads import each_head
 from partialfc.data.loaders.stream import Batches
 from partialfc.data.names import NAMES, Names, names_file, names_of
-from partialfc.distributed.agreement import words_of_any
+from partialfc.distributed.agreement import from_leader, total, words_of_any
 from partialfc.distributed.links import any_rank
 from partialfc.errors import CrashLoopError, Preempted
 from partialfc.model.heads import Numbering
@@ -61,22 +62,30 @@ def train(config: Config, runtime: Runtime) -> None:
     if runtime.leads:
         find(config.log.sinks)  # what is not installed is said before anything takes time
         _announce(config, runtime)
-    with locked(config.run.folder, runtime), peers_of(config, runtime) as peers:
-        _train(config, runtime, peers)
+    saved = config.run.folder / "checkpoints"
+    disks = None if config.checkpoint.shared else LocalDisks(saved, runtime)
+    leads = None if disks is None else disks.leads
+    with locked(config.run.folder, runtime, leads=leads), peers_of(config, runtime) as peers:
+        _train(config, runtime, peers, disks)
 
 
-def _train(config: Config, runtime: Runtime, peers: Peers | None) -> None:
+def _train(config: Config, runtime: Runtime, peers: Peers | None, disks: LocalDisks | None) -> None:
+    if not config.run.resume and total(
+        checkpoint.exist(config.run.folder / "checkpoints"), runtime.ranks
+    ):
+        raise ConfigError(
+            f"run.resume = false with run.folder = {str(config.run.folder)!r}, which holds "
+            "checkpoints of a run. Choose another folder, or set run.resume = true to go on."
+        )
+    if disks is not None and (peers is None or peers.step < peers.on_disk):
+        disks.newest(has_copies=peers is not None and peers.found is not None)
     if config.run.preflight:
         report(look_before(config, runtime), runtime)
     shards = agreed_shards(config, runtime, peers)
     folder, settings = config.run.folder, to_toml(config)
     stages = open_stages(config, runtime)
-    opened = Opened(stage_at(stages, likely_step(config, runtime, peers)), runtime, shards)
-    if not config.run.resume and checkpoint.exist(folder / "checkpoints"):
-        raise ConfigError(
-            f"run.resume = false with run.folder = {str(folder)!r}, which holds checkpoints of a "
-            "run. Choose another folder, or set run.resume = true to go on."
-        )
+    stage = stage_at(stages, likely_step(config, runtime, peers))
+    opened = Opened(stage, runtime, shards, disks)
     written = folder / "ledger.jsonl" if runtime.leads else None
     digest = hashlib.sha256(settings.encode()).hexdigest()[:16]
     with keeping(written, ranks=runtime.ranks.size, settings=digest) as ledger:
@@ -87,11 +96,11 @@ def _train(config: Config, runtime: Runtime, peers: Peers | None) -> None:
             step, base = opened.restore(stages, peers)
         ledger.at(step, now=True)
         summary, end = folder / "summary.json", stages[-1].span.last
-        if step >= end and summary.exists():
+        if step >= end and from_leader(summary.exists(), runtime.ranks):
             if runtime.leads:
                 print(f"{summary}: the run ended at step {step}, and {end} are asked for.")
             return
-        if runtime.leads:
+        if runtime.leads if disks is None else disks.leads:
             _describe(folder, settings, step, stages)
         with (
             Recorder(config, runtime, step, opened.stage.span, end, ledger) as recorder,
@@ -134,6 +143,7 @@ def _train_stage(
             keep=config.checkpoint.keep,
             keep_every_steps=config.checkpoint.keep_every_steps,
             settings=settings,
+            disks=opened.disks,
         ) as saver,
         closing(open_batches(config, runtime, stage.data, stage.span.batch(step))) as batches,
     ):

@@ -250,7 +250,7 @@ def signed(path, change):
     manifest = json.loads((path / "manifest.json").read_text())
     change(manifest)
     manifest.pop("sha256", None)
-    digest = checkpoint_folder._digest_of(manifest)
+    digest = checkpoint_folder.digest_of(manifest)
     (path / "manifest.json").write_text(json.dumps({**manifest, "sha256": digest}))
 
 

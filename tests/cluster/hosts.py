@@ -11,8 +11,9 @@ from pathlib import Path
 class Hosts:
     """``pfc0``, ``pfc1``, … at 10.77.0.10, .11, …; each has an interface ``ve0``, ``ve1``, …"""
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def __init__(self, count: int, disks: dict[int, tuple[Path, Path]] | None = None) -> None:
+        """Disks of hosts: a folder of this machine, and where the host alone sees it."""
+        self.count, self.disks = count, disks or {}
 
     def __enter__(self) -> "Hosts":
         self.__exit__()
@@ -56,7 +57,8 @@ class Hosts:
 
         Its /dev/shm is that of this command and what it starts, and is gone with the last of them.
         """
-        own = f'hostname pfc{i}; mount -t tmpfs tmpfs /dev/shm; exec "$@"'
+        disk = "mount --bind {} {}; ".format(*self.disks[i]) if i in self.disks else ""
+        own = f'hostname pfc{i}; mount -t tmpfs tmpfs /dev/shm; {disk}exec "$@"'
         host = ["unshare", "--uts", "--mount", "sh", "-c", own, "sh"]
         return ["ip", "netns", "exec", f"pfc{i}", *host, *words]
 

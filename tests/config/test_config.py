@@ -272,7 +272,7 @@ def keys_of(names, prefix: str) -> Iterator[str]:
             MINIMAL + "[checkpoint]\nkep = 3\n",
             [],
             "checkpoint.kep = 3: unknown setting. Did you mean checkpoint.keep? [checkpoint] takes "
-            "every_steps, keep, keep_every_steps, peers_every_steps, peers_folder.",
+            "every_steps, keep, keep_every_steps, shared, peers_every_steps, peers_folder.",
         ),
         (  # a known setting in the wrong section
             MINIMAL + "[head]\nembedding_dim = 256\n",

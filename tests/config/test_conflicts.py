@@ -32,6 +32,12 @@ CONFLICTS = {
         "nothing lies in host memory",
         'Set centers_in or states_in to "host", or remove it.',
     ),
+    "log.upload_checkpoint": (
+        ["checkpoint.shared=false", "log.upload_checkpoint=true", 'log.sinks=["wandb"]'],
+        "true with checkpoint.shared = false",
+        "no host has the whole of a checkpoint",
+        "Remove one.",
+    ),
     "losses.inter_class.weight": (
         ["losses.inter_class.weight=0.5", "head.margin.name=l_softmax"],
         "0.5",

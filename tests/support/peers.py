@@ -41,6 +41,11 @@ os._exit(main(sys.argv[2:]))
 """Each rank kills itself before a step; the copies and checkpoints before it are complete."""
 
 
+def disk_of(folder: Path, host: int) -> Path:
+    """The run's folder on a host that has a disk of its own."""
+    return folder.parent / f"{folder.name}_disk{host}"
+
+
 def memory_of(folder: Path, host: int) -> Path:
     """The memory of a host."""
     return folder.parent / f"{folder.name}_host{host}"
@@ -66,7 +71,9 @@ def on_hosts(
             kept = []
             if any("peers_every_steps" in word for word in overrides):
                 kept = [f"checkpoint.peers_folder={memory_of(folder, hosts[group])}"]
-            start = words(packs, folder, *SMALL, *overrides, *kept)[1:]
+            local = "checkpoint.shared=false" in overrides
+            at = disk_of(folder, hosts[group]) if local else folder
+            start = words(packs, at, *SMALL, *overrides, *kept)[1:]
             command = ["-c", _DIES, dies_at, *start]
             running.append(Python(command, files, env={**ENVIRONMENT, **place}))
         until = time.monotonic() + 400

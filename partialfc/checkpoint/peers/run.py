@@ -17,7 +17,7 @@ from partialfc.checkpoint.peers.recovery import Found, find, gathered
 from partialfc.checkpoint.saving import Saved, available_bytes
 from partialfc.checkpoint.tensor_file import size_of
 from partialfc.config import Config, ConfigError
-from partialfc.distributed.agreement import from_leader, words_of_any
+from partialfc.distributed.agreement import largest, words_of_any
 from partialfc.errors import Preempted
 from partialfc.model.build import Model
 from partialfc.runtime.process import Runtime
@@ -40,7 +40,7 @@ def peers_of(config: Config, runtime: Runtime) -> Iterator["Peers | None"]:
         ConfigError: If their folder cannot be used.
     """
     if not config.checkpoint.peers_every_steps:
-        if runtime.leads:
+        if runtime.leads or not config.checkpoint.shared:
             with suppress(OSError):
                 (config.run.folder / LINE).unlink(missing_ok=True)
         yield None
@@ -73,11 +73,12 @@ class Peers:
         self._hosts = [host for _, (host,) in gathered([[host_number()]], 1, self._ranks)]
         beside = [rank for rank, host in enumerate(self._hosts) if host == self._host]
         self._leads_host = ranks.rank == beside[0]
+        self._leads_folder = runtime.leads if config.checkpoint.shared else self._leads_host
         self._line, self._memory = self._open()
         self._copier: Copier | None = None
         self._off = False
-        saved = steps(config.run.folder / "checkpoints") if runtime.leads else []
-        self.on_disk = from_leader(step_of(saved[-1]) if saved else 0, self._ranks)
+        saved = steps(config.run.folder / "checkpoints") if self._leads_folder else []
+        self.on_disk = largest(step_of(saved[-1]) if saved else 0, self._ranks)
         self._base = self.on_disk
         self.found: Found | None = None
         if config.run.resume:
@@ -133,7 +134,7 @@ class Peers:
         found = self.found if from_copies else None
         self._line = self._told(self._line.next((found.start, found.step) if found else None))
         problem = ""
-        if self._runtime.leads:
+        if self._leads_folder:
             try:
                 self._line.write(self._config.run.folder / LINE)
             except OSError as error:
@@ -205,7 +206,7 @@ class Peers:
         self._links.words_of_any("")  # nobody writes any more
         if self._leads_host:
             self._memory.forget()
-        if self._runtime.leads:
+        if self._leads_folder:
             with suppress(OSError):
                 (self._config.run.folder / LINE).unlink(missing_ok=True)
         self._links.close()
@@ -224,9 +225,11 @@ class Peers:
         return ""
 
     def _open(self) -> tuple[Line, Memory]:
-        """The line that rank 0 reads or begins, and the folder of its run on this host."""
+        """The line of the first disk that has one, or a new one, and the folder on this host."""
         problem, memory = "", None
-        line = self._told(Line.read(self._config.run.folder / LINE) or Line.new())
+        own = Line.read(self._config.run.folder / LINE) if self._leads_folder else None
+        text = words_of_any(json.dumps(asdict(own)) if own else "", self._ranks)
+        line = Line.of(json.loads(text)) if text else self._told(Line.new())
         try:
             memory = Memory(self._config.checkpoint.peers_folder, line.run)
         except OSError as error:

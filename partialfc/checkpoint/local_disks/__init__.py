@@ -1,0 +1,1 @@
+"""Checkpoints on disks that hosts do not share: ``checkpoint.shared = false``."""
