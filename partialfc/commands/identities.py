@@ -92,7 +92,11 @@ def main(arguments: list[str]) -> int:
                 f"{options.mean_of}: it has {pack.num_identities:,} identities, and the new "
                 f"run {count:,}. Give its number with --identities, or another map."
             )
-        mean = None if pack is None else partial(mean_embeddings, run, pack)
+        mean = None
+        if pack is not None:
+            identity_N = pack.identities(np.arange(len(pack)))
+            refuse_without_image(pack, identity_N, news)
+            mean = partial(mean_embeddings, run, pack, identity_N)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         old_rows = OldRows(stored, options.out.parent)
         write_start(
@@ -208,13 +212,27 @@ def read_map(path: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
     return np.array(list(pairs)), np.array(list(pairs.values()))
 
 
-def mean_embeddings(run: OpenRun, pack: Pack, identities: Tensor) -> Tensor:
-    """Return the mean unit embedding [A, D] of the images of some identities [A] of a pack.
+def refuse_without_image(pack: Pack, identity_N: np.ndarray, news: np.ndarray) -> None:
+    """Refuse added identities that a pack shows no image of, before any is embedded.
 
     Raises:
-        DataError: If one of them has no image there.
+        DataError: If there is one.
     """
-    identity_N = pack.identities(np.arange(len(pack)))
+    fine_C = np.zeros(pack.num_identities, bool)
+    fine_C[news] = fine_C[identity_N] = True
+    if not fine_C.all():
+        raise DataError(f"{pack.path}: identity {fine_C.argmin()} has no image in it.")
+
+
+def mean_embeddings(run: OpenRun, pack: Pack, identity_N: np.ndarray, identities: Tensor) -> Tensor:
+    """Return the mean unit embedding [A, D] of the images of some identities of a pack.
+
+    Args:
+        run: With the backbone.
+        pack: Images.
+        identity_N: Whom each of them shows.
+        identities: int64 [A], ascending.
+    """
     place_C = np.full(pack.num_identities, -1)
     place_C[identities.numpy()] = np.arange(len(identities))
     images = np.flatnonzero(place_C[identity_N] >= 0)
@@ -228,7 +246,4 @@ def mean_embeddings(run: OpenRun, pack: Pack, identities: Tensor) -> Tensor:
             place = torch.from_numpy(place_C[identity_N[some]])
             total_AD.index_add_(0, place, F.normalize(torch.from_numpy(found).float()))
             progress.advance(task, len(some))
-    without = (total_AD.norm(dim=1) == 0).nonzero().flatten()
-    if len(without):
-        raise DataError(f"{pack.path}: identity {int(identities[without[0]])} has no image in it.")
     return total_AD

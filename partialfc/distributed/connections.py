@@ -1,6 +1,7 @@
-"""Connections of each rank with some others, by sockets: who is called knows that it is.
+"""Connections of each rank with some others, by sockets.
 
-It is for what no collective carries: a word beside the training, bytes between two ranks.
+They are for what no collective carries: a word beside the training, bytes between two ranks. All
+ranks make them together, and each says beforehand whom it calls and who calls it.
 """
 
 import secrets

@@ -13,6 +13,9 @@ from partialfc.__main__ import main
 from partialfc.checkpoint import loading as checkpoint
 from partialfc.checkpoint import stored_rows
 from partialfc.commands import identities
+from partialfc.data.packs.pack import open_pack
+from partialfc.data.packs.writer import write_insightface_pack
+from partialfc.errors import DataError
 from partialfc.head.centers import fill_initial_
 from tests.support.runs import UNVERIFIED, run
 from tools.bench._faults.runs import tensors
@@ -144,18 +147,33 @@ def test_pieces_of_any_size_give_the_same_bytes(
     assert torch.equal(old[every].flatten(0, 1), centers_of(trained))
 
 
-def test_what_fails_while_rows_are_made_leaves_nothing(packs, trained, tmp_path, capsys):
-    """An added identity has no image, which is known when others are written."""
+def test_what_fails_while_rows_are_made_leaves_nothing(packs, trained, tmp_path, monkeypatch):
     count = len(centers_of(trained))
     lines = [f"{old},{old}\n" for old in range(count - 1)]
     (tmp_path / "map.csv").write_text("".join(lines))
     words = [str(trained), str(tmp_path / "x"), "--map", str(tmp_path / "map.csv")]
     words += ["--mean-of", str(packs / "train.rec"), "--identities", str(count)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(identities, "mean_embeddings", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            identities.main(words)
+    monkeypatch.setattr(identities, "mean_embeddings", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        identities.main(words)
     assert [path.name for path in tmp_path.iterdir()] == ["map.csv"]
+
+
+def test_an_added_identity_without_an_image_is_named_before_any_is_embedded(
+    packs, trained, tmp_path, monkeypatch, capsys
+):
+    """Labels are read once: a pack has a page of memory for each of its headers."""
+    count = len(centers_of(trained))
+    (tmp_path / "map.csv").write_text("0,1\n")
+    jpeg = open_pack(packs / "train.rec").jpeg(0)
+    few = [(identity, jpeg) for identity in range(count) if identity not in (1, count - 2)]
+    write_insightface_pack(tmp_path / "few.rec", few, count)
+    words = ["identities", str(trained), str(tmp_path / "x"), "--identities", str(count)]
+    words += ["--map", str(tmp_path / "map.csv")]
+    monkeypatch.setattr(identities, "mean_embeddings", lambda *_: 1 / 0)
+    assert main([*words, "--mean-of", str(tmp_path / "few.rec")]) == DataError.exit_code
+    assert f"few.rec: identity {count - 2} has no image in it" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
 
 
 def test_added_identities_begin_with_the_mean_of_their_images(packs, trained, tmp_path):

@@ -783,9 +783,13 @@ def test_the_record_is_of_every_kernel_without_atomics_or_fused_rounding(target,
     of_rows = [row for row in rows if row["kernel"] in ("sgd_", "catch_up_")]
     assert not any(row["fma"] for row in of_rows), "bytes would differ"
     seconds = {}
-    for row in rows:  # what a step launches of each, and with kept exponentials too
+    for row in rows:  # the slowest variant of each, and of the fused ones with and without kept
         which = row["kernel"], row.get("kept")
         seconds[which] = max(seconds.get(which, 0), row["compile_seconds"])
     apart = sum(seconds[name, None] for name in ("unit_rows", "catch_up_"))
-    assert apart + seconds["exponentials", None] + seconds["sgd_", None] < 20
-    assert apart + sum(one for (_, kept), one in seconds.items() if kept) < 20
+    plain = apart + 2 * seconds["exponentials", None] + seconds["sgd_", None]  # one for each pass
+    fused = apart + sum(one for (_, kept), one in seconds.items() if kept)
+    assert max(plain, fused) < 20
+    if target == 90:
+        page = (ROOT / "partialfc/head/kernels.md").read_text()
+        assert f"{fused:.1f} s and {plain:.1f} s at most for sm_90" in page

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from partialfc import RowAdagrad, RowAdamW, RowSGD
+from partialfc.backbones.iresnet import DEPTHS
 from partialfc.distributed.ranks import Ranks
 from partialfc.head.tiles import passes
 from partialfc.model.build import build
@@ -19,6 +20,7 @@ from tests.support.every_margin import EVERY_MARGIN
 from tests.support.gpu import INTERPRETED
 from tests.support.heads import flat_head
 from tests.support.models import settings
+from tests.support.places import ROOT
 
 pytestmark = pytest.mark.skipif(
     not INTERPRETED, reason="make test-interpreted runs it: it counts Triton's kernels"
@@ -140,3 +142,15 @@ def test_a_step_of_a_residual_network():
     small, large = of(18), of(34)
     assert (large - small) / 8 <= A_BLOCK
     assert small - 8 * A_BLOCK <= BESIDE_BLOCKS
+
+
+def test_the_page_has_these_numbers():
+    """kernels.md: who waits for the host reads there what a step gives a GPU."""
+    page = (ROOT / "partialfc/head/kernels.md").read_text()
+    for rule in ("sgd move", "adamw"):
+        assert f"| {sum(OF_RULES[rule, 1.0])}; {sum(OF_RULES[rule, 0.1])} |" in page
+    names = "cosface", "adaface", "curricularface", "magface", "l-softmax"
+    assert f"| {'; '.join(str(sum(OF_MARGINS[name])) for name in names)} |" in page
+    assert f"| each further tile, SGD | {A_TILE} |" in page
+    blocks = sum(DEPTHS["iresnet50"])
+    assert f"forward to update | {BESIDE_BLOCKS + blocks * A_BLOCK} |" in page

@@ -83,6 +83,11 @@ def test_a_bound_picks_no_rate_below_one_that_exceeds_it():
     assert found == {0.03: 0.5, 0.1: 0.5, 0.3: 0.125, 1.0: 0.125}
 
 
+def test_one_sample_has_no_variance():
+    with pytest.raises(SystemExit, match="--samples 1: a variance needs 2"):
+        tool.main(["--identities", "300", "--samples", "1"])
+
+
 @pytest.mark.slow
 def test_a_training_has_its_states_and_a_head_without_a_model_too(
     forty_characters, tmp_path, monkeypatch, capsys

@@ -7,9 +7,8 @@
 A model is trained as by tools/sampling.py. Before each step of --at its gradient is taken from all
 centers and, for every rate and kind of negatives, from --samples samples of the keyed sampler: for
 the embeddings of the batch, and behind them for the weights of the backbone. Neighbours are
-searched among the centers of that step. With --identities
-there is no model: centers are random directions in families, and embeddings stand at given cosines
-to theirs.
+searched among the centers of that step. With --identities there is no model: centers are random
+directions in families, and embeddings stand at given cosines to theirs.
 
 With G of all centers, G_k of sample k of K, their mean M and squares summed over all elements,
 
@@ -194,6 +193,8 @@ def cut(identities: int, shards: int | None = None, weighted_rate: float | None 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print the tables and write the record."""
     options = _parser().parse_intermixed_args(arguments)
+    if options.samples < 2:
+        raise SystemExit(f"--samples {options.samples}: a variance needs 2.")
     rates = [float(rate) for rate in options.rates.split(",")]
     started = time.process_time()
     if options.identities:
