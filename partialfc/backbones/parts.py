@@ -47,8 +47,10 @@ def count_batch(network: nn.Module) -> None:
 
     torch's own count is a launch a layer, for a number that nobody reads where a momentum is given.
     """
-    norms = (one for one in network.modules() if isinstance(one, BatchNorm2d) and one.training)
-    counts = [count for one in norms if (count := one.num_batches_tracked) is not None]
+    counts = []
+    for one in network.modules():
+        if isinstance(one, BatchNorm2d) and one.training and one.num_batches_tracked is not None:
+            counts.append(one.num_batches_tracked)
     if counts:
         torch._foreach_add_(counts, 1)
 

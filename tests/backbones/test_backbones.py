@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from partialfc.backbones import BACKBONES, build_backbone, convnet
+from partialfc.backbones import BACKBONES, build_backbone, convnet, parts
 from partialfc.backbones.iresnet import IResNet
 from partialfc.backbones.mobilefacenet import SHAPES, MobileFaceNet, MobileShape
 from partialfc.backbones.vit import VisionTransformer, ViTShape, _Block
@@ -284,6 +284,14 @@ def test_compiles_as_one_graph_to_the_same_training(
     x = images()
     torch.testing.assert_close(train_once(compiled, x, run), train_once(plain, x), rtol=0, atol=0)
     assert_same_training(compiled, plain)
+
+
+def test_batches_are_counted_in_the_graph_of_a_compiled_network() -> None:
+    """The compiler refuses some of what Python may write, such as := in a comprehension."""
+    norms = [parts.BatchNorm2d(3) for _ in range(3)]
+    norms[1].eval()
+    torch.compile(parts.count_batch, backend="eager", fullgraph=True)(nn.Sequential(*norms))
+    assert [int(norm.get_buffer("num_batches_tracked")) for norm in norms] == [1, 0, 1]
 
 
 @pytest.mark.parametrize("family", SMALL)
