@@ -78,30 +78,36 @@ def files_with_rows(manifest: Mapping[str, Any], name: str, rows: range) -> list
 
 def _firsts(manifest: Mapping[str, Any], name: str) -> list[int]:
     """First rows of the parts of a head, ascending."""
+    return [first for _, first in _owners(manifest, name)]
+
+
+def _owners(manifest: Mapping[str, Any], name: str) -> Iterator[tuple[int, int]]:
+    """Yield the ranks that have rows of a head, in order, each with its first row."""
     cut = manifest.get("parts", {}).get("centers", {}).get(name)
     if cut is None:
-        return []
-    about, ranks = manifest.get("heads", {}).get(name, manifest), cut["ranks"]
+        return
+    about = manifest.get("heads", {}).get(name, manifest)
     sharding = Sharding(
         num_identities=about["num_identities"],
         canonical_shards=about["canonical_shards"],
-        world_size=ranks,
+        world_size=cut["ranks"],
     )
-    each = map(sharding.owned, range(ranks))
-    return [owned.start * cut["rows_per_identity"] for owned in each if owned]
+    for rank in range(cut["ranks"]):
+        if owned := sharding.owned(rank):
+            yield rank, owned.start * cut["rows_per_identity"]
 
 
-def writer_of(manifest: Mapping[str, Any], file: str) -> int:
-    """Return the rank that wrote a file, as a manifest says of ``first_ranks`` of small heads."""
-    if file.startswith("statistics_"):
-        return int(file.removeprefix("statistics_").removesuffix(ENDING))
+def writers(manifest: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """Yield the names of all parts, each with the rank that wrote it.
+
+    Of a head that lies on some of the ranks, the manifest has the first of them in ``first_ranks``.
+    """
     for name in manifest.get("parts", {}).get("centers", {}):
-        begin = centers_of(name)
-        digits = file.removeprefix(begin).removesuffix(ENDING)
-        if file.startswith(begin) and digits.isdecimal():
-            first_rank = manifest.get("first_ranks", {}).get(name, 0)
-            return int(bisect_right(_firsts(manifest, name), int(digits)) - 1 + first_rank)
-    return 0
+        first_rank = manifest.get("first_ranks", {}).get(name, 0)
+        for rank, first in _owners(manifest, name):
+            yield centers_of(name, first) + ENDING, first_rank + rank
+    for rank in range(manifest.get("parts", {}).get("statistics", 0)):
+        yield statistics_of(rank) + ENDING, rank
 
 
 def misshapen(manifest: Mapping[str, Any]) -> str | None:

@@ -236,12 +236,14 @@ def _disk(
     of_heads = {name: one.count for name, one in identities.items()}
     needed = checkpoint_bytes(config, of_heads, runtime.ranks.size)
     free = of_all([float(shutil.disk_usage(folder).free)], runtime).min().item()
+    what = "a checkpoint"
     if not config.checkpoint.shared:  # a host has the rows of its own ranks
+        what = "a host's part of a checkpoint"
         rows = needed - checkpoint_bytes(config, dict.fromkeys(of_heads, 0), runtime.ranks.size)
         needed -= rows - rows // own_place().hosts
     kept = config.checkpoint.keep + 1
     value = (
-        f"{free / 2**30:.1f} GiB free, {speed / 2**20:,.0f} MiB/s written and synced; a checkpoint "
+        f"{free / 2**30:.1f} GiB free, {speed / 2**20:,.0f} MiB/s written and synced; {what} "
         f"is {needed / 2**30:.3g} GiB, {needed / speed:.1f} s"
     )
     if free < kept * needed * _HEAD_ROOM:

@@ -14,7 +14,9 @@ from partialfc.checkpoint import loading as checkpoint
 from partialfc.checkpoint.disk import Disk
 from partialfc.checkpoint.folder import MANIFEST, path_of, steps
 from partialfc.checkpoint.local_disks.disks import LocalDisks
+from partialfc.checkpoint.parts import parts_of, writers
 from partialfc.errors import CheckpointError
+from partialfc.head.sharding import Sharding
 from tests.checkpoint.test_peers import COPIED, assert_same, model_of, state_of, step_of
 from tests.support.models import runtime
 from tests.support.ranks import run_on_ranks
@@ -204,6 +206,33 @@ def test_a_flipped_bit_on_one_host_is_as_a_missing_file(tmp_path):
             generator,
         )
         assert_state(expected, load(tmp_path, (0, 1, 2)), step - 1)
+
+
+def test_the_writer_of_each_part_is_known_by_arithmetic():
+    """Also of a head that lies on ranks 2 and 3 of four, and where a rank has no row."""
+    sizes = {"num_identities": 3, "canonical_shards": 4}
+    manifest = {
+        "heads": {"all": sizes, "few": {"num_identities": 9, "canonical_shards": 8}},
+        "parts": {
+            "statistics": 2,
+            "centers": {
+                "all": {"ranks": 4, "rows_per_identity": 2},
+                "few": {"ranks": 2, "rows_per_identity": 1},
+            },
+        },
+        "first_ranks": {"few": 2},
+    }
+    sharding = Sharding(**sizes, world_size=4)
+    expected = {
+        f"centers_all_{2 * sharding.owned(rank).start:010d}": rank
+        for rank in range(4)
+        if sharding.owned(rank)
+    }
+    found = {file.removesuffix(".safetensors"): rank for file, rank in writers(manifest)}
+    few = {name: found.pop(name) for name in [*found] if name.startswith("centers_few_")}
+    assert [*few.values()] == [2, 3]
+    assert found == {**expected, "statistics_000000": 0, "statistics_000001": 1}
+    assert {f"{name}.safetensors" for name in (*found, *few)} == {*parts_of(manifest)}
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import re
 import sys
 import time
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from partialfc.checkpoint.saving import Saver
 from partialfc.config import ConfigError
 from partialfc.model.build import build
+from partialfc.model.heads import Numbering
 from partialfc.runtime import network
 from partialfc.training import preflight
 from partialfc.training.findings import Finding
@@ -66,6 +68,23 @@ def test_what_the_backbones_optimizer_keeps_is_known_before(name, tmp_path):
     assert checkpoint_bytes(config, 40, 1) == pytest.approx(size, rel=0.05)
     (finding,) = preflight._frozen(config)
     assert "weights stay as they are: stages.3" in finding.value
+
+
+def test_a_disk_of_a_host_needs_room_for_its_own_rows(tmp_path, monkeypatch):
+    """Of four hosts each needs a quarter of what a disk of all does."""
+    place = {"RANK": 0, "WORLD_SIZE": 8, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}
+    for name, value in {**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    sizes = []
+    for shared in (True, False):
+        sections = {"run": {"folder": tmp_path}, "checkpoint": {"shared": shared}}
+        config = settings(**sections)
+        free = 1.2 * checkpoint_bytes(config, 8 << 20, 1)  # two are kept while a third is written
+        monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _, free=free: Mock(free=free))
+        (finding,) = preflight._disk(config, runtime(), {"": Numbering((range(8 << 20),))})
+        assert (finding.level == "refused") == shared, finding
+        sizes.append(float(re.search(r"checkpoint is ([\d.]+) GiB", finding.value)[1]))
+    assert sizes[1] == pytest.approx(sizes[0] / 4, rel=0.1)
 
 
 def test_what_is_refused_is_one_message_and_a_warning_is_none(capsys):

@@ -34,7 +34,7 @@ from partialfc.checkpoint.folder import (
     write_manifest,
 )
 from partialfc.checkpoint.local_disks.transfers import Found, bring
-from partialfc.checkpoint.parts import parts_of, writer_of
+from partialfc.checkpoint.parts import parts_of, writers
 from partialfc.checkpoint.peers.hosts import host_number
 from partialfc.checkpoint.peers.recovery import gathered
 from partialfc.checkpoint.pieces import THREADS, compare_pieces
@@ -233,13 +233,13 @@ class LocalDisks:
     def _lacks(self, found: Found) -> str:
         """Which files are on no disk, and which hosts had them."""
         missing = [file for at, file in enumerate(found.files) if at not in found.offers]
-        hosts: dict[str, str] = {}
-        for file in missing:
-            hosts.setdefault(_host_then(found.manifest, file), file)
-        words = [f"{file} of {host}" for host, file in hosts.items()]
-        more = f" and of {len(words) - _NAMED} other hosts" if len(words) > _NAMED else ""
         if not missing:
             return ""
+        then, hosts = _hosts_then(found.manifest), dict[str, str]()
+        for file in missing:
+            hosts.setdefault(then.get(file, "some host"), file)
+        words = [f"{file} of {host}" for host, file in hosts.items()]
+        more = f" and of {len(words) - _NAMED} other hosts" if len(words) > _NAMED else ""
         return (
             f"{len(missing)} of its {len(found.files)} files are on no disk: "
             f"{', '.join(words[:_NAMED])}{more}"
@@ -299,14 +299,16 @@ def _manifest_at(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _host_then(manifest: Mapping[str, Any], file: str) -> str:
-    """Who wrote a file, in words: a manifest of another version may not say it."""
-    writer = writer_of(manifest, file)
-    with suppress(KeyError, TypeError, AttributeError, ValueError):
+def _hosts_then(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """The hosts that wrote files, in words; a manifest of a shared disk does not say it."""
+    hosts: dict[int, str] = {}
+    written = dict.fromkeys(manifest["files"], 0)
+    with suppress(KeyError, TypeError, AttributeError, IndexError):
+        written |= dict(writers(manifest))
         for host in manifest["hosts"]:
-            if writer in host["ranks"]:
-                return _host_words(str(host["name"])[:64], host["ranks"])
-    return f"rank {writer}"
+            words = _host_words(str(host["name"])[:64], host["ranks"])
+            hosts |= dict.fromkeys(host["ranks"], words)
+    return {file: hosts.get(rank, f"rank {rank}") for file, rank in written.items()}
 
 
 def _host_words(name: str, ranks: Sequence[int]) -> str:
