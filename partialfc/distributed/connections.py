@@ -181,13 +181,13 @@ def _greeted(caller: socket.socket, token: bytes) -> int | None:
     """The rank that calls, if it knows the token of this one."""
     caller.settimeout(_SECONDS_TO_GREET)
     with suppress(OSError):
-        known, rank = _HELLO.unpack(received(caller, bytearray(_HELLO.size)))
+        known, rank = _HELLO.unpack(filled(caller, bytearray(_HELLO.size)))
         if secrets.compare_digest(known, token):
             return int(rank)
     return None
 
 
-def received(from_: socket.socket, into: bytearray | memoryview) -> bytearray | memoryview:
+def filled(from_: socket.socket, into: bytearray | memoryview) -> bytearray | memoryview:
     """Return memory that is filled with what comes.
 
     Raises:

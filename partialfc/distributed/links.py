@@ -17,7 +17,7 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from partialfc.distributed.connections import Connections, received
+from partialfc.distributed.connections import Connections, filled
 from partialfc.distributed.ranks import Ranks
 
 _LENGTH = struct.Struct("<I")
@@ -141,7 +141,7 @@ def any_rank(known: Callable[[], bool], links: Links) -> Iterator[Callable[[], b
 
 
 def _message(from_: socket.socket) -> bytes:
-    (length,) = _LENGTH.unpack(received(from_, bytearray(_LENGTH.size)))
+    (length,) = _LENGTH.unpack(filled(from_, bytearray(_LENGTH.size)))
     if length > _MOST_BYTES:
         raise OSError(f"a message of {length:,} bytes")
-    return bytes(received(from_, bytearray(length)))
+    return bytes(filled(from_, bytearray(length)))

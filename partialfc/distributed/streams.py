@@ -10,7 +10,7 @@ from typing import NoReturn
 import torch.distributed as dist
 from torch import Tensor
 
-from partialfc.distributed.connections import Connections, received
+from partialfc.distributed.connections import Connections, filled
 from partialfc.distributed.ranks import Ranks
 
 Pieces = Iterator[Tensor]
@@ -78,7 +78,7 @@ class Streams(Connections):
             one = self._from[self._expected.index(rank)]
             for piece in pieces:
                 try:
-                    received(one, piece.numpy().data)
+                    filled(one, piece.numpy().data)
                 except OSError as error:
                     _gone(rank, error)
                 tell()

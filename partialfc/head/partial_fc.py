@@ -36,7 +36,7 @@ from partialfc.head.plan import Plan, decide
 from partialfc.head.rows.formats import DTYPES
 from partialfc.head.rows.optimizer import RowOptimizer
 from partialfc.head.rows.rules import RowRule, RowSGD
-from partialfc.head.rows.staging import new_rows
+from partialfc.head.rows.staging import zero_rows
 from partialfc.head.rows.stored import CENTERS
 from partialfc.head.sampling import KeyedSampler, Sample
 from partialfc.head.set_masks import SetMasks
@@ -168,7 +168,7 @@ class PartialFC(Shard):
             nearest=self._nearest_of(negatives, sample_rate),
         )
         size = len(self.owned_rows), embedding_dim + margin.bias
-        centers = new_rows(CENTERS, size, DTYPES[self.center_format], memory, self.device)
+        centers = zero_rows(CENTERS, size, DTYPES[self.center_format], memory, self.device)
         fill_initial_(centers, self.owned_rows, seed=seed, device=self.device)
         if margin.bias:
             centers[:, -1] = 0

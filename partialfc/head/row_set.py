@@ -50,7 +50,8 @@ class RowSet:
         return len(tensor if self.place_n is None else self.place_n)
 
     def some(self, which_M: Tensor) -> "RowSet":
-        """Return the rows at some places of the set, int64, as the same tensors store them."""
+        """Return the rows at some places of the set, int64, as they are stored: ``newest`` is not
+        theirs."""
         return RowSet(
             which_M if self.row_n is None else self.row_n[which_M],
             which_M if self.place_n is None else self.place_n[which_M],

@@ -26,7 +26,7 @@ from partialfc.head.rows.formats import FIRST_SCALE
 from partialfc.head.rows.loss_scale import LossScale
 from partialfc.head.rows.rules import RowRule, States
 from partialfc.head.rows.side_stream import SideStream
-from partialfc.head.rows.staging import Staging, new_rows
+from partialfc.head.rows.staging import Staging, zero_rows
 from partialfc.head.rows.stored import AT_STEP, CENTERS, SCALE, Stored
 from partialfc.head.rows.update import RowStep, update_
 from partialfc.head.tiles.parts import Kept, union
@@ -346,7 +346,7 @@ class RowOptimizer(torch.optim.Optimizer):
             wanted[AT_STEP] = torch.empty(len(centers), 1, dtype=torch.int32, device="meta")
         where = self._memory, self._device
         states = {
-            name: new_rows(name, one.shape, one.dtype, *where) for name, one in wanted.items()
+            name: zero_rows(name, one.shape, one.dtype, *where) for name, one in wanted.items()
         }
         if CENTERS + SCALE in states:
             states[CENTERS + SCALE].fill_(FIRST_SCALE[centers.dtype])

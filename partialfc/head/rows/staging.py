@@ -192,7 +192,7 @@ class Staging:
         return torch.cuda.current_stream(self._device).record_event()
 
 
-def new_rows(
+def zero_rows(
     name: str, size: Sequence[int], dtype: torch.dtype, memory: Memory, device: torch.device
 ) -> Tensor:
     """Return zeros [C, ...] where ``memory`` has centers, or what else they are the state of.
