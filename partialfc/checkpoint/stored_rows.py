@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from partialfc.checkpoint.folder import read_manifest
 from partialfc.checkpoint.parts import head_of
-from partialfc.checkpoint.reading import read_centers, read_tensors
+from partialfc.checkpoint.reading import complete, read_centers, read_tensors
 from partialfc.config import Config, ConfigError
 from partialfc.config.heads import each_head
+from partialfc.errors import CheckpointError, DamagedError
 from partialfc.head.centers import stored_centers
 from partialfc.head.rows.formats import DTYPES
 from partialfc.head.rows.optimizer import RowOptimizer
@@ -77,7 +78,11 @@ class StoredRows:
         """Identities of a piece."""
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Yield fp32 rows [n, width] in order, those that move unsampled up to date."""
+        """Yield fp32 rows [n, width] in order, those that move unsampled up to date.
+
+        Raises:
+            CheckpointError: If a file or a tensor is not what the run's settings say.
+        """
         total, each = self.num_identities * self.per_identity, self.piece * self.per_identity
         for start in range(0, total, each):
             yield self._read(range(start, min(start + each, total)))
@@ -94,10 +99,15 @@ class StoredRows:
             seed=self.seed,
             every_row=settings.sample_rate == 1,
         )
-        read_centers(self._path, manifest, Piece(rows, optimizer), "", compare=False)
-        optimizer.param_groups[0]["steps"] = manifest["step"]
-        if optimizer.shared_state():
-            shared = read_tensors(self._path, head_of(""), manifest, "cpu", compare=False)
-            optimizer.load_shared_state(shared)
+        try:
+            read_centers(self._path, manifest, Piece(rows, optimizer), "", compare=False)
+            optimizer.param_groups[0]["steps"] = manifest["step"]
+            if shared := optimizer.shared_state():
+                found = read_tensors(self._path, head_of(""), manifest, "cpu", compare=False)
+                optimizer.load_shared_state(complete(shared, found))
+        except DamagedError:
+            raise
+        except (RuntimeError, ValueError, KeyError, OSError) as error:
+            raise CheckpointError(f"{self._path}: {error}") from error
         optimizer.catch_up(None)
         return stored_centers(optimizer.centers, optimizer.states())

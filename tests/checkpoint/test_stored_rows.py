@@ -6,6 +6,7 @@ import torch
 from partialfc.checkpoint import loading as checkpoint
 from partialfc.checkpoint import stored_rows
 from partialfc.config import ConfigError
+from partialfc.errors import CheckpointError
 from partialfc.head.centers import stored_centers
 from partialfc.model import build
 from partialfc.model.step import train_step
@@ -60,3 +61,12 @@ def test_rows_in_pieces_are_those_of_the_head(tmp_path, monkeypatch, head, rows)
 def test_a_run_with_several_heads_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="people, things, and this is for runs with one head"):
         stored_rows.StoredRows(tmp_path, several_heads(heads=HEADS))
+
+
+def test_a_file_without_what_unsampled_rows_missed_is_named(tmp_path, monkeypatch):
+    config = settings(head={"sample_rate": 0.3}, backbone={"embedding_dim": 16})
+    model = build.assemble(config, runtime(), Flat(8, 16), build._head(config, runtime(), 40, 0))
+    path = checkpoint.save(tmp_path, 0, model, {}, runtime(), keep=1)
+    monkeypatch.setattr(stored_rows, "read_tensors", lambda *_, **__: {})
+    with pytest.raises(CheckpointError, match=f"{path}: it lacks the tensor moves"):
+        [*stored_rows.StoredRows(path, config)]
