@@ -10,7 +10,7 @@ from partialfc.head.tiles import passes
 from tests.support.heads import flat_head
 
 IDENTITIES, DIM, BATCH = 100_000, 16, 8
-BY_ROWS = {"index_select", "index_copy_", "index_fill_", "detach"}
+BY_ROWS = {"index_select", "index_copy_", "index_fill_", "detach", "view"}
 """What may be given all rows: it reads or writes those of an index, or makes a view."""
 
 
