@@ -97,12 +97,20 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         with os.fdopen(opened(path / MANIFEST, os.O_RDONLY), encoding="utf-8") as file:
             text = file.read(_LONGEST_MANIFEST)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{MANIFEST}: {type(error).__name__}: {error}") from error
+    return manifest_in(text, path)
+
+
+def manifest_in(text: str, path: Path) -> dict[str, Any]:
+    """Return the manifest of a checkpoint that a text is; raises as :func:`read_manifest`."""
+    try:
         manifest = json.loads(text)
         digest = manifest.pop("sha256")
         sound = digest == digest_of(manifest)
     except KeyError as error:
         raise CheckpointError(f"{MANIFEST} lacks {error}") from error
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{MANIFEST}: {type(error).__name__}: {error}") from error
     if not sound:
         raise CheckpointError(f"{MANIFEST} is corrupt: its checksum is not that of its content")
@@ -182,7 +190,7 @@ def note_in(text: str, manifest: Mapping[str, Any], file: str) -> Note:
     try:
         said = json.loads(text)
         digest = said.pop("sha256")
-        if digest != digest_of(said) or text != _signed(said):
+        if digest != digest_of(said) or text != signed(said):
             raise DamagedError(f"{name} is corrupt: its checksum is not that of its content")
         if (said["file"], said["mark"]) != (file, manifest.get("mark")):
             raise DamagedError(
@@ -204,7 +212,7 @@ def write_note(path: Path, note: Note, mark: str, disk: Disk) -> None:
         disk: Where to write.
     """
     said = {"file": path.name, "mark": mark, "note": note.as_json()}
-    write_text(path.with_suffix(".json"), _signed(said), disk)
+    write_text(path.with_suffix(".json"), signed(said), disk)
 
 
 def write_text(path: Path, text: str, disk: Disk) -> None:
@@ -256,7 +264,7 @@ def commit(
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any], disk: Disk) -> None:
     """Write a manifest with its checksum, and sync it and the folder."""
-    write_text(folder / MANIFEST, _signed(manifest, indent=1), disk)
+    write_text(folder / MANIFEST, signed(manifest, indent=1), disk)
     disk.sync(folder)
 
 
@@ -289,12 +297,18 @@ def set_aside(paths: Sequence[Path]) -> None:
         path.rename(aside)
 
 
+def last_step(folder: Path) -> int:
+    """The largest step of which a folder has a checkpoint, or one set aside; 0 for none."""
+    names = (re.match(r"\.?step_([0-9]{8,18})(\.|$)", path.name) for path in folder.glob("*step_*"))
+    return max((int(name[1]) for name in names if name), default=0)
+
+
 def count_invalid(folder: Path) -> int:
     """How many checkpoints of a folder were ever set aside."""
     return sum(1 for _ in folder.glob(".step_*.invalid"))
 
 
-def _signed(content: Mapping[str, Any], *, indent: int | None = None) -> str:
+def signed(content: Mapping[str, Any], *, indent: int | None = None) -> str:
     """Return JSON with the checksum of the content in it."""
     return json.dumps({**content, "sha256": digest_of(content)}, indent=indent)
 

@@ -9,10 +9,12 @@ from contextlib import redirect_stdout
 from unittest.mock import Mock
 
 import pytest
+import torch.distributed as dist
 
 from partialfc.checkpoint import loading as checkpoint
+from partialfc.checkpoint import local_disks
 from partialfc.checkpoint.disk import Disk
-from partialfc.checkpoint.folder import MANIFEST, path_of, steps
+from partialfc.checkpoint.folder import MANIFEST, path_of, read_manifest, steps
 from partialfc.checkpoint.local_disks.disks import LocalDisks
 from partialfc.checkpoint.parts import parts_of, writers
 from partialfc.errors import CheckpointError
@@ -34,10 +36,10 @@ def disk(folder, host):
 def save_on_rank(rank, world_size, folder, head, hosts):
     """Checkpoints of steps 1 to 4, of which each host keeps the last three; the state at each."""
     config, model = model_of(head, folder, hosts[rank])
-    disks = LocalDisks(disk(folder, hosts[rank]), runtime())
+    local = LocalDisks(disk(folder, hosts[rank]), runtime())
     states = {}
     with checkpoint.Saver(
-        disk(folder, hosts[rank]), FACTS, runtime(), keep=SAVED, disks=disks
+        disk(folder, hosts[rank]), FACTS, runtime(), keep=SAVED, disks=local
     ) as saver:
         for step in range(1, 5):
             step_of(model, config, step, rank, world_size)
@@ -65,9 +67,9 @@ def die_on_rank(rank, world_size, folder, at):
     """Host 1 dies in the save of step 5; returns the states of steps 4 and 5."""
     config, model = model_of("bias", folder, rank)
     own = disk(folder, rank)
-    disks = LocalDisks(own, runtime())
-    load_path = disks.newest()
-    disks.bring(model.heads)
+    local = LocalDisks(own, runtime())
+    load_path = local.newest()
+    local.bring(model.heads)
     checkpoint.load(load_path, model, FACTS, runtime(), verified=True)
     states = {4: state_of(model)}
     step_of(model, config, 5, rank, world_size)
@@ -77,7 +79,7 @@ def die_on_rank(rank, world_size, folder, at):
             patch.setattr(shutil, "rmtree", Mock())  # a kill cleans nothing up
         try:
             with checkpoint.Saver(
-                own, FACTS, runtime(), keep=1, disks=disks, disk=Dies(at) if rank == 1 else None
+                own, FACTS, runtime(), keep=1, disks=local, disk=Dies(at) if rank == 1 else None
             ) as saver:
                 saver.save(5, model)
         except CheckpointError as error:
@@ -87,22 +89,43 @@ def die_on_rank(rank, world_size, folder, at):
 
 def load_on_rank(rank, world_size, folder, head, hosts, full=None):
     config, model = model_of(head, folder, hosts[rank])
-    disks = LocalDisks(disk(folder, hosts[rank]), runtime())
+    local = LocalDisks(disk(folder, hosts[rank]), runtime())
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as said:
         if rank == full:
             error = OSError(errno.ENOSPC, "No space left on device")
             patch.setattr(Disk, "write", Mock(side_effect=error))
         try:
-            path = disks.newest()
+            path = local.newest()
             if path is None:
                 return None
-            disks.bring(model.heads)
+            local.bring(model.heads)
         except CheckpointError as error:
             return str(error)
     step = checkpoint.load(path, model, FACTS, runtime(), verified=True)
     state = state_of(model)
     losses = [step_of(model, config, step, rank, world_size) for step in (5, 6)]
     return state, losses, step, said.getvalue()
+
+
+def ill_on_rank(rank, world_size, folder, hosts, name, value):
+    """Rank 0, alone, has something else in the place of a function; what each rank raises."""
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 0:
+            patch.setattr(f"{local_disks.__name__}.{name}", value)
+        model = model_of("bias", folder, hosts[rank])[1]
+        local = LocalDisks(disk(folder, hosts[rank]), runtime())
+        try:
+            local.newest()
+            local.bring(model.heads)
+        except (CheckpointError, dist.DistError) as error:
+            return type(error).__name__, str(error)
+        return None
+
+
+def with_another_name(path):
+    manifest = read_manifest(path)
+    note = manifest["files"]["backbone.safetensors"]
+    return {**manifest, "files": {**manifest["files"], "/../../outside": note}}
 
 
 def saved(folder, head="bias", hosts=(0, 1, 2)):
@@ -167,7 +190,7 @@ def test_a_host_that_is_missing_is_named_and_nothing_is_touched(tmp_path):
     for step in (2, 3, 4):  # a host of which no sound manifest is left is no reason to begin anew
         (path_of(disk(tmp_path, 0), step) / MANIFEST).write_text("{}")
     for said in load(tmp_path, (0,)):
-        assert "no manifest on host" in said
+        assert "without a sound manifest" in said
     assert_state(expected, load(tmp_path, (0, 1, 2)), 4)
     assert load(tmp_path, (8, 9)) == [None, None]
 
@@ -262,7 +285,20 @@ def test_a_host_without_room_is_heard_of_by_all(tmp_path):
     for said in load(tmp_path, (0, 1, 2), full=1):
         assert "rank 1: " in said
         assert "No space left" in said
+    torn = path_of(disk(tmp_path, 1), 4) / ".optimizer.safetensors.partial"
+    torn.touch()  # as a kill leaves one that this host does not ask for again
     assert_state(expected, load(tmp_path, (0, 1, 2)), 4)
+    assert not [*tmp_path.rglob("*.partial")]
+
+
+def test_names_that_come_from_another_host_are_those_of_a_checkpoint(tmp_path):
+    """A file is written where a name says, so it may not lead out of the folder."""
+    saved(tmp_path, hosts=(0, 1))
+    before = sorted(tmp_path.rglob("*"))
+    ill = "disks.read_manifest", with_another_name
+    said = run_on_ranks(2, ill_on_rank, tmp_path, (0, 1), *ill, timeout=40)
+    assert all("is no name of a part" in words for _, words in said)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_start_that_another_left_behind_does_not_mix_with_it(tmp_path):

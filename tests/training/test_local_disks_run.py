@@ -140,3 +140,32 @@ def test_hosts_that_share_a_disk_after_all_are_refused(packs, tmp_path):
     failed = on_hosts(packs, tmp_path / "run", *LOCAL, hosts=[0, 1])
     assert failed.returncode > 0
     assert "every host needs a disk of its own" in failed.stderr
+
+
+def test_a_run_that_copies_saved_is_never_begun_anew(packs, tmp_path):
+    """The newest copies are of 3, and the checkpoints of 2 and 4 lack host 0. They are set aside,
+    and the next start goes on from the copies; without those it is refused."""
+    run, again = tmp_path / "run", tmp_path / "again"
+    words = (*LOCAL[:-2], "checkpoint.every_steps=2", "checkpoint.peers_every_steps=3")
+    words = (*words, "checkpoint.shared=false")
+    killed(packs, run, *words, hosts=[0, 1, 2], at=5)
+    shutil.rmtree(disk_of(run, 0))
+    shutil.rmtree(memory_of(run, 0))
+    assert "step 3 is whole" in killed(packs, run, *words, hosts=[7, 1, 2], at=3)
+    for host in (7, 1, 2):
+        assert kept(run, host) == []
+        shutil.copytree(disk_of(run, host), disk_of(again, host))
+    refused = on_hosts(packs, again, *words, hosts=[7, 1, 2])
+    assert refused.returncode > 0
+    assert "no checkpoint in" in refused.stderr
+    assert "step 3 is whole" in ended(packs, run, *words, hosts=[7, 1, 2])
+
+
+def test_a_host_that_comes_back_does_not_take_the_run_back(packs, tmp_path):
+    """Its disk says which copies counted before it was away, and it is rank 0."""
+    run = tmp_path / "run"
+    words = (*RULES, "checkpoint.every_steps=0", "checkpoint.peers_every_steps=1")
+    words = (*words, "checkpoint.shared=false")
+    killed(packs, run, *words, hosts=[0, 1, 2], at=2)
+    killed(packs, run, *words, hosts=[7, 1, 2], at=4)
+    assert "step 4 is whole" in killed(packs, run, *words, hosts=[0, 1, 2], at=4)

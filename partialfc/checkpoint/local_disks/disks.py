@@ -8,7 +8,6 @@ that it has not, and they are read as from a shared disk.
 Saving, each host commits its own folder, and removes its own old ones, after all have written.
 """
 
-import json
 import os
 import socket
 import struct
@@ -24,11 +23,14 @@ from partialfc.checkpoint.disk import Disk
 from partialfc.checkpoint.folder import (
     MANIFEST,
     digest_of,
+    last_step,
     leftovers,
+    manifest_in,
     note_of,
     path_of,
     read_manifest,
     set_aside,
+    signed,
     step_of,
     steps,
     write_manifest,
@@ -136,8 +138,8 @@ class LocalDisks:
             if self._runtime.leads and path not in damaged:
                 print(f"{path}: passed over: {problem}", flush=True)
         if not problems:
-            unread = f"no manifest on {self._named(self._host)} is sound"
-            has_any = self.leads and bool(steps(self._folder))
+            unread = f"{self._named(self._host)} has some without a sound manifest or set aside"
+            has_any = self.leads and last_step(self._folder) > 0
             problems = [*filter(None, [words_of_any(unread if has_any else "", self._ranks)])]
         if problems and not has_copies:
             raise CheckpointError(
@@ -198,8 +200,8 @@ class LocalDisks:
         """What all disks together have of a checkpoint. Collective."""
         own = _manifest_at(path)
         is_own = own is not None and _key_of(own) == key
-        text = words_of_any(json.dumps(own) if is_own else "", self._ranks)
-        manifest: dict[str, Any] = json.loads(text)
+        text = words_of_any(signed(own) if own and is_own else "", self._ranks)
+        manifest = manifest_in(text, path)  # names are looked at here too
         files = [*manifest["files"], *parts_of(manifest)]
         sound: list[list[int]] = []
         if is_own or (own is None and path.is_dir()):  # a manifest that is lost takes no file along
@@ -253,7 +255,8 @@ class LocalDisks:
         """Set newer checkpoints aside on each host, and have a folder for what is to come."""
 
         def prepare() -> None:
-            for leftover in leftovers(self._folder):
+            torn = [] if found is None else [*found.path.glob(".*.partial")]
+            for leftover in (*leftovers(self._folder), *torn):
                 self._disk.remove(leftover)
             every = steps(self._folder)
             aside = every[bisect_left(every, key[0] + 1, key=step_of) :]

@@ -76,8 +76,11 @@ def bring(found: Found, heads: Heads, hosts: Sequence[int], runtime: Runtime) ->
         return 0
     out = {rank: chain.from_iterable(pieces) for rank, pieces in sends.items()}
     back = {rank: chain.from_iterable(pieces) for rank, pieces in receives.items()}
-    with runtime.streams(out, back) as streams:
-        streams.exchange(out, back, tell=moved)
+    try:
+        with runtime.streams(out, back) as streams:
+            streams.exchange(out, back, tell=moved)
+    except DamagedError as error:  # this rank alone knows it, so it may not take another checkpoint
+        raise CheckpointError(f"{found.path}: {error}") from error
     own = f"rank {rank}: {problems[0]}" if problems else ""
     if problem := words_of_any(own, runtime.ranks):
         raise CheckpointError(f"{found.path}: {problem}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from partialfc.checkpoint.content import Files, content_of
-from partialfc.checkpoint.folder import free_bytes, step_of, steps
+from partialfc.checkpoint.folder import free_bytes, last_step, step_of, steps
 from partialfc.checkpoint.peers.copying import Copied, Copier, Ring
 from partialfc.checkpoint.peers.fetching import Fetching
 from partialfc.checkpoint.peers.hosts import Line, host_number, keepers
@@ -225,9 +225,13 @@ class Peers:
         return ""
 
     def _open(self) -> tuple[Line, Memory]:
-        """The line of the first disk that has one, or a new one, and the folder on this host."""
+        """The last line that was written, or a new one, and the folder on this host."""
         problem, memory = "", None
-        own = Line.read(self._config.run.folder / LINE) if self._leads_folder else None
+        path = self._config.run.folder / LINE
+        own = Line.read(path) if self._leads_folder else None
+        written = path.stat().st_mtime_ns if own else 0
+        if not self._config.checkpoint.shared and written < largest(written, self._ranks):
+            own = None  # of a host that was away
         text = words_of_any(json.dumps(asdict(own)) if own else "", self._ranks)
         line = Line.of(json.loads(text)) if text else self._told(Line.new())
         try:
@@ -245,8 +249,10 @@ class Peers:
         return Line.of(json.loads(words_of_any(text, self._ranks)))
 
     def _unless_taken_back(self, found: Found | None) -> Found | None:
-        """Copies are of a run whose checkpoints are still there, or were followed by others."""
-        if found is None or found.base <= self.on_disk:
+        """Copies are of a run whose checkpoints are still there, set aside, or were followed."""
+        folder = self._config.run.folder / "checkpoints"
+        last = largest(last_step(folder) if self._leads_folder else 0, self._ranks)
+        if found is None or found.base <= last:
             return found
         if self._runtime.leads:
             print(
