@@ -195,11 +195,27 @@ def test_a_host_that_is_missing_is_named_and_nothing_is_touched(tmp_path):
     assert load(tmp_path, (8, 9)) == [None, None]
 
 
-def test_a_step_that_one_host_has_not_is_passed_over_and_set_aside_on_each(tmp_path):
+def uncommit(path):
     """As a kill between two hosts' renames leaves it."""
+    place = path.with_name(f".{path.name}.partial")
+    path.rename(place)
+    return place
+
+
+def test_a_step_that_one_host_did_not_come_to_commit_is_whole_all_the_same(tmp_path):
+    """All had written it; the first one of a run would have no other before it."""
     expected = saved(tmp_path)
-    torn = path_of(disk(tmp_path, 1), 4)
-    torn.rename(torn.with_name(f".{torn.name}.partial"))
+    (uncommit(path_of(disk(tmp_path, 1), 4)) / MANIFEST).unlink()
+    uncommit(path_of(disk(tmp_path, 2), 4))
+    for _ in range(2):
+        assert_state(expected, load(tmp_path, (0, 1, 2)), 4)
+        assert not [*tmp_path.rglob("*.partial"), *tmp_path.rglob("*.invalid")]
+
+
+def test_a_step_that_one_host_has_not_is_passed_over_and_set_aside_on_each(tmp_path):
+    expected = saved(tmp_path)
+    torn = uncommit(path_of(disk(tmp_path, 1), 4))
+    next(torn.glob("centers_*.safetensors")).unlink()
     found = load(tmp_path, (0, 1, 2))
     assert_state(expected, found, 3)
     said = found[0][-1]

@@ -204,8 +204,9 @@ class LocalDisks:
         manifest = manifest_in(text, path)  # names are looked at here too
         files = [*manifest["files"], *parts_of(manifest)]
         sound: list[list[int]] = []
-        if is_own or (own is None and path.is_dir()):  # a manifest that is lost takes no file along
-            sound = [*self._sound(path, manifest, files)]
+        if own is None or is_own:  # a manifest that is lost takes no file along
+            place = path if os.path.lexists(path) else _uncommitted(path)
+            sound = [*self._sound(place, manifest, files)]
         offers: dict[int, list[int]] = {}
         for rank, (number,) in gathered(sound, 1, self._ranks):
             offers.setdefault(number, []).append(rank)
@@ -255,6 +256,11 @@ class LocalDisks:
         """Set newer checkpoints aside on each host, and have a folder for what is to come."""
 
         def prepare() -> None:
+            has_any = found is not None and any(
+                rank in self._beside for ranks in found.offers.values() for rank in ranks
+            )
+            if found is not None and has_any and not os.path.lexists(found.path):
+                self._disk.rename(_uncommitted(found.path), found.path)
             torn = [] if found is None else [*found.path.glob(".*.partial")]
             for leftover in (*leftovers(self._folder), *torn):
                 self._disk.remove(leftover)
@@ -270,7 +276,7 @@ class LocalDisks:
                 self._disk.remove(found.path / MANIFEST)
                 write_manifest(found.path, found.manifest, self._disk)
                 return
-            temporary = found.path.with_name(f".{found.path.name}.partial")
+            temporary = _uncommitted(found.path)
             self._disk.make_folder(temporary)
             write_manifest(temporary, found.manifest, self._disk)
             self._disk.rename(temporary, found.path)
@@ -288,6 +294,12 @@ class LocalDisks:
                 problem = f"on {self._named(self._host)}: {error}"
         if problem := words_of_any(problem, self._ranks):
             raise CheckpointError(f"{self._folder}: {problem}")
+
+
+def _uncommitted(path: Path) -> Path:
+    """Where a checkpoint lies until it has its name. A kill may leave it so on some hosts, and it is
+    whole on all of them if one has committed it."""
+    return path.with_name(f".{path.name}.partial")
 
 
 def _key_of(manifest: Mapping[str, Any]) -> _Key:
