@@ -297,8 +297,10 @@ class LocalDisks:
 
 
 def _uncommitted(path: Path) -> Path:
-    """Where a checkpoint lies until it has its name. A kill may leave it so on some hosts, and it is
-    whole on all of them if one has committed it."""
+    """Where a checkpoint lies until it has its name.
+
+    A kill may leave it so on some hosts; it is whole on all of them if one has committed it.
+    """
     return path.with_name(f".{path.name}.partial")
 
 
