@@ -125,7 +125,7 @@ def trained(folder, overlap, **sections):
     assert beside == {overlap is not False}, "on a GPU it is the default"
     found = [*given(config)]
     ring, memory = Ring(None, None, True), Unlocked(folder, "0" * 32)
-    copier = Copier(memory, "start", runtime, runtime.ranks, ring)
+    copier = Copier(memory, "start", runtime, runtime.links(), ring)
     with Saver(folder / "checkpoints", {}, runtime, keep=9) as saver:
         for step in range(STEPS):
             if model.heads.draw_ahead:
