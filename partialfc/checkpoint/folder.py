@@ -250,7 +250,7 @@ def commit(
     whole = {**manifest, "format": FORMAT, "files": files}
     there = {entry.name for entry in os.scandir(temporary)}
     parts = [*parts_of(whole)]
-    wanted = {*files, *parts, *(part.removesuffix(ENDING) + ".json" for part in parts)}
+    wanted = {*files, *parts, *map(note_name, parts)}
     if shared and (missing := sorted(wanted - there)):
         raise FileNotFoundError(
             f"{len(missing)} of {len(wanted)} files are not where rank 0 sees them, such as "

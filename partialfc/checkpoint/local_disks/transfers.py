@@ -18,7 +18,7 @@ from partialfc.checkpoint.disk import Disk
 from partialfc.checkpoint.folder import LONGEST_NOTE, note_in, note_name, note_of
 from partialfc.checkpoint.parts import ENDING, files_with_rows, is_part, statistics_of
 from partialfc.checkpoint.peers.recovery import gathered
-from partialfc.checkpoint.peers.streams import received_text, sent_text
+from partialfc.checkpoint.peers.sending import received_text, sent_text
 from partialfc.checkpoint.pieces import THREADS, compare_pieces
 from partialfc.distributed.agreement import words_of_any
 from partialfc.distributed.ranks import Ranks, moved

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from partialfc.checkpoint.content import Content, Files, about, content_of
 from partialfc.checkpoint.peers.memory import ABOUT, COMMON, Memory, Slot, name_of, note_of
-from partialfc.checkpoint.peers.streams import (
+from partialfc.checkpoint.peers.sending import (
     received_as,
     received_text,
     sent,

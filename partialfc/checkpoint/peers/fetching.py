@@ -14,7 +14,7 @@ from partialfc.checkpoint.folder import read_manifest
 from partialfc.checkpoint.parts import ENDING, centers_of, statistics_of
 from partialfc.checkpoint.peers.memory import COMMON, Memory, Slot, note_of, whole_file
 from partialfc.checkpoint.peers.recovery import Found, Offer, gathered
-from partialfc.checkpoint.peers.streams import filled_rows, received_as, sent, sent_rows
+from partialfc.checkpoint.peers.sending import filled_rows, received_as, sent, sent_rows
 from partialfc.checkpoint.pieces import Note
 from partialfc.distributed.agreement import words_of_any
 from partialfc.distributed.ranks import moved
