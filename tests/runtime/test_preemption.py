@@ -1,6 +1,5 @@
 """Signals save and stop, whenever they come, on the ranks that one reaches or not."""
 
-import os
 import signal
 import subprocess
 import time
@@ -50,14 +49,13 @@ def test_one_rank_learns_at_once():
 )
 def test_a_signal_saves_stops_with_its_own_code_and_loses_nothing(packs, tmp_path, number, code):
     """R13, R18: two signals are one. The same command then goes on to the same end."""
-    overrides = ("run.steps=60", "checkpoint.every_steps=0", "data.loader=torch", *UNVERIFIED)
+    overrides = ("run.steps=200", "checkpoint.every_steps=0", "data.loader=torch", *UNVERIFIED)
     said = tmp_path / "stdout", tmp_path / "stderr"
     process = Python(words(packs, tmp_path, *overrides), said)
     wait_for_step(tmp_path, 5)
-    os.kill(process.pid, number)
+    process.send_signal(number)
     time.sleep(0.05)
-    if process.poll() is None:
-        os.kill(process.pid, number)
+    process.send_signal(number)
     status, errors = process.wait(60), said[1].read_text()
     assert status == code, errors
     step = max(losses(tmp_path))
@@ -69,7 +67,7 @@ def test_a_signal_saves_stops_with_its_own_code_and_loses_nothing(packs, tmp_pat
     if number == signal.SIGUSR2:
         done = run(packs, tmp_path, *overrides)
         assert done.returncode == 0, done.stderr
-        assert sorted(losses(tmp_path)) == list(range(1, 61))
+        assert sorted(losses(tmp_path)) == list(range(1, 201))
 
 
 STANDS = """
@@ -101,18 +99,18 @@ def standing_in(name, packs, tmp_path):
 def test_a_second_signal_leaves_at_once_wherever_the_run_stands(packs, tmp_path):
     """R18: even in a collective that does not return."""
     process, errors = standing_in("run.train_step", packs, tmp_path)
-    os.kill(process.pid, signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
     time.sleep(0.7)
     assert process.poll() is None, "one asks for a checkpoint"
     assert "SIGTERM: the run stops after this step" in errors.read_text()
-    os.kill(process.pid, signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
     assert process.wait(5) == 128 + signal.SIGTERM
 
 
 def test_before_the_first_step_one_signal_is_enough(packs, tmp_path):
     """R18: nothing is lost then, and nothing is promised; also where Python runs no handler."""
     process, errors = standing_in("opened.build", packs, tmp_path)
-    os.kill(process.pid, signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
     assert process.wait(15) == 128 + signal.SIGTERM
     assert "goes on from" not in errors.read_text()
 

@@ -5,6 +5,7 @@ They are processes as a user starts them: with their own words, environment, fol
 be killed and waited for. What a fresh interpreter does is tested with :mod:`subprocess`.
 """
 
+import contextlib
 import multiprocessing
 import os
 import runpy
@@ -58,6 +59,11 @@ class Python:
         if self._process.exitcode is None:
             raise subprocess.TimeoutExpired("python", timeout)
         return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal; nothing if it has ended, which :meth:`poll` is told a moment later."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
 
     def kill(self) -> None:
         """End it now, if it still runs."""
