@@ -1,43 +1,19 @@
 """Links of ranks, with real sockets: all learn what one knows, and strangers are let down."""
 
 import socket
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch.distributed as dist
 
-from partialfc.distributed import connections
 from partialfc.distributed.links import Links, any_rank, rounds
 from partialfc.distributed.ranks import Ranks
 from tests.support.ranks import run_on_ranks
-
-
-class Together:
-    """Ranks as threads of this process: what a collective does for processes."""
-
-    def __init__(self, size, monkeypatch):
-        self.size, self.rows, self.barrier = size, {}, threading.Barrier(size, timeout=60)
-        monkeypatch.setattr(connections, "_of_all", self.gather)
-        monkeypatch.setattr(
-            connections, "words_of_any", lambda own, ranks: max(self.gather(own, ranks))
-        )
-
-    def gather(self, own, ranks):
-        self.rows[ranks.rank] = own
-        self.barrier.wait()
-        found = [self.rows[rank] for rank in range(self.size)]
-        self.barrier.wait()
-        return found
-
-    def run(self, function):
-        with ThreadPoolExecutor(self.size) as pool:
-            return [*pool.map(function, [Ranks(rank, self.size) for rank in range(self.size)])]
+from tests.support.together import Together
 
 
 @pytest.mark.parametrize("size", [2, 3, 5, 8, 13])
-def test_all_learn_what_any_one_knows(size, monkeypatch):
+def test_all_learn_what_any_one_knows(size):
     """Of any number of ranks, whichever it is that knows; again and again over the same links."""
 
     def learn(ranks):
@@ -52,7 +28,7 @@ def test_all_learn_what_any_one_knows(size, monkeypatch):
 
     every = {bytes([rank, 7]) for rank in range(size)}
     expected = ([True] * size, False, "größer", "", (1 << 16) - 4, every)
-    assert Together(size, monkeypatch).run(learn) == [expected] * size
+    assert Together(size).run(learn) == [expected] * size
 
 
 def test_messages_grow_with_the_logarithm():
@@ -60,7 +36,7 @@ def test_messages_grow_with_the_logarithm():
     assert [rounds(size) for size in (2, 3, 4, 5, 1024, 4096, 4097)] == [1, 2, 2, 3, 10, 12, 13]
 
 
-def test_who_waits_for_a_rank_that_is_gone_is_told(monkeypatch):
+def test_who_waits_for_a_rank_that_is_gone_is_told():
     def leave(ranks):
         links = Links(ranks, "127.0.0.1", 30.0)
         if ranks.rank == 2:
@@ -72,12 +48,12 @@ def test_who_waits_for_a_rank_that_is_gone_is_told(monkeypatch):
             except dist.DistNetworkError as error:
                 return str(error)
 
-    told = Together(3, monkeypatch).run(leave)
+    told = Together(3).run(leave)
     assert "rank 2 or one that it waits for is gone" in "; ".join(told)
     assert all(told[:2])
 
 
-def test_a_rank_that_does_not_come_is_not_waited_for_forever(monkeypatch):
+def test_a_rank_that_does_not_come_is_not_waited_for_forever():
     def wait(ranks):
         with Links(ranks, "127.0.0.1", 0.3) as links:
             if ranks.rank == 1:
@@ -86,12 +62,12 @@ def test_a_rank_that_does_not_come_is_not_waited_for_forever(monkeypatch):
             with pytest.raises(dist.DistNetworkError, match="timed out"):
                 links.any(True)
 
-    Together(2, monkeypatch).run(wait)
+    Together(2).run(wait)
 
 
-def test_who_is_no_rank_is_not_listened_to(monkeypatch):
+def test_who_is_no_rank_is_not_listened_to():
     """Anybody may call a port: a rank knows the token that this one told to ranks alone."""
-    together = Together(2, monkeypatch)
+    together = Together(2)
     gather = together.gather
 
     def stranger_first(own, ranks):
@@ -102,7 +78,7 @@ def test_who_is_no_rank_is_not_listened_to(monkeypatch):
                     stranger.sendall(words)
         return every
 
-    monkeypatch.setattr(connections, "_of_all", stranger_first)
+    together.gather = stranger_first
 
     def learn(ranks):
         with Links(ranks, "127.0.0.1", 30.0) as links:
@@ -111,15 +87,15 @@ def test_who_is_no_rank_is_not_listened_to(monkeypatch):
     assert together.run(learn) == [True, True]
 
 
-def test_an_address_that_is_not_this_hosts_is_refused_on_every_rank(monkeypatch):
+def test_an_address_that_is_not_this_hosts_is_refused_on_every_rank():
     def meet(ranks):
         with pytest.raises(OSError, match=r"rank 1 cannot listen on 192\.0\.2\.7.*GLOO_SOCKET_IF"):
             Links(ranks, "192.0.2.7" if ranks.rank else "127.0.0.1", 5.0)
 
-    Together(2, monkeypatch).run(meet)
+    Together(2).run(meet)
 
 
-def test_a_message_longer_than_any_is_refused(monkeypatch):
+def test_a_message_longer_than_any_is_refused():
     def say(ranks):
         with Links(ranks, "127.0.0.1", 5.0) as links:
             if ranks.rank == 1:
@@ -128,7 +104,7 @@ def test_a_message_longer_than_any_is_refused(monkeypatch):
             with pytest.raises(dist.DistNetworkError, match="4,294,967,295 bytes"):
                 links.any(False)
 
-    Together(2, monkeypatch).run(say)
+    Together(2).run(say)
 
 
 def fails_on_rank(rank, world_size):

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from partialfc.distributed import streams as of_streams
 from partialfc.distributed.streams import Streams
-from tests.distributed.test_links import Together
+from tests.support.together import Together
 
 MANY = 3 << 20
 """More than a socket holds, so a rank that only sends would stand still."""
@@ -24,7 +24,7 @@ def bytes_of(rank, other):
 
 
 @pytest.mark.parametrize("size", [2, 5])
-def test_every_rank_sends_to_and_receives_from_every_other_at_once(size, monkeypatch):
+def test_every_rank_sends_to_and_receives_from_every_other_at_once(size):
     """Pieces of the two ends need not be equal: what counts is bytes, in their order."""
 
     def exchange(ranks):
@@ -44,10 +44,10 @@ def test_every_rank_sends_to_and_receives_from_every_other_at_once(size, monkeyp
         return len(told)
 
     each = 2 * (size - 1) * (3 + 5)
-    assert Together(size, monkeypatch).run(exchange) == [each] * size
+    assert Together(size).run(exchange) == [each] * size
 
 
-def test_a_rank_is_connected_with_those_alone_that_it_names(monkeypatch):
+def test_a_rank_is_connected_with_those_alone_that_it_names():
     """A gloo group is a connection with each of 4,096."""
 
     def ring(ranks):
@@ -58,11 +58,11 @@ def test_a_rank_is_connected_with_those_alone_that_it_names(monkeypatch):
             streams.exchange({to: iter([own])}, {from_: iter([into])})
             return len(streams._to), len(streams._from), into.tolist()
 
-    found = Together(6, monkeypatch).run(ring)
+    found = Together(6).run(ring)
     assert found == [(1, 1, [(rank - 1) % 6] * 5) for rank in range(6)]
 
 
-def test_a_rank_without_streams_takes_part_in_making_them(monkeypatch):
+def test_a_rank_without_streams_takes_part_in_making_them():
     def exchange(ranks):
         to, from_ = ([1], []) if ranks.rank == 0 else ([], [0] if ranks.rank == 1 else [])
         into = torch.zeros(3, dtype=torch.uint8)
@@ -71,10 +71,10 @@ def test_a_rank_without_streams_takes_part_in_making_them(monkeypatch):
             streams.exchange(own, {rank: iter([into]) for rank in from_})
         return into.tolist()
 
-    assert Together(3, monkeypatch).run(exchange) == [[0, 0, 0], [7, 8, 9], [0, 0, 0]]
+    assert Together(3).run(exchange) == [[0, 0, 0], [7, 8, 9], [0, 0, 0]]
 
 
-def test_where_one_rank_is_gone_the_other_streams_do_not_wait(monkeypatch):
+def test_where_one_rank_is_gone_the_other_streams_do_not_wait():
     """Rank 2 leaves in the middle; rank 0 also waits for rank 1, which waits for nobody."""
     gone = threading.Event()
 
@@ -96,10 +96,10 @@ def test_where_one_rank_is_gone_the_other_streams_do_not_wait(monkeypatch):
             finally:
                 gone.set()
 
-    assert "rank 2 or its host is gone" in Together(3, monkeypatch).run(exchange)[0]
+    assert "rank 2 or its host is gone" in Together(3).run(exchange)[0]
 
 
-def test_what_is_wrong_with_a_piece_is_said_as_it_is(monkeypatch):
+def test_what_is_wrong_with_a_piece_is_said_as_it_is():
     """A length that another rank tells is compared before there is memory for it."""
 
     def wrong():
@@ -115,7 +115,7 @@ def test_what_is_wrong_with_a_piece_is_said_as_it_is(monkeypatch):
             with pytest.raises(ValueError, match="8 bytes came"):
                 streams.exchange({}, {0: wrong()})
 
-    Together(2, monkeypatch).run(exchange)
+    Together(2).run(exchange)
 
 
 def test_no_thread_is_made_for_nothing(monkeypatch):
@@ -125,4 +125,4 @@ def test_no_thread_is_made_for_nothing(monkeypatch):
         with Streams(ranks, [], [], seconds=30.0) as streams:
             return streams.exchange({}, {})
 
-    assert Together(2, monkeypatch).run(exchange) == [0, 0]
+    assert Together(2).run(exchange) == [0, 0]
