@@ -2,6 +2,7 @@
 
 import os
 import signal
+from contextlib import suppress
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side
 
@@ -11,6 +12,14 @@ from tests.support.places import FIXTURES
 
 # A shell's background job ignores Ctrl-C, and so would every process that a test starts and stops.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+with suppress(ModuleNotFoundError):  # a GPU machine's image may lack it
+    import hypothesis
+
+    # How long an example takes says what else the machine does.
+    slow = [hypothesis.HealthCheck.too_slow]
+    hypothesis.settings.register_profile("any machine", deadline=None, suppress_health_check=slow)
+    hypothesis.settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import threading
 import pytest
 
 from partialfc.writing import atomic_write, opened, write_json, write_text
+from tests.support.waiting import PATIENCE
 
 
 def test_the_new_file_takes_the_place_of_the_old_one_at_the_end(tmp_path):
@@ -62,7 +63,7 @@ def test_a_pipe_is_written_to_and_stays_one(tmp_path):
     reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
     reader.start()
     write_text(pipe, "x")
-    reader.join(10)
+    reader.join(PATIENCE)
     assert read == ["x"]
     assert stat.S_ISFIFO(pipe.stat().st_mode)
     assert list(tmp_path.iterdir()) == [pipe]

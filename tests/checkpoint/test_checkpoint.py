@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import shutil
-import time
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +21,7 @@ from partialfc.errors import DamagedError
 from partialfc.head import Nearest
 from partialfc.model.step import train_step
 from tests.support.models import batch, flat_model, runtime, settings, weights
+from tests.support.waiting import PATIENCE, wait_for
 from tools.bench._faults.crash import corruptions, crash_points
 from tools.bench._faults.disk import FullDisk
 
@@ -342,18 +343,15 @@ def test_without_room_for_a_copy_the_live_tensors_are_written(tmp_path, monkeypa
     assert all(map(torch.equal, weights(other), weights(model)))
 
 
-class Slow(Disk):
-    """Takes its time, so that something can happen meanwhile."""
-
-    def sync(self, path):
-        time.sleep(0.05)
-        super().sync(path)
-
-
 def test_a_failure_behind_the_training_is_raised_within_one_step(tmp_path):
     """R9: not at the next save, and not at the end of the run."""
+    goes_on = threading.Event()
 
-    class Broken(Slow):
+    class Broken(Disk):
+        def sync(self, path):
+            assert goes_on.wait(PATIENCE)
+            super().sync(path)
+
         def rename(self, old, new):
             raise OSError(5, "Input/output error")
 
@@ -361,8 +359,8 @@ def test_a_failure_behind_the_training_is_raised_within_one_step(tmp_path):
         saver.save(1, trained())
         saver.check()
         assert saver.pending, "it is written behind the training"
-        while saver.pending:
-            time.sleep(0.01)
+        goes_on.set()
+        wait_for(lambda: not saver.pending)
         with pytest.raises(CheckpointError, match="Input/output error"):
             saver.check()
     assert not names(tmp_path)

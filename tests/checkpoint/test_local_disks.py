@@ -312,7 +312,7 @@ def test_names_that_come_from_another_host_are_those_of_a_checkpoint(tmp_path):
     saved(tmp_path, hosts=(0, 1))
     before = sorted(tmp_path.rglob("*"))
     ill = "disks.read_manifest", with_another_name
-    said = run_on_ranks(2, ill_on_rank, tmp_path, (0, 1), *ill, timeout=40)
+    said = run_on_ranks(2, ill_on_rank, tmp_path, (0, 1), *ill)
     assert all("is no name of a part" in words for _, words in said)
     assert sorted(tmp_path.rglob("*")) == before
 

@@ -4,7 +4,6 @@ import csv
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -20,6 +19,7 @@ from partialfc.data.images.jpeg import decode
 from partialfc.data.packs.pack import open_pack
 from tests.support.photos import photo
 from tests.support.places import ROOT
+from tests.support.waiting import wait_for
 
 pytest.importorskip("onnxruntime")
 
@@ -107,20 +107,18 @@ def test_kill_9_and_the_same_command_lose_nothing(many):
     code = (
         "import sys, time\n"
         "from partialfc.commands import align\n"
-        "append = align.append\n"
-        "def slow(*words):\n"
+        "append, done = align.append, []\n"
+        "def stands(*words):\n"
         "    append(*words)\n"
-        "    time.sleep(0.2)\n"
-        "align.append = slow\n"
+        "    done.append(words)\n"
+        "    time.sleep(1e6 if len(done) > 2 else 0)\n"
+        "align.append = stands\n"
         "from partialfc.__main__ import main\n"
         "if __name__ == '__main__':\n"
         "    sys.exit(main(['align', *sys.argv[1:], '--workers', '1']))\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code, *map(str, words)], cwd=ROOT)
-    deadline = time.monotonic() + 60
-    while not (journal.exists() and len(journal.read_text().splitlines()) > 1):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for(lambda: journal.exists() and len(journal.read_text().splitlines()) > 2)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     with journal.open("a") as file:

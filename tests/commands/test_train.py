@@ -1,11 +1,9 @@
 """launch/train.py as a user starts it: real processes, real kill -9."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
-import time
 from functools import cache
 
 import numpy as np
@@ -15,9 +13,9 @@ from safetensors.numpy import load_file
 
 from tests.support.places import FIXTURES, ROOT
 from tests.support.processes import ENVIRONMENT, python
-from tests.support.runs import UNVERIFIED, command, losses, run
+from tests.support.runs import UNVERIFIED, command, held, kill_all, losses, run
+from tests.support.waiting import PATIENCE, wait_for
 from tools import omniglot
-from tools.bench._faults.runs import descendants
 
 pytestmark = pytest.mark.distributed
 
@@ -177,19 +175,15 @@ def test_kill_9_and_the_same_command_continue_bit_for_bit(packs, tmp_path, loade
     assert done.returncode == 0, done.stderr
 
     process = subprocess.Popen(
-        command(packs, killed, *common, ranks=2),
+        held(30, command(packs, killed, *common, ranks=2)),
         cwd=ROOT,
         env=ENVIRONMENT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 120
-    while not list((killed / "checkpoints").glob("step_*")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    for pid in (process.pid, *descendants(process.pid)):
-        os.kill(pid, signal.SIGKILL)
-    process.wait()
+    wait_for(lambda: list((killed / "checkpoints").glob("step_*")))
+    kill_all(process)
     assert max(losses(killed), default=0) < 40, "it was killed before its end"
     resumed = run(packs, killed, *common, ranks=2)
     assert resumed.returncode == 0, resumed.stderr
@@ -284,11 +278,9 @@ def test_ctrl_c_ends_with_two_lines(packs, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 120
-    while not list((tmp_path / "checkpoints").glob("step_*")) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for(lambda: list((tmp_path / "checkpoints").glob("step_*")))
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert "The same command goes on" in errors
     assert errors.count("\n") == 2

@@ -1,7 +1,7 @@
 """Links of ranks, with real sockets: all learn what one knows, and strangers are let down."""
 
 import socket
-import time
+import threading
 
 import pytest
 import torch.distributed as dist
@@ -10,6 +10,7 @@ from partialfc.distributed.links import Links, any_rank, rounds
 from partialfc.distributed.ranks import Ranks
 from tests.support.ranks import run_on_ranks
 from tests.support.together import Together
+from tests.support.waiting import PATIENCE
 
 
 @pytest.mark.parametrize("size", [2, 3, 5, 8, 13])
@@ -54,13 +55,16 @@ def test_who_waits_for_a_rank_that_is_gone_is_told():
 
 
 def test_a_rank_that_does_not_come_is_not_waited_for_forever():
+    told = threading.Event()
+
     def wait(ranks):
         with Links(ranks, "127.0.0.1", 0.3) as links:
             if ranks.rank == 1:
-                time.sleep(1)
+                assert told.wait(PATIENCE)
                 return
             with pytest.raises(dist.DistNetworkError, match="timed out"):
                 links.any(True)
+            told.set()
 
     Together(2).run(wait)
 
@@ -90,14 +94,14 @@ def test_who_is_no_rank_is_not_listened_to():
 def test_an_address_that_is_not_this_hosts_is_refused_on_every_rank():
     def meet(ranks):
         with pytest.raises(OSError, match=r"rank 1 cannot listen on 192\.0\.2\.7.*GLOO_SOCKET_IF"):
-            Links(ranks, "192.0.2.7" if ranks.rank else "127.0.0.1", 5.0)
+            Links(ranks, "192.0.2.7" if ranks.rank else "127.0.0.1", 30.0)
 
     Together(2).run(meet)
 
 
 def test_a_message_longer_than_any_is_refused():
     def say(ranks):
-        with Links(ranks, "127.0.0.1", 5.0) as links:
+        with Links(ranks, "127.0.0.1", 30.0) as links:
             if ranks.rank == 1:
                 links._to[0].sendall(b"\xff\xff\xff\xff")
                 return

@@ -6,8 +6,6 @@ import socket
 import ssl
 import subprocess
 import threading
-import time
-import urllib.request
 from contextlib import suppress
 
 import pytest
@@ -21,16 +19,17 @@ from partialfc.distributed import ranks as collectives
 from partialfc.distributed.ranks import Ranks
 from partialfc.monitoring.exporter import OF_EVERY_RANK, OF_RANK_0, Exported, Exporter
 from partialfc.monitoring.monitor import Monitor
-from partialfc.monitoring.serving import CONNECTIONS
+from partialfc.monitoring.serving import CONNECTIONS, QuietHandler
 from partialfc.monitoring.targets import remove_targets, targets_path, write_targets
 from partialfc.records.ledger import Ledger
 from partialfc.records.metrics import TABLE
 from tests.support.models import runtime, settings
+from tests.support.waiting import PATIENCE, wait_for
+from tests.support.web import fetched
 
 
 def read(port):
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as reply:
-        text = reply.read().decode()
+    text = fetched(f"http://127.0.0.1:{port}/metrics")
     return {
         (sample.name, *sorted(sample.labels.items())): sample.value
         for family in text_string_to_metric_families(text)
@@ -190,8 +189,11 @@ def test_collectives_are_timed_where_there_are_ranks(monkeypatch):
 
 
 @pytest.mark.parametrize("secure", [False, True], ids=["http", "https"])
-def test_who_connects_and_says_nothing_keeps_no_scrape_and_few_descriptors(secure, tmp_path):
+def test_who_connects_and_says_nothing_keeps_no_scrape_and_few_descriptors(
+    secure, tmp_path, monkeypatch
+):
     """A training has 1,024 descriptors for its gloo pairs, and a handshake may never come."""
+    monkeypatch.setattr(QuietHandler, "timeout", PATIENCE)  # nobody leaves by himself
     named = {}
     context = None
     if secure:
@@ -201,21 +203,21 @@ def test_who_connects_and_says_nothing_keeps_no_scrape_and_few_descriptors(secur
         named = {"certificate": certificate, "key": key}
         context = ssl.create_default_context(cafile=certificate)
     exporter = Exporter((Exported("step", "x"),), "localhost", 0, **named)
+    before = threading.active_count()
     exporter.set("step", 7)
     scheme = "https" if secure else "http"
     try:
         idle = [socket.create_connection(("localhost", exporter.port)) for _ in range(CONNECTIONS)]
         idle.pop().close()  # a place for the scrape
-        deadline = time.monotonic() + 20
-        text = ""
-        while not text and time.monotonic() < deadline:
-            with suppress(OSError):
-                url = f"{scheme}://localhost:{exporter.port}/metrics"
-                with urllib.request.urlopen(url, timeout=5, context=context) as reply:
-                    text = reply.read().decode()
-        assert "partialfc_step 7.0" in text
+        url = f"{scheme}://localhost:{exporter.port}/metrics"
+
+        def scraped():
+            with suppress(OSError):  # sent away until the place is free
+                return fetched(url, context=context)
+
+        assert "partialfc_step 7.0" in wait_for(scraped)
         more = [socket.create_connection(("localhost", exporter.port)) for _ in range(200)]
-        assert threading.active_count() <= CONNECTIONS + 20
+        wait_for(lambda: threading.active_count() - before <= CONNECTIONS)
         for one in (*idle, *more):
             one.close()
     finally:

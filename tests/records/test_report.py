@@ -211,14 +211,14 @@ def test_a_browser_shows_it_at_every_width_without_a_network(width, tmp_path):
     ]  # fmt: skip
     page = (tmp_path / "frame.html").as_uri()
     done = subprocess.run(
-        [*command, "--dump-dom", page], capture_output=True, text=True, timeout=120
+        [*command, "--dump-dom", page], capture_output=True, text=True, timeout=300
     )
     found = json.loads(re.search(r'<pre id="out">([^<]*)</pre>', done.stdout)[1])
     assert found["over"] == 0, "something is wider than the screen"
     assert found["figures"] >= 8
     assert found["text"] >= 9, "pixels; smaller text is not read on a phone"
     shot = tmp_path / "shot.png"
-    subprocess.run([*command, f"--screenshot={shot}", page], capture_output=True, timeout=120)
+    subprocess.run([*command, f"--screenshot={shot}", page], capture_output=True, timeout=300)
     with Image.open(shot) as picture:
         assert np.asarray(picture.convert("L")).std() > 8
 

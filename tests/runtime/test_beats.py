@@ -1,6 +1,6 @@
 """Who holds up the others, as a function of what the ranks last told."""
 
-from datetime import timedelta
+import threading
 
 import pytest
 import torch.distributed as dist
@@ -8,6 +8,7 @@ import torch.distributed as dist
 from partialfc.distributed.ranks import Ranks
 from partialfc.runtime.beats import Beat, Sight, verdict
 from partialfc.runtime.watchdog import Watchdog
+from tests.support.waiting import wait_for
 
 SECONDS = 10
 
@@ -21,12 +22,19 @@ def test_nobody_is_named_where_all_have_left():
     assert verdict({}, 100, SECONDS) is None
 
 
-def test_a_rank_is_heard_of_before_its_first_wait(tmp_path):
+def test_a_rank_is_heard_of_before_its_first_wait(tmp_path, monkeypatch):
     """A rank that was killed within two seconds of its start was lost without a name."""
-    store = dist.HashStore()
+    store, done, waits = dist.HashStore(), [], threading.Event.wait
+
+    def wait(event, timeout=None):
+        if threading.current_thread().name == "watchdog":
+            done.append(store.check(["watchdog/beat/0"]))
+        return waits(event, timeout)
+
+    monkeypatch.setattr(threading.Event, "wait", wait)
     watchdog = Watchdog(Ranks(0, 2), tmp_path, 60, store)
     try:
-        store.wait(["watchdog/beat/0"], timedelta(seconds=watchdog.interval / 2))
+        assert wait_for(lambda: done)[0]
     finally:
         watchdog.close()
 

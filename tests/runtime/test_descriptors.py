@@ -128,7 +128,7 @@ except Exception as error:
 @pytest.mark.parametrize("what", ["files", "gloo"])
 def test_who_can_open_no_more_says_so_and_is_not_called_lost(what, tmp_path):
     """gloo's error is one of its connections, as when another rank is gone."""
-    done = python("-c", RUNS_OUT, tmp_path, what, ranks=2, timeout=60)
+    done = python("-c", RUNS_OUT, tmp_path, what, ranks=2)
     assert re.search(r"ConfigError: too many open files \(.*needs about", done.stdout), done
     assert "was lost" not in done.stdout
     assert done.returncode == 2

@@ -14,7 +14,8 @@ from partialfc.runtime import preemption
 from tests.support.places import ROOT
 from tests.support.processes import ENVIRONMENT, Python, python
 from tests.support.ranks import run_on_ranks
-from tests.support.runs import UNVERIFIED, command, losses, run, words
+from tests.support.runs import UNVERIFIED, command, held, losses, run, words
+from tests.support.waiting import PATIENCE, wait_for
 
 pytestmark = pytest.mark.distributed
 
@@ -43,20 +44,29 @@ def test_one_rank_learns_at_once():
     assert asked_on_rank(1, 1, 3) == [3]
 
 
+ONE_SIGNAL = """
+import runpy, sys
+from partialfc.runtime import preemption
+preemption._SAME = 1e9  # two that come late are as near as two that come at once
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.mark.parametrize(
     ("number", "code"),
     [(signal.SIGUSR2, 75), (signal.SIGTERM, 75), (signal.SIGHUP, 75), (signal.SIGINT, 130)],
 )
 def test_a_signal_saves_stops_with_its_own_code_and_loses_nothing(packs, tmp_path, number, code):
     """R13, R18: two signals are one. The same command then goes on to the same end."""
-    overrides = ("run.steps=200", "checkpoint.every_steps=0", "data.loader=torch", *UNVERIFIED)
+    overrides = ("run.steps=60", "checkpoint.every_steps=0", "data.loader=torch", *UNVERIFIED)
     said = tmp_path / "stdout", tmp_path / "stderr"
-    process = Python(words(packs, tmp_path, *overrides), said)
-    wait_for_step(tmp_path, 5)
+    process = Python(["-c", ONE_SIGNAL, *held(50, words(packs, tmp_path, *overrides))], said)
+    wait_for(lambda: last_step(tmp_path) >= 5)
     process.send_signal(number)
     time.sleep(0.05)
     process.send_signal(number)
-    status, errors = process.wait(60), said[1].read_text()
+    status, errors = process.wait(PATIENCE), said[1].read_text()
     assert status == code, errors
     step = max(losses(tmp_path))
     assert f"after the checkpoint of step {step}" in errors
@@ -67,14 +77,17 @@ def test_a_signal_saves_stops_with_its_own_code_and_loses_nothing(packs, tmp_pat
     if number == signal.SIGUSR2:
         done = run(packs, tmp_path, *overrides)
         assert done.returncode == 0, done.stderr
-        assert sorted(losses(tmp_path)) == list(range(1, 201))
+        assert sorted(losses(tmp_path)) == list(range(1, 61))
 
 
 STANDS = """
 import ctypes, runpy, sys
 import partialfc.training.opened, partialfc.training.run
+from partialfc.runtime import preemption
+{before}
 def stands(*_, **__):
     print("here", flush=True)
+    {first}
     mutex = ctypes.create_string_buffer(64)
     for _ in range(2):  # waits for itself in C, where Python runs no handler
         ctypes.CDLL(None).pthread_mutex_lock(mutex)
@@ -84,51 +97,52 @@ runpy.run_path("launch/train.py", run_name="__main__")
 """
 
 
-def standing_in(name, packs, tmp_path):
+def standing_in(name, packs, tmp_path, *, before="", first="pass"):
     """A training that stands in one of its functions and never comes back to Python."""
     said = tmp_path / "stdout", tmp_path / "stderr"
     arguments = words(packs, tmp_path / "run", "run.steps=60", *UNVERIFIED)
-    process = Python(["-c", STANDS.format(name=name, words=arguments)], said)
-    deadline = time.monotonic() + 120
-    while not (said[0].exists() and "here" in said[0].read_text()):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    code = STANDS.format(name=name, words=arguments, before=before, first=first)
+    process = Python(["-c", code], said)
+    wait_for(lambda: said[0].exists() and "here" in said[0].read_text())
     return process, said[1]
+
+
+STOPS = "SIGTERM: the run stops after this step"
 
 
 def test_a_second_signal_leaves_at_once_wherever_the_run_stands(packs, tmp_path):
     """R18: even in a collective that does not return."""
     process, errors = standing_in("run.train_step", packs, tmp_path)
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.7)
+    wait_for(lambda: STOPS in errors.read_text())
+    time.sleep(preemption._SAME + 0.1)  # or it is the same signal, sent twice
     assert process.poll() is None, "one asks for a checkpoint"
-    assert "SIGTERM: the run stops after this step" in errors.read_text()
     process.send_signal(signal.SIGTERM)
-    assert process.wait(5) == 128 + signal.SIGTERM
+    assert process.wait(PATIENCE) == 128 + signal.SIGTERM
 
 
 def test_before_the_first_step_one_signal_is_enough(packs, tmp_path):
     """R18: nothing is lost then, and nothing is promised; also where Python runs no handler."""
     process, errors = standing_in("opened.build", packs, tmp_path)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(15) == 128 + signal.SIGTERM
+    assert process.wait(PATIENCE) == 128 + signal.SIGTERM
     assert "goes on from" not in errors.read_text()
 
 
 RANKS = """
-import os, subprocess, sys, time
-code = "import os, signal, sys, time; from partialfc.runtime import preemption; "
-code += "print('here', flush=True); time.sleep(float(sys.argv[1])); "
-code += "print(preemption._is_asked(signal.SIGTERM))"
-def rank(number, seconds):
+import os, subprocess, sys
+code = "import signal; from partialfc.runtime import preemption; print('here', flush=True); "
+code += "input(); print(preemption._is_asked(signal.SIGTERM))"
+def rank(number):
     env = {**os.environ, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": sys.argv[1], "RANK": str(number)}
-    words = [sys.executable, "-c", code, seconds]
-    return subprocess.Popen(words, env=env, stdout=subprocess.PIPE, text=True)
-first, second = rank(0, "1"), rank(1, "0" if sys.argv[2] == "dies" else "3")
-first.stdout.readline()
+    words = [sys.executable, "-c", code]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(words, env=env, stdin=pipe, stdout=pipe, text=True)
+first, second = rank(0), rank(1)
 if sys.argv[2] == "dies":
+    second.kill()
     second.wait()
-print(first.communicate()[0])
+print(first.communicate("\\n")[0].removeprefix("here"))
 second.kill()
 """
 
@@ -151,12 +165,11 @@ def test_sigterm_to_a_run_of_one_process_is_asked_for(monkeypatch):
 
 
 def test_it_is_said_that_there_is_no_checkpoint_where_there_is_none(packs, tmp_path):
-    said = tmp_path / "stdout", tmp_path / "stderr"
-    code = STANDS.replace("mutex = ctypes", "import signal; signal.raise_signal(2); mutex = ctypes")
-    arguments = words(packs, tmp_path / "run", "run.steps=60", *UNVERIFIED)
-    process = Python(["-c", code.format(name="opened.build", words=arguments)], said)
-    assert process.wait(60) == 130
-    assert said[1].read_text() == (
+    patient = "preemption._SECONDS_TO_LEAVE = 1e9"  # or it leaves without a word, if it is late
+    one = "import signal; signal.raise_signal(2)"
+    process, errors = standing_in("opened.build", packs, tmp_path, before=patient, first=one)
+    assert process.wait(PATIENCE) == 130
+    assert errors.read_text() == (
         "stopped by SIGINT before the first step. The same command begins: no checkpoint yet.\n"
     )
 
@@ -173,9 +186,9 @@ def test_torchrun_that_is_ended_leaves_a_checkpoint(packs, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
-    wait_for_step(tmp_path, 2)
+    wait_for(lambda: last_step(tmp_path) >= 2)
     agent.send_signal(signal.SIGTERM)
-    _, errors = agent.communicate(timeout=60)
+    _, errors = agent.communicate(timeout=PATIENCE)
     (saved,) = (tmp_path / "checkpoints").glob("step_*")
     assert f"The same command goes on from {saved}" in errors, errors
     assert int(saved.name.removeprefix("step_")) == max(losses(tmp_path))
@@ -195,12 +208,5 @@ def test_a_short_run_has_checkpoints_by_default():
     assert Checkpoint(every_steps=0).interval(500) == 0
 
 
-def wait_for_step(folder, step):
-    deadline = time.monotonic() + 120
-    while max(losses_or_none(folder), default=0) < step:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def losses_or_none(folder):
-    return losses(folder) if (folder / "metrics.jsonl").exists() else {}
+def last_step(folder):
+    return max(losses(folder), default=0) if (folder / "metrics.jsonl").exists() else 0

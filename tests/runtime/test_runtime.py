@@ -12,6 +12,8 @@ import torch
 from partialfc.runtime import network, process
 from tests.support.models import settings
 from tests.support.places import ROOT
+from tests.support.ports import free_port
+from tests.support.waiting import PATIENCE
 
 PROGRAM = """
 import os, signal
@@ -34,7 +36,7 @@ with preemption.listening():
 def test_an_interrupt_that_is_lost_in_a_destructor_is_found_at_the_next_step(tmp_path):
     """Python prints and drops what a destructor or a callback of DALI raises: the run went on."""
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.stdout == "it was lost\nTrue\n"
     assert "Exception ignored" in done.stderr
@@ -69,7 +71,7 @@ def test_a_rank_that_loses_another_tells_that_ones_error(tmp_path):
     program.write_text(ONE_FAILS)
     environment = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     ports = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=localhost"]
-    ports.append(f"--master-port={20000 + os.getpid() % 20000}")
+    ports.append(f"--master-port={free_port()}")
     agents = [
         subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", *ports, f"--node-rank={rank}", program],
@@ -80,7 +82,7 @@ def test_a_rank_that_loses_another_tells_that_ones_error(tmp_path):
         )
         for rank in range(2)
     ]
-    first, second = (agent.communicate(timeout=120)[0] for agent in agents)
+    first, second = (agent.communicate(timeout=PATIENCE)[0] for agent in agents)
     assert "LostRankError: rank 1 failed first, at step 0: ValueError: the cause" in first
     assert "exitcode  : 7" in first
     assert "ValueError: the cause" in second

@@ -37,7 +37,7 @@ dog = watchdog.Watchdog(Ranks(), folder, 0.2, None)
 dog.follow(ledger)
 if case == "broken":
     dog._look = None  # whatever goes wrong in its thread
-time.sleep(60)
+time.sleep(600)
 """
 
 
@@ -45,4 +45,4 @@ time.sleep(60)
 def test_the_watchdog_ends_a_hang_whatever_it_cannot_write(tmp_path, case, code):
     (tmp_path / "ledger.jsonl").symlink_to("/dev/full")
     (tmp_path / "stacks").write_text("no folder")
-    assert python("-c", HANGS, tmp_path, case, timeout=30).returncode == code
+    assert python("-c", HANGS, tmp_path, case).returncode == code

@@ -24,7 +24,7 @@ def test_a_month_of_records_is_read_in_part(month, what):
 
     A page has to be there within two seconds, and in 200 MB: what is read is bounded.
     """
-    done = python("-m", "tests.support.month", month, what, timeout=120)
+    done = python("-m", "tests.support.month", month, what)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     print(what, found["seconds"], found["read"], found["memory"])

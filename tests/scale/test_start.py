@@ -48,7 +48,7 @@ def settings(tmp_path_factory):
 
 
 def counts(settings, rank, ranks):
-    done = python("-m", "tests.support.one_of_many", settings, rank, ranks, 3, timeout=120)
+    done = python("-m", "tests.support.one_of_many", settings, rank, ranks, 3)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -88,7 +88,7 @@ def staged_late(folder):
 
     def late(self, rows):
         if next(calls) > 1:  # the first step waits for the second call
-            assert forwarded.acquire(timeout=60)
+            assert forwarded.acquire(timeout=300)
         return fetch(self, rows)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -109,7 +109,7 @@ def fixed_late(folder):
         arrived = to_host(value)
 
         def wait():
-            assert given_back.acquire(timeout=60)
+            assert given_back.acquire(timeout=300)
             return arrived()
 
         return wait

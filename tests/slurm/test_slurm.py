@@ -185,7 +185,7 @@ def test_only_what_a_signal_stopped_goes_back_to_the_queue(tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     cases = dict(re.findall(r"case (\d+ \w+)\n(.*?)(?=case|\Z)", done.stdout, re.S))

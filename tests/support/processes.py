@@ -9,6 +9,7 @@ import contextlib
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from partialfc.errors import LostRankError
 from tests.support.places import ROOT
 
 WARM = multiprocessing.get_context("forkserver")
@@ -62,13 +64,18 @@ class Python:
 
     def send_signal(self, number: int) -> None:
         """Send it a signal; nothing if it has ended, which :meth:`poll` is told a moment later."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, number)
+        send(self.pid, number)
 
     def kill(self) -> None:
         """End it now, if it still runs."""
         self._process.kill()
         self._process.join()
+
+
+def send(pid: int, number: int) -> None:
+    """Send a process a signal; nothing if it has ended just now."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
 
 
 def python(
@@ -109,9 +116,13 @@ def partialfc(*words: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
 
 
 def _first_failure(processes: Sequence[Python]) -> int | None:
-    """The status of one that failed; 0 if all are done, and ``None`` as long as any runs."""
+    """The status of one that failed; 0 if all are done, and ``None`` as long as any runs.
+
+    After a stall several may have: then of one that failed by itself, and did not lose another.
+    """
     codes = [process.poll() for process in processes]
-    return next((code for code in codes if code), None if None in codes else 0)
+    failed = sorted(filter(None, codes), key=lambda code: code == LostRankError.exit_code)
+    return failed[0] if failed else None if None in codes else 0
 
 
 def _rank_among(rank: int, ranks: int, port: int) -> dict[str, str]:
@@ -129,6 +140,7 @@ def _rank_among(rank: int, ranks: int, port: int) -> dict[str, str]:
 
 def _become(words: list[str], env: dict[str, str], cwd: str, streams: list[str]) -> None:
     os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever nohup did to the tests
     for number, path in zip((1, 2), streams, strict=True):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(file, number)

@@ -1,10 +1,12 @@
 """Small runs of launch/train.py on real handwriting, as a user starts them."""
 
+import signal
 import subprocess
 import sys
 
 from partialfc.records.metrics import read_metrics
-from tests.support.processes import python
+from tests.support.processes import python, send
+from tools.bench._faults.runs import descendants
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
@@ -40,6 +42,13 @@ def command(packs, folder, *overrides, ranks=None):
     return [*start, *words(packs, folder, *overrides)]
 
 
+def held(step, script_and_arguments):
+    """What :func:`words` and :func:`command` give, standing before a step: see held_run.py."""
+    at = script_and_arguments.index("launch/train.py")
+    before, after = script_and_arguments[:at], script_and_arguments[at + 1 :]
+    return [*before, "tests/support/held_run.py", str(step), *after]
+
+
 def run(packs, folder, *overrides, ranks=None) -> subprocess.CompletedProcess:
     """Run to the end, on one rank without the others' collectives or on several."""
     return python(*words(packs, folder, *overrides), ranks=ranks)
@@ -54,7 +63,7 @@ def dies(model, config, *rest):
     if model.heads.steps == int(sys.argv[1]):
         due = model.heads.steps // config.checkpoint.every_steps * config.checkpoint.every_steps
         written = config.run.folder / "checkpoints" / f"step_{due:08d}"
-        until = time.monotonic() + 60
+        until = time.monotonic() + 300
         while due and not written.exists() and time.monotonic() < until:
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -75,6 +84,13 @@ def killed_at(step, packs, folder, *overrides, ranks=2) -> subprocess.CompletedP
 def killed(step, script_and_arguments, *, ranks) -> subprocess.CompletedProcess:
     """Run what :func:`words` are like, in the same way."""
     return python("-c", _DIES, step, *script_and_arguments[1:], ranks=ranks)
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """End a process and all below it, as kill -9 does; some may have ended just now."""
+    for pid in (process.pid, *descendants(process.pid)):
+        send(pid, signal.SIGKILL)
+    process.wait()
 
 
 def losses(folder):

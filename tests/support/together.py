@@ -6,6 +6,7 @@ from unittest.mock import patch
 
 from partialfc.distributed import connections
 from partialfc.distributed.ranks import Ranks
+from tests.support.waiting import PATIENCE
 
 
 class Together:
@@ -16,7 +17,7 @@ class Together:
     """
 
     def __init__(self, size):
-        self.size, self.rows, self.barrier = size, {}, threading.Barrier(size, timeout=60)
+        self.size, self.rows, self.barrier = size, {}, threading.Barrier(size, timeout=PATIENCE)
 
     def gather(self, own, ranks):
         """What every rank has; a collective."""

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +89,8 @@ class Run:
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
         for process in descendants(self.process.pid):
-            os.kill(process, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # ended just now
+                os.kill(process, signal.SIGKILL)
         self.process.wait()
 
     def text(self) -> str:
