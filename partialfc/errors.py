@@ -13,6 +13,7 @@ import os
 import signal
 import time
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 EXTRAS = {
@@ -98,6 +99,17 @@ def extra_of(error: BaseException) -> str | None:
         package = error.name.partition(".")[0]
         return next((extra for extra, packages in EXTRAS.items() if package in packages), None)
     return None
+
+
+def need(*packages: str) -> None:
+    """Refuse to go on without packages that are imported later.
+
+    Raises:
+        ModuleNotFoundError: If one is not installed.
+    """
+    for package in packages:
+        if find_spec(package) is None:
+            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
 
 
 def exit_code_of(error: BaseException) -> int:

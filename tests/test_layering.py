@@ -148,6 +148,16 @@ def test_settings_and_records_need_no_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+def test_a_start_does_not_wait_for_what_its_end_draws_with():
+    """Every rank of every restart would import it, and a lost host costs that much longer."""
+    code = (
+        "import sys, partialfc.training.run\n"
+        "late = {'matplotlib', 'jinja2', 'tensorboard', 'partialfc.records.report'}\n"
+        "sys.exit(bool(late & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 def test_nothing_changes_where_modules_are_found():
     for folder in ("partialfc", "launch", "tools"):
         for path in (ROOT / folder).rglob("*.py"):

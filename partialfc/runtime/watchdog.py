@@ -236,7 +236,7 @@ class Watchdog:
         everyone = range(self._ranks.size)
         try:
             first = board.beats(everyone) if board.may_look() else None
-            until = time.monotonic() + (4 if first is None else 3) * self.interval
+            until = time.monotonic() + (3 if first is None else 2) * self.interval
             while True:
                 if failure := board.failure():
                     return _of(failure)

@@ -20,10 +20,8 @@ from partialfc.monitoring.monitor import Monitor
 from partialfc.protocols.curves import Curves, curves
 from partialfc.records.console import ProgressBar, from_here, show_table
 from partialfc.records.environment import environment, peak_memory
-from partialfc.records.figures import training_figure
 from partialfc.records.ledger import Ledger
 from partialfc.records.metrics import JsonLines, Sink, TensorBoard, finite, read_metrics
-from partialfc.records.report import read_run, write_report
 from partialfc.records.sinks.beside import Beside, beside
 from partialfc.records.sinks.run_sink import Opening
 from partialfc.records.stages import read_stages
@@ -245,6 +243,9 @@ class Recorder:
         peak = largest(peak_memory(self._runtime.device), self._runtime.ranks)
         if not self._runtime.leads:
             return
+        # What writes pages and draws is a tenth of a start's imports, and one rank needs it, here.
+        from partialfc.records.report import read_run, write_report
+
         for sink in self._sinks:
             sink.close()
         self._sinks = []
@@ -328,6 +329,8 @@ class Recorder:
         return summary
 
     def _draw(self, records: list[dict[str, float]], untrained: dict[str, Any]) -> None:
+        from partialfc.records.figures import training_figure
+
         verified = self._results.verified if self._results else {}
         name, first = next(iter(verified.items()), ("", None))
         start = untrained.get(name)

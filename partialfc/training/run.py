@@ -24,7 +24,7 @@ from partialfc.data.loaders.stream import Batches
 from partialfc.data.names import NAMES, Names, names_file, names_of
 from partialfc.distributed.agreement import from_leader, total, words_of_any
 from partialfc.distributed.links import any_rank
-from partialfc.errors import CrashLoopError, Preempted
+from partialfc.errors import CrashLoopError, Preempted, need
 from partialfc.model.heads import Numbering
 from partialfc.model.step import train_step
 from partialfc.records.console import from_here
@@ -61,6 +61,7 @@ def train(config: Config, runtime: Runtime) -> None:
     """
     if runtime.leads:
         find(config.log.sinks)  # what is not installed is said before anything takes time
+        need("jinja2", "matplotlib")
         _announce(config, runtime)
     saved = config.run.folder / "checkpoints"
     disks = None if config.checkpoint.shared else LocalDisks(saved, runtime)

@@ -34,7 +34,7 @@ class Agents:
 
     def __init__(self, hosts, folder, script, words, *options):
         self.hosts, self.folder = hosts, folder
-        self._command = [sys.executable, "-m", "torch.distributed.run", *options, _SOON]
+        self._command = [sys.executable, "-m", "torch.distributed.run", _SOON, *options]
         self._command += ["--rdzv-backend=c10d", f"--rdzv-endpoint={address(0)}:29500"]
         self._script = [script, *words]
         self.running = {}

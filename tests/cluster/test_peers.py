@@ -11,10 +11,13 @@ from tests.cluster.hosts import Hosts
 from tests.cluster.slurm import wait_for
 from tests.cluster.test_hosts import HANG_SECONDS, Agents
 from tests.cluster.training import arguments, assert_equal_runs, last_step, torchrun
+from tests.support.places import ROOT
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 STEPS = 60
+SOON = re.findall(r"--rdzv-conf=\S+", (ROOT / "launch" / "README.md").read_text())[0]
+"""How torchrun finds a lost host, as it is recommended."""
 WIDE = ("backbone.embedding_dim=512", "head.optimizer.unsampled=stay")
 
 
@@ -45,7 +48,7 @@ def test_a_lost_host_is_replaced_by_a_spare_one(saved, packs, tmp_path):
     run = tmp_path / "run"
     words = arguments(packs, run, f"run.steps={STEPS}", *WIDE, *saved)
     words.append(f"run.hang_seconds={HANG_SECONDS}")
-    options = ("--nnodes=4", "--nproc-per-node=1", "--max-restarts=9", "--rdzv-id=p")
+    options = ("--nnodes=4", "--nproc-per-node=1", "--max-restarts=9", "--rdzv-id=p", SOON)
     with Hosts(5) as hosts:
         agents = Agents(hosts, tmp_path, "launch/train.py", words, *options)
         try:

@@ -1,16 +1,18 @@
 """When a run is no longer sound."""
 
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from partialfc.errors import NonFiniteError
+from partialfc.errors import NonFiniteError, in_words
 from partialfc.model.step import Step
 from partialfc.records.ledger import Ledger
 from partialfc.training import recorder as recorder_module
 from partialfc.training.recorder import Recorder
+from partialfc.training.run import train
 from partialfc.training.stages import Span
 from tests.support.models import runtime, settings
 
@@ -65,3 +67,13 @@ def test_the_time_that_a_step_waits_for_data_is_a_metric(tmp_path, monkeypatch):
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     waits = [json.loads(line)["data_wait_seconds"] for line in lines]
     assert waits == pytest.approx([0.04, 0.0])
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
+def test_what_the_end_draws_with_is_asked_for_at_the_start(package, tmp_path, monkeypatch):
+    """A run of weeks would end in an import that fails."""
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ModuleNotFoundError) as caught:
+        train(settings(run={"folder": str(tmp_path / "run")}), runtime())
+    assert in_words(caught.value) == f"{package} is not installed: pip install 'partialfc[train]'"
+    assert not (tmp_path / "run").exists()
