@@ -20,6 +20,7 @@ from partialfc.errors import HangError
 from tools.bench._growth.programs import ran
 
 # By name, for mypy not to follow it into the tests, which are not typed.
+many_beats = importlib.import_module("tests.support.many_beats")
 Together = importlib.import_module("tests.support.together").Together
 
 Found = dict[str, Any]
@@ -31,17 +32,17 @@ def watchdog(ranks: int, folder: Path) -> Found:
     """Beats of all ranks at a real store: what a look asks, and how soon a lost rank is named."""
     lost = ranks // 3
     done = ran("-m", "tests.support.many_beats", folder, ranks, lost, status=HangError.exit_code)
-    ended = time.monotonic()
     if f"rank {lost} gave no sign of life for" not in done.stderr:
         raise RuntimeError(f"rank {lost} was not named: {done.stderr[-500:]}")
-    asked, lost_at = (json.loads(line) for line in done.stdout.splitlines())
+    asked, last_beat, verdict = (json.loads(line) for line in done.stdout.splitlines())
     seconds = asked["server's CPU seconds"]
     whole = seconds["one look at the beats of all"]
     return {
         "requests_of_a_rank_in_4_looks": asked["asked"]["one"]["requests"],
         "server_seconds_of_a_look_by_every_rank": seconds["a look of every rank"] + 2 * whole,
         "server_seconds_if_every_rank_read_all_beats": ranks * whole,
-        "wall_seconds_to_the_end_after_6_of_silence": ended - lost_at["lost"],
+        "wall_seconds_from_the_last_beat_to_its_name": verdict["named"] - last_beat["lost"],
+        "of_which_a_rank_may_be_silent": many_beats.SILENCE,
     }
 
 
