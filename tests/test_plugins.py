@@ -2,12 +2,9 @@
 
 import importlib
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
@@ -34,9 +31,9 @@ from partialfc.training.must_match import must_match
 from tests.support.models import runtime
 from tests.support.places import ROOT
 from tests.support.processes import ENVIRONMENT, python
-from tests.support.runs import TORCHRUN, UNVERIFIED, losses
+from tests.support.runs import TORCHRUN, UNVERIFIED, kill_all, losses
+from tests.support.waiting import wait_for
 from tests.test_docs import EXTENDING, blocks
-from tools.bench._faults.runs import descendants
 
 CODE = "\n".join(blocks(EXTENDING, "python"))
 (SETTINGS,) = blocks(EXTENDING, "toml")
@@ -383,21 +380,18 @@ def test_a_plugin_from_torchrun_and_sigkill_to_every_command(packs, folder):
     """Trained on 2 ranks, killed, gone on with 1, then known to every command that opens a run."""
     environment = {**ENVIRONMENT, "PYTHONPATH": f"{folder}:{ROOT}"}
     process = subprocess.Popen(
-        [*TORCHRUN, "--nproc-per-node=2", *map(str, start(packs, folder, "run.steps=400"))],
+        [*TORCHRUN, "--nproc-per-node=2", *map(str, start(packs, folder, "run.steps=100000"))],
         cwd=folder,
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    checkpoints, deadline = folder / "run" / "checkpoints", time.monotonic() + 120
-    while not list(checkpoints.glob("step_*")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    for pid in (process.pid, *descendants(process.pid)):
-        os.kill(pid, signal.SIGKILL)
-    process.wait()
+    checkpoints = folder / "run" / "checkpoints"
+    wait_for(lambda: list(checkpoints.glob("step_*")))
+    kill_all(process)
     newest = max(int(path.name.removeprefix("step_")) for path in checkpoints.glob("step_*"))
-    assert 0 < newest < 400, "it was killed before its end"
+    assert 0 < newest < 100_000, "it was killed before its end"
     last = newest + 20
     done = python(*start(packs, folder, f"run.steps={last}"), cwd=folder)
     assert done.returncode == 0, done.stderr

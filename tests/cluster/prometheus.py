@@ -11,8 +11,9 @@ from pathlib import Path
 import yaml
 
 from partialfc.monitoring.exporter import Exporter
-from tests.cluster.slurm import free_port, wait_for
 from tests.support.places import ROOT
+from tests.support.ports import free_port
+from tests.support.waiting import wait_for
 
 MONITORING = ROOT / "configs" / "monitoring"
 
@@ -49,18 +50,18 @@ class Prometheus:
 
     def __enter__(self) -> "Prometheus":
         self._process = subprocess.Popen(self._command, stderr=self._log)
-        wait_for(self._ready, 30)
+        wait_for(self._ready)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._process.terminate()
-        self._process.wait(20)
+        self._process.wait(120)
         self._log.close()
 
     def query(self, text: str) -> list[dict]:
         """The samples of an instant query."""
         url = f"{self.url}/api/v1/query?{urllib.parse.urlencode({'query': text})}"
-        with urllib.request.urlopen(url, timeout=20) as reply:
+        with urllib.request.urlopen(url, timeout=120) as reply:
             answer = json.load(reply)
         assert answer["status"] == "success", answer
         return answer["data"]["result"]

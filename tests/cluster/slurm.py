@@ -9,8 +9,10 @@ import re
 import signal
 import socket
 import subprocess
-import time
 from pathlib import Path
+
+from tests.support.ports import free_port
+from tests.support.waiting import wait_for
 
 NODES = ("n1", "n2", "n3")
 HOSTS = Path("/etc/hosts")
@@ -58,21 +60,6 @@ class Slurm:
         """A job of the partition that goes before takes all nodes for a moment."""
         output = ["-o", "/dev/null", "-e", "/dev/null"]
         self.run("sbatch", "-p", "high", "-N3", "--exclusive", *output, "--wrap", "sleep 0.2")
-
-
-def wait_for(condition, seconds: float = 180, every: float = 0.1) -> None:
-    """Until something happens; the seconds are for a machine that others keep busy."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise AssertionError(f"not within {seconds} s")
-        time.sleep(every)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _start_munged() -> None:

@@ -9,10 +9,11 @@ import pytest
 
 from tests.cluster.conftest import need
 from tests.cluster.hosts import Hosts, address
-from tests.cluster.slurm import wait_for
 from tests.cluster.training import ENVIRONMENT, arguments, final_tensors, last_step, losses
 from tests.support.places import ROOT
+from tests.support.processes import send
 from tests.support.runs import TORCHRUN
+from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.cluster
 
@@ -101,8 +102,8 @@ def test_two_copies_over_two_hosts_each_train_as_one_over_four(hosts, packs, tmp
     assert difference <= 1e-2 * np.linalg.norm(expected["centers:centers"])
 
     running = start(hosts, tmp_path, settings(packs, again, copies), "again")
-    wait_for(lambda: (again / "checkpoints" / "step_00000004").exists(), 200)
-    wait_for(lambda: last_step(again) >= 5, 100)
+    wait_for(lambda: (again / "checkpoints" / "step_00000004").exists())
+    wait_for(lambda: last_step(again) >= 5)
     for one_host in running:  # and what it started: as if the power failed
         os.killpg(one_host.pid, signal.SIGKILL)
     ended(running)
@@ -111,7 +112,7 @@ def test_two_copies_over_two_hosts_each_train_as_one_over_four(hosts, packs, tmp
             ["ip", "netns", "pids", f"pfc{i}"], capture_output=True, text=True, check=True
         ).stdout
         for process in left.split():
-            os.kill(int(process), signal.SIGKILL)
+            send(int(process), signal.SIGKILL)
     assert ended(start(hosts, tmp_path, settings(packs, again, copies), "again")) == [0] * 4
     assert losses(again) == losses(two)
     expected, found = joined(two), joined(again)

@@ -8,9 +8,9 @@ import pytest
 
 from tests.cluster.conftest import need
 from tests.cluster.hosts import Hosts
-from tests.cluster.slurm import wait_for
 from tests.cluster.test_hosts import HANG_SECONDS, Agents
 from tests.cluster.training import arguments, final_tensors, last_step, losses, torchrun
+from tests.support.waiting import wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

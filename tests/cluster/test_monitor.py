@@ -11,16 +11,17 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.conftest import need
-from tests.cluster.slurm import free_port, wait_for
 from tests.cluster.training import ENVIRONMENT, arguments, last_step
 from tests.support.places import ROOT
+from tests.support.ports import free_port
+from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.cluster
 
 
 def read(url):
     try:
-        with urllib.request.urlopen(url, timeout=5) as reply:
+        with urllib.request.urlopen(url, timeout=60) as reply:
             return reply.read().decode()
     except OSError:
         return ""
@@ -59,14 +60,14 @@ def test_a_run_is_seen_in_prometheus_and_ctrl_c_ends_all_of_it(packs, tmp_path):
         assert len(below) >= 5, "the page, Prometheus, torchrun and two ranks"
     finally:
         running.send_signal(signal.SIGINT)
-        said, errors = running.communicate(timeout=90)
+        said, errors = running.communicate(timeout=300)
     assert running.returncode == 0
     assert last_step(folder / "run") > 0
     for address in (f"http://127.0.0.1:{prometheus}/alerts", f"http://127.0.0.1:{page}"):
         assert address in said
     assert "Traceback" not in said + errors
     assert said.strip().splitlines()[-1].startswith("All of it has ended")
-    wait_for(lambda: not any(map(exists, below)), 20)
+    wait_for(lambda: not any(map(exists, below)))
 
 
 def processes_below(process):
@@ -106,7 +107,7 @@ def test_what_cannot_work_is_refused_before_anything_starts(tmp_path, words, mes
             cwd=ROOT,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
         )
     assert done.returncode == 2
     assert message in done.stderr

@@ -8,10 +8,10 @@ import pytest
 
 from tests.cluster.conftest import need
 from tests.cluster.hosts import Hosts
-from tests.cluster.slurm import wait_for
 from tests.cluster.test_hosts import HANG_SECONDS, Agents
 from tests.cluster.training import arguments, assert_equal_runs, last_step, torchrun
 from tests.support.places import ROOT
+from tests.support.waiting import wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

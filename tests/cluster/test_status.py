@@ -24,9 +24,9 @@ from partialfc.status.page import page
 from partialfc.status.run import RunFolder
 from tests.cluster.conftest import need
 from tests.cluster.prometheus import close_all
-from tests.cluster.slurm import wait_for
 from tests.cluster.training import ENVIRONMENT, arguments, last_step
 from tests.support.places import ROOT
+from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.cluster
 
@@ -43,7 +43,7 @@ def browse(address, *, width=1280, height=1000, shot=None):
         ]
         what = [f"--screenshot={shot}"] if shot else ["--dump-dom"]
         done = subprocess.run(
-            [*command, *what, address], capture_output=True, text=True, timeout=120, check=True
+            [*command, *what, address], capture_output=True, text=True, timeout=300, check=True
         )
     return done.stdout
 
@@ -78,10 +78,10 @@ def served(packs, tmp_path_factory):
     )
     yield server.stdout.readline().strip(), run, training
     server.send_signal(signal.SIGINT)
-    assert server.wait(60) == 0
+    assert server.wait(300) == 0
     if training.poll() is None:
         training.send_signal(signal.SIGINT)
-        training.wait(180)
+        training.wait(300)
 
 
 def test_a_browser_shows_what_the_run_is_doing(served, tmp_path):
@@ -120,7 +120,7 @@ def test_a_stopped_run_says_so(served):
     """The last test of this run."""
     address, _, training = served
     training.send_signal(signal.SIGINT)
-    training.wait(180)
+    training.wait(300)
     assert "stopped" in words_of(browse(address))
 
 

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from partialfc.data.images.jpeg import decode, encode
 from partialfc.data.packs.pack import open_pack
 from tests.support.places import FIXTURES, ROOT
 from tests.support.processes import partialfc
+from tests.support.waiting import wait_for
 from tools._faces.packs import render
 
 GOLDEN = FIXTURES / "records" / "insightface.rec"
@@ -147,6 +147,16 @@ def test_broken_images_are_listed_and_the_rest_is_packed(source, tmp_path):
     assert partialfc(*words, "--skip-broken").returncode == 0
 
 
+NEVER_ENDS = """
+import sys, time
+from partialfc.commands import pack
+from partialfc.__main__ import main
+pack.stored_images = lambda *words: time.sleep(1e6)
+sys.exit(main(sys.argv[1:]))
+"""
+"""All pieces, and then it does not come to its end before it is killed."""
+
+
 @pytest.mark.slow
 def test_kill_9_and_the_same_command_give_the_same_bytes(tmp_path):
     """Enough images for several pieces of work; the finished ones are not done again."""
@@ -157,7 +167,7 @@ def test_kill_9_and_the_same_command_give_the_same_bytes(tmp_path):
         jpeg = encode(np.roll(pixels, identity, axis=1))
         for number in range(50):
             (source / f"{identity:03d}" / f"{number}.jpg").write_bytes(jpeg)
-    words = [sys.executable, "-m", "partialfc", "pack", str(source)]
+    words = [sys.executable, "-c", NEVER_ENDS, "pack", str(source)]
     done = partialfc("pack", source, tmp_path / "straight.rec", "--workers", 1)
     assert done.returncode == 0, done.stderr
     process = subprocess.Popen(
@@ -167,9 +177,7 @@ def test_kill_9_and_the_same_command_give_the_same_bytes(tmp_path):
         start_new_session=True,
     )
     parts = tmp_path / "killed.parts"
-    deadline = time.monotonic() + 60
-    while not list(parts.glob("*.json")) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_for(lambda: list(parts.glob("*.json")))
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "killed.rec").exists(), "it was killed before its end"

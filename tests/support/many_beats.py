@@ -24,8 +24,8 @@ from partialfc.runtime.watchdog import Watchdog
 
 SILENCE = 6.0
 """Seconds that a rank may be silent; a look comes each second then, and in a run each two."""
-COUNTED = 4.0
-"""Seconds over which requests are counted."""
+COUNTED = 4
+"""Looks over which requests are counted."""
 
 
 class Counted:
@@ -111,11 +111,13 @@ def main(folder, size, lost):
         dogs[name].follow(ledger)
         dogs[name]._board._store = Counted(dogs[name]._board._store)
 
+    counted = threading.Event()
+
     def go_on():
         number, ranks, told = 1, others, 0.0
         while True:
             number += 1
-            if number == 12:  # when all has been counted
+            if counted.is_set() and ranks is others:
                 ranks = [rank for rank in others if rank != lost]
                 print(json.dumps({"lost": told}), flush=True)
             tell(client, number, ranks)
@@ -124,13 +126,16 @@ def main(folder, size, lost):
 
     threading.Thread(target=go_on, daemon=True).start()
     time.sleep(4)  # all stand still for long enough to be looked at
-    before = {name: vars(dog._board._store).copy() for name, dog in dogs.items()}
-    time.sleep(COUNTED)
-    asked = {
-        name: {what: now - before[name][what] for what, now in counts(dog).items()}
-        for name, dog in dogs.items()
-    }
+    before = {name: counts(dog) for name, dog in dogs.items()}
+    asked = {name: dict.fromkeys(of, 0) for name, of in before.items()}
+    while min(of["looks"] for of in asked.values()) < COUNTED:
+        time.sleep(0.02)
+        asked = {
+            name: {what: now - before[name][what] for what, now in counts(dog).items()}
+            for name, dog in dogs.items()
+        }
     print(json.dumps({"asked": asked, "server's CPU seconds": of_all}), flush=True)
+    counted.set()
     while not client.check(["watchdog/verdict"]):
         time.sleep(0.01)
     print(json.dumps({"named": time.monotonic()}), flush=True)
@@ -139,7 +144,7 @@ def main(folder, size, lost):
 
 def counts(dog):
     store = dog._board._store
-    return {"requests": store.requests, "keys": store.keys}
+    return {"looks": dog._number, "requests": store.requests, "keys": store.keys}
 
 
 if __name__ == "__main__":

