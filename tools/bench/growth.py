@@ -83,8 +83,8 @@ def main(arguments: list[str] | None = None) -> int:
         for size in (row.small,) if options.small else row.sizes:
             with tempfile.TemporaryDirectory(dir=options.folder) as folder:
                 found.append({row.of: size, **row.measure(size, Path(folder))})
-            if options.json:
-                write_json(options.json, record)
+                if options.json:  # before the folder is removed, which may take a while
+                    write_json(options.json, record)
             words = (f"{what} {value:.4g}" for what, value in found[-1].items() if what != row.of)
             print(f"{name}, {size:,} {row.of}: {', '.join(words)}", flush=True)
     return 0
