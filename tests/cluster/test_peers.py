@@ -57,9 +57,11 @@ def test_a_lost_host_is_replaced_by_a_spare_one(saved, packs, tmp_path):
                 if host == 3:
                     wait_for(lambda: last_step(run) >= 3)
             wait_for(lambda: last_step(run) >= 33)
-            before = last_step(run)
+            before, ranks = last_step(run), agents.ranks(0)
             agents.kill_host(3)
             lost = time.monotonic()
+            wait_for(lambda: agents.ranks(0) not in ({}, ranks))
+            met = time.monotonic() - lost
             wait_for(lambda: len(starts(run)) == 2 and "first" in starts(run)[-1])
             first = starts(run)[-1]["first"]
             wait_for(lambda: last_step(run) > first)
@@ -70,9 +72,9 @@ def test_a_lost_host_is_replaced_by_a_spare_one(saved, packs, tmp_path):
             agents.end()
     came = re.search(r"([\d,]+) bytes came to rank 0", log)
     print(
-        f"host lost to the next step {seconds:.1f} s, of which {starts(run)[-1]['restore']:.2f} s "
-        f"restored; {before - first} steps or one more repeated; bytes to rank 0: "
-        f"{came[1] if came else 'none'}"
+        f"host lost to new ranks {met:.1f} s, to the next step {seconds:.1f} s, of which "
+        f"{starts(run)[-1]['restore']:.2f} s restored; {before - first} steps or one more "
+        f"repeated; bytes to rank 0: {came[1] if came else 'none'}"
     )
     if "peers" in saved[0]:
         assert f"step {first} is whole in the memory of 4 hosts" in log
