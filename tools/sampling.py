@@ -2,7 +2,7 @@
 
     python tools/sampling.py configs/omniglot.toml --rates 1,0.1 --seeds 1,2,3 --json OUT.json \
         data.global_batch=64 run.epochs=2
-    python tools/sampling.py --table OUT.json
+    python tools/sampling.py --table OUT.json OTHER.json --page OUT.html
 
 All of it runs in this process, on one rank. The images of data.train and of the first held-out sets
 are decoded once and stay in memory; the model and its steps are those of ``partialfc train``. Seed
@@ -41,6 +41,7 @@ from partialfc.protocols.verification import verify
 from partialfc.runtime.process import Runtime, running
 from partialfc.training.schedule import learning_rate
 from partialfc.writing import write_json
+from tools._sampling.page import COLUMNS, cells, write
 from tools.bench.conditions import conditions
 from tools.bench.text import table
 
@@ -82,8 +83,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Train what is not in the record yet, and print its table."""
     options = _parser().parse_intermixed_args(arguments)
     if options.table:
-        print(shown(json.loads(options.table.read_text(encoding="utf-8"))["rows"]))
+        records = [json.loads(path.read_text(encoding="utf-8")) for path in options.table]
+        print("\n\n".join(shown(record["rows"]) for record in records))
+        if options.page:
+            write(options.page, {p.stem: r for p, r in zip(options.table, records, strict=True)})
         return 0
+    if options.page:
+        raise SystemExit("--page is of records: name them with --table.")
     if options.config is None or options.json is None:
         raise SystemExit("give a settings file and --json, or --table with a record.")
     asked = {"config": options.config, "words": options.words}
@@ -265,44 +271,9 @@ def _accuracy(model: Model, data: Data, runtime: Runtime) -> Row:
 
 
 def shown(rows: list[Row]) -> str:
-    """Return the table: means over seeds with their standard deviation, in points.
-
-    "against r = 1" is the mean of the differences to the run at rate 1 of the same seed, with the
-    standard error of that mean.
-    """
-    every: dict[tuple[float, str], list[Row]] = {}
-    for row in rows:
-        every.setdefault((row["rate"], row["negatives"]), []).append(row)
-    whole = {row["seed"]: row["rank_1"] for row in rows if row["rate"] == 1}
-    lines = []
-    for (rate, negatives), found in sorted(every.items(), key=lambda item: -item[0][0]):
-        apart = [row["rank_1"] - whole[row["seed"]] for row in found if row["seed"] in whole]
-        lines.append(
-            (
-                f"{rate:g}",
-                "all" if rate == 1 else negatives,
-                str(len(found)),
-                _spread([row["rank_1"] for row in found]),
-                _spread([*apart], of_mean=True) if rate < 1 else "",
-                _spread([row["verification"] for row in found]),
-                _spread([row["tar_at_far_1e-3"] for row in found]),
-                f"{statistics.median(row['cpu_seconds_of_a_step'] for row in found) * 1e3:.1f}",
-            )
-        )
-    names = ("rate", "negatives", "seeds", "rank 1", "against r = 1", "verification", "TAR@1e-3")
+    """Return the table of a record, as text."""
     title = "Unseen identities, in points"
-    return table(title, (*names, "CPU ms a step"), lines, left=("negatives",))
-
-
-def _spread(found: list[float | None], *, of_mean: bool = False) -> str:
-    values = [value for value in found if value is not None]
-    if not values:
-        return "–"
-    mean = f"{statistics.mean(values) * 100:{'+' if of_mean else ''}.2f}"
-    if len(values) < 2:
-        return mean
-    deviation = statistics.stdev(values) / (len(values) ** 0.5 if of_mean else 1)
-    return f"{mean} ± {deviation * 100:.2f}"
+    return table(title, COLUMNS, cells(rows), left=("negatives",))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -315,7 +286,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--negatives", default="uniform,weighted,nearest", help="kinds; a list")
     parser.add_argument("--seeds", default="1,2,3", help="a list")
     parser.add_argument("--json", type=Path, metavar="OUT", help="the record")
-    parser.add_argument("--table", type=Path, metavar="JSON", help="print a record's table")
+    parser.add_argument("--table", type=Path, nargs="+", metavar="JSON", help="print records")
+    parser.add_argument("--page", type=Path, metavar="HTML", help="a page of these records")
     return parser
 
 

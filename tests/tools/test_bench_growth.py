@@ -28,11 +28,10 @@ def loopback(monkeypatch):
 def test_a_row_of_one_process_does_what_it_counts(tmp_path, capsys):
     found = measured(tmp_path, "flag,goodput,moves,index,folders")
     assert found["flag"]["messages"] == 2
-    assert found["flag"]["links_descriptors"] == 4
-    assert found["flag"]["ring_descriptors"] >= 3
-    assert (
-        found["goodput"]["wall_of_the_run"] == 20 * 100 - 60
-    )  # between the last two signs of life
+    # All that the process opened meanwhile, by ranks: 4 of each rank, and 7 with the ring's.
+    assert 4 <= found["flag"]["links_descriptors"] < found["flag"]["ring_descriptors"]
+    # To the last sign of life, 60 s before the end of a start.
+    assert found["goodput"]["wall_of_the_run"] == 20 * 100 - 60
     assert found["moves"]["bytes_at_most"] == 32 * (3000 + 1)
     assert found["index"]["records"] == 200_000
     assert capsys.readouterr().out.count("\n") == 5

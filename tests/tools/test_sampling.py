@@ -118,14 +118,41 @@ def test_what_a_run_does_not_follow_is_refused_by_name(word, named, tmp_path, mo
         sampling.main([CONFIG, *out, "--rates", "0.3", word])
 
 
-def test_the_table_tells_means_over_seeds_and_differences_of_the_same_seed():
-    def row(seed, rate, negatives, rank_1):
-        numbers = {"verification": 0.9, "tar_at_far_1e-3": 0.5, "cpu_seconds_of_a_step": 0.01}
-        return {"seed": seed, "rate": rate, "negatives": negatives, "rank_1": rank_1, **numbers}
+def row(seed, rate, negatives, rank_1):
+    numbers = {"verification": 0.9, "tar_at_far_1e-3": 0.5, "cpu_seconds_of_a_step": 0.01}
+    return {"seed": seed, "rate": rate, "negatives": negatives, "rank_1": rank_1, **numbers}
 
-    rows = [row(1, 1.0, "uniform", 0.5), row(2, 1.0, "uniform", 0.6)]
-    rows += [row(1, 0.1, "weighted", 0.49), row(2, 0.1, "weighted", 0.57)]
-    lines = sampling.shown(rows).splitlines()
+
+ROWS = [
+    row(1, 1.0, "uniform", 0.5),
+    row(2, 1.0, "uniform", 0.6),
+    row(1, 0.1, "weighted", 0.49),
+    row(2, 0.1, "weighted", 0.57),
+]
+
+
+def test_the_table_tells_means_over_seeds_and_differences_of_the_same_seed():
+    lines = sampling.shown(ROWS).splitlines()
     assert "55.00 ± 7.07" in lines[-2]
     assert "53.00 ± 5.66" in lines[-1]
     assert "-2.00 ± 1.00" in lines[-1]
+
+
+def test_a_page_has_a_section_for_each_record_with_a_dot_for_each_run(tmp_path):
+    paths = [tmp_path / "long.json", tmp_path / "short.json"]
+    for path, rows in zip(paths, (ROWS, ROWS[2:]), strict=True):
+        record = {"config": CONFIG, "words": ["run.steps=6"], "rows": rows}
+        path.write_text(json.dumps(record))
+    page = tmp_path / "page.html"
+    assert sampling.main(["--table", *map(str, paths), "--page", str(page)]) == 0
+    long, short = page.read_text().split("<section>")[1:]
+    assert re.findall("<h2>(.*)</h2>", long + short) == ["long", "short"]
+    assert "configs/omniglot.toml run.steps=6" in short
+    assert "-2.00 ± 1.00" in long
+    # Four runs and two differences; without a run at rate 1 there are no differences.
+    assert [one.count("<circle") for one in (long, short)] == [6, 2]
+
+
+def test_a_page_of_no_records_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="--table"):
+        sampling.main([CONFIG, "--json", "a.json", "--page", str(tmp_path / "page.html")])
