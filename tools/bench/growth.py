@@ -49,7 +49,7 @@ ROWS = {
     for row in (
         Row(watchdog, "ranks", (64, 1024, 2048, 4096), 16),
         Row(names, "connections", (16,), 2),
-        Row(flag, "ranks", (32, 64, 128, 512), 4),
+        Row(flag, "ranks", (32, 64, 128), 4),
         Row(parts, "ranks", (32, 1024), 8),
         Row(sums, "MiB", (1024,), 65),
         Row(goodput, "starts", (500, 2000, 10_000), 20),
