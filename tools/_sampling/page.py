@@ -16,13 +16,12 @@ COLUMNS = (
 )
 
 
-def write(path: Path, records: Mapping[str, Mapping[str, Any]], *, title: str = "Sampling") -> None:
+def write(path: Path, records: Mapping[str, Mapping[str, Any]]) -> None:
     """Write the page, the whole file or none.
 
     Args:
         path: Replaced if it exists.
         records: Of ``tools/sampling.py``, by what they are called.
-        title: Of the page.
     """
     studies = [
         {
@@ -37,7 +36,7 @@ def write(path: Path, records: Mapping[str, Mapping[str, Any]], *, title: str = 
         for name, record in records.items()
     ]
     page = Path(__file__).with_name("sampling.html")
-    write_text(path, render(page, title=title, head=COLUMNS, studies=studies))
+    write_text(path, render(page, title="Sampling", head=COLUMNS, studies=studies))
 
 
 def cells(rows: list[Row]) -> list[tuple[str, ...]]:
