@@ -86,7 +86,8 @@ def main(arguments: list[str] | None = None) -> int:
         records = [json.loads(path.read_text(encoding="utf-8")) for path in options.table]
         print("\n\n".join(shown(record["rows"]) for record in records))
         if options.page:
-            write(options.page, {p.stem: r for p, r in zip(options.table, records, strict=True)})
+            names = (path.stem for path in options.table)
+            write(options.page, [*zip(names, records, strict=True)])
         return 0
     if options.page:
         raise SystemExit("--page is of records: name them with --table.")

@@ -1,7 +1,7 @@
 """What sampling costs, of one or more records: cells of a table, and one HTML page."""
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,12 @@ COLUMNS = (
 )
 
 
-def write(path: Path, records: Mapping[str, Mapping[str, Any]]) -> None:
+def write(path: Path, records: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
     """Write the page, the whole file or none.
 
     Args:
         path: Replaced if it exists.
-        records: Of ``tools/sampling.py``, by what they are called.
+        records: What each is called, and one of ``tools/sampling.py``.
     """
     studies = [
         {
@@ -29,11 +29,11 @@ def write(path: Path, records: Mapping[str, Mapping[str, Any]]) -> None:
             "settings": " ".join((record["config"], *record["words"])),
             "rows": cells(record["rows"]),
             "charts": [
-                ("rank 1", _dots(record["rows"])),
-                ("against r = 1", _apart(record["rows"])),
+                ("rank 1", _dots(record["rows"], _ranked, "{:.4g}")),
+                ("against r = 1", _dots(record["rows"], _differences, "{:+.3g}")),
             ],
         }
-        for name, record in records.items()
+        for name, record in records
     ]
     page = Path(__file__).with_name("sampling.html")
     write_text(path, render(page, title="Sampling", head=COLUMNS, studies=studies))
@@ -53,8 +53,8 @@ def cells(rows: list[Row]) -> list[tuple[str, ...]]:
                 f"{rate:g}",
                 "all" if rate == 1 else negatives,
                 str(len(found)),
-                _spread([row["rank_1"] for row in found]),
-                _spread([*_differences(found, rows)], of_mean=True) if rate < 1 else "",
+                _spread(_ranked(found, rows)),
+                _spread(_differences(found, rows), of_mean=True) if rate < 1 else "",
                 _spread([row["verification"] for row in found]),
                 _spread([row["tar_at_far_1e-3"] for row in found]),
                 f"{statistics.median(row['cpu_seconds_of_a_step'] for row in found) * 1e3:.1f}",
@@ -71,34 +71,28 @@ def _by_kind(rows: list[Row]) -> dict[tuple[float, str], list[Row]]:
     return dict(sorted(every.items(), key=lambda item: -item[0][0]))
 
 
+def _ranked(found: list[Row], rows: list[Row]) -> list[float]:
+    return [row["rank_1"] for row in found]
+
+
 def _differences(found: list[Row], rows: list[Row]) -> list[float]:
-    """Rank 1 of each run against the one at rate 1 of its seed, where there is one."""
+    """Rank 1 of each run below rate 1 against the one at rate 1 of its seed, where there is one."""
     whole = {row["seed"]: row["rank_1"] for row in rows if row["rate"] == 1}
-    return [row["rank_1"] - whole[row["seed"]] for row in found if row["seed"] in whole]
+    lower = [row for row in found if row["rate"] < 1 and row["seed"] in whole]
+    return [row["rank_1"] - whole[row["seed"]] for row in lower]
 
 
-def _name(rate: float, negatives: str) -> str:
-    return "1, all" if rate == 1 else f"{rate:g}, {negatives}"
+def _dots(rows: list[Row], values: Callable[[list[Row], list[Row]], list[float]], form: str) -> str:
+    """A dot for each run, in points, a line for each rate and kind that has any."""
+    every = (
+        (f"{rate:g}, {'all' if rate == 1 else negatives}", values(found, rows))
+        for (rate, negatives), found in _by_kind(rows).items()
+    )
+    shown = [(name, [100 * value for value in found]) for name, found in every if found]
+    return dot_chart(shown, label="points of rank 1", form=form.format)
 
 
-def _dots(rows: list[Row]) -> str:
-    found = [
-        (_name(*kind), [100 * row["rank_1"] for row in runs])
-        for kind, runs in _by_kind(rows).items()
-    ]
-    return dot_chart(found, label="rank 1, %", form="{:.4g}".format)
-
-
-def _apart(rows: list[Row]) -> str:
-    found = [
-        (_name(*kind), [100 * apart for apart in _differences(runs, rows)])
-        for kind, runs in _by_kind(rows).items()
-        if kind[0] < 1
-    ]
-    return dot_chart(found, label="points of rank 1 against rate 1", form="{:+.3g}".format)
-
-
-def _spread(found: list[float | None], *, of_mean: bool = False) -> str:
+def _spread(found: Sequence[float | None], *, of_mean: bool = False) -> str:
     values = [value for value in found if value is not None]
     if not values:
         return "–"
